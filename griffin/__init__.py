@@ -1,0 +1,3 @@
+"""Distributed training of Griffin and Hawk language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Model parallelism: the rank grid, the sharded mixers, the pipeline stage and the sharding of every parameter."""

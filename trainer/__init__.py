@@ -1,0 +1,1 @@
+"""Training: configuration, data, step, optimizer, loop, metrics."""
