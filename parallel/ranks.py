@@ -1,0 +1,38 @@
+"""One process's place in the world, and the key-value store through which the processes find each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Rank of this process, and where the rendezvous store listens. Launchers make it; the trainer only reads it."""
+
+    rank: int
+    world_size: int
+    local_rank: int  # rank among the processes of this machine: the number of its GPU
+    address: str
+    port: int
+    source: str  # "local", "torchrun", "slurm" or "mpi"
+    store_served: bool  # a launcher serves the store already; otherwise rank 0 does, from `store` on
+    server: object = field(default=None, repr=False, compare=False)  # keeps a store's server alive in its process
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank = {self.rank} ({self.source}): must lie in 0 ... {self.world_size - 1}")
+
+    def store(self, timeout: timedelta = timedelta(minutes=5)) -> TCPStore:
+        """This process's connection for `torch.distributed.init_process_group(store=...)`.
+
+        Waits for the server, and rank 0 for all the others, up to `timeout`; raises torch's DistError after that.
+        """
+        from torch.distributed import TCPStore
+
+        is_master = self.rank == 0 and not self.store_served
+        return TCPStore(self.address, self.port, self.world_size, is_master, timeout)
