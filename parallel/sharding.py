@@ -1,13 +1,201 @@
-"""How every parameter is cut over tensor-parallel ranks, and what it is called whatever the layout."""
+"""How every parameter is cut over tensor-parallel ranks, and what it is called whatever the layout.
+
+A parameter in memory may fuse several tensors (an MLP's gate and up projections, say). Each of those is a `Piece` with
+one canonical name and one global shape, the same on every layout; initialisation, gathering, checkpoints and export
+speak of pieces only. The sharded axis of a piece is cut into equal *atoms* (gate blocks, heads, rows); a rank holds
+whole atoms.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from griffin.parallel.grid import Grid
 
 # Divisible by every tensor-parallel size up to 8 and by 10, 12, 14, 15, 16, 20, 32, 64.
 MOST_ATOMS = 6720
+
+# (shape of the draw, generator) -> float32 values
+Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 
 def axis_atoms(size: int) -> int:
     """Number of equal atoms that an MLP or vocabulary axis of `size` is cut into; a tensor-parallel size divides it."""
     return math.gcd(size, MOST_ATOMS)
+
+
+def normal(std: float) -> Init:
+    return lambda shape, generator: torch.randn(shape, generator=generator) * std
+
+
+def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.zeros(shape)
+
+
+def decay(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """RG-LRU parameter p (the paper's -Lambda) such that exp(-softplus(p)) is in [.9, .999], its square uniform."""
+    low, high = 0.9**2, 0.999**2
+    squared = torch.rand(shape, generator=generator) * (high - low) + low + 1e-8
+    return torch.expm1(-0.5 * squared.log()).log()  # softplus(p) = -log(squared) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One canonical tensor and where this rank's part of it lies in a parameter.
+
+    `shape` is the global shape. `axis` is the sharded axis, cut into `atoms` equal parts; None is replicated over
+    tensor ranks. `padded` is the size of the sharded axis in memory where it is larger than in `shape` (rows of the
+    vocabulary's padding are zero and belong to no global tensor). The part in the parameter starts at `start` on
+    dimension `dim` and fills the parameter elsewhere.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: Init
+    axis: int | None = None
+    atoms: int = 1
+    padded: int | None = None
+    dim: int = 0
+    start: int = 0
+
+    def axis_size(self) -> int:
+        assert self.axis is not None
+        return self.padded or self.shape[self.axis]
+
+    def local_range(self, tensor_rank: int, tensor_size: int) -> tuple[int, int]:
+        """Atoms [first, last) of the sharded axis that a tensor rank holds."""
+        assert self.atoms % tensor_size == 0, (self.name, self.atoms, tensor_size)
+        count = self.atoms // tensor_size
+        return tensor_rank * count, (tensor_rank + 1) * count
+
+    def local_shape(self, tensor_size: int) -> tuple[int, ...]:
+        if self.axis is None:
+            return self.shape
+        shape = list(self.shape)
+        shape[self.axis] = self.axis_size() // tensor_size
+        return tuple(shape)
+
+    def view(self, value: Tensor, tensor_size: int) -> Tensor:
+        """This piece's part of `value`, a tensor laid out like the parameter (itself, or its gradient)."""
+        part = value.narrow(self.dim, self.start, self.local_shape(tensor_size)[self.dim])
+        assert part.shape == self.local_shape(tensor_size), (self.name, part.shape, self.local_shape(tensor_size))
+        return part
+
+
+def describe(
+    parameter: nn.Parameter,
+    *pieces: Piece,
+    weight_decay: bool,
+    tensor_sum: bool = False,
+    sequence_parallel: bool = False,
+    shared: bool = False,
+) -> None:
+    """Attach to a parameter its pieces and what megatron-core's optimizer and gradient reduction ask of it.
+
+    tensor_sum: replicated, but each tensor rank computes a part of the gradient (key/value projection).
+    sequence_parallel: replicated, and with sequence parallelism each tensor rank sees a part of the tokens only.
+    shared: a second copy of a parameter that another pipeline stage owns (the tied embedding).
+    """
+    sharded = pieces[0].axis is not None
+    attributes = {
+        "pieces": pieces,
+        "no_weight_decay": not weight_decay,
+        "tensor_sum": tensor_sum,
+        "sequence_parallel": sequence_parallel,
+        "tensor_model_parallel": sharded,
+        "partition_dim": pieces[0].axis if sharded else -1,
+        "partition_stride": 1,
+        "allreduce": True,
+    }
+    if shared:
+        attributes["shared"] = True
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+
+
+def named_pieces(modules: Iterable[nn.Module]) -> Iterator[tuple[Piece, nn.Parameter]]:
+    """Every piece of the modules with its parameter, the second copy of a tied embedding left out."""
+    for module in modules:
+        for parameter in module.parameters():
+            if not getattr(parameter, "shared", False):
+                for piece in parameter.pieces:  # type: ignore[attr-defined]
+                    yield piece, parameter
+
+
+def _generator(seed: int, name: str, atom: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}/{atom}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@torch.no_grad()
+def initialize(modules: Iterable[nn.Module], grid: Grid, seed: int) -> None:
+    """Draw all parameters such that the global tensors depend on the seed only, bitwise, whatever the layout.
+
+    Every (name, atom) has a random stream of its own, so a rank draws only what it holds. Draws are in float32 on the
+    CPU and then rounded to the parameter's dtype.
+    """
+    for module in modules:
+        for parameter in module.parameters():
+            for piece in parameter.pieces:  # type: ignore[attr-defined]
+                _draw(piece, piece.view(parameter, grid.tensor_size), grid, seed)
+
+
+def _draw(piece: Piece, out: Tensor, grid: Grid, seed: int) -> None:
+    if piece.axis is None:
+        out.copy_(piece.init(piece.shape, _generator(seed, piece.name, 0)))
+        return
+    if piece.init is zeros:
+        out.zero_()
+        return
+    size = piece.axis_size() // piece.atoms
+    shape = piece.local_shape(grid.tensor_size)
+    atom_shape = (*shape[: piece.axis], size, *shape[piece.axis + 1 :])
+    first, last = piece.local_range(grid.tensor_rank, grid.tensor_size)
+    for place, atom in enumerate(range(first, last)):
+        values = piece.init(atom_shape, _generator(seed, piece.name, atom))
+        out.narrow(piece.axis, place * size, size).copy_(values)
+    padding = last * size - piece.shape[piece.axis]
+    if padding > 0:  # of these rows, those that this rank holds
+        held = min(padding, out.shape[piece.axis])
+        out.narrow(piece.axis, out.shape[piece.axis] - held, held).zero_()
+
+
+def gather(
+    modules: Iterable[nn.Module],
+    grid: Grid,
+    value: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach(),
+) -> dict[str, Tensor]:
+    """The global tensors by canonical name, on the CPU, on every rank.
+
+    `value` gives what to gather of a parameter, in its layout (`lambda p: p.main_grad` for gradients). The whole model
+    has to fit into every rank's memory: meant for tests and small models.
+    """
+    mine = {
+        piece.name: (piece, piece.view(value(parameter), grid.tensor_size).detach().cpu())
+        for piece, parameter in named_pieces(modules)
+    }
+    if grid.world_size == 1:
+        everyone = [{name: (p.axis, p.shape, part) for name, (p, part) in mine.items()}]
+    else:
+        sent = {name: (p.axis, p.shape, part) for name, (p, part) in mine.items()} if grid.data_rank == 0 else {}
+        everyone = [{}] * grid.world_size
+        dist.all_gather_object(everyone, sent)
+    parts: dict[str, list[tuple[int | None, tuple[int, ...], Tensor]]] = {}
+    for held in everyone:  # ranks of one tensor group follow each other in order
+        for name, part in held.items():
+            parts.setdefault(name, []).append(part)
+    tensors = {}
+    for name, found in sorted(parts.items()):
+        axis, shape, first = found[0]
+        if axis is None:
+            tensors[name] = first.clone()
+        else:
+            tensors[name] = torch.cat([part for _, _, part in found], dim=axis).narrow(axis, 0, shape[axis]).clone()
+    return tensors

@@ -1,0 +1,43 @@
+# `make demo` and `make test` are all a newcomer needs; both set up .venv on their own.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
+
+.PHONY: setup demo test test-all lint format clean
+
+setup: $(VENV)/.complete
+
+$(VENV)/.complete: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# Bytes of the standard library's own source files, one document a file; one file in twenty is held out.
+data/stdlib.json: $(VENV)/.complete
+	mkdir -p data
+	$(BIN)/griffin data build data/stdlib $(STDLIB) --tokenizer bytes --glob '*.py' \
+	  --exclude '*site-packages*' --exclude '*/test*' --exclude '*/idlelib/*' \
+	  --hold-out 0.05 --hold-out-prefix data/stdlib-held-out
+
+demo: setup data/stdlib.json
+	$(BIN)/griffin train trainer/configs/demo.toml --run-dir $(RUN_DIR) --ranks 4
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-all: setup
+	$(BIN)/python -m pytest -m ''
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

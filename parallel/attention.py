@@ -1,0 +1,78 @@
+"""Local and global multi-query attention, sharded over query heads (paper, sections 2.3 and 4.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from torch import Tensor, nn
+
+from griffin.kernels.local_attention import multi_query_attention, rotary
+from griffin.parallel.context import Context, Documents
+from griffin.parallel.mlp import row_linear
+from griffin.parallel.sharding import Piece, describe, normal
+
+
+class AttentionMixer(nn.Module):
+    """Multi-query attention with rotary positions on u [T, B, D]; `window` None sees the whole document.
+
+    A tensor rank holds its query heads and a copy of the one key/value head. Every rank computes keys and values from
+    its full input for its own heads, so the activations need no further communication: only the key/value weight
+    gradients are partial, and are summed over tensor ranks once per step (`sum_tensor_gradients`).
+    """
+
+    def __init__(self, name: str, context: Context, window: int | None):
+        super().__init__()
+        model = context.model
+        self.heads = model.heads // context.grid.tensor_size
+        self.head_dim = model.head_dim
+        self.window = window
+        self._group = context.grid.tensor_group
+        self._sequence_parallel = context.megatron.sequence_parallel
+        factory = {"dtype": context.dtype, "device": context.device}
+        self.query = nn.Parameter(torch.empty(self.heads * self.head_dim, model.width, **factory))
+        self.key_value = nn.Parameter(torch.empty(2 * self.head_dim, model.width, **factory))
+        self.out = row_linear(context, f"{name}.out", model.attention_width, atoms=model.heads)
+        init = normal(math.sqrt(1 / model.width))
+        describe(
+            self.query,
+            Piece(
+                name=f"{name}.q.weight",
+                shape=(model.attention_width, model.width),
+                init=init,
+                axis=0,
+                atoms=model.heads,
+            ),
+            weight_decay=True,
+        )
+        describe(
+            self.key_value,
+            *(
+                Piece(
+                    name=f"{name}.{part}.weight",
+                    shape=(self.head_dim, model.width),
+                    init=init,
+                    start=place * self.head_dim,
+                )
+                for place, part in enumerate(("k", "v"))
+            ),
+            weight_decay=True,
+            tensor_sum=True,
+        )
+
+    def forward(self, u: Tensor, documents: Documents) -> Tensor:
+        # One product for q, k and v: the input is gathered, and its gradient reduced, once.
+        qkv = linear_with_grad_accumulation_and_async_allreduce(
+            u,
+            torch.cat((self.query, self.key_value)),
+            bias=None,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=self._group.size() > 1 and not self._sequence_parallel,
+            sequence_parallel=self._sequence_parallel,
+            tp_group=self._group,
+        )
+        q, k, v = qkv.split((self.heads * self.head_dim, self.head_dim, self.head_dim), dim=-1)
+        q = rotary(q.unflatten(-1, (self.heads, self.head_dim)), documents.positions)
+        k = rotary(k, documents.positions)
+        return self.out(multi_query_attention(q, k, v, documents.mask(self.window)))[0]

@@ -1,0 +1,60 @@
+"""The residual block that every family shares (paper, section 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from griffin.parallel.attention import AttentionMixer
+from griffin.parallel.config import ATTENTION, RECURRENT
+from griffin.parallel.context import Context, Documents
+from griffin.parallel.mlp import MLP
+from griffin.parallel.norm import RMSNorm
+from griffin.parallel.recurrent import RecurrentMixer
+
+# What is run again in the backward pass instead of being kept ("none" keeps everything).
+RECOMPUTE = ("none", "mixer", "mlp", "block")
+
+
+class ResidualBlock(nn.Module):
+    """`r = x + Mix(norm1(x)); r + MLP(norm2(r))` on x [T, B, D]; with sequence parallelism, on this rank's part of T.
+
+    `index` counts blocks over the whole model, from 0.
+    """
+
+    def __init__(self, index: int, mixer: str, context: Context, recompute: str = "none"):
+        super().__init__()
+        name = f"blocks.{index}"
+        width = context.model.width
+        factory = {"dtype": context.dtype, "device": context.device}
+        self.recompute = recompute
+        self.mixer_norm = RMSNorm(f"{name}.mixer_norm", width, **factory)
+        self.mixer: RecurrentMixer | AttentionMixer
+        if mixer == RECURRENT:
+            self.mixer = RecurrentMixer(f"{name}.recurrent", context)
+        else:
+            window = context.model.window if mixer == ATTENTION else None
+            self.mixer = AttentionMixer(f"{name}.attention", context, window)
+        self.mlp_norm = RMSNorm(f"{name}.mlp_norm", width, **factory)
+        self.mlp = MLP(f"{name}.mlp", context)
+
+    def forward(self, x: Tensor, documents: Documents) -> Tensor:
+        return self._run("block", self._block, x, documents)
+
+    def _block(self, x: Tensor, documents: Documents) -> Tensor:
+        x = x + self._run("mixer", self._mix, x, documents)
+        return x + self._run("mlp", self._mlp, x)
+
+    def _mix(self, x: Tensor, documents: Documents) -> Tensor:
+        return self.mixer(self.mixer_norm(x), documents)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.mlp(self.mlp_norm(x))
+
+    def _run(self, part: str, function: Callable[..., Tensor], *args: object) -> Tensor:
+        if self.recompute == part and self.training:
+            # Nothing in a block draws random numbers.
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return function(*args)

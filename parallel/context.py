@@ -1,0 +1,89 @@
+"""What the blocks of a stage share: configurations, the rank grid, and the packed documents of a micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from griffin.kernels.local_attention import AttentionMask, attention_mask
+from griffin.parallel.config import ModelConfig, ParallelConfig
+from griffin.parallel.grid import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """Everything that a module of a stage is built from."""
+
+    model: ModelConfig
+    grid: Grid
+    megatron: TransformerConfig
+    device: torch.device  # of the parameters; meta where only their shapes are asked for
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.megatron.params_dtype
+
+
+def megatron_config(
+    model: ModelConfig, layout: ParallelConfig, dtype: torch.dtype, device: torch.device
+) -> TransformerConfig:
+    """megatron-core's configuration of layers, schedules and gradient reduction for this model and layout."""
+    on_gpu = device.type == "cuda"
+    interleaved = layout.virtual_pipeline > 1
+    return TransformerConfig(
+        num_layers=model.blocks,
+        hidden_size=model.width,
+        ffn_hidden_size=model.mlp_width,
+        num_attention_heads=layout.tensor,  # unused (attention is ours) but checked against the tensor size
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        perform_initialization=False,  # sharding.initialize draws layout-independent weights
+        deallocate_pipeline_outputs=True,
+        # Batched sends of the interleaved schedule are silently wrong over gloo; on GPU, overlap excludes them.
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved and on_gpu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+
+
+class Documents:
+    """The packed documents of a micro-batch, in the forms that mixers ask for; each is computed once per stage.
+
+    positions: int64 [B, T], 0 at every document's first token.
+    """
+
+    def __init__(self, positions: Tensor):
+        self._positions = positions
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [T, B]."""
+        return self._positions.t().contiguous()
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """bool [T, B], True at a document's first token."""
+        return self.positions == 0
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        return (self._positions == 0).cumsum(dim=1)
+
+    def mask(self, window: int | None) -> AttentionMask:
+        """Which keys each query sees; `window` None is all earlier tokens of its document."""
+        masks = self.__dict__.setdefault("_masks", {})
+        if window not in masks:
+            masks[window] = attention_mask(self._ids, window)
+        return masks[window]

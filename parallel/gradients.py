@@ -1,0 +1,45 @@
+"""Gradient reductions beyond data parallelism, as the schedules call them at the end of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor, nn
+
+from griffin.parallel.grid import Grid
+
+
+def sum_tensor_gradients(modules: Sequence[nn.Module], grid: Grid) -> None:
+    """Sum over tensor ranks the gradients of replicated parameters of which each rank computed a part (key/value)."""
+    if grid.tensor_size == 1:
+        return
+    gradients = [
+        parameter.main_grad  # type: ignore[attr-defined]
+        for module in modules
+        for parameter in module.parameters()
+        if getattr(parameter, "tensor_sum", False)
+    ]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=grid.tensor_group)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def finalize_gradients(grid: Grid) -> Any:
+    """megatron-core's finalize_model_grads followed by `sum_tensor_gradients`, for `config.finalize_model_grads_func`.
+
+    The order does not matter: data-parallel reduction, tensor-parallel sum and the division by the number of tokens
+    are linear.
+    """
+
+    def finalize(model: list[nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        finalize_model_grads(model, num_tokens, **kwargs)
+        sum_tensor_gradients(model, grid)
+
+    return finalize

@@ -1,0 +1,153 @@
+"""The rank grid: which tensor-, pipeline- and data-parallel place a rank has, and the process groups of each."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from griffin.parallel import host
+from griffin.parallel.config import ParallelConfig
+from griffin.parallel.ranks import Ranks
+
+# A rank that waits for another's slow but healthy work (building an index, say) asks again this often.
+_POLL = datetime.timedelta(seconds=20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A rank's place. Ranks are numbered tensor first, then data, then pipeline, as in megatron-core."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def first_rank_does(self, name: str, work: Callable[[], None]) -> None:
+        """Run `work` on rank 0 while the others wait for as long as it takes.
+
+        They wait on the store, not in a collective, so no communication timeout bounds the work. An exception of rank
+        0 is raised there and ends the others with a RuntimeError. `name` is unique within the process group's life.
+        """
+        if self.world_size == 1:
+            work()
+            return
+        store = dist.distributed_c10d._get_default_store()
+        key = f"griffin/{name}"
+        if self.rank == 0:
+            try:
+                work()
+            except BaseException as error:
+                store.set(key, f"{type(error).__name__}: {error}")
+                raise
+            store.set(key, "")
+            return
+        while True:
+            try:
+                store.wait([key], _POLL)
+                break
+            except dist.DistStoreError:
+                continue
+        if failure := store.get(key).decode():
+            raise RuntimeError(f"rank 0 failed at {name}: {failure}")
+
+
+@contextmanager
+def rank_grid(
+    layout: ParallelConfig,
+    ranks: Ranks,
+    *,
+    timeout: datetime.timedelta = datetime.timedelta(minutes=30),
+    store: dist.Store | None = None,
+) -> Iterator[Grid]:
+    """Start torch.distributed and megatron-core's process groups, and stop both at the end.
+
+    `store` is the rendezvous, `ranks.store()` unless one is given. NCCL is used where there is a GPU, gloo elsewhere. The world size must be a multiple of
+    `layout.model_ranks`.
+    """
+    device = host.device(ranks.local_rank)
+    host.install()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store or ranks.store(timeout),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        with _model_parallel(layout, timeout):
+            yield _read(device)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def single_rank_grid() -> Iterator[Grid]:
+    """A world of one rank that communicates with nobody: for counting on meta tensors and for tests."""
+    host.install()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with _model_parallel(ParallelConfig(), datetime.timedelta(minutes=1)):
+            yield _read(torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _model_parallel(layout: ParallelConfig, timeout: datetime.timedelta) -> Iterator[None]:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
+    )
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def _read(device: torch.device) -> Grid:
+    """Read megatron-core's global state once; everything else is handed a Grid."""
+    tensor, pipeline = (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    )
+    data = parallel_state.get_data_parallel_group()
+    return Grid(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=tensor.rank(),
+        tensor_size=tensor.size(),
+        pipeline_rank=pipeline.rank(),
+        pipeline_size=pipeline.size(),
+        data_rank=data.rank(),
+        data_size=data.size(),
+        tensor_group=tensor,
+        pipeline_group=pipeline,
+        device=device,
+    )

@@ -1,0 +1,123 @@
+"""Runs megatron-core on a machine without a GPU, and parts of it on no device at all.
+
+megatron-core 0.16.1 names the CUDA device in its code. `install()` redirects exactly those places, and only where no
+GPU is present; with one, nothing here does anything. Line numbers below are those of megatron-core 0.16.1.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, utils
+from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+from megatron.core.pipeline_parallel import p2p_communication, schedules
+from megatron.core.tensor_parallel import layers, mappings
+
+_FACTORIES = ("empty", "ones", "tensor", "zeros")
+
+# Modules that create tensors with device="cuda" or device=torch.cuda.current_device(), and where.
+_MODULES = (
+    clip_grads,  # 90, 103, 115, 174, 207: the gradient norm and the scale's overflow flag
+    distrib_optimizer,  # 791: shards of the optimizer state
+    layers,  # 261, 552, 873, 899, 1197, 1218: weights and the sequence-parallel gradient
+    mappings,  # 91, 141, 181: gathers and reduce-scatters
+    optimizer,  # 473, 481, 485, 1141: overflow flag and loss scale
+    p2p_communication,  # 190-202, 313, 321: receive buffers; 242, 398: synchronize
+    parallel_state,  # 198: synchronize
+    param_and_grad_buffer,  # 783, 800, 806: parameter and gradient buffers
+    schedules,  # 596, 983, 2138: the count of tokens
+    utils,  # 631: the buffer that sequence parallelism gathers into; 1207: the gradient norm
+)
+
+
+class _Cuda(types.ModuleType):
+    """`torch.cuda` whose current device is another one, and that has nothing to wait for."""
+
+    def __init__(self, device: torch.device):
+        super().__init__("torch.cuda")
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    def current_device(self) -> torch.device:
+        return self._device
+
+    def synchronize(self, *_: Any) -> None:
+        pass
+
+
+class _Torch(types.ModuleType):
+    """`torch` whose factory functions answer device="cuda" with another device."""
+
+    def __init__(self, device: torch.device):
+        super().__init__("torch")
+        self._device = device
+        self.cuda = _Cuda(device)
+        for name in _FACTORIES:
+            setattr(self, name, self._redirected(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def _redirected(self, factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+            return factory(*args, device=self._device if device == "cuda" else device, **kwargs)
+
+        return make
+
+
+def device(local_rank: int = 0) -> torch.device:
+    """The device of a rank: its GPU where there is one, else the CPU."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def install() -> None:
+    """Let megatron-core run on the CPU; no effect with a GPU or when called again."""
+    if not torch.cuda.is_available():
+        _redirect(torch.device("cpu"))
+
+
+def _redirect(target: torch.device) -> None:
+    proxy = _Torch(target)
+    for module in _MODULES:
+        module.torch = proxy
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Within it, megatron-core's layers allocate no memory: their weights are meta tensors."""
+    before = [module.torch for module in _MODULES]
+    _redirect(torch.device("meta"))
+    try:
+        yield
+    finally:
+        for module, torch_module in zip(_MODULES, before, strict=True):
+            module.torch = torch_module
+
+
+@contextmanager
+def cuda_type_names() -> Iterator[None]:
+    """Within it, `tensor.type()` names a CUDA type on a machine without a GPU.
+
+    distrib_optimizer 361-435 sorts parameters, and clip_grads 167 checks gradients, by those names.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    plain = torch.Tensor.type
+
+    def named_as_cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = plain(tensor, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = named_as_cuda  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = plain  # type: ignore[method-assign]

@@ -1,0 +1,48 @@
+"""RMSNorm, by Apex's fused kernel where NVIDIA's Apex can be imported and by PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from griffin.parallel.sharding import Piece, describe, zeros
+
+EPSILON = 1e-6
+
+
+def apex_rms_norm() -> Callable[..., Tensor] | None:
+    """Apex's RMSNorm for a float32 weight and any input dtype; None where NVIDIA's Apex is absent.
+
+    A package of the name `apex` that is not NVIDIA's has no such function.
+    """
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return importlib.import_module("apex.normalization.fused_layer_norm").mixed_dtype_fused_rms_norm_affine
+    except (ImportError, AttributeError):
+        return None
+
+
+class RMSNorm(nn.Module):
+    """`x * rsqrt(mean(x^2) + 1e-6) * (1 + w)` in float32, over the last axis of x [..., D]; output in x's dtype."""
+
+    def __init__(self, name: str, width: int, *, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
+        self._fused = apex_rms_norm()
+        describe(
+            self.weight,
+            Piece(name=f"{name}.weight", shape=(width,), init=zeros),
+            weight_decay=False,
+            sequence_parallel=True,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1.0 + self.weight.float()
+        if self._fused is not None:
+            return self._fused(x, scale, scale.shape, EPSILON).to(x.dtype)
+        return F.rms_norm(x.float(), scale.shape, scale, EPSILON).to(x.dtype)

@@ -1,0 +1,114 @@
+"""The recurrent block's temporal mixer, sharded over channels (paper, sections 2.3, 2.4 and 4.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from griffin.kernels.conv1d import causal_conv1d
+from griffin.kernels.rglru import rglru
+from griffin.parallel.config import CONV_WIDTH
+from griffin.parallel.context import Context, Documents
+from griffin.parallel.mlp import fused_column_linear, row_linear
+from griffin.parallel.sharding import Piece, decay, describe, normal, zeros
+
+
+class BlockDiagonalGates(nn.Module):
+    """The RG-LRU's input and recurrence gates before their sigmoid, block-diagonal over channels.
+
+    Blocks are sharded over tensor ranks, so that no rank needs another's channels. x [T, B, R/t] -> twice the same.
+    """
+
+    def __init__(self, name: str, context: Context):
+        super().__init__()
+        model = context.model
+        blocks, width = model.gate_blocks, model.gate_block_width
+        std = math.sqrt(1 / (model.recurrent_width if model.init == "jax" else width))
+        held = blocks // context.grid.tensor_size
+        # [block, in, (input gate | recurrence gate) out]: one batched product serves both gates.
+        self.weight = nn.Parameter(torch.empty(held, width, 2 * width, dtype=context.dtype, device=context.device))
+        self.bias = nn.Parameter(torch.empty(held, 2 * width, dtype=context.dtype, device=context.device))
+        gates = (f"{name}.input_gate", f"{name}.recurrence_gate")
+        for suffix, parameter, shape, init in (
+            ("weight", self.weight, (blocks, width, width), normal(std)),
+            ("bias", self.bias, (blocks, width), zeros),
+        ):
+            describe(
+                parameter,
+                *(
+                    Piece(
+                        name=f"{gate}.{suffix}",
+                        shape=shape,
+                        init=init,
+                        axis=0,
+                        atoms=blocks,
+                        dim=len(shape) - 1,
+                        start=place * width,
+                    )
+                    for place, gate in enumerate(gates)
+                ),
+                weight_decay=False,
+            )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        T, B, R = x.shape
+        blocks, width, _ = self.weight.shape
+        x_NTK = x.reshape(T * B, blocks, width).transpose(0, 1)
+        gates = torch.baddbmm(self.bias.unsqueeze(1), x_NTK, self.weight)  # [blocks, T B, 2 width]
+        gates = gates.view(blocks, T, B, 2, width).permute(3, 1, 2, 0, 4).reshape(2, T, B, R)
+        return gates[0], gates[1]
+
+
+class RecurrentMixer(nn.Module):
+    """`out(RGLRU(conv(lin_x(u))) * gelu(lin_y(u)))` on u [T, B, D].
+
+    Between the input linears and the output linear every operation is per channel or per gate block: a tensor rank
+    computes its channels alone, and the mixer communicates exactly what an MLP does.
+    """
+
+    def __init__(self, name: str, context: Context):
+        super().__init__()
+        model = context.model
+        R, blocks = model.recurrent_width, model.gate_blocks
+        self.lin_xy = fused_column_linear(
+            context, (f"{name}.lin_x", f"{name}.lin_y"), R, atoms=blocks, std=math.sqrt(1 / model.width)
+        )
+        held = R // context.grid.tensor_size
+        factory = {"dtype": context.dtype, "device": context.device}
+        self.conv_weight = nn.Parameter(torch.empty(CONV_WIDTH, held, **factory))
+        self.conv_bias = nn.Parameter(torch.empty(held, **factory))
+        self.gates = BlockDiagonalGates(name, context)
+        self.decay = nn.Parameter(torch.empty(held, **factory))
+        self.out = row_linear(context, f"{name}.out", R, atoms=blocks)
+        describe(
+            self.conv_weight,
+            Piece(
+                name=f"{name}.conv.weight",
+                shape=(CONV_WIDTH, R),
+                init=normal(math.sqrt(0.01 / CONV_WIDTH)),
+                axis=1,
+                atoms=blocks,
+                dim=1,
+            ),
+            weight_decay=True,
+        )
+        describe(
+            self.conv_bias,
+            Piece(name=f"{name}.conv.bias", shape=(R,), init=zeros, axis=0, atoms=blocks),
+            weight_decay=False,
+        )
+        describe(
+            self.decay,
+            Piece(name=f"{name}.decay", shape=(R,), init=decay, axis=0, atoms=blocks),
+            weight_decay=False,
+        )
+
+    def forward(self, u: Tensor, documents: Documents) -> Tensor:
+        x, y = self.lin_xy(u)[0].chunk(2, dim=-1)
+        x = causal_conv1d(x, self.conv_weight, self.conv_bias, starts=documents.starts)
+        input_gate, recurrence_gate = self.gates(x)
+        h, _ = rglru(x, input_gate, recurrence_gate, self.decay, starts=documents.starts)
+        return self.out(h * F.gelu(y, approximate="tanh"))[0]

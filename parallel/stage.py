@@ -1,0 +1,211 @@
+"""A pipeline stage: embedding (first stage), residual blocks, final norm with logits and loss (last stage)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from griffin.parallel import host
+from griffin.parallel.block import ResidualBlock
+from griffin.parallel.config import ModelConfig, ParallelConfig
+from griffin.parallel.context import Context, Documents, megatron_config
+from griffin.parallel.cost import split_blocks
+from griffin.parallel.grid import Grid
+from griffin.parallel.norm import RMSNorm
+from griffin.parallel.sharding import Piece, axis_atoms, describe, normal
+
+
+class Stage(MegatronModule):
+    """Blocks [first, last) of the model as megatron-core's schedules run them.
+
+    A batch maps `tokens`, `labels` and `positions` to int64 [B, T]; positions are 0 at every document's first token.
+    The last stage returns the loss of every token, float32 [T, B] (nats; the caller masks and sums), or with
+    `labels` absent this rank's part of the logits [T, B, padded vocabulary / t], float32, -inf at padding. Other
+    stages return activations [T, B, D] (this rank's part of T with sequence parallelism).
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        first: int,
+        last: int,
+        *,
+        is_first: bool,
+        is_last: bool,
+        virtual_stage: int | None = None,
+        recompute: str = "none",
+    ):
+        super().__init__(context.megatron)
+        self.model = context.model
+        # The names below are asked for by megatron-core's schedules and finalize_model_grads.
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = is_first, is_last
+        self.vp_stage = virtual_stage
+        self.share_embeddings_and_output_weights = True
+        self._input: Tensor | None = None
+        if is_first:
+            self.embedding = _embedding(context)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(index, context.model.pattern[index], context, recompute) for index in range(first, last)
+        )
+        if is_last:
+            self.final_norm = RMSNorm("final_norm", context.model.width, dtype=context.dtype, device=context.device)
+            self.logits = Logits(context, owns_weight=not is_first)
+
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        """Called by the schedule with the activations of the stage before."""
+        self._input = tensors[0]
+
+    def shared_embedding_or_output_weight(self) -> nn.Parameter | None:
+        if self.pre_process:
+            return self.embedding.weight
+        return self.logits.weight if self.post_process else None
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        documents = Documents(batch["positions"])
+        x = self._embed(batch["tokens"]) if self.pre_process else self._input
+        assert x is not None, "the stage before sent nothing"
+        for block in self.blocks:
+            x = block(x, documents)
+        if not self.post_process:
+            return x
+        logits = self.logits(self.final_norm(x), self.shared_embedding_or_output_weight())
+        if "labels" not in batch:
+            return logits
+        return vocab_parallel_cross_entropy(logits, batch["labels"].t().contiguous())
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)  # [B, T, D], or [T/t, B, D] with sequence parallelism
+        if not self.config.sequence_parallel:
+            x = x.transpose(0, 1).contiguous()
+        if self.model.scale_embedding:
+            # The published models round the factor to bfloat16 whatever they compute in.
+            x = x * torch.tensor(math.sqrt(self.model.width), dtype=torch.bfloat16).to(x.dtype)
+        return x
+
+
+class Logits(nn.Module):
+    """Tied output projection: x [T, B, D] -> this rank's part of the logits [T, B, padded vocabulary / t], float32.
+
+    The last of several pipeline stages owns a copy of the embedding table, a single stage is given the table itself.
+    """
+
+    def __init__(self, context: Context, *, owns_weight: bool):
+        super().__init__()
+        self.context = context
+        self.rows = context.model.padded_vocabulary // context.grid.tensor_size
+        self.valid_rows = min(max(context.model.vocabulary - context.grid.tensor_rank * self.rows, 0), self.rows)
+        self.weight: nn.Parameter | None = None
+        if owns_weight:
+            self.weight = nn.Parameter(
+                torch.empty(self.rows, context.model.width, dtype=context.dtype, device=context.device)
+            )
+            _describe_embedding(self.weight, context.model, shared=True)
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        sequence_parallel = self.context.megatron.sequence_parallel
+        weight = self.weight if weight is None else weight
+        logits = linear_with_grad_accumulation_and_async_allreduce(
+            x,
+            weight,
+            bias=None,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=self.context.grid.tensor_size > 1 and not sequence_parallel,
+            sequence_parallel=sequence_parallel,
+            tp_group=self.context.grid.tensor_group,
+        ).float()
+        if (cap := self.context.model.logit_soft_cap) > 0:
+            logits = cap * torch.tanh(logits / cap)
+        if self.valid_rows < self.rows:
+            padding = torch.arange(self.rows, device=logits.device) >= self.valid_rows
+            logits = logits.masked_fill(padding, float("-inf"))
+        return logits
+
+
+def _embedding(context: Context) -> VocabParallelEmbedding:
+    embedding = VocabParallelEmbedding(
+        context.model.padded_vocabulary,
+        context.model.width,
+        init_method=None,
+        reduce_scatter_embeddings=context.megatron.sequence_parallel,
+        config=context.megatron,
+        tp_group=context.grid.tensor_group,
+    )
+    _describe_embedding(embedding.weight, context.model, shared=False)
+    return embedding
+
+
+def _describe_embedding(weight: nn.Parameter, model: ModelConfig, *, shared: bool) -> None:
+    describe(
+        weight,
+        Piece(
+            name="embedding.weight",
+            shape=(model.vocabulary, model.width),
+            init=normal(math.sqrt(1 / model.width)),
+            axis=0,
+            atoms=axis_atoms(model.padded_vocabulary),
+            padded=model.padded_vocabulary,
+        ),
+        weight_decay=False,
+        shared=shared,
+    )
+
+
+def stage_blocks(model: ModelConfig, layout: ParallelConfig, sequence: int) -> tuple[int, ...]:
+    """Blocks of each of the pipeline x virtual stages in model order: the configured ones, else balanced by cost."""
+    return layout.stages or split_blocks(model, layout.pipeline * layout.virtual_pipeline, sequence)
+
+
+def build_stages(
+    model: ModelConfig,
+    layout: ParallelConfig,
+    grid: Grid,
+    *,
+    dtype: torch.dtype,
+    sequence: int,
+    recompute: str = "none",
+    device: torch.device | None = None,
+) -> list[Stage]:
+    """The stages that this rank holds, first to last, with uninitialised weights (see `sharding.initialize`).
+
+    Stage s of the pipeline x virtual stages is held by pipeline rank s mod pipeline. `device` defaults to the rank's.
+    """
+    device = device or grid.device
+    context = Context(
+        model=model, grid=grid, megatron=megatron_config(model, layout, dtype, grid.device), device=device
+    )
+    sizes = stage_blocks(model, layout, sequence)
+    assert len(sizes) == layout.pipeline * layout.virtual_pipeline, sizes
+    assert sum(sizes) == model.blocks, sizes
+    stages = []
+    for virtual in range(layout.virtual_pipeline):
+        place = virtual * layout.pipeline + grid.pipeline_rank
+        first = sum(sizes[:place])
+        stages.append(
+            Stage(
+                context,
+                first,
+                first + sizes[place],
+                is_first=place == 0,
+                is_last=place == len(sizes) - 1,
+                virtual_stage=virtual if layout.virtual_pipeline > 1 else None,
+                recompute=recompute,
+            )
+        )
+    return stages
+
+
+def meta_stage(model: ModelConfig, grid: Grid) -> Stage:
+    """The whole model as one stage of meta tensors: names and shapes, no memory. For a grid of one rank."""
+    with host.on_meta():
+        (stage,) = build_stages(
+            model, ParallelConfig(), grid, dtype=torch.float32, sequence=1, device=torch.device("meta")
+        )
+    return stage

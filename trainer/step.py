@@ -1,0 +1,199 @@
+"""One training step: schedule of micro-batches -> gradients -> checks -> optimizer (and the same without gradients)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from griffin.parallel import host
+from griffin.parallel.gradients import finalize_gradients
+from griffin.parallel.grid import Grid
+from griffin.parallel.sharding import initialize
+from griffin.parallel.stage import Stage, build_stages
+from griffin.trainer.config import Config
+from griffin.trainer.optimizer import build_optimizer, build_schedule
+
+Batch = Mapping[str, Tensor]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient is NaN or infinite. Raised on every rank before the optimizer changes a weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step did, the same on every rank. `loss` is in nats per unmasked token over the global batch."""
+
+    loss: float
+    grad_norm: float  # before clipping, over the whole model
+    learning_rate: float
+    loss_tokens: int  # unmasked tokens
+
+
+class Training:
+    """The model of this rank with its optimizer: call `step` with micro-batches, in order.
+
+    Weights are drawn from `train.seed`, the same whatever the layout.
+    """
+
+    def __init__(self, config: Config, grid: Grid):
+        self.config, self.grid = config, grid
+        self.dtype = DTYPES[config.train.dtype]
+        self.micro_batches = config.train.global_batch // (config.train.micro_batch * grid.data_size)
+        self.overlap = grid.data_size > 1 and (
+            config.train.overlap == "on" or (config.train.overlap == "auto" and grid.device.type == "cuda")
+        )
+        stages = build_stages(
+            config.model,
+            config.parallel,
+            grid,
+            dtype=self.dtype,
+            sequence=config.data.sequence_length,
+            recompute=config.train.recompute,
+        )
+        initialize(stages, grid, config.train.seed)
+        self.stages: list[Stage] = stages
+        self.chunks = [
+            DistributedDataParallel(
+                config=stage.config,
+                ddp_config=DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    overlap_grad_reduce=self.overlap,
+                    overlap_param_gather=self.overlap,
+                    use_distributed_optimizer=True,
+                ),
+                module=stage,
+                disable_bucketing=place > 0,
+            )
+            for place, stage in enumerate(stages)
+        ]
+        self.optimizer = build_optimizer(config, self.chunks, self.dtype, overlap=self.overlap)
+        self.schedule = build_schedule(config, self.optimizer)
+        megatron = stages[0].config
+        megatron.finalize_model_grads_func = finalize_gradients(grid)
+        if self.overlap:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+        self._forward_backward = get_forward_backward_func()
+        self._steps_done = 0
+
+    def step(self, batches: Iterator[Batch]) -> StepResult:
+        """One optimizer step on the next micro-batches (maps of int64 and float32 [B, T], see `trainer.data`).
+
+        Raises NonFiniteError, with all weights as they were, if the loss or the gradient is not finite.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss, tokens = self._run(batches, self.micro_batches, forward_only=False)
+        with host.cuda_type_names():
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+            self._check_finite(loss, grad_norm)
+            if self.config.optimizer.clip > 0:
+                for optimizer in self.optimizer.chained_optimizers:
+                    clip_grad_by_total_norm_fp32(
+                        optimizer.get_parameters(), max_norm=self.config.optimizer.clip, total_norm=grad_norm
+                    )
+            self.schedule.step(1)
+            self.optimizer.step_with_ready_grads()
+        self._steps_done += 1
+        return StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            loss_tokens=tokens,
+        )
+
+    def evaluate(self, batches: Iterator[Batch], global_batches: int) -> float:
+        """Mean loss (nats per unmasked token) over the next global batches, without gradients."""
+        for chunk in self.chunks:
+            chunk.eval()
+            if self.overlap:
+                chunk.disable_forward_pre_hook()
+        with torch.no_grad():
+            loss, _ = self._run(batches, self.micro_batches * global_batches, forward_only=True)
+        if self.overlap:
+            for chunk in self.chunks:
+                chunk.enable_forward_pre_hook()
+        return loss
+
+    def _run(self, batches: Iterator[Batch], micro_batches: int, *, forward_only: bool) -> tuple[float, int]:
+        """megatron-core's schedule over micro-batches; the mean loss and the number of unmasked tokens, everywhere."""
+        here = itertools.islice(batches, micro_batches)
+        losses = self._forward_backward(
+            forward_step_func=self._forward,
+            data_iterator=list(itertools.tee(here, len(self.chunks))) if len(self.chunks) > 1 else here,
+            model=self.chunks,
+            num_microbatches=micro_batches,
+            seq_length=self.config.data.sequence_length,
+            micro_batch_size=self.config.train.micro_batch,
+            forward_only=forward_only,
+        )
+        total = torch.zeros(2, dtype=torch.float64, device=self.grid.device)
+        if self.grid.is_last_stage and self.grid.tensor_rank == 0:
+            for loss in losses:
+                total += loss
+        dist.all_reduce(total)
+        loss_sum, tokens = total.tolist()
+        return loss_sum / max(tokens, 1.0), int(tokens)
+
+    def _forward(self, batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, partial]:
+        batch = {name: value.to(self.grid.device, non_blocking=True) for name, value in next(batches).items()}
+        return chunk(batch), partial(_loss, batch["loss_mask"])
+
+    def _check_finite(self, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        mine = [
+            (place, piece.name)
+            for place, (piece, parameter) in enumerate(
+                (piece, parameter)
+                for stage in self.stages
+                for parameter in stage.parameters()
+                for piece in parameter.pieces
+            )
+            if not piece.view(parameter.main_grad, self.grid.tensor_size).isfinite().all()
+        ]
+        found: list[tuple[int, list[tuple[int, str]]]] = [(0, [])] * self.grid.world_size
+        dist.all_gather_object(found, (self.grid.pipeline_rank, mine))
+        where = "every gradient is finite"
+        offenders = sorted((_model_order(name), name) for _, names in found for _, name in names)
+        if offenders:
+            name = offenders[0][1]
+            ranks = [rank for rank, (_, names) in enumerate(found) if name in {n for _, n in names}]
+            where = (
+                f"the first non-finite gradient is that of {name} on rank{'s' * (len(ranks) > 1)} "
+                f"{', '.join(map(str, ranks))} ({len({n for _, n in offenders})} parameters in all)"
+            )
+        raise NonFiniteError(
+            f"step {self._steps_done + 1}: loss {loss}, gradient norm {grad_norm}; {where}. No weight was changed."
+        )
+
+
+def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of unmasked losses, their number, both for logging) of a micro-batch; mask [B, T], losses [T, B]."""
+    mask = mask.t()
+    total, tokens = (losses * mask).sum(), mask.sum()
+    # A clone: the schedule may scale the first in place.
+    return total, tokens.int(), torch.stack((total.detach().clone(), tokens)).double()
+
+
+def _model_order(name: str) -> tuple[int, str]:
+    """Sorts parameter names from the input to the output of the model."""
+    parts = name.split(".")
+    if parts[0] == "blocks":
+        return int(parts[1]), name
+    return (-1 if parts[0] == "embedding" else 1 << 30), name
