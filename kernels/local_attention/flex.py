@@ -1,0 +1,36 @@
+"""Attention with PyTorch's FlexAttention, which skips blocks of scores that the mask empties: what runs on a GPU."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+
+@cache
+def _compiled(function):
+    # Uncompiled, FlexAttention and the building of its mask both write out all T x T scores. Compiled at the first
+    # use: it takes seconds, and a process without a GPU never needs it.
+    return torch.compile(function)
+
+
+def flex_mask(documents: Tensor, window: int | None) -> BlockMask:
+    """Mask of documents [B, T] for queries that see `window` keys, or with None all of their document so far."""
+
+    def visible(batch, head, query, key):
+        seen = (query >= key) & (documents[batch, query] == documents[batch, key])
+        return seen if window is None else seen & (query - key < window)
+
+    rows, length = documents.shape
+    build = _compiled(create_block_mask) if documents.is_cuda else create_block_mask
+    return build(visible, rows, None, length, length, device=documents.device)
+
+
+def flex_attention_mqa(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """Attention of q [T, B, H, hd] over k, v [T, B, hd]; returns [T, B, H * hd]. No backward on CPU."""
+    attend = _compiled(flex_attention) if q.is_cuda else flex_attention
+    keys, values = (tensor.transpose(0, 1).unsqueeze(1) for tensor in (k, v))  # [B, 1, T, hd]
+    attended = attend(q.permute(1, 2, 0, 3), keys, values, block_mask=mask, enable_gqa=True)
+    return attended.permute(2, 0, 1, 3).flatten(2)

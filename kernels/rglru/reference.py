@@ -1,0 +1,56 @@
+"""The RG-LRU as a loop over time: the definition that every faster path is tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+GATE_SCALE = 8.0  # c of log a = -c * sigmoid(recurrence_gate) * softplus(p); section 2.4
+MIN_SQRT_ARGUMENT = 1e-6 / 4  # below it sqrt'(x) is taken there: at most 1 / sqrt(1e-6) = 1000
+
+
+class _BoundedSqrt(torch.autograd.Function):
+    """Square root whose derivative is 1 / sqrt(max(4 x, 1e-6))."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sqrt()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad / (4 * x.clamp(min=MIN_SQRT_ARGUMENT)).sqrt()
+
+
+def rglru_reference(
+    x: Tensor,
+    input_gate: Tensor,
+    recurrence_gate: Tensor,
+    decay: Tensor,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """RG-LRU of time-major tensors, differentiated by autograd; arguments as `griffin.kernels.rglru.rglru`.
+
+    Arithmetic is float32, or float64 where x is.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    steps, batch, width = x.shape
+    if starts is None:
+        starts = torch.zeros(steps, batch, dtype=torch.bool, device=x.device)
+        starts[0] = initial_state is None
+    at_start = starts[..., None]
+
+    log_a = -GATE_SCALE * recurrence_gate.to(dtype).sigmoid() * F.softplus(decay.to(dtype))  # [T, B, R]
+    a = log_a.exp().masked_fill(at_start, 0)
+    multiplier = _BoundedSqrt.apply(-torch.expm1(2 * log_a)).masked_fill(at_start, 1)
+    b = multiplier * (input_gate.to(dtype).sigmoid() * x.to(dtype))
+
+    h = x.new_zeros(batch, width, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    states = []
+    for a_t, b_t in zip(a, b, strict=True):
+        h = a_t * h + b_t
+        states.append(h)
+    return torch.stack(states).to(x.dtype), h
