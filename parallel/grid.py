@@ -82,8 +82,8 @@ def rank_grid(
 ) -> Iterator[Grid]:
     """Start torch.distributed and megatron-core's process groups, and stop both at the end.
 
-    `store` is the rendezvous, `ranks.store()` unless one is given. NCCL is used where there is a GPU, gloo elsewhere. The world size must be a multiple of
-    `layout.model_ranks`.
+    `store` is the rendezvous, `ranks.store()` unless one is given. NCCL is used where there is a GPU, gloo elsewhere.
+    The world size must be a multiple of `layout.model_ranks`.
     """
     device = host.device(ranks.local_rank)
     host.install()

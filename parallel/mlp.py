@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
+from griffin.parallel.config import axis_atoms
 from griffin.parallel.context import Context
-from griffin.parallel.sharding import Piece, axis_atoms, describe, normal, zeros
+from griffin.parallel.sharding import Piece, describe, normal, zeros
 
 
 def fused_column_linear(

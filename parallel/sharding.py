@@ -9,8 +9,7 @@ whole atoms.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +18,8 @@ from torch import Tensor, nn
 
 from griffin.parallel.grid import Grid
 
-# Divisible by every tensor-parallel size up to 8 and by 10, 12, 14, 15, 16, 20, 32, 64.
-MOST_ATOMS = 6720
-
 # (shape of the draw, generator) -> float32 values
 Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
-
-
-def axis_atoms(size: int) -> int:
-    """Number of equal atoms that an MLP or vocabulary axis of `size` is cut into; a tensor-parallel size divides it."""
-    return math.gcd(size, MOST_ATOMS)
 
 
 def normal(std: float) -> Init:
@@ -165,6 +156,32 @@ def _draw(piece: Piece, out: Tensor, grid: Grid, seed: int) -> None:
     if padding > 0:  # of these rows, those that this rank holds
         held = min(padding, out.shape[piece.axis])
         out.narrow(piece.axis, out.shape[piece.axis] - held, held).zero_()
+
+
+@torch.no_grad()
+def load(modules: Iterable[nn.Module], grid: Grid, tensors: Mapping[str, Tensor]) -> None:
+    """Copy this rank's parts of global tensors, by canonical name, into the parameters (rounded to their dtype).
+
+    Padding of the vocabulary becomes zero. Raises ValueError if a name is missing, unknown or of another shape.
+    """
+    unknown = set(tensors)
+    for module in modules:
+        for parameter in module.parameters():
+            for piece in parameter.pieces:  # type: ignore[attr-defined]
+                if piece.name not in tensors or tensors[piece.name].shape != piece.shape:
+                    found = tuple(tensors[piece.name].shape) if piece.name in tensors else "none"
+                    raise ValueError(f"{piece.name}: must be a tensor of shape {piece.shape}, found {found}")
+                unknown.discard(piece.name)
+                part = piece.view(parameter, grid.tensor_size)
+                if piece.axis is None:
+                    part.copy_(tensors[piece.name])
+                    continue
+                part.zero_()
+                first = part.shape[piece.axis] * grid.tensor_rank
+                held = max(0, min(part.shape[piece.axis], piece.shape[piece.axis] - first))
+                part.narrow(piece.axis, 0, held).copy_(tensors[piece.name].narrow(piece.axis, first, held))
+    if unknown and grid.pipeline_size == 1:
+        raise ValueError(f"no parameter is called {', '.join(sorted(unknown))}")
 
 
 def gather(

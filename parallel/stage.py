@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from griffin.parallel import host
 from griffin.parallel.block import ResidualBlock
-from griffin.parallel.config import ModelConfig, ParallelConfig
+from griffin.parallel.config import ModelConfig, ParallelConfig, axis_atoms
 from griffin.parallel.context import Context, Documents, megatron_config
 from griffin.parallel.cost import split_blocks
 from griffin.parallel.grid import Grid
 from griffin.parallel.norm import RMSNorm
-from griffin.parallel.sharding import Piece, axis_atoms, describe, normal
+from griffin.parallel.sharding import Piece, describe, normal
 
 
 class Stage(MegatronModule):
@@ -156,6 +156,8 @@ def _describe_embedding(weight: nn.Parameter, model: ModelConfig, *, shared: boo
         weight_decay=False,
         shared=shared,
     )
+    # A bucket of its own: the first and the last stage then hold the same shard of it, whose gradients are summed.
+    weight.shared_embedding = True  # type: ignore[attr-defined]
 
 
 def stage_blocks(model: ModelConfig, layout: ParallelConfig, sequence: int) -> tuple[int, ...]:

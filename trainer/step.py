@@ -93,11 +93,7 @@ class Training:
 
         Raises NonFiniteError, with all weights as they were, if the loss or the gradient is not finite.
         """
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        loss, tokens = self._run(batches, self.micro_batches, forward_only=False)
+        loss, tokens = self.gradients(batches)
         with host.cuda_type_names():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
@@ -116,6 +112,17 @@ class Training:
             learning_rate=self.optimizer.param_groups[0]["lr"],
             loss_tokens=tokens,
         )
+
+    def gradients(self, batches: Iterator[Batch]) -> tuple[float, int]:
+        """Mean loss and number of unmasked tokens of the next global batch; parameters' `main_grad` is its gradient.
+
+        Of `main_grad`, a data-parallel rank holds the reduced values of its own shard only.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(batches, self.micro_batches, forward_only=False)
 
     def evaluate(self, batches: Iterator[Batch], global_batches: int) -> float:
         """Mean loss (nats per unmasked token) over the next global batches, without gradients."""

@@ -1,0 +1,126 @@
+"""What each block communicates over tensor ranks: the collectives are counted, with their bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from griffin.kernels.conv1d import causal_conv1d
+from griffin.kernels.rglru import rglru
+from griffin.parallel.attention import AttentionMixer
+from griffin.parallel.config import ParallelConfig
+from griffin.parallel.context import Context, Documents, megatron_config
+from griffin.parallel.grid import rank_grid
+from griffin.parallel.mlp import MLP
+from griffin.parallel.recurrent import BlockDiagonalGates, RecurrentMixer
+from griffin.parallel.sharding import initialize
+from griffin.trainer.step import Training
+from tests.parallel.test_layouts import make_config, micro_batches
+from tests.ranks import RankPool
+
+T, B = 32, 2
+MODEL = make_config("griffin", ParallelConfig()).model
+ACTIVATIONS = T * B * MODEL.width * 4  # bytes of [T, B, D] in float32
+
+ALL_REDUCE = ("allreduce_", ACTIVATIONS)
+ALL_GATHER = ("_allgather_base_", ACTIVATIONS)
+REDUCE_SCATTER = ("_reduce_scatter_base_", ACTIVATIONS)
+EXPECTED = {
+    False: {"forward": [ALL_REDUCE], "backward": [ALL_REDUCE]},
+    # Backward: the output's gradient is gathered, the input is gathered again (only its shard was kept), and the
+    # input's gradient is reduced and scattered.
+    True: {
+        "forward": [ALL_GATHER, REDUCE_SCATTER],
+        "backward": [ALL_GATHER, ALL_GATHER, REDUCE_SCATTER],
+    },
+}
+
+
+class CountCollectives(TorchDispatchMode):
+    """Records (operation, bytes of the larger of its input and output) of every collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace in ("c10d", "_c10d_functional"):
+            sizes = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            self.seen.append((name, max(sizes)))
+        return func(*args, **(kwargs or {}))
+
+
+def count_branches(ranks: Any, store: Any, sequence_parallel: bool) -> dict[str, Any]:
+    layout = ParallelConfig(tensor=2, sequence_parallel=sequence_parallel)
+    with rank_grid(layout, ranks, store=store) as grid:
+        context = Context(
+            model=MODEL,
+            grid=grid,
+            megatron=megatron_config(MODEL, layout, torch.float32, grid.device),
+            device=grid.device,
+        )
+        documents = Documents(torch.arange(T).expand(B, T).contiguous() % 13)
+        branches = {
+            "mlp": (MLP("m", context), ()),
+            "recurrent": (RecurrentMixer("r", context), (documents,)),
+            "attention": (AttentionMixer("a", context, 10), (documents,)),
+            "global attention": (AttentionMixer("g", context, None), (documents,)),
+        }
+        seen: dict[str, Any] = {}
+        for name, (branch, arguments) in branches.items():
+            initialize([branch], grid, seed=0)
+            x = torch.randn(T // (2 if sequence_parallel else 1), B, MODEL.width, requires_grad=True)
+            with CountCollectives() as forward:
+                output = branch(x, *arguments)
+            with CountCollectives() as backward:
+                output.sum().backward()
+            seen[name] = {"forward": forward.seen, "backward": backward.seen}
+        seen["inside"] = _inside_recurrence(context, documents)
+        return seen
+
+
+def _inside_recurrence(context: Context, documents: Documents) -> list[tuple[str, int]]:
+    width = MODEL.recurrent_width // context.grid.tensor_size
+    gates = BlockDiagonalGates("r", context)
+    initialize([gates], context.grid, seed=0)
+    x = torch.randn(T, B, width, requires_grad=True)
+    with CountCollectives() as count:
+        convolved = causal_conv1d(x, torch.randn(4, width), torch.randn(width), starts=documents.starts)
+        y, _ = rglru(convolved, *gates(convolved), torch.randn(width), starts=documents.starts)
+        y.sum().backward()
+    assert x.grad is not None
+    return count.seen
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["plain", "sequence-parallel"])
+def test_every_branch_communicates_what_an_mlp_does(rank_pool: RankPool, sequence_parallel: bool) -> None:
+    for seen in rank_pool.run(count_branches, 2, sequence_parallel):
+        assert seen.pop("inside") == [], "convolution, gates and recurrence must not communicate"
+        for name, counted in seen.items():
+            assert counted == EXPECTED[sequence_parallel], name
+
+
+def count_step(ranks: Any, store: Any, sequence_parallel: bool) -> list[tuple[str, int]]:
+    layout = ParallelConfig(tensor=2, sequence_parallel=sequence_parallel)
+    config = make_config("griffin", layout)
+    # Four micro-batches: what happens once per step and once per micro-batch can be told apart.
+    assert config.train.global_batch == 4 * config.train.micro_batch
+    with rank_grid(layout, ranks, store=store) as grid:
+        training = Training(config, grid)
+        data = micro_batches(config, 0, 0, 1)
+        with CountCollectives() as count:
+            training.gradients(iter(data))
+        return count.seen
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["plain", "sequence-parallel"])
+def test_key_value_gradients_are_summed_once_per_step(rank_pool: RankPool, sequence_parallel: bool) -> None:
+    attention_blocks = MODEL.pattern.count("attention")
+    size = attention_blocks * 2 * MODEL.head_dim * MODEL.width * 4
+    for seen in rank_pool.run(count_step, 2, sequence_parallel):
+        assert seen.count(("allreduce_", size)) == 1

@@ -1,0 +1,78 @@
+"""The tensors of transformers' RecurrentGemma under this project's canonical names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig
+
+_TOP = {"embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.final_norm.weight"}
+_BLOCK = {
+    "mixer_norm": "temporal_pre_norm",
+    "mlp_norm": "channel_pre_norm",
+    "mlp.gate": "mlp_block.gate_proj",
+    "mlp.up": "mlp_block.up_proj",
+    "mlp.down": "mlp_block.down_proj",
+    "attention.q": "temporal_block.q_proj",
+    "attention.k": "temporal_block.k_proj",
+    "attention.v": "temporal_block.v_proj",
+    "attention.out": "temporal_block.o_proj",
+    "recurrent.lin_x": "temporal_block.linear_x",
+    "recurrent.lin_y": "temporal_block.linear_y",
+    "recurrent.out": "temporal_block.linear_out",
+    "recurrent.conv": "temporal_block.conv_1d",
+    "recurrent.input_gate": "temporal_block.rg_lru.input_gate_",
+    "recurrent.recurrence_gate": "temporal_block.rg_lru.recurrent_gate_",
+    "recurrent.decay": "temporal_block.rg_lru.recurrent_param",
+}
+
+
+def transformers_name(name: str) -> str:
+    """The transformers name of a canonical one: `blocks.3.mlp.up.bias` -> `model.layers.3.mlp_block.up_proj.bias`."""
+    if name in _TOP:
+        return _TOP[name]
+    match = re.fullmatch(r"blocks\.(\d+)\.(.*?)(?:\.(weight|bias))?", name)
+    assert match, name
+    part, suffix = _BLOCK[match[2]], match[3]
+    if suffix and not part.endswith("_"):
+        part += "."
+    return f"model.layers.{match[1]}.{part}{suffix or ''}"
+
+
+def from_transformers(tensors: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """Canonical tensors `names` of a RecurrentGemma state dict (or of its gradients, by the same names)."""
+    found = {}
+    for name in names:
+        value = tensors[transformers_name(name)]
+        # [R, 1, taps] -> [taps, R]
+        found[name] = value.squeeze(1).t().contiguous() if name.endswith("conv.weight") else value
+    return found
+
+
+def transformers_settings(model: ModelConfig) -> dict[str, object]:
+    """Arguments of transformers' RecurrentGemmaConfig for the same model; ValueError where it has no such model."""
+    if model.gate_blocks != model.heads:
+        raise ValueError(f"model.gate_blocks = {model.gate_blocks}: must be model.heads = {model.heads}")
+    if model.logit_soft_cap <= 0:
+        raise ValueError("model.logit_soft_cap = 0: must be above 0")
+    if not model.scale_embedding:
+        raise ValueError("model.scale_embedding = false: must be true")
+    if set(model.pattern) - {RECURRENT, ATTENTION}:
+        raise ValueError(f"model.pattern: must hold {RECURRENT} and {ATTENTION} only")
+    return {
+        "vocab_size": model.vocabulary,
+        "hidden_size": model.width,
+        "intermediate_size": 2 * model.mlp_width,  # halved inside
+        "num_hidden_layers": model.blocks,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": 1,
+        "head_dim": model.head_dim,
+        "lru_width": model.recurrent_width,
+        "attention_window_size": model.window,
+        "logits_soft_cap": model.logit_soft_cap,
+        "block_types": list(model.pattern),
+        "tie_word_embeddings": True,
+    }
