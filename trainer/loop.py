@@ -10,8 +10,7 @@ from types import TracebackType
 
 import torch
 
-from griffin.kernels.local_attention import attention_backend
-from griffin.kernels.rglru import scan_backend
+from griffin.kernels import local_attention, rglru
 from griffin.parallel.cost import train_flops_per_token
 from griffin.parallel.grid import Grid, rank_grid
 from griffin.parallel.norm import apex_rms_norm
@@ -53,8 +52,8 @@ def implementations(device: torch.device) -> dict[str, str]:
     return {
         "optimizer": optimizer_name(),
         "norm": "torch rms_norm" if apex_rms_norm() is None else "apex mixed_dtype_fused_rms_norm_affine",
-        "attention": attention_backend(device),
-        "scan": scan_backend(device),
+        "attention": local_attention.select_backend(device),
+        "scan": rglru.select_backend(device),
     }
 
 
