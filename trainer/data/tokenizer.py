@@ -1,0 +1,156 @@
+"""Tokenizers: raw bytes, Hugging Face `tokenizers` files and SentencePiece models behind one interface."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BYTES = "bytes"
+# Names that published tokenizers give to the token that ends a document, tried in this order.
+END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back. Every id is in [0, vocabulary)."""
+
+    kind: str
+    spec: str  # "bytes", or the absolute path of the tokenizer's file
+    vocabulary: int
+    eod: int  # id of the end-of-document token
+    sha256: str | None = None  # of the tokenizer's file
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of `text`, int32 [tokens], without any special token: the name of one in the text is plain text."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; the end-of-document token becomes nothing."""
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies this tokenizer, JSON-able: prefixes of one run must agree in all of it."""
+        return {"kind": self.kind, "vocabulary": self.vocabulary, "eod": self.eod, "sha256": self.sha256}
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes as ids 0..255; 256 ends a document."""
+
+    kind = BYTES
+    spec = BYTES
+    vocabulary = 257
+    eod = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if i != self.eod).decode("utf-8", errors="replace")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json` of the Hugging Face `tokenizers` library."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path, eod: str | None) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self._backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"tokenizer {path}: not a Hugging Face tokenizer file ({error})") from error
+        # A saved truncation or padding would cut or fill documents; special tokens named in a text are text.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        self.spec = str(path.absolute())
+        self.sha256 = _sha256(path)
+        self.vocabulary = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.eod = _find_eod(path, self._backend.token_to_id, eod)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._backend.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `.model`."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path, eod: str | None) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._backend = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"tokenizer {path}: not a SentencePiece model ({error})") from error
+        self.spec = str(path.absolute())
+        self.sha256 = _sha256(path)
+        self.vocabulary = self._backend.vocab_size()
+        if eod is None and self._backend.eos_id() >= 0:
+            self.eod = self._backend.eos_id()
+        else:
+            self.eod = _find_eod(path, self._id_of, eod)
+
+    def _id_of(self, piece: str) -> int | None:
+        number = self._backend.piece_to_id(piece)  # that of the unknown piece where absent
+        return number if self._backend.id_to_piece(number) == piece else None
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._backend.encode(text, out_type=int), dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._backend.decode([int(i) for i in ids if i != self.eod])
+
+
+def load_tokenizer(spec: str, eod: str | None = None) -> Tokenizer:
+    """The tokenizer named by `spec`: "bytes", a Hugging Face tokenizer.json or a SentencePiece .model.
+
+    `eod` names the end-of-document token where the usual names are absent or not the one wanted.
+    Raises ValueError for anything else, a missing or damaged file, or no end-of-document token.
+    """
+    if spec == BYTES:
+        if eod is not None:
+            raise ValueError(f"--eod {eod}: the bytes tokenizer has its own end-of-document token, {ByteTokenizer.eod}")
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    kinds: dict[str, type[HuggingFaceTokenizer] | type[SentencePieceTokenizer]]
+    kinds = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
+    if path.suffix not in kinds:
+        raise ValueError(
+            f'tokenizer {spec!r}: expected "{BYTES}", a Hugging Face tokenizer file (.json) or a SentencePiece model '
+            "(.model)"
+        )
+    if not path.is_file():
+        raise ValueError(f"tokenizer {spec!r}: no such file")
+    return kinds[path.suffix](path, eod)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find_eod(path: Path, id_of, eod: str | None) -> int:
+    """Id of the token `eod`, or of the first usual name that the tokenizer has. `id_of` gives None where absent."""
+    if eod is not None:
+        found = id_of(eod)
+        if found is None:
+            raise ValueError(f"--eod {eod}: tokenizer {path} has no such token")
+        return found
+    for name in END_OF_DOCUMENT_NAMES:
+        found = id_of(name)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"tokenizer {path}: none of {', '.join(END_OF_DOCUMENT_NAMES)} is in its vocabulary; "
+        "name its end-of-document token with --eod TOKEN"
+    )
