@@ -1,0 +1,111 @@
+"""`griffin data`: build data sets from text and look into them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+
+INSPECTED_TOKENS = 64
+
+
+def add_parser(subparsers) -> None:
+    """Registers `data` with its sub-commands `build` and `inspect`."""
+    parser = subparsers.add_parser("data", help="build data sets from text, and inspect them")
+    parser.set_defaults(run=run)
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+
+    build = commands.add_parser(
+        "build",
+        help="encode text into PREFIX.bin, PREFIX.idx and PREFIX.json",
+        description="Encode text files (one document each) and JSON Lines files (one document a line) into a data set "
+        "that training reads. An existing PREFIX is never overwritten.",
+    )
+    build.add_argument("prefix", metavar="PREFIX", help="where to write PREFIX.bin, PREFIX.idx and PREFIX.json")
+    build.add_argument(
+        "inputs", metavar="INPUT", nargs="+", help="folder (read recursively), text file, .jsonl, .jsonl.gz, .jsonl.zst"
+    )
+    build.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="bytes|FILE",
+        help='"bytes", a Hugging Face tokenizer.json or a SentencePiece .model',
+    )
+    build.add_argument("--eod", metavar="TOKEN", help="the tokenizer's end-of-document token (default: a usual name)")
+    build.add_argument("--workers", type=int, default=_cores(), metavar="N", help="processes (default: %(default)s)")
+    build.add_argument(
+        "--glob",
+        action="append",
+        metavar="PATTERN",
+        dest="globs",
+        help="files to take from folders, by name, or by relative path where the pattern has a slash; repeatable "
+        "(default: *.txt *.md *.rst *.py *.jsonl *.jsonl.gz *.jsonl.zst)",
+    )
+    build.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="files and folders to leave out of folders, by the same rule; repeatable",
+    )
+    build.add_argument("--text-key", default="text", metavar="KEY", help="key of a JSON line's text (default: text)")
+    build.add_argument(
+        "--hold-out",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="set this fraction of the documents aside, chosen by a hash of each one's relative path (and line)",
+    )
+    build.add_argument("--hold-out-prefix", metavar="PREFIX", help="where to write the documents set aside")
+
+    inspect = commands.add_parser("inspect", help="print what a data set holds")
+    inspect.add_argument("prefix", metavar="PREFIX", help="as given to `griffin data build`")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the sub-command. Raises ValueError for what the user can put right."""
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")  # of no use to data
+    {"build": _build, "inspect": _inspect}[args.data_command](args)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _build(args: argparse.Namespace) -> None:
+    from griffin.trainer.data.build import build
+    from griffin.trainer.data.documents import DEFAULT_GLOBS
+
+    infos = build(
+        args.prefix,
+        args.inputs,
+        tokenizer=args.tokenizer,
+        eod=args.eod,
+        workers=args.workers,
+        globs=args.globs or DEFAULT_GLOBS,
+        exclude=args.exclude,
+        text_key=args.text_key,
+        hold_out=args.hold_out,
+        hold_out_prefix=args.hold_out_prefix,
+    )
+    for info in infos:
+        print(f"{info.prefix}: {info.documents:,} documents, {info.tokens:,} tokens")
+    if infos[0].empty or infos[0].undecodable:
+        print(f"left out: {infos[0].empty:,} documents without text, {infos[0].undecodable:,} files that are not UTF-8")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from griffin.trainer.data.prefix import read_info
+
+    info = read_info(args.prefix)
+    dataset = IndexedDataset(args.prefix)  # what it returns is a view of its memory map, and dies with it
+    ids = dataset.get(0)[:INSPECTED_TOKENS].tolist()
+    print(f"documents  {info.documents:,}")
+    print(f"tokens     {info.tokens:,} ({info.tokens / info.documents:,.1f} a document), {info.dtype.__name__}")
+    print(f"tokenizer  {info.tokenizer_spec}: {info.tokenizer}")
+    print(f"inputs     {' '.join(info.inputs)}")
+    print(f"first ids  {ids}")
+    print(f"as text    {info.load_tokenizer().decode(ids)!r}")

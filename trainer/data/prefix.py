@@ -1,0 +1,252 @@
+"""What lies at a data prefix: PREFIX.bin and PREFIX.idx (megatron's indexed dataset) and PREFIX.json; blends of them.
+
+PREFIX.json is written last, so a prefix without it is the leftover of an interrupted build.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from griffin.trainer.data.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = "griffin-data-1"
+SUFFIXES = (".bin", ".idx", ".json")
+_INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_CHECKED_AT_ONCE = 2**20  # documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """A built data set: what PREFIX.json says."""
+
+    prefix: str
+    tokenizer: dict[str, Any]  # as `Tokenizer.describe`
+    tokenizer_spec: str  # "bytes", or where the tokenizer's file was when the prefix was built
+    eod_token: str | None  # --eod of the build
+    documents: int
+    tokens: int  # end-of-document tokens included
+    sha256: str  # of PREFIX.bin
+    inputs: tuple[str, ...]
+    empty: int = 0  # documents without a token that were left out
+    undecodable: int = 0  # files that are not UTF-8 that were left out
+
+    @property
+    def vocabulary(self) -> int:
+        return self.tokenizer["vocabulary"]
+
+    @property
+    def eod(self) -> int:
+        return self.tokenizer["eod"]
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer of this data set. Raises ValueError if its file is gone or is another one now."""
+        tokenizer = load_tokenizer(self.tokenizer_spec, self.eod_token)
+        if tokenizer.describe() != self.tokenizer:
+            raise ValueError(f"{self.tokenizer_spec} is not the tokenizer that {self.prefix} was built with")
+        return tokenizer
+
+    @property
+    def dtype(self) -> type[np.number]:
+        """Type of the token ids in PREFIX.bin: the smallest of megatron's that fits the vocabulary."""
+        return DType.optimal_dtype(self.vocabulary)
+
+
+def require_new(prefix: str) -> None:
+    """Raises ValueError if any file of `prefix` exists, so that no data set is ever overwritten."""
+    if prefix.endswith(os.sep) or not Path(prefix).name:
+        raise ValueError(f"data prefix {prefix!r}: expected a path that ends in a name, such as data/train")
+    for suffix in SUFFIXES:
+        if os.path.lexists(prefix + suffix):
+            raise ValueError(f"{prefix}{suffix} exists: choose another prefix, or remove {prefix}{{.bin,.idx,.json}}")
+
+
+class PrefixWriter:
+    """Writes one prefix under a temporary name; `commit` gives the files their own names.
+
+    `tokenizer` is a `Tokenizer.describe()`. A killed process leaves hidden files named *.unfinished.* at most.
+    Raises ValueError if any file of `prefix` exists.
+    """
+
+    def __init__(self, prefix: str, tokenizer: dict[str, Any], tokenizer_spec: str, eod_token: str | None) -> None:
+        require_new(prefix)
+        self.prefix = prefix
+        self.documents = self.tokens = 0
+        self._tokenizer, self._tokenizer_spec, self._eod_token = tokenizer, tokenizer_spec, eod_token
+        path = Path(prefix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = str(path.parent / f".{path.name}.{uuid.uuid4().hex}.unfinished")
+        self._digest = hashlib.sha256()
+        self._dtype = DType.optimal_dtype(tokenizer["vocabulary"])
+        self._builder = IndexedDatasetBuilder(self._temporary + ".bin", self._dtype)
+
+    def add(self, ids: np.ndarray) -> None:
+        """Appends one document, integer [tokens], that ends in the end-of-document token.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        name = f"{self.prefix}: document {self.documents} (counted from 0)"
+        if ids.size > np.iinfo(np.int32).max:
+            raise ValueError(f"{name} has {ids.size} tokens; the format holds at most {np.iinfo(np.int32).max}")
+        check_ids(int(ids.min()), int(ids.max()), self._tokenizer["vocabulary"], name)
+        assert ids[-1] == self._tokenizer["eod"], f"{name} does not end in the end-of-document token"
+        stored = ids.astype(self._dtype)
+        self._digest.update(stored.data)
+        self._builder.add_document(stored, [stored.size])
+        self.documents += 1
+        self.tokens += stored.size
+
+    def discard(self) -> None:
+        """Removes whatever is still under a temporary name."""
+        self._builder.data_file.close()
+        for suffix in SUFFIXES:
+            Path(self._temporary + suffix).unlink(missing_ok=True)
+
+    def finish(self, inputs: Iterable[str], *, empty: int = 0, undecodable: int = 0) -> DataInfo:
+        """Completes the files, still under their temporary names."""
+        self._builder.finalize(self._temporary + ".idx")
+        info = DataInfo(
+            prefix=self.prefix,
+            tokenizer=self._tokenizer,
+            tokenizer_spec=self._tokenizer_spec,
+            eod_token=self._eod_token,
+            documents=self.documents,
+            tokens=self.tokens,
+            sha256=self._digest.hexdigest(),
+            inputs=tuple(inputs),
+            empty=empty,
+            undecodable=undecodable,
+        )
+        record = {"format": FORMAT, **asdict(info)}
+        del record["prefix"]  # files may be moved
+        Path(self._temporary + ".json").write_text(json.dumps(record, indent=2) + "\n")
+        return info
+
+    def publish(self) -> None:
+        """Renames the finished files, PREFIX.json last. Raises ValueError if one came to exist meanwhile."""
+        require_new(self.prefix)
+        for suffix in SUFFIXES:
+            os.rename(self._temporary + suffix, self.prefix + suffix)
+
+
+def read_info(prefix: str) -> DataInfo:
+    """The data set at `prefix`, checked.
+
+    Raises ValueError if a file is missing, empty, cut short or damaged, or the files disagree. The token ids themselves
+    are checked as samples are drawn.
+    """
+    _require_files(prefix)
+    try:
+        record = json.loads(Path(prefix + ".json").read_text())
+        if record.pop("format") != FORMAT:
+            raise ValueError(f'"format" is not {FORMAT!r}')
+        info = DataInfo(prefix=prefix, **{**record, "inputs": tuple(record["inputs"])})
+        numbers = (info.documents, info.tokens, info.vocabulary, info.eod)
+        if not all(type(number) is int for number in numbers) or min(numbers[:3]) < 1:
+            raise ValueError("documents, tokens, vocabulary and eod must be positive integers")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{prefix}.json is damaged: {error!r}") from error
+    _check_index(info)
+    return info
+
+
+def parse_blend(entries: Sequence[str]) -> list[tuple[float | None, str]]:
+    """(weight, prefix) of each entry, "PREFIX" or "WEIGHT PREFIX". Weights are None where no entry has one.
+
+    Raises ValueError for no entries, a weight that is not positive and finite, weights on some entries only, or a
+    prefix given twice.
+    """
+    blend: list[tuple[float | None, str]] = []
+    for entry in entries:
+        first, _, rest = entry.strip().partition(" ")
+        weight = _float(first) if rest else None
+        if weight is not None and not 0 < weight < math.inf:
+            raise ValueError(f"data entry {entry!r}: the weight must be positive and finite")
+        blend.append((weight, entry.strip() if weight is None else rest.strip()))
+    prefixes = [prefix for _, prefix in blend]
+    if not blend or not all(prefixes):
+        raise ValueError(f'data entries {list(entries)!r}: expected at least one "PREFIX" or "WEIGHT PREFIX"')
+    if len(set(prefixes)) < len(prefixes):
+        raise ValueError(f"data entries {list(entries)!r}: a prefix is given twice; give it once, with a weight")
+    if len({weight is None for weight, _ in blend}) > 1:
+        raise ValueError(f"data entries {list(entries)!r}: give every prefix a weight, or none")
+    return blend
+
+
+def read_blend(entries: Sequence[str]) -> list[tuple[float, DataInfo]]:
+    """(weight, data set) of each entry of a blend, weights adding up to 1, by default proportional to tokens.
+
+    Raises ValueError as `parse_blend` and `read_info`, and if the tokenizers differ.
+    """
+    blend = [(weight, read_info(prefix)) for weight, prefix in parse_blend(entries)]
+    first = blend[0][1]
+    for _, info in blend[1:]:
+        if info.tokenizer != first.tokenizer:
+            raise ValueError(
+                f"{info.prefix} was built with tokenizer {info.tokenizer}, {first.prefix} with {first.tokenizer}: "
+                "all prefixes of a run need the same"
+            )
+    weights = [float(info.tokens) if weight is None else weight for weight, info in blend]
+    return [(weight / sum(weights), info) for weight, (_, info) in zip(weights, blend, strict=True)]
+
+
+def check_ids(smallest: int, largest: int, vocabulary: int, where: str) -> None:
+    """Raises ValueError if token ids reach outside [0, vocabulary)."""
+    if smallest < 0 or largest >= vocabulary:
+        wrong = smallest if smallest < 0 else largest
+        raise ValueError(f"{where}: token id {wrong} is outside the tokenizer's vocabulary of {vocabulary}")
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _require_files(prefix: str) -> None:
+    for suffix in SUFFIXES:
+        path = Path(prefix + suffix)
+        if not path.is_file():
+            raise ValueError(f"data prefix {prefix!r}: {path} is missing (build it with `griffin data build`)")
+        if path.stat().st_size == 0:
+            raise ValueError(f"data prefix {prefix!r}: {path} is empty")
+
+
+def _check_index(info: DataInfo) -> None:
+    """Checks .idx against .json and .bin before megatron-core maps them, which trusts what they say."""
+    bin_path, idx_path = info.prefix + ".bin", info.prefix + ".idx"
+    item = np.dtype(info.dtype).itemsize
+    with open(idx_path, "rb") as file:
+        header = file.read(_INDEX_HEADER.size)
+    wanted = (_INDEX_MAGIC, 1, DType.code_from_dtype(info.dtype), info.documents, info.documents + 1)
+    if len(header) < _INDEX_HEADER.size or _INDEX_HEADER.unpack(header) != wanted:
+        raise ValueError(f"{idx_path} is damaged: its header does not agree with {info.prefix}.json")
+    # int32 length and int64 offset of every document, int64 end of every document and of none
+    idx_size = _INDEX_HEADER.size + info.documents * (4 + 8) + (info.documents + 1) * 8
+    for path, size in ((idx_path, idx_size), (bin_path, info.tokens * item)):
+        if os.path.getsize(path) != size:
+            raise ValueError(f"{path} is damaged: {os.path.getsize(path)} bytes long instead of {size}")
+    index = IndexedDataset(info.prefix).index  # its arrays die with it: nothing below may outlive this function
+    end = 0
+    for start in range(0, info.documents, _CHECKED_AT_ONCE):
+        lengths = index.sequence_lengths[start : start + _CHECKED_AT_ONCE].astype(np.int64)
+        ends = end + np.cumsum(lengths) * item
+        pointers = index.sequence_pointers[start : start + _CHECKED_AT_ONCE]
+        if lengths.min() < 1 or not np.array_equal(ends - lengths * item, pointers):
+            raise ValueError(f"{idx_path} is damaged: its documents' lengths and offsets do not agree")
+        end = int(ends[-1])
+    if end != info.tokens * item:
+        raise ValueError(f"{idx_path} is damaged: its documents do not add up to {bin_path}")
