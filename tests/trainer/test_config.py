@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from griffin.parallel.config import INITS, MIXERS, ModelConfig, ParallelConfig
+from griffin.tools.cli import main
+from griffin.trainer.config import (
+    DTYPES,
+    OVERLAPS,
+    RECOMPUTES,
+    SCHEDULES,
+    WSD_DECAYS,
+    Config,
+    DataConfig,
+    LogConfig,
+    OptimizerConfig,
+    TrainConfig,
+    data_vocabulary,
+    load_config,
+    to_toml,
+)
+from griffin.trainer.presets import preset
+
+ROOT = Path(__file__).parents[2]
+
+MODEL = """
+[model]
+pattern = ["recurrent", "attention"]
+width = 32
+recurrent_width = 64
+heads = 2
+head_dim = 16
+vocabulary = 300
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    def load(text: str, *overrides: str) -> Config:
+        path = tmp_path / "config.toml"
+        path.write_text(text)
+        return load_config(path, overrides)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def bytes_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("to be or not to be")
+    prefix = str(folder / "bytes")
+    assert main(["data", "build", prefix, str(folder / "text.txt"), "--tokenizer", "bytes", "--workers", "1"]) == 0
+    return prefix
+
+
+def test_defaults(load) -> None:
+    config = load(MODEL)
+    assert config.model == ModelConfig(
+        pattern=("recurrent", "attention"), width=32, recurrent_width=64, heads=2, head_dim=16, vocabulary=300
+    )
+    assert (config.model.gate_blocks, config.model.mlp_expansion, config.model.window) == (16, 3, 1024)
+    assert config.parallel == ParallelConfig()
+    assert (config.optimizer.weight_decay, config.optimizer.clip, config.optimizer.epsilon) == (0.1, 1.0, 1e-8)
+
+
+def test_every_section(load) -> None:
+    config = load(
+        MODEL
+        + """
+[parallel]
+tensor = 2
+stages = [1, 1]
+sequence_parallel = true
+[data]
+train = ["0.7 data/books", "0.3 data/code"]
+eval = "data/held-out"
+[optimizer]
+learning_rate = 1
+[train]
+seed = 5
+[log]
+run_root = "elsewhere"
+"""
+    )
+    assert config.parallel == ParallelConfig(tensor=2, stages=(1, 1), sequence_parallel=True)
+    assert config.data.train == ("0.7 data/books", "0.3 data/code")
+    assert config.data.eval == ("data/held-out",)
+    assert (config.optimizer.learning_rate, type(config.optimizer.learning_rate)) == (1.0, float)
+    assert config.train.seed == 5
+    assert config.log.run_root == "elsewhere"
+
+
+def test_preset_and_what_overrides_it(load) -> None:
+    text = '[model]\npreset = "griffin-400m"\nwindow = 512\nvocabulary = 32000\n'
+    expected = dataclasses.replace(preset("griffin-400m"), window=512, vocabulary=32_000)
+    assert load(text).model == expected
+    assert load(text, "--model.window=64").model.window == 64
+    assert load(text, "--model.preset", "hawk-100m").model.width == 768
+    assert load(text, "--model.pattern", '["recurrent"]').model.blocks == 1
+
+
+def test_unused_widths_may_be_left_out(load) -> None:
+    assert load('[model]\npattern = ["recurrent"]\nwidth = 32\nrecurrent_width = 48\nvocabulary = 9\n').model.heads == 1
+    text = '[model]\npattern = ["global_attention"]\nwidth = 32\nheads = 2\nhead_dim = 16\nvocabulary = 9\n'
+    assert load(text).model.recurrent_width == 32
+
+
+@pytest.mark.parametrize(
+    ("pattern", "missing"),
+    [
+        ('["recurrent", "attention"]', "model.head_dim, model.heads, model.recurrent_width, model.width: missing"),
+        ('["global_attention"]', "model.head_dim, model.heads, model.width: missing"),
+        ('["recurrent"]', "model.recurrent_width, model.width: missing"),
+    ],
+)
+def test_missing_widths_are_named(load, pattern: str, missing: str) -> None:
+    with pytest.raises(ValueError, match=f"^{missing}"):
+        load(f"[model]\npattern = {pattern}\nvocabulary = 300\n")
+
+
+def test_neither_pattern_nor_preset(load) -> None:
+    with pytest.raises(ValueError, match=r"model: must state model\.pattern .* or model\.preset: .*griffin-100m"):
+        load("[model]\nwidth = 32\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "section", "key", "value"),
+    [
+        (["--train.steps", "7"], "train", "steps", 7),
+        (["--train.steps=7"], "train", "steps", 7),
+        (["--optimizer.learning_rate", "1"], "optimizer", "learning_rate", 1.0),
+        (["--optimizer.learning_rate", "1e-3"], "optimizer", "learning_rate", 1e-3),
+        (["--optimizer.learning_rate", "-1"], "optimizer", "learning_rate", -1.0),
+        (["--parallel.sequence_parallel", "true"], "parallel", "sequence_parallel", True),
+        (["--parallel.stages", "[1, 1]"], "parallel", "stages", (1, 1)),
+        (["--data.train", "data/a"], "data", "train", ("data/a",)),
+        (["--data.train", "0.5 data/a"], "data", "train", ("0.5 data/a",)),
+        (["--data.train", '["data/a", "data/b"]'], "data", "train", ("data/a", "data/b")),
+        (["--data.train", "2024"], "data", "train", ("2024",)),
+        (["--log.run_root", "2024"], "log", "run_root", "2024"),
+        (["--log.run_root", '"quoted"'], "log", "run_root", "quoted"),
+        (["--log.run_root", ""], "log", "run_root", ""),
+        (["--log.run_root=a=b"], "log", "run_root", "a=b"),
+        (["--train.dtype", "float32"], "train", "dtype", "float32"),
+        (["--train.steps", "7", "--train.steps", "8"], "train", "steps", 8),
+    ],
+)
+def test_overrides(load, words: list[str], section: str, key: str, value: object) -> None:
+    loaded = getattr(getattr(load(MODEL + "[train]\nsteps = 3\n", *words), section), key)
+    assert loaded == value
+    assert type(loaded) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train.step", "7"], r"train\.step: no such setting; did you mean train\.steps\?"),
+        (["--trian.steps", "7"], r"trian\.steps: no such setting; did you mean train\.steps\?"),
+        (["--train.steps"], r"--train\.steps: needs a value, an integer"),
+        (["--train.steps", "--train.seed", "1"], r"--train\.steps: needs a value, an integer"),
+        (["--train.steps", "many"], r"train\.steps = 'many': must be an integer"),
+        (["--train.steps", "1.5"], r"train\.steps = '1\.5': must be an integer"),
+        (["--train.steps", "1\nb = 2"], r"train\.steps = '1\\nb = 2': must be an integer"),
+        (["--parallel.sequence_parallel", "1"], r"parallel\.sequence_parallel = '1': must be true or false"),
+        (["--steps", "7"], r"--steps: must be --section\.key value"),
+        (["7"], r"7: must be --section\.key value"),
+    ],
+)
+def test_refused_overrides(load, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        load(MODEL, *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model]\nwidht = 3", r"model\.widht: no such setting; did you mean model\.width\?"),
+        ("[train]\nsequence_length = 3", r"train\.sequence_length: no such setting; did you mean data\.sequence_len"),
+        ("[trian]\nsteps = 3", r"\[trian\]: no such section; did you mean \[train\]\?"),
+        ("steps = 3", r"steps = 3: stands outside of any section; did you mean train\.steps\?"),
+        ("[model]\nwidth = '3'", r"model\.width = '3': must be an integer"),
+        ("[model]\nwidth = 3.0", r"model\.width = 3\.0: must be an integer"),
+        ("[model]\nwidth = true", r"model\.width = True: must be an integer"),
+        ("[model]\nwidth = [3]", r"model\.width = \[3\]: must be an integer"),
+        ("[model]\npreset = 3", r"model\.preset = 3: must be a string"),
+        ("[model]\npattern = [1]", r"model\.pattern = \[1\]: must be a string or a list of strings"),
+        ("[optimizer]\nbeta1 = true", r"optimizer\.beta1 = True: must be a number"),
+        ("[optimizer]\nbeta1 = 'a'", r"optimizer\.beta1 = 'a': must be a number"),
+        ("[parallel]\nstages = 1", r"parallel\.stages = 1: must be a list of integers"),
+        ("[parallel]\nstages = [1, true]", r"parallel\.stages = \[1, True\]: must be a list of integers"),
+        ("[parallel]\nsequence_parallel = 1", r"parallel\.sequence_parallel = 1: must be true or false"),
+        ("[model]\nwidth = \n", r".*config\.toml: not a TOML file: .*line 2"),
+    ],
+)
+def test_refused_files(load, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        load(text)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.toml: no such config file"):
+        load_config(tmp_path / "absent.toml")
+
+
+def test_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"config\.toml: not a TOML file"):
+        load_config(tmp_path / "config.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "minimum", "warmup", "decay"),
+    [
+        ("", 3e-5, 50, 450),
+        ("learning_rate = 1e-3", 1e-4, 50, 450),
+        ("warmup_steps = 0", 3e-5, 0, 500),
+        ("warmup_steps = 500", 3e-5, 500, 1),
+        ("decay_steps = 9\nmin_learning_rate = 0", 0.0, 50, 9),
+        ('schedule = "wsd"', 3e-5, 50, 100),
+        ('schedule = "constant"', 3e-5, 50, 0),
+    ],
+)
+def test_schedule_left_out(load, text: str, minimum: float, warmup: int, decay: int) -> None:
+    optimizer = load(f"{MODEL}[train]\nsteps = 500\n[optimizer]\n{text}\n").optimizer
+    assert optimizer.min_learning_rate == pytest.approx(minimum, rel=1e-12)
+    assert (optimizer.warmup_steps, optimizer.decay_steps) == (warmup, decay)
+
+
+def test_vocabulary_left_out_is_the_tokenizers(load, bytes_data: str) -> None:
+    text = MODEL.replace("vocabulary = 300\n", "")
+    assert load(text, "--data.train", bytes_data).model.vocabulary == 257
+    assert load('[model]\npreset = "griffin-100m"\n', "--data.train", bytes_data).model.vocabulary == 257
+    with pytest.raises(ValueError, match=r"data\.train = \[\]: must name at least one PREFIX"):
+        load(text)
+    with pytest.raises(ValueError, match="absent"):
+        load(text, "--data.train", "absent")
+
+
+def test_stated_vocabulary_needs_no_data(load) -> None:
+    assert load(MODEL, "--data.train", "absent").model.vocabulary == 300
+
+
+def test_train_and_eval_data_of_different_tokenizers(bytes_data: str, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "<eos>": 1}, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("words")
+    words = ["data", "build", str(tmp_path / "words"), str(tmp_path / "text.txt"), "--workers", "1"]
+    assert main([*words, "--tokenizer", str(tmp_path / "tokenizer.json"), "--eod", "<eos>"]) == 0
+    with pytest.raises(ValueError, match=r"data\.eval = '.*words': built with tokenizer .* data\.train with"):
+        data_vocabulary(DataConfig(train=(bytes_data,), eval=(str(tmp_path / "words"),)))
+
+
+def of_type(section: type, **strategies: st.SearchStrategy) -> st.SearchStrategy:
+    """Any value of a section's types, sensible or not: what is loaded is not yet validated."""
+    by_type = {
+        "int": st.integers(-(2**63), 2**63 - 1),
+        "float": st.floats(allow_nan=False),
+        "bool": st.booleans(),
+        "str": st.text(st.characters(codec="utf-8")),
+        "tuple[str, ...]": st.lists(st.text(st.characters(codec="utf-8"))).map(tuple),
+        "tuple[int, ...]": st.lists(st.integers(-(2**63), 2**63 - 1)).map(tuple),
+    }
+    fields = {field.name: by_type[str(field.type)] for field in dataclasses.fields(section)}
+    return st.builds(section, **fields | strategies)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.builds(
+        Config,
+        model=of_type(ModelConfig, pattern=st.lists(st.sampled_from(MIXERS)).map(tuple), init=st.sampled_from(INITS)),
+        parallel=of_type(ParallelConfig),
+        data=of_type(DataConfig),
+        optimizer=of_type(OptimizerConfig, schedule=st.sampled_from(SCHEDULES), wsd_decay=st.sampled_from(WSD_DECAYS)),
+        train=of_type(
+            TrainConfig,
+            dtype=st.sampled_from(DTYPES),
+            recompute=st.sampled_from(RECOMPUTES),
+            overlap=st.sampled_from(OVERLAPS),
+        ),
+        log=of_type(LogConfig),
+    )
+)
+def test_config_survives_toml(load, config: Config) -> None:
+    text = to_toml(config)
+    assert load(text) == config
+    assert "preset" not in text
+
+
+def test_demo_config(bytes_data: str) -> None:
+    from griffin.trainer.validate import validate, validate_data
+
+    words = ["--data.train", bytes_data, "--data.eval", bytes_data]
+    config = load_config(ROOT / "trainer/configs/demo.toml", words)
+    assert config.model.vocabulary == 257
+    validate(config, config.parallel.model_ranks)
+    validate_data(config)
+
+
+def test_reading_a_config_imports_no_torch() -> None:
+    code = "import griffin.trainer.config, griffin.trainer.validate, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

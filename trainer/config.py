@@ -1,0 +1,266 @@
+"""Everything that a run is made from: the sections of a TOML file, with overrides from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
+from griffin.trainer.presets import PRESETS, preset
+
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+WSD_DECAYS = ("linear", "cosine", "exponential", "minus_sqrt")
+DTYPES = ("float32", "bfloat16")
+RECOMPUTES = ("none", "mixer", "mlp", "block")
+OVERLAPS = ("auto", "on", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: tuple[str, ...] = ()  # "PREFIX" or "WEIGHT PREFIX" of data built by `griffin data build`
+    eval: tuple[str, ...] = ()  # the same, for held-out evaluation; () is none
+    sequence_length: int = 2048  # tokens per sequence
+    cache: str = ""  # folder of the index caches; "" keeps them beside the data
+    workers: int = 2  # loader processes per rank; 0 loads in the rank itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule; lengths are in optimizer steps."""
+
+    learning_rate: float = 3e-4  # the peak
+    min_learning_rate: float = 3e-5  # where the decay ends; left out of a file: a tenth of the peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # largest gradient norm of the whole model; 0 is off
+    schedule: str = "cosine"
+    warmup_steps: int = 0  # left out of a file: a tenth of train.steps, at most 1000
+    # Length of the decay: after the warm-up (cosine, linear), or at the end of training (wsd).
+    # Left out of a file: all that follows the warm-up, or a fifth of train.steps for wsd.
+    decay_steps: int = 0
+    wsd_decay: str = "linear"  # shape of wsd's decay
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = 10_000
+    global_batch: int = 256  # sequences per optimizer step over all ranks
+    micro_batch: int = 1  # sequences that a rank computes at a time
+    seed: int = 0
+    dtype: str = "bfloat16"  # of parameters and activations; master weights and gradients are float32
+    recompute: str = "none"  # what each block computes again in its backward pass
+    overlap: str = "auto"  # data-parallel communication behind computation; auto: where there is a GPU
+    eval_interval: int = 500  # optimizer steps between evaluations; 0 is never
+    eval_batches: int = 10  # global batches per evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    interval: int = 10  # optimizer steps between logged steps; step 1 is always logged
+    tensorboard: bool = True
+    run_root: str = "runs"  # where run folders go that --run-dir does not name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "parallel": ParallelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "log": LogConfig,
+}
+TYPES: dict[str, dict[str, Any]] = {name: typing.get_type_hints(section) for name, section in SECTIONS.items()}
+TYPES["model"]["preset"] = str  # a setting of files only: a Config holds what it stands for
+
+ACCEPTED = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    tuple[str, ...]: "a string or a list of strings",
+    tuple[int, ...]: "a list of integers",
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a TOML file, changed by `overrides` (["--train.steps", "10", "--model.window=64", ...]).
+
+    Defaults that depend on other settings are filled in: the vocabulary of the data's tokenizer (the only one that
+    looks at the data), the preset's model, the learning rate's schedule. Raises FileNotFoundError where there is no
+    such file, and ValueError that names the setting, its value and what is accepted.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config file")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the decoder, or of the encoding
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    settings: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for section, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{section} = {table!r}: stands outside of any section; {_nearest('', section)}")
+        if section not in SECTIONS:
+            nearest = difflib.get_close_matches(section, SECTIONS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"[{section}]: no such section; did you mean [{nearest}]?")
+        for key, value in table.items():
+            settings[section][key] = _typed(section, key, value)
+    for section, key, text in _split(overrides):
+        settings[section][key] = _parsed(section, key, text)
+    return _resolve(settings)
+
+
+def to_toml(config: Config) -> str:
+    """TOML with every setting stated, which loads as a Config equal to `config`."""
+    return tomli_w.dumps(dataclasses.asdict(config))
+
+
+def data_vocabulary(data: DataConfig) -> int:
+    """Vocabulary of the tokenizer that all the data were built with. Reads the headers of every prefix.
+
+    Raises ValueError where there are no data, where they are missing or damaged, or where tokenizers differ.
+    """
+    from griffin.trainer.data.prefix import read_blend
+
+    if not data.train:
+        raise ValueError("data.train = []: must name at least one PREFIX built by `griffin data build`")
+    first = read_blend(data.train)[0][1]
+    for _, info in read_blend(data.eval) if data.eval else []:
+        if info.tokenizer != first.tokenizer:
+            raise ValueError(
+                f"data.eval = {info.prefix!r}: built with tokenizer {info.tokenizer}, data.train with "
+                f"{first.tokenizer}: all data of a run need the same"
+            )
+    return first.vocabulary
+
+
+def _nearest(section: str, key: str) -> str:
+    names = [f"{name}.{known}" for name, types in TYPES.items() for known in types]
+    same_key = [name for name in names if name.endswith(f".{key}")]
+    matches = same_key or difflib.get_close_matches(f"{section}.{key}", names, n=1, cutoff=0.0)
+    return f"did you mean {matches[0]}?"
+
+
+def _type(section: str, key: str) -> Any:
+    if key not in TYPES.get(section, {}):
+        raise ValueError(f"{section}.{key}: no such setting; {_nearest(section, key)}")
+    return TYPES[section][key]
+
+
+def _typed(section: str, key: str, value: Any) -> Any:
+    """`value` as the setting's type: integers become floats, lists tuples, a string a tuple of one where asked for."""
+    kind = _type(section, key)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind == tuple[str, ...] and isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and typing.get_origin(kind) is tuple:
+        element = typing.get_args(kind)[0]
+        if all(type(item) is element for item in value):
+            return tuple(value)
+    elif type(value) is kind:  # not isinstance: true is no integer
+        return value
+    raise ValueError(f"{section}.{key} = {value!r}: must be {ACCEPTED[kind]}")
+
+
+def _parsed(section: str, key: str, text: str) -> Any:
+    """The value of an override: TOML where that fits the setting, otherwise the text itself."""
+    _type(section, key)
+    try:
+        table = tomllib.loads(f"value = {text}")
+        if table.keys() == {"value"}:
+            return _typed(section, key, table["value"])
+    except ValueError:
+        pass
+    return _typed(section, key, text)
+
+
+def _split(overrides: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(section, key, text) of each "--section.key=text", or "--section.key" followed by "text"."""
+    words, split = list(overrides), []
+    while words:
+        word = words.pop(0)
+        name, equals, text = word.partition("=")
+        section, dot, key = name.removeprefix("--").partition(".")
+        if not name.startswith("--") or not dot:
+            raise ValueError(f"{word}: must be --section.key value")
+        _type(section, key)
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ValueError(f"--{section}.{key}: needs a value, {ACCEPTED[_type(section, key)]}")
+            text = words.pop(0)
+        split.append((section, key, text))
+    return split
+
+
+def _resolve(settings: dict[str, dict[str, Any]]) -> Config:
+    data = DataConfig(**settings["data"])
+    train = TrainConfig(**settings["train"])
+    return Config(
+        model=_resolve_model(settings["model"], data),
+        parallel=ParallelConfig(**settings["parallel"]),
+        data=data,
+        optimizer=_resolve_optimizer(settings["optimizer"], train.steps),
+        train=train,
+        log=LogConfig(**settings["log"]),
+    )
+
+
+def _resolve_model(stated: dict[str, Any], data: DataConfig) -> ModelConfig:
+    stated = dict(stated)
+    name = stated.pop("preset", None)
+    if name is not None:
+        settings = dataclasses.asdict(preset(name)) | stated
+    elif "pattern" in stated:
+        settings = _fill_widths(stated)
+    else:
+        raise ValueError(
+            "model: must state model.pattern (a list of mixers), or model.preset: " + ", ".join(PRESETS) + "."
+        )
+    # A preset's vocabulary is a figure for parameter counts; what the model trains on decides here.
+    if "vocabulary" not in stated:
+        settings["vocabulary"] = data_vocabulary(data)
+    return ModelConfig(**settings)
+
+
+def _fill_widths(stated: dict[str, Any]) -> dict[str, Any]:
+    """Demand the widths that the pattern's mixers use, and give the others a value."""
+    needed = {"width"}
+    if RECURRENT in stated["pattern"]:
+        needed |= {"recurrent_width"}
+    if {ATTENTION, GLOBAL_ATTENTION} & set(stated["pattern"]):
+        needed |= {"heads", "head_dim"}
+    missing = sorted(f"model.{key}" for key in needed - stated.keys())
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: missing; model.pattern without model.preset needs them")
+    return {"recurrent_width": stated["width"], "heads": 1, "head_dim": 128, **stated}
+
+
+def _resolve_optimizer(stated: dict[str, Any], steps: int) -> OptimizerConfig:
+    settings = dict(stated)
+    settings.setdefault("min_learning_rate", settings.get("learning_rate", OptimizerConfig.learning_rate) / 10)
+    settings.setdefault("warmup_steps", max(0, min(1000, steps // 10)))
+    schedule = settings.get("schedule", OptimizerConfig.schedule)
+    decay = {"constant": 0, "wsd": max(1, steps // 5)}.get(schedule, max(1, steps - settings["warmup_steps"]))
+    settings.setdefault("decay_steps", decay)
+    return OptimizerConfig(**settings)

@@ -1,0 +1,208 @@
+"""The one validation of a config: whatever cannot work is refused before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NoReturn
+
+from griffin.parallel.config import (
+    ATTENTION,
+    GLOBAL_ATTENTION,
+    INITS,
+    MIXERS,
+    RECURRENT,
+    ModelConfig,
+    axis_atoms,
+)
+from griffin.trainer.config import (
+    DTYPES,
+    OVERLAPS,
+    RECOMPUTES,
+    SCHEDULES,
+    WSD_DECAYS,
+    Config,
+    OptimizerConfig,
+    data_vocabulary,
+)
+
+# Smallest accepted value of every integer setting; float settings have ranges of their own below.
+LEAST = {
+    "model.width": 1,
+    "model.recurrent_width": 1,
+    "model.heads": 1,
+    "model.head_dim": 1,
+    "model.gate_blocks": 1,
+    "model.mlp_expansion": 1,
+    "model.window": 1,
+    "model.vocabulary": 1,
+    "parallel.tensor": 1,
+    "parallel.pipeline": 1,
+    "parallel.virtual_pipeline": 1,
+    "data.sequence_length": 1,
+    "data.workers": 0,
+    "optimizer.warmup_steps": 0,
+    "optimizer.decay_steps": 0,
+    "train.steps": 1,
+    "train.global_batch": 1,
+    "train.micro_batch": 1,
+    "train.seed": 0,
+    "train.eval_interval": 0,
+    "train.eval_batches": 1,
+    "log.interval": 1,
+}
+
+CHOICES = {
+    "model.init": INITS,
+    "optimizer.schedule": SCHEDULES,
+    "optimizer.wsd_decay": WSD_DECAYS,
+    "train.dtype": DTYPES,
+    "train.recompute": RECOMPUTES,
+    "train.overlap": OVERLAPS,
+}
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Refuse what cannot work on `world_size` ranks: ValueError naming the setting, its value and what is accepted.
+
+    Looks at the config only; `validate_data` looks at the data.
+    """
+    settings = {
+        f"{section.name}.{key}": value
+        for section in dataclasses.fields(config)
+        for key, value in dataclasses.asdict(getattr(config, section.name)).items()
+    }
+    for setting, least in LEAST.items():
+        if settings[setting] < least:
+            _refuse(setting, settings[setting], f"must be at least {least}")
+    for setting, choices in CHOICES.items():
+        if settings[setting] not in choices:
+            _refuse(setting, settings[setting], f"must be one of {', '.join(choices)}")
+    _validate_model(config.model)
+    _validate_layout(config)
+    _validate_batches(config, world_size)
+    _validate_optimizer(config.optimizer, config.train.steps)
+    if not config.data.train:
+        _refuse("data.train", [], "must name at least one PREFIX built by `griffin data build`")
+
+
+def validate_data(config: Config) -> None:
+    """Refuse data that are missing or damaged, and a vocabulary too small for them: ValueError."""
+    vocabulary = data_vocabulary(config.data)
+    if config.model.vocabulary < vocabulary:
+        accepted = f"the data's tokenizer has {vocabulary} tokens; must be at least that, or left out"
+        _refuse("model.vocabulary", config.model.vocabulary, accepted)
+
+
+def _refuse(setting: str, value: Any, accepted: str) -> NoReturn:
+    raise ValueError(f"{setting} = {value!r}: {accepted}")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    if not model.pattern:
+        _refuse("model.pattern", [], "must name at least one block's mixer")
+    for mixer in model.pattern:
+        if mixer not in MIXERS:
+            _refuse("model.pattern", mixer, f"must be a list of {', '.join(MIXERS)}")
+    if _recurs(model) and model.recurrent_width % model.gate_blocks:
+        accepted = f"must divide model.recurrent_width = {model.recurrent_width}"
+        _refuse("model.gate_blocks", model.gate_blocks, accepted)
+    if _attends(model) and model.head_dim % 4:
+        _refuse("model.head_dim", model.head_dim, "must be a multiple of 4: rotary embedding turns half of it in pairs")
+    if not 0 <= model.logit_soft_cap < math.inf:
+        _refuse("model.logit_soft_cap", model.logit_soft_cap, "must be 0 (off) or more")
+
+
+def _validate_layout(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    sizes = {
+        f"the shards of the MLP width {model.mlp_width}": axis_atoms(model.mlp_width),
+        f"the shards of the padded vocabulary {model.padded_vocabulary}": axis_atoms(model.padded_vocabulary),
+    }
+    if _recurs(model):
+        sizes["model.gate_blocks"] = model.gate_blocks
+    if _attends(model):
+        sizes["model.heads"] = model.heads
+    if parallel.sequence_parallel:
+        sizes["data.sequence_length (parallel.sequence_parallel is on)"] = config.data.sequence_length
+    undivided = [f"{name} = {size}" for name, size in sizes.items() if size % parallel.tensor]
+    if undivided:
+        common = math.gcd(*sizes.values())
+        accepted = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
+        _refuse("parallel.tensor", parallel.tensor, f"must divide {' and '.join(undivided)}; accepted: {accepted}")
+
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        accepted = "must be 1 where parallel.pipeline is 1"
+        _refuse("parallel.virtual_pipeline", parallel.virtual_pipeline, accepted)
+    count = parallel.pipeline * parallel.virtual_pipeline
+    product = f"parallel.pipeline x parallel.virtual_pipeline = {parallel.pipeline} x {parallel.virtual_pipeline}"
+    if count > model.blocks:
+        raise ValueError(f"{product} = {count} stages: must be at most the number of blocks, {model.blocks}")
+    if not parallel.stages:
+        return
+    stages = list(parallel.stages)
+    if len(stages) != count:
+        _refuse("parallel.stages", stages, f"must have {count} entries ({product}), has {len(stages)}")
+    if min(stages) < 1:
+        _refuse("parallel.stages", stages, "each stage must hold at least 1 block")
+    if sum(stages) != model.blocks:
+        _refuse("parallel.stages", stages, f"must sum to the number of blocks, {model.blocks}; sums to {sum(stages)}")
+
+
+def _validate_batches(config: Config, world_size: int) -> None:
+    parallel, train = config.parallel, config.train
+    if world_size < 1 or world_size % parallel.model_ranks:
+        accepted = (
+            f"must be a multiple of parallel.tensor x parallel.pipeline = "
+            f"{parallel.tensor} x {parallel.pipeline} = {parallel.model_ranks}"
+        )
+        _refuse("world size", world_size, accepted)
+    data_parallel = world_size // parallel.model_ranks
+    if train.global_batch % (train.micro_batch * data_parallel):
+        accepted = (
+            f"must be a multiple of train.micro_batch x data-parallel size = "
+            f"{train.micro_batch} x {data_parallel} = {train.micro_batch * data_parallel}"
+        )
+        _refuse("train.global_batch", train.global_batch, accepted)
+    micro_batches = train.global_batch // (train.micro_batch * data_parallel)
+    if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+        multiple = train.micro_batch * data_parallel * parallel.pipeline
+        accepted = (
+            f"gives {micro_batches} micro-batches, which the interleaved schedule (parallel.virtual_pipeline > 1) "
+            f"needs to be a multiple of parallel.pipeline = {parallel.pipeline}: must be a multiple of {multiple}"
+        )
+        _refuse("train.global_batch", train.global_batch, accepted)
+
+
+def _validate_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
+    peak = optimizer.learning_rate
+    ranges = {
+        "learning_rate": (0 < peak < math.inf, "must be above 0"),
+        "min_learning_rate": (
+            0 <= optimizer.min_learning_rate <= peak,
+            f"must lie in 0 ... optimizer.learning_rate = {peak}",
+        ),
+        "beta1": (0 <= optimizer.beta1 < 1, "must be at least 0 and below 1"),
+        "beta2": (0 <= optimizer.beta2 < 1, "must be at least 0 and below 1"),
+        "epsilon": (0 < optimizer.epsilon < math.inf, "must be above 0"),
+        "weight_decay": (0 <= optimizer.weight_decay < math.inf, "must be 0 (off) or more"),
+        "clip": (0 <= optimizer.clip < math.inf, "must be 0 (off) or more"),
+        "warmup_steps": (optimizer.warmup_steps <= steps, f"must be at most train.steps = {steps}"),
+    }
+    for key, (holds, words) in ranges.items():
+        if not holds:
+            _refuse(f"optimizer.{key}", getattr(optimizer, key), words)
+    if optimizer.schedule != "constant" and optimizer.decay_steps < 1:
+        accepted = f"must be at least 1 for optimizer.schedule = {optimizer.schedule!r}"
+        _refuse("optimizer.decay_steps", optimizer.decay_steps, accepted)
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_steps > steps:
+        accepted = f"must be at most train.steps - optimizer.warmup_steps = {steps - optimizer.warmup_steps}"
+        _refuse("optimizer.decay_steps", optimizer.decay_steps, accepted)
+
+
+def _recurs(model: ModelConfig) -> bool:
+    return RECURRENT in model.pattern
+
+
+def _attends(model: ModelConfig) -> bool:
+    return ATTENTION in model.pattern or GLOBAL_ATTENTION in model.pattern
