@@ -1,0 +1,252 @@
+"""Ranks as processes of this machine, in the place of torchrun: heavy imports are paid once, no port is guessed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+from griffin.launch.ranks import leave
+from griffin.parallel.ranks import Ranks
+
+ADDRESS = "127.0.0.1"
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+POLL_SECONDS = 0.1  # how soon a signal is passed on; a rank's end wakes the parent at once
+LONGEST_TRACEBACK = 16_000  # characters: what fits a pipe that nobody reads yet
+
+
+@dataclass(frozen=True)
+class Failure:
+    rank: int
+    exit_code: int  # negative: the signal that ended the rank
+    time: float  # of time.monotonic, one clock for all processes
+    text: str  # traceback, "" where the rank left none
+
+
+def run_local(
+    target: Callable[..., None],
+    ranks: int,
+    args: Sequence[Any] = (),
+    *,
+    preload: Sequence[str] = (),
+    grace_seconds: float = 30.0,
+) -> int:
+    """Run `target(Ranks, *args)` in `ranks` processes and return the exit code: 0 where all of them returned.
+
+    `target` and `args` travel by pickle. The processes are forked from a server that has imported the modules of
+    `preload`, and find each other through a store that this process serves. Must be called from the main thread.
+
+    When a rank fails, the others are killed at once, and the code is the rank's, or 128 + the signal that ended it;
+    its traceback goes to stderr. SIGINT, SIGTERM and SIGUSR1 are passed on to the ranks. After SIGINT or SIGTERM they
+    have `grace_seconds` to end, and a second one kills them. None outlives this call, nor this process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    signals: list[int] = []
+    with _environment(ranks), _recorded(signals):
+        context.set_forkserver_preload(list(preload))
+        with _ignored(FORWARDED):  # inherited: a signal to the whole process group must leave the server alone
+            forkserver.ensure_running()
+        from torch.distributed import TCPStore  # slow: while the server imports what it preloads
+
+        store = TCPStore(ADDRESS, 0, is_master=True, wait_for_workers=False)
+        group = _Group(grace_seconds)
+        try:
+            for rank in range(ranks):
+                place = Ranks(
+                    rank=rank,
+                    world_size=ranks,
+                    local_rank=rank,
+                    address=ADDRESS,
+                    port=store.port,
+                    source="local",
+                    store_served=True,
+                )
+                reader, writer = context.Pipe(duplex=False)
+                process = context.Process(target=_run_rank, args=(target, place, tuple(args), writer))
+                process.start()
+                writer.close()
+                group.add(rank, process, reader)
+            return group.wait(signals)
+        finally:
+            group.kill()
+
+
+class _Group:
+    """The running ranks, watched until all of them have ended."""
+
+    def __init__(self, grace_seconds: float) -> None:
+        self._grace_seconds = grace_seconds
+        self._running: dict[int, tuple[ForkServerProcess, connection.Connection]] = {}
+        self._world_size = 0
+
+    def add(self, rank: int, process: ForkServerProcess, failures: connection.Connection) -> None:
+        self._running[rank] = (process, failures)
+        self._world_size += 1
+
+    def wait(self, signals: list[int]) -> int:
+        """Wait for the ranks, passing on `signals` as they are appended; the exit code as `run_local` returns it."""
+        failures: list[Failure] = []
+        stopping: int | None = None
+        deadline = float("inf")
+        while self._running:
+            connection.wait([process.sentinel for process, _ in self._running.values()], POLL_SECONDS)
+            failures += self._collect()
+            while signals:
+                number = signals.pop(0)
+                self._signal(number)
+                if number in STOPPING:
+                    deadline = time.monotonic() + self._grace_seconds if stopping is None else 0.0
+                    stopping = number
+            if failures and stopping is None:
+                deadline = 0.0
+            if self._running and time.monotonic() >= deadline:
+                self.kill()
+                if not failures and stopping is not None:
+                    _say(f"ranks had not ended {self._grace_seconds:g} s after {_name(stopping)}: killed")
+                    return 128 + stopping
+        return self._report(failures, stopping)
+
+    def kill(self) -> None:
+        """End every running rank, with the processes that it started."""
+        for process, _ in self._running.values():
+            process.kill()
+            _kill_group(process)
+        for process, failures in self._running.values():
+            process.join()
+            failures.close()
+        self._running.clear()
+
+    def _collect(self) -> list[Failure]:
+        """Forget the ranks that have ended, and return those that failed."""
+        failures = []
+        for rank, (process, pipe) in list(self._running.items()):
+            code = process.exitcode
+            if code is None:
+                continue
+            del self._running[rank]
+            _kill_group(process)
+            if code != 0:
+                failed_at, text = _receive(pipe)
+                failures.append(Failure(rank, code, failed_at, text))
+            pipe.close()
+        return failures
+
+    def _signal(self, number: int) -> None:
+        for process, _ in self._running.values():
+            if process.exitcode is None:
+                assert process.pid is not None
+                os.kill(process.pid, number)
+
+    def _report(self, failures: list[Failure], stopping: int | None) -> int:
+        """Say what went wrong first: the failures of other ranks are mostly lost connections to it."""
+        if not failures:
+            return 0
+        # A rank that was killed or crashed leaves no traceback and is noticed late: it counts as first.
+        first = min(failures, key=lambda failure: (failure.text != "", failure.time))
+        code = first.exit_code if first.exit_code > 0 else 128 - first.exit_code
+        if stopping is not None and code == 128 + stopping:
+            _say(f"stopped by {_name(stopping)}")
+        else:
+            how = f"exit code {code}" if first.exit_code > 0 else f"killed by {_name(-first.exit_code)}"
+            _say(f"rank {first.rank} of {self._world_size} failed ({how})\n{first.text}".rstrip())
+        return code
+
+
+def _run_rank(
+    target: Callable[..., None], ranks: Ranks, args: tuple[Any, ...], failures: connection.Connection
+) -> None:
+    """What a rank's process does."""
+    os.setpgid(0, 0)  # a Ctrl-C reaches the ranks once, by way of the parent
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        target(ranks, *args)
+        return
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BaseException:
+        failures.send((time.monotonic(), traceback.format_exc()[-LONGEST_TRACEBACK:]))
+        code = 1
+    leave(code)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _kill_group(process: ForkServerProcess) -> None:
+    """End what a rank started, data loaders for instance."""
+    assert process.pid is not None
+    with suppress(ProcessLookupError):  # it started nothing, or is so new that it leads no group yet
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _receive(pipe: connection.Connection) -> tuple[float, str]:
+    """When a rank failed and its traceback; now and "" where it could not say."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        return time.monotonic(), ""
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+def _say(text: str) -> None:
+    print(f"griffin: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _recorded(signals: list[int]) -> Iterator[None]:
+    """Append signals to a list instead of acting on them."""
+    previous = {number: signal.signal(number, lambda got, _: signals.append(got)) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _ignored(numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _environment(ranks: int) -> Iterator[None]:
+    """What ranks inherit: their share of the cores, and a way to count GPUs that does not start CUDA before a fork."""
+    wanted = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    }
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

@@ -1,0 +1,154 @@
+"""Which rank this process is, where torchrun, srun or mpiexec started it."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from griffin.parallel.ranks import Ranks
+
+# Ports for jobs whose ranks have no other channel to agree on one: below Linux's ephemeral range.
+FIRST_PORT, PORTS = 20_000, 10_000
+
+
+def discover() -> Ranks | None:
+    """This process's place among the ranks of the launcher that started it; None where no launcher did.
+
+    Call it once per process, and end a rank that fails with `leave`: where mpiexec is the launcher, this starts MPI.
+    Raises ValueError where the launcher's variables contradict one another.
+    """
+    environment = os.environ
+    if "RANK" in environment:
+        return _torchrun(environment)
+    # mpiexec inside a SLURM job starts its own daemons with srun, whose variables reach the ranks: look here first.
+    if "OMPI_COMM_WORLD_SIZE" in environment or "MPI_LOCALNRANKS" in environment:
+        return _mpi(environment)
+    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        return _slurm(environment)
+    if "PMI_RANK" in environment or "PMIX_RANK" in environment:
+        return _mpi(environment)
+    return None
+
+
+def leave(code: int) -> NoReturn:
+    """End this rank at once, so that its launcher ends the others: on the usual way out, destructors and MPI's
+    finalisation would wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def slurm_tasks_unused() -> int:
+    """Tasks of the SLURM allocation that this process was started in without srun, so not as one of them; else 0."""
+    started_by_srun = "SLURM_STEP_ID" in os.environ
+    return 0 if started_by_srun else int(os.environ.get("SLURM_NTASKS", 0))
+
+
+def _integer(environment: Mapping[str, str], name: str, source: str) -> int:
+    text = environment.get(name)
+    if text is None:
+        raise ValueError(f"{name}: missing from the environment, which otherwise looks like that of {source}")
+    if not re.fullmatch(r"[0-9]+", text):
+        raise ValueError(f"{name} = {text!r} ({source}): must be an integer")
+    return int(text)
+
+
+def _agree(name: str, value: int, environment: Mapping[str, str], *others: str) -> None:
+    """Refuse to start where the launchers involved count different worlds."""
+    for other in others:
+        if other in environment and _integer(environment, other, name) != value:
+            raise ValueError(
+                f"{other} = {environment[other]} but {name} = {value}: the launchers disagree about the number of "
+                "ranks; start all of them with one launcher"
+            )
+
+
+def _torchrun(environment: Mapping[str, str]) -> Ranks:
+    address = environment.get("MASTER_ADDR")
+    if not address:
+        raise ValueError("MASTER_ADDR: missing from the environment, which otherwise looks like that of torchrun")
+    return Ranks(
+        rank=_integer(environment, "RANK", "torchrun"),
+        world_size=_integer(environment, "WORLD_SIZE", "torchrun"),
+        local_rank=_integer(environment, "LOCAL_RANK", "torchrun"),
+        address=address,
+        port=_integer(environment, "MASTER_PORT", "torchrun"),
+        source="torchrun",
+        store_served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def _slurm(environment: Mapping[str, str]) -> Ranks:
+    world_size = _integer(environment, "SLURM_NTASKS", "srun")
+    _agree("SLURM_NTASKS", world_size, environment, "SLURM_STEP_NUM_TASKS", "WORLD_SIZE", "PMI_SIZE")
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if not hosts:
+        raise ValueError("SLURM_STEP_NODELIST: missing from the environment, which otherwise looks like that of srun")
+    address = environment.get("MASTER_ADDR") or first_host(hosts)
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
+    if nodes > 1 and (address == "localhost" or address.startswith("127.")):
+        raise ValueError(f"MASTER_ADDR = {address!r}: must be reachable from all {nodes} nodes, or left out")
+    if "MASTER_PORT" in environment:
+        port = _integer(environment, "MASTER_PORT", "srun")
+    else:  # jobs that share a node have different ids, and the steps of a job too
+        job, step = (_integer(environment, name, "srun") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        port = FIRST_PORT + (job * 17 + step) % PORTS
+    return Ranks(
+        rank=_integer(environment, "SLURM_PROCID", "srun"),
+        world_size=world_size,
+        local_rank=_integer(environment, "SLURM_LOCALID", "srun"),
+        address=address,
+        port=port,
+        source="slurm",
+        store_served=False,
+    )
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a SLURM node list: "n[01-03,7],m2" gives "n01", "a,b" gives "a"."""
+    host = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+    if host is None:
+        raise ValueError(f"SLURM_STEP_NODELIST = {nodelist!r}: must be a list of hosts")
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", host.group())
+
+
+def _mpi(environment: Mapping[str, str]) -> Ranks:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # mpi4py raises RuntimeError where it finds no MPI library
+        raise ValueError(
+            f"started by mpiexec, but mpi4py cannot be used ({str(error).splitlines()[0]}): install "
+            "griffin-megatron[mpi] and the MPI that mpiexec belongs to"
+        ) from None
+    world: Any = MPI.COMM_WORLD
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if name in environment and _integer(environment, name, "mpiexec") != world.size:
+            raise ValueError(
+                f"{name} = {environment[name]} but mpi4py sees a world of {world.size}: mpi4py uses another MPI than "
+                "the mpiexec that started it"
+            )
+    if world.size == 1 and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        raise ValueError(f"SLURM_NTASKS = {environment['SLURM_NTASKS']} but mpi4py sees a world of 1")
+    node: Any = world.Split_type(MPI.COMM_TYPE_SHARED)
+    server, place = None, None
+    if world.rank == 0:
+        from torch.distributed import TCPStore
+
+        server = TCPStore("127.0.0.1", 0, world.size, is_master=True, wait_for_workers=False)
+        host = "127.0.0.1" if node.size == world.size else socket.gethostname()
+        place = (environment.get("MASTER_ADDR") or host, server.port)
+    address, port = world.bcast(place, root=0)
+    return Ranks(
+        rank=world.rank,
+        world_size=world.size,
+        local_rank=node.rank,
+        address=address,
+        port=port,
+        source="mpi",
+        store_served=True,
+        server=server,
+    )

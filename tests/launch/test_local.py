@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, str(Path(__file__).with_name("local_scenarios.py"))]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+ENVIRONMENT["PYTHONPATH"] = str(ROOT)
+PROMPT = 10.0  # seconds: ranks that hang do so for 600, and a graceful end was allowed 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("local")
+    subprocess.run([*COMMAND, str(folder)], env=ENVIRONMENT, check=True, timeout=100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):  # before it is opened, before it is read
+        return False
+
+
+def wait_until_ended(pids: list[int]) -> None:
+    deadline = time.monotonic() + PROMPT
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "processes were left"
+        time.sleep(0.02)
+
+
+def test_ranks_meet_in_the_store_and_share_the_cores(folder: Path, results: dict[str, Any]) -> None:
+    assert results["meet"]["code"] == 0
+    assert results["meet"]["stderr"] == ""
+    threads = str(max(1, len(os.sched_getaffinity(0)) // 3))
+    for rank in range(3):
+        assert json.loads((folder / f"meet/heard-{rank}").read_text()) == ["0", "1", "2", "local", threads]
+
+
+def test_failing_rank_ends_the_others_at_once(results: dict[str, Any]) -> None:
+    result = results["raise"]
+    assert result["code"] == 1
+    assert result["seconds"] < PROMPT
+    assert result["stderr"].startswith("griffin: rank 1 of 3 failed (exit code 1)\nTraceback")
+    assert result["stderr"].endswith("RuntimeError: the oven is cold\n")
+
+
+def test_crash_is_reported_rather_than_the_failures_that_it_causes(results: dict[str, Any]) -> None:
+    result = results["crash"]
+    assert result["code"] == 128 + signal.SIGKILL
+    assert result["seconds"] < PROMPT
+    assert result["stderr"] == "griffin: rank 2 of 3 failed (killed by SIGKILL)\n"
+
+
+def test_exit_code_of_a_rank_is_kept(results: dict[str, Any]) -> None:
+    assert results["exit"]["code"] == 7
+    assert results["exit_0"]["code"] == 0
+
+
+@pytest.mark.parametrize(("name", "number"), [("term", signal.SIGTERM), ("interrupt", signal.SIGINT)])
+def test_stop_signal_reaches_the_ranks(results: dict[str, Any], name: str, number: signal.Signals) -> None:
+    assert results[name]["code"] == 128 + number
+    assert results[name]["seconds"] < PROMPT
+    assert results[name]["stderr"] == f"griffin: stopped by {number.name}\n"
+
+
+def test_usr1_reaches_the_ranks_and_stops_nothing(folder: Path, results: dict[str, Any]) -> None:
+    assert results["usr1"]["code"] == 0
+    for rank in range(2):
+        assert (folder / f"usr1/saved-{rank}").read_text() == str(int(signal.SIGUSR1))
+
+
+def test_ranks_that_save_when_stopped_are_waited_for(folder: Path, results: dict[str, Any]) -> None:
+    assert results["save"]["code"] == 85
+    assert (folder / "save/saved-1").exists()
+
+
+def test_ranks_that_ignore_a_stop_are_killed_after_the_grace(results: dict[str, Any]) -> None:
+    result = results["grace"]
+    assert result["code"] == 128 + signal.SIGTERM
+    assert 1.0 <= result["seconds"] < PROMPT
+    assert result["stderr"] == "griffin: ranks had not ended 1 s after SIGTERM: killed\n"
+
+
+def test_second_stop_kills_at_once(results: dict[str, Any]) -> None:
+    assert results["twice"]["code"] == 128 + signal.SIGINT
+    assert results["twice"]["seconds"] < PROMPT
+
+
+def test_arguments_that_do_not_pickle_are_an_error(results: dict[str, Any]) -> None:
+    assert "pickle" in results["pickle"]["code"]
+
+
+def test_handlers_are_given_back(results: dict[str, Any]) -> None:
+    assert all(result["handlers_restored"] for result in results.values())
+
+
+def test_no_process_outlives_its_run(folder: Path) -> None:
+    pids = [int(path.read_text()) for path in folder.glob("*/ready-*")]
+    children = [int(path.read_text()) for path in folder.glob("child/child-*")]
+    assert len(pids) > 20
+    assert len(children) == 2
+    wait_until_ended(pids + children)  # a killed child of a rank still has to be reaped by init
+
+
+def test_ranks_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    parent = subprocess.Popen([*COMMAND, str(tmp_path), "hang"], env=ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            assert time.monotonic() < deadline
+            assert parent.poll() is None
+            time.sleep(0.05)
+        pids = [int(path.read_text()) for path in tmp_path.glob("ready-*") if path.read_text()]
+        assert all(is_running(pid) for pid in pids)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until_ended(pids)
