@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import griffin.launch.local
+import griffin.tools.train
+from griffin.parallel.ranks import Ranks
+from griffin.tools.cli import COMMANDS, main, report, split_overrides
+
+ROOT = Path(__file__).parents[2]
+
+CONFIG = """
+[model]
+pattern = ["recurrent", "attention"]
+width = 64
+recurrent_width = 64
+heads = 2
+head_dim = 16
+[parallel]
+tensor = 2
+[data]
+sequence_length = 64
+[train]
+steps = 4
+global_batch = 4
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a config and data to train on, under no launcher."""
+    (tmp_path / "small.toml").write_text(CONFIG)
+    (tmp_path / "text.txt").write_text("to be or not to be " * 100)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_ID", "SLURM_NTASKS", "PMI_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["data", "build", "data/bytes", "text.txt", "--tokenizer", "bytes", "--workers", "1"]) == 0
+    return tmp_path
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The trainings that were started: (ranks, config, run folder); none really runs."""
+    calls: list[tuple[Any, ...]] = []
+
+    def run_local(target: Any, ranks: int, args: tuple[Any, ...], *, preload: tuple[str, ...]) -> int:
+        calls.append((ranks, *args))
+        return 7
+
+    monkeypatch.setattr(griffin.launch.local, "run_local", run_local)
+    monkeypatch.setattr(griffin.tools.train, "train_rank", lambda *args: calls.append(args))
+    return calls
+
+
+TRAIN = ["train", "small.toml", "--data.train", "data/bytes"]
+
+
+def test_local_ranks(folder: Path, started: list) -> None:
+    assert main([*TRAIN, "--ranks", "2", "--run-dir", "run", "--train.steps=9"]) == 7
+    ((ranks, config, run_dir),) = started
+    assert ranks == 2
+    assert (config.train.steps, config.model.vocabulary) == (9, 257)
+    assert run_dir == Path("run")
+
+
+def test_default_run_folder_and_ranks(folder: Path, started: list) -> None:
+    assert main([*TRAIN, "--parallel.tensor", "1"]) == 7
+    ((ranks, _, run_dir),) = started
+    assert ranks == 1
+    assert run_dir.match("runs/small-*")
+
+
+def test_settings_may_stand_before_the_config(folder: Path, started: list) -> None:
+    assert main(["train", "--data.train", "data/bytes", "--train.steps", "9", "small.toml", "--ranks", "2"]) == 7
+    assert started[0][1].train.steps == 9
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "absent.toml"], "absent.toml: no such config file"),
+        (["train", "small.toml"], "data.train = []: must name at least one PREFIX"),
+        (["train", "small.toml", "--data.train", "data/absent"], "data/absent"),
+        ([*TRAIN, "--data.eval", "data/absent", "--ranks", "2"], "data/absent"),
+        ([*TRAIN, "--ranks", "2", "--train.step", "3"], "train.step: no such setting; did you mean train.steps?"),
+        ([*TRAIN, "--ranks", "2", "--model.vocabulary", "256"], "model.vocabulary = 256: the data's tokenizer has 257"),
+        ([*TRAIN, "--ranks", "3"], "world size = 3: must be a multiple of"),
+        ([*TRAIN, "--ranks", "0"], "--ranks 0: must be at least 1"),
+        ([*TRAIN, "--ranks", "2", "--run-dir", "data"], "--run-dir data: exists and is not an empty folder"),
+    ],
+)
+def test_refused_before_anything_starts(
+    folder: Path, started: list, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    before = sorted(folder.rglob("*"))
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("griffin: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert started == []
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_more_local_ranks_than_gpus(
+    folder: Path, started: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert main([*TRAIN, "--ranks", "4"]) == 2
+    assert "--ranks 4: must be at most 3, the number of GPUs" in capsys.readouterr().err
+    assert started == []
+
+
+RANKS = Ranks(rank=1, world_size=2, local_rank=1, address="a", port=1, source="slurm", store_served=False)
+
+
+def test_rank_of_a_launcher(folder: Path, started: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(griffin.tools.train, "discover", lambda: RANKS)
+    (folder / "run").mkdir()
+    (folder / "run/config.toml").write_text(CONFIG)  # as rank 0 may have made it by now
+    assert main([*TRAIN, "--run-dir", "run"]) == 0
+    ((ranks, config, run_dir),) = started
+    assert ranks == RANKS
+    assert config.parallel.tensor == 2
+    assert run_dir == Path("run")
+
+
+class LeftError(Exception):
+    pass
+
+
+@pytest.fixture
+def leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving raises, for a process that runs other tests."""
+
+    def leave(code: int) -> None:
+        raise LeftError(code)
+
+    monkeypatch.setattr(griffin.tools.train, "leave", leave)
+    monkeypatch.setattr(griffin.tools.train, "discover", lambda: RANKS)
+
+
+def test_rank_of_a_launcher_that_is_refused_leaves(
+    folder: Path, started: list, leaving: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(LeftError, match="2"):
+        main([*TRAIN, "--train.steps", "0"])
+    assert capsys.readouterr().err == "griffin: error: train.steps = 0: must be at least 1\n"
+    assert started == []
+
+
+def test_rank_of_a_launcher_that_fails_leaves(
+    folder: Path, leaving: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any) -> None:
+        raise ValueError("a loss that is not finite")
+
+    monkeypatch.setattr(griffin.tools.train, "train_rank", fail)
+    with pytest.raises(LeftError, match="1"):
+        main(TRAIN)
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.endswith("ValueError: a loss that is not finite\n")
+
+
+def test_local_ranks_inside_of_a_launchers_rank(
+    folder: Path, started: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(griffin.tools.train, "discover", lambda: RANKS)
+    assert main([*TRAIN, "--ranks", "2"]) == 2
+    assert "--ranks 2: this process is one of 2 ranks that slurm started" in capsys.readouterr().err
+    alone = Ranks(rank=0, world_size=1, local_rank=0, address="a", port=1, source="slurm", store_served=False)
+    monkeypatch.setattr(griffin.tools.train, "discover", lambda: alone)
+    assert main([*TRAIN, "--ranks", "2"]) == 7  # an interactive shell that srun started
+
+
+def test_allocation_of_several_tasks_without_srun(
+    folder: Path, started: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert main(TRAIN) == 2
+    assert "SLURM_NTASKS = 8, but this process was not started by srun" in capsys.readouterr().err
+    assert main([*TRAIN, "--ranks", "2"]) == 7
+
+
+def test_split_overrides() -> None:
+    words = ["train", "--a.b", "1", "c.toml", "--d.e=2", "x", "--ranks", "3", "--f.g", "--h.i", "-1", "--run-dir", "y"]
+    rest, overrides = split_overrides(words)
+    assert rest == ["train", "c.toml", "x", "--ranks", "3", "--run-dir", "y"]
+    assert overrides == ["--a.b", "1", "--d.e=2", "--f.g", "--h.i", "-1"]
+
+
+def test_settings_of_a_command_that_takes_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["data", "inspect", "data/a", "--model.width", "3"])
+    assert "unrecognized arguments: --model.width 3" in capsys.readouterr().err
+
+
+def test_system_errors_name_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        (tmp_path / "absent").read_text()
+    assert report(error.value) == 2
+    assert capsys.readouterr().err == f"griffin: error: {tmp_path}/absent: No such file or directory\n"
+
+
+def test_other_errors_keep_their_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> int:
+        raise RuntimeError("not the user's mistake")
+
+    monkeypatch.setattr(griffin.launch.local, "run_local", fail)
+    with pytest.raises(RuntimeError, match="not the user's mistake"):
+        main([*TRAIN, "--ranks", "2"])
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys; from griffin.tools.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    for command in COMMANDS:
+        assert f"\n    {command} " in result.stdout

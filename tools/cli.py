@@ -1,0 +1,62 @@
+"""The command `griffin`: one sub-command per file of this folder."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+
+# Each has `add_parser(subparsers)`, which sets `run`: args -> exit code or None. They import torch inside `run` only.
+COMMANDS = ("data", "model", "train", "bench")
+
+USER_ERRORS = (ValueError, FileNotFoundError)
+OVERRIDE = re.compile(r"--[a-z_]+\.[a-z_0-9]+")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command and return its exit code; 2 with one line on stderr for what the user can put right."""
+    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="griffin", description="Train Griffin and Hawk language models.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        importlib.import_module(f"griffin.tools.{name}").add_parser(subparsers)
+    args = parser.parse_args(words)
+    if "overrides" in args:
+        args.overrides = overrides
+    elif overrides:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    try:
+        return args.run(args) or 0
+    except USER_ERRORS as error:
+        return report(error)
+
+
+def report(error: Exception) -> int:
+    """Say what the user can put right, and return the exit code that says so."""
+    message = str(error)
+    if isinstance(error, OSError) and error.filename is not None:  # raised by the system, not by a check
+        message = f"{error.filename}: {error.strerror}"
+    print(f"griffin: error: {message}", file=sys.stderr)
+    return 2
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the settings, "--section.key value" or "--section.key=value", from the other arguments.
+
+    A sub-command takes them where it sets a default for `overrides`.
+    """
+    rest: list[str] = []
+    overrides: list[str] = []
+    awaited = False  # the value of the setting just read
+    for word in words:
+        is_override = OVERRIDE.match(word) is not None
+        awaited = awaited and not word.startswith("--")
+        (overrides if is_override or awaited else rest).append(word)
+        awaited = is_override and "=" not in word
+    return rest, overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())
