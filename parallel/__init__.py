@@ -2,5 +2,7 @@
 
 import warnings
 
-# Every run records which optimizer and norm it uses; megatron-core would also say it on every process, four times.
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+# megatron-core warns, on every process, of optional packages that it misses (a run records what it uses instead), of
+# its own deprecated settings at their defaults, and calls collectives by names that PyTorch has renamed.
+warnings.filterwarnings("ignore", module=r"megatron\.core")
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

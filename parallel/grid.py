@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,9 @@ def rank_grid(
     device = host.device(ranks.local_rank)
     host.install()
     if device.type == "cuda":
+        # Read when CUDA starts: kernels then run in the order of their launch, which overlapping megatron-core's
+        # tensor-parallel communication with computation relies on.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from griffin.parallel.ranks import Ranks
 
 SIZE = 4
-PRELOAD = ["torch", "megatron.core", "griffin.trainer.loop"]
+PRELOAD = ["griffin.trainer.loop"]
 
 
 class RankError(AssertionError):

@@ -52,6 +52,14 @@ def from_transformers(tensors: Mapping[str, Tensor], names: list[str]) -> dict[s
     return found
 
 
+def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of transformers' RecurrentGemma, its tied output projection left out, for canonical tensors."""
+    return {
+        transformers_name(name): value.t().unsqueeze(1).contiguous() if name.endswith("conv.weight") else value
+        for name, value in tensors.items()
+    }
+
+
 def transformers_settings(model: ModelConfig) -> dict[str, object]:
     """Arguments of transformers' RecurrentGemmaConfig for the same model; ValueError where it has no such model."""
     if model.gate_blocks != model.heads:
