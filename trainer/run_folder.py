@@ -95,7 +95,7 @@ def describe_environment(
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "git": _git(),
-        "command": shlex.join(sys.orig_argv),
+        "command": shlex.join(sys.argv),  # of the parent, in a rank that run_local started
         "hostname": socket.gethostname(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "world_size": ranks.world_size,

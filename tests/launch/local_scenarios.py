@@ -42,7 +42,7 @@ def meet(ranks: Ranks, folder: Path) -> None:
     store.set(f"from {ranks.rank}", str(ranks.local_rank))
     heard = [store.get(f"from {rank}").decode() for rank in range(ranks.world_size)]
     threads = os.environ["OMP_NUM_THREADS"]
-    (folder / f"heard-{ranks.rank}").write_text(json.dumps([*heard, ranks.source, threads]))
+    (folder / f"heard-{ranks.rank}").write_text(json.dumps([*heard, ranks.source, threads, sys.argv[1]]))
 
 
 def fail_or_hang(ranks: Ranks, folder: Path) -> None:

@@ -49,7 +49,8 @@ def test_ranks_meet_in_the_store_and_share_the_cores(folder: Path, results: dict
     assert results["meet"]["stderr"] == ""
     threads = str(max(1, len(os.sched_getaffinity(0)) // 3))
     for rank in range(3):
-        assert json.loads((folder / f"meet/heard-{rank}").read_text()) == ["0", "1", "2", "local", threads]
+        heard = json.loads((folder / f"meet/heard-{rank}").read_text())
+        assert heard == ["0", "1", "2", "local", threads, str(folder)]  # the last: the command line is the parent's
 
 
 def test_failing_rank_ends_the_others_at_once(results: dict[str, Any]) -> None:

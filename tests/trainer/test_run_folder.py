@@ -74,7 +74,8 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(path.name) == len("small-YYYYmmdd-HHMMSS")
 
 
-def test_environment() -> None:
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["griffin", "train", "my config.toml"])
     ranks = Ranks(rank=0, world_size=8, local_rank=0, address="a", port=1, source="slurm", store_served=False)
     environment = describe_environment(CONFIG, ranks, "cpu", {"norm": "torch"})
     assert json.loads(json.dumps(environment)) == environment
@@ -84,7 +85,7 @@ def test_environment() -> None:
     assert environment["implementations"] == {"norm": "torch"}
     assert environment["packages"]["megatron-core"] == "0.16.1"
     assert environment["packages"]["numpy"]
-    assert "pytest" in environment["command"]
+    assert environment["command"] == "griffin train 'my config.toml'"
 
 
 def test_git_state_is_that_of_the_codes_own_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
