@@ -33,7 +33,7 @@ def _reach(starts: Tensor, width: int, dtype: torch.dtype) -> list[Tensor]:
     taps = [reached]
     for offset in range(1, width):
         reached = reached.clone()
-        reached[offset - 1 :] &= ~starts[: len(starts) - offset + 1]
+        reached[offset - 1 :] &= ~starts[: max(0, len(starts) - offset + 1)]
         taps.append(reached)
     return [tap.to(dtype).unsqueeze(-1) for tap in taps]
 

@@ -22,7 +22,7 @@ def rotary(x: Tensor, positions: Tensor) -> Tensor:
         The rotated x, with its shape and dtype.
 
     Raises:
-        ValueError: a shape or dtype is not as above.
+        ValueError: a shape, dtype or device is not as above.
     """
     if x.ndim not in (3, 4) or x.shape[-1] % 4 != 0 or not x.dtype.is_floating_point:
         raise ValueError(
@@ -32,6 +32,8 @@ def rotary(x: Tensor, positions: Tensor) -> Tensor:
         raise ValueError(
             f"positions: shape {list(positions.shape)}, {positions.dtype}; accepted: integers {list(x.shape[:2])}"
         )
+    if positions.device != x.device:
+        raise ValueError(f"positions: on {positions.device}; x is on {x.device}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     rotated = x.shape[-1] // 2
     exponents = torch.arange(0, rotated, 2, device=x.device, dtype=dtype) / rotated
