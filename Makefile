@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
 
 .PHONY: setup demo test test-all lint format clean
@@ -14,15 +13,14 @@ $(VENV)/.complete: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-# Bytes of the standard library's own source files, one document a file; one file in twenty is held out.
-data/stdlib.json: $(VENV)/.complete
-	mkdir -p data
-	$(BIN)/griffin data build data/stdlib $(STDLIB) --tokenizer bytes --glob '*.py' \
-	  --exclude '*site-packages*' --exclude '*/test*' --exclude '*/idlelib/*' \
+# The standard library's own source files as bytes, one document a file; one file in twenty is held out.
+data/stdlib.json: | setup
+	$(BIN)/griffin data build data/stdlib "$(STDLIB)" --tokenizer bytes --glob '*.py' \
+	  --exclude site-packages --exclude test --exclude tests --exclude idle_test \
 	  --hold-out 0.05 --hold-out-prefix data/stdlib-held-out
 
-demo: setup data/stdlib.json
-	$(BIN)/griffin train trainer/configs/demo.toml --run-dir $(RUN_DIR) --ranks 4
+demo: data/stdlib.json
+	$(BIN)/griffin train trainer/configs/demo.toml --ranks 4
 
 test: setup
 	$(BIN)/python -m pytest

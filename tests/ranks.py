@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -23,10 +22,6 @@ class RankError(AssertionError):
     """A rank raised: the message holds its traceback."""
 
 
-def rank_store(path: str, world_size: int) -> dist.Store:
-    return dist.FileStore(path, world_size)
-
-
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     while True:
@@ -34,9 +29,9 @@ def _serve(connection: Connection) -> None:
             job = connection.recv()
         except EOFError:
             return
-        function, ranks, store_path, args, kwargs = job
+        function, ranks, args, kwargs = job
         try:
-            answer = (True, function(ranks, rank_store(store_path, ranks.world_size), *args, **kwargs))
+            answer = (True, function(ranks, ranks.store(), *args, **kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())
             if dist.is_initialized():
@@ -68,19 +63,19 @@ class RankPool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
-        with tempfile.TemporaryDirectory() as folder:
-            for rank in range(world_size):
-                ranks = Ranks(
-                    rank=rank,
-                    world_size=world_size,
-                    local_rank=rank,
-                    address="",
-                    port=0,
-                    source="test",
-                    store_served=True,
-                )
-                self._workers[rank][1].send((function, ranks, os.path.join(folder, "store"), args, kwargs))
-            return self._collect(world_size, timeout)
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for rank in range(world_size):
+            ranks = Ranks(
+                rank=rank,
+                world_size=world_size,
+                local_rank=rank,
+                address="127.0.0.1",
+                port=server.port,
+                source="test",
+                store_served=True,
+            )
+            self._workers[rank][1].send((function, ranks, args, kwargs))
+        return self._collect(world_size, timeout)
 
     def _collect(self, world_size: int, timeout: float) -> list:
         connections = {self._workers[rank][1]: rank for rank in range(world_size)}

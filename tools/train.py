@@ -15,7 +15,7 @@ from griffin.trainer.run_folder import RunFolder, default_run_folder
 from griffin.trainer.validate import validate, validate_data
 
 # Imported once for all local ranks.
-PRELOAD = ("torch", "megatron.core", "griffin.trainer.loop")
+PRELOAD = ("griffin.trainer.loop",)
 
 
 def add_parser(subparsers: Any) -> None:

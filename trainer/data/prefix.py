@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from griffin.trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "griffin-data-1"
 SUFFIXES = (".bin", ".idx", ".json")
+# The index of megatron-core's indexed dataset, read here without its import, which takes seconds.
+_DTYPE_CODES: dict[type[np.number], int] = {np.uint16: 8, np.int32: 4}
 _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _CHECKED_AT_ONCE = 2**20  # documents
@@ -60,8 +61,13 @@ class DataInfo:
 
     @property
     def dtype(self) -> type[np.number]:
-        """Type of the token ids in PREFIX.bin: the smallest of megatron's that fits the vocabulary."""
-        return DType.optimal_dtype(self.vocabulary)
+        """Type of the token ids in PREFIX.bin."""
+        return token_dtype(self.vocabulary)
+
+
+def token_dtype(vocabulary: int) -> type[np.number]:
+    """Type that a vocabulary's token ids are stored in: megatron-core's `DType.optimal_dtype`."""
+    return np.uint16 if vocabulary < 65_500 else np.int32
 
 
 def require_new(prefix: str) -> None:
@@ -81,6 +87,8 @@ class PrefixWriter:
     """
 
     def __init__(self, prefix: str, tokenizer: dict[str, Any], tokenizer_spec: str, eod_token: str | None) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
         require_new(prefix)
         self.prefix = prefix
         self.documents = self.tokens = 0
@@ -89,7 +97,7 @@ class PrefixWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = str(path.parent / f".{path.name}.{uuid.uuid4().hex}.unfinished")
         self._digest = hashlib.sha256()
-        self._dtype = DType.optimal_dtype(tokenizer["vocabulary"])
+        self._dtype = token_dtype(tokenizer["vocabulary"])
         self._builder = IndexedDatasetBuilder(self._temporary + ".bin", self._dtype)
 
     def add(self, ids: np.ndarray) -> None:
@@ -231,7 +239,7 @@ def _check_index(info: DataInfo) -> None:
     item = np.dtype(info.dtype).itemsize
     with open(idx_path, "rb") as file:
         header = file.read(_INDEX_HEADER.size)
-    wanted = (_INDEX_MAGIC, 1, DType.code_from_dtype(info.dtype), info.documents, info.documents + 1)
+    wanted = (_INDEX_MAGIC, 1, _DTYPE_CODES[info.dtype], info.documents, info.documents + 1)
     if len(header) < _INDEX_HEADER.size or _INDEX_HEADER.unpack(header) != wanted:
         raise ValueError(f"{idx_path} is damaged: its header does not agree with {info.prefix}.json")
     # int32 length and int64 offset of every document, int64 end of every document and of none
@@ -239,12 +247,13 @@ def _check_index(info: DataInfo) -> None:
     for path, size in ((idx_path, idx_size), (bin_path, info.tokens * item)):
         if os.path.getsize(path) != size:
             raise ValueError(f"{path} is damaged: {os.path.getsize(path)} bytes long instead of {size}")
-    index = IndexedDataset(info.prefix).index  # its arrays die with it: nothing below may outlive this function
+    all_lengths = np.memmap(idx_path, np.int32, "r", _INDEX_HEADER.size, (info.documents,))
+    all_pointers = np.memmap(idx_path, np.int64, "r", _INDEX_HEADER.size + all_lengths.nbytes, (info.documents,))
     end = 0
     for start in range(0, info.documents, _CHECKED_AT_ONCE):
-        lengths = index.sequence_lengths[start : start + _CHECKED_AT_ONCE].astype(np.int64)
+        lengths = all_lengths[start : start + _CHECKED_AT_ONCE].astype(np.int64)
         ends = end + np.cumsum(lengths) * item
-        pointers = index.sequence_pointers[start : start + _CHECKED_AT_ONCE]
+        pointers = all_pointers[start : start + _CHECKED_AT_ONCE]
         if lengths.min() < 1 or not np.array_equal(ends - lengths * item, pointers):
             raise ValueError(f"{idx_path} is damaged: its documents' lengths and offsets do not agree")
         end = int(ends[-1])

@@ -1,0 +1,192 @@
+"""A whole run: what it leaves in its folder, and that the folder of another is never touched."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from griffin.trainer.config import Config, load_config
+from griffin.trainer.data.prefix import PrefixWriter, read_info
+from griffin.trainer.loop import train
+from tests.ranks import RankPool
+
+CONFIG = """
+[model]
+pattern = ["recurrent", "attention", "recurrent"]
+width = 32
+recurrent_width = 32
+heads = 2
+head_dim = 16
+gate_blocks = 2
+window = 16
+
+[data]
+train = ["{folder}/train"]
+eval = "{folder}/eval"
+sequence_length = 32
+workers = 0
+
+[optimizer]
+learning_rate = 1e-2
+warmup_steps = 2
+
+[train]
+steps = 12
+global_batch = 8
+micro_batch = 2
+dtype = "float32"
+eval_interval = 5
+eval_batches = 2
+
+[log]
+interval = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config whose data are documents of a repeated word, of 1 to 60 bytes."""
+    folder = tmp_path_factory.mktemp("run")
+    generator = np.random.default_rng(0)
+    for name, documents in (("train", 300), ("eval", 60)):
+        writer = PrefixWriter(str(folder / name), {"kind": "bytes", "vocabulary": 257, "eod": 256}, "bytes", None)
+        for length in generator.integers(1, 60, documents):
+            writer.add(np.array([*(b"recurrence " * 6)[:length], 256], dtype=np.int32))
+        writer.finish([])
+        writer.publish()
+        assert read_info(str(folder / name)).documents == documents
+    path = folder / "config.toml"
+    path.write_text(CONFIG.format(folder=folder))
+    return path
+
+
+def run_train(ranks: Any, store: Any, config: Config, run_dir: Path) -> None:
+    train(config, ranks, run_dir)
+
+
+@pytest.fixture(scope="module")
+def run_dir(rank_pool: RankPool, config_path: Path) -> Path:
+    path = config_path.parent / "runs" / "tp2-dp2"
+    rank_pool.run(run_train, 4, load_config(config_path, ["--parallel.tensor", "2"]), path)
+    return path
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics(run_dir: Path) -> None:
+    steps = [line for line in lines(run_dir) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 4, 8, 12]
+    for line in steps:
+        assert {
+            "step",
+            "loss",
+            "grad_norm",
+            "learning_rate",
+            "tokens",
+            "step_seconds",
+            "tokens_per_second",
+            "model_tflops_per_device",
+        } <= line.keys()
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["tokens"] == line["step"] * 8 * 32
+        assert line["tokens_per_second"] == pytest.approx(8 * 32 / line["step_seconds"])
+    assert steps[0]["learning_rate"] == pytest.approx(5e-3)
+    assert steps[-1]["learning_rate"] == pytest.approx(1e-3)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    evaluations = [line for line in lines(run_dir) if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 5, 10, 12]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 1
+
+
+def test_the_loss_of_a_layout_is_that_of_another(rank_pool: RankPool, config_path: Path, run_dir: Path) -> None:
+    path = config_path.parent / "runs" / "pp2"
+    rank_pool.run(run_train, 2, load_config(config_path, ["--parallel.pipeline", "2", "--train.steps", "12"]), path)
+    for one, other in zip(lines(run_dir), lines(path), strict=True):
+        for key in {"loss", "eval_loss"} & one.keys():
+            assert other[key] == pytest.approx(one[key], rel=1e-5)  # float32 sums in another order
+
+
+def test_environment_and_config(run_dir: Path, config_path: Path) -> None:
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["world_size"] == 4
+    assert environment["layout"] == {
+        "tensor": 2,
+        "pipeline": 1,
+        "virtual_pipeline": 1,
+        "sequence_parallel": False,
+        "data": 2,
+    }
+    assert environment["implementations"].keys() == {"optimizer", "norm", "attention", "scan"}
+    assert environment["implementations"]["attention"] in ("sdpa", "flex")
+    assert environment["packages"]["megatron-core"] == "0.16.1"
+    assert load_config(run_dir / "config.toml") == load_config(config_path, ["--parallel.tensor", "2"])
+
+
+def test_console_ends_with_where_to_look(run_dir: Path) -> None:
+    text = (run_dir / "console.log").read_text()
+    assert "4 ranks: tensor 2 x pipeline 1 x data 2; blocks per stage 3" in text
+    first, last = (line["loss"] for line in lines(run_dir) if line["step"] in (1, 12) and "loss" in line)
+    assert f"training loss: {first:.3f} -> {last:.3f} nats per token" in text
+    assert f"Run folder: {run_dir}" in text
+    assert f"tensorboard --logdir {run_dir}" in text
+
+
+def test_tensorboard_reads_the_same_back(run_dir: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    logged = {(line["step"], key): value for line in lines(run_dir) for key, value in line.items() if key != "step"}
+    read = {(scalar.step, tag): scalar.value for tag in events.Tags()["scalars"] for scalar in events.Scalars(tag)}
+    assert read.keys() == logged.keys()
+    for key, value in logged.items():
+        assert read[key] == pytest.approx(value, rel=1e-6)  # TensorBoard keeps float32
+
+
+def test_a_run_folder_is_never_overwritten(rank_pool: RankPool, config_path: Path, run_dir: Path) -> None:
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    command = [sys.executable, "-m", "griffin.tools.cli", "train", str(config_path), "--run-dir", str(run_dir)]
+    for overrides, expected in (
+        ([], "exists and cannot be continued yet"),
+        (["--model.width", "64"], "model.width is 32 there, 64 here"),
+    ):
+        refused = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=60)
+        assert refused.returncode == 2
+        assert expected in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "expected"),
+    [
+        (["--parallel.tensor", "3"], 3, "parallel.tensor = 3"),
+        (["--parallel.pipeline", "4"], 4, "parallel.pipeline"),
+        (["--train.global_batch", "6"], 2, "train.global_batch = 6"),
+        (["--parallel.tensor", "2"], 1, "parallel.tensor"),
+        (["--data.train", "nowhere"], 1, "nowhere"),
+        (["--model.vocabulary", "100"], 1, "model.vocabulary = 100"),
+        (["--model.widht", "64"], 1, "did you mean model.width?"),
+    ],
+)
+def test_refusals_come_before_anything_is_written(
+    config_path: Path, tmp_path: Path, overrides: list[str], ranks: int, expected: str
+) -> None:
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "griffin.tools.cli", "train", str(config_path), "--run-dir", str(run_dir)]
+    refused = subprocess.run(
+        [*command, "--ranks", str(ranks), *overrides], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert refused.returncode == 2, refused.stderr
+    assert expected in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,198 @@
+"""One training step: what it refuses, what it records, and that how it is computed does not change its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from griffin.parallel import sharding
+from griffin.parallel.config import ParallelConfig
+from griffin.parallel.grid import rank_grid
+from griffin.trainer.config import Config, OptimizerConfig
+from griffin.trainer.optimizer import build_schedule
+from griffin.trainer.step import NonFiniteError, Training
+from tests.parallel.test_layouts import make_config, micro_batches, train
+from tests.ranks import RankPool
+
+TP2_PP2 = ParallelConfig(tensor=2, pipeline=2, stages=(2, 3))
+
+
+def plant(ranks: Any, store: Any, config: Config, name: str, rank: int, value: float) -> dict[str, Any]:
+    """Two steps; in the second one the gradient of `name` on `rank` is `value`."""
+    with rank_grid(config.parallel, ranks, store=store) as grid:
+        training = Training(config, grid)
+        batches = [micro_batches(config, step, grid.data_rank, grid.data_size) for step in range(2)]
+        training.step(iter(batches[0]))
+        before = sharding.gather(training.stages, grid)
+        if grid.rank == rank:
+            (parameter,) = [p for piece, p in sharding.named_pieces(training.stages) if piece.name == name]
+            parameter.register_hook(lambda gradient: torch.full_like(gradient, value))
+        try:
+            training.step(iter(batches[1]))
+        except NonFiniteError as error:
+            message = str(error)
+        else:
+            message = ""
+        after = sharding.gather(training.stages, grid)
+        return {"message": message, "unchanged": all(torch.equal(before[key], after[key]) for key in before)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "name", "rank"),
+    [
+        (TP2_PP2, 4, "blocks.3.mlp.down.weight", 3),
+        (ParallelConfig(), 2, "blocks.1.recurrent.decay", 1),
+    ],
+    ids=["tp2-pp2", "dp2"],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_planted_gradient_stops_before_the_update(
+    rank_pool: RankPool, layout: ParallelConfig, world_size: int, name: str, rank: int, value: float
+) -> None:
+    answers = rank_pool.run(plant, world_size, make_config("griffin", layout), name, rank, value)
+    for answer in answers:
+        assert answer["unchanged"], "no weight may change"
+        assert answer["message"].startswith("step 2: loss ")
+        assert f"the first non-finite gradient is that of {name} on rank" in answer["message"]
+        ranks = answer["message"].split(" on rank")[1].split("(")[0].removeprefix("s").strip().split(", ")
+        assert str(rank) in ranks
+    assert len({answer["message"] for answer in answers}) == 1, "every rank says the same"
+
+
+def lose(ranks: Any, store: Any) -> str:
+    """A weight that is not a number gives such a loss."""
+    config = make_config("hawk", ParallelConfig(pipeline=2))
+    with rank_grid(config.parallel, ranks, store=store) as grid:
+        training = Training(config, grid)
+        for piece, parameter in sharding.named_pieces(training.stages):
+            if piece.name == "final_norm.weight":
+                parameter.data[0] = math.nan
+        with pytest.raises(NonFiniteError) as stopped:
+            training.step(iter(micro_batches(config, 0, 0, 1)))
+        return str(stopped.value)
+
+
+def test_a_loss_that_is_not_finite_stops(rank_pool: RankPool) -> None:
+    for message in rank_pool.run(lose, 2):
+        assert message.startswith("step 1: loss nan, gradient norm nan; the first non-finite gradient is that of ")
+
+
+@pytest.mark.parametrize("part", ["mixer", "mlp", "block"])
+def test_recomputation_changes_nothing(rank_pool: RankPool, part: str) -> None:
+    layout = ParallelConfig(tensor=2, sequence_parallel=True)
+    kept, recomputed = (
+        rank_pool.run(train, 2, make_config("griffin", layout, recompute=recompute), 4)[0]
+        for recompute in ("none", part)
+    )
+    assert recomputed["loss"] == kept["loss"]
+    assert recomputed["grad_norm"] == kept["grad_norm"]
+    for name, value in kept["after"].items():
+        assert torch.equal(recomputed["after"][name], value), name
+
+
+def test_overlapped_communication_changes_nothing(rank_pool: RankPool) -> None:
+    off, on = (
+        rank_pool.run(train, 2, make_config("griffin", ParallelConfig(), overlap=overlap), 4)[0]
+        for overlap in ("off", "on")
+    )
+    # The buckets' order, and so that of the norm's sum, may differ; 1e-6 is some ten roundings of float32.
+    torch.testing.assert_close(on["loss"], off["loss"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(on["eval_loss"], off["eval_loss"], rtol=1e-6, atol=0)
+
+
+def train_bfloat16(ranks: Any, store: Any, layout: ParallelConfig, steps: int) -> dict[str, Any]:
+    config = make_config("griffin", layout, dtype="bfloat16")
+    with rank_grid(layout, ranks, store=store) as grid:
+        training = Training(config, grid)
+        losses = [
+            training.step(iter(micro_batches(config, step, grid.data_rank, grid.data_size))).loss
+            for step in range(steps)
+        ]
+        return {
+            "loss": losses,
+            "parameters": {p.dtype for stage in training.stages for p in stage.parameters()},
+            "gradients": {p.main_grad.dtype for stage in training.stages for p in stage.parameters()},
+            "master": {p.dtype for group in training.optimizer.param_groups for p in group["params"]},
+        }
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [(ParallelConfig(), 2), (ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True), 4)],
+    ids=["dp2", "tp2-pp2-sequence-parallel"],
+)
+def test_bfloat16_trains_with_float32_master_weights(
+    rank_pool: RankPool, layout: ParallelConfig, world_size: int
+) -> None:
+    exact = rank_pool.run(train, 1, make_config("griffin", ParallelConfig()), 8)[0]
+    for answer in rank_pool.run(train_bfloat16, world_size, layout, 8):
+        assert answer["parameters"] == {torch.bfloat16}
+        assert answer["gradients"] == answer["master"] == {torch.float32}
+        # bfloat16 keeps 8 bits: a relative rounding of 4e-3 at each of some ten operations in a row.
+        torch.testing.assert_close(answer["loss"], exact["loss"], rtol=3e-2, atol=0)
+
+
+def decayed_elements(ranks: Any, store: Any) -> dict[str, int]:
+    config = make_config("griffin", ParallelConfig())
+    with rank_grid(config.parallel, ranks, store=store) as grid:
+        training = Training(config, grid)
+        counts = {"decayed": 0, "not decayed": 0}
+        for group in training.optimizer.param_groups:
+            expected = 0.0 if group["wd_mult"] == 0.0 else config.optimizer.weight_decay
+            assert group["weight_decay"] == expected
+            key = "not decayed" if expected == 0.0 else "decayed"
+            counts[key] += sum(p.numel() for p in group["params"])
+        return counts
+
+
+def test_weight_decay_reaches_matrices_only(rank_pool: RankPool) -> None:
+    (counts,) = rank_pool.run(decayed_elements, 1)
+    model = make_config("griffin", ParallelConfig()).model
+    D, R, F, A = model.width, model.recurrent_width, model.mlp_width, model.attention_width
+    recurrent, attention = model.pattern.count("recurrent"), model.pattern.count("attention")
+    mlp = 3 * D * F
+    assert counts["decayed"] == (
+        recurrent * (3 * D * R + 4 * R + mlp) + attention * (2 * D * A + 2 * D * model.head_dim + mlp)
+    )
+    gates = 2 * (R * model.gate_block_width + R)
+    biases = recurrent * (3 * R + D) + attention * D + model.blocks * (2 * F + D)
+    norms = (2 * model.blocks + 1) * D
+    embedding = model.padded_vocabulary * D
+    assert counts["not decayed"] == recurrent * (gates + R) + biases + norms + embedding
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"schedule": "constant", "warmup_steps": 0}, [1.0] * 10),
+        ({"schedule": "constant", "warmup_steps": 4}, [0.25, 0.5, 0.75] + [1.0] * 7),
+        ({"schedule": "linear", "warmup_steps": 2, "decay_steps": 8}, [0.5] + [1.0 - 0.9 * k / 8 for k in range(9)]),
+        (
+            {"schedule": "cosine", "warmup_steps": 2, "decay_steps": 8},
+            [0.5] + [0.1 + 0.45 * (1 + math.cos(math.pi * k / 8)) for k in range(9)],
+        ),
+        (
+            {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 4},
+            [0.5] + [1.0] * 5 + [1.0 - 0.9 * k / 4 for k in range(1, 5)],
+        ),
+        (  # after its end, the decay stays where it is
+            {"schedule": "linear", "warmup_steps": 0, "decay_steps": 4},
+            [1.0 - 0.9 * k / 4 for k in range(1, 5)] + [0.1] * 6,
+        ),
+    ],
+)
+def test_learning_rate(settings: dict[str, Any], expected: list[float]) -> None:
+    config = make_config("griffin", ParallelConfig(), steps=10)
+    optimizer = OptimizerConfig(learning_rate=1.0, min_learning_rate=0.1, **settings)
+    groups = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0}])
+    schedule = build_schedule(dataclasses.replace(config, optimizer=optimizer), groups)  # type: ignore[arg-type]
+    rates = []
+    for _ in range(10):
+        schedule.step(1)
+        rates.append(groups.param_groups[0]["lr"])
+    assert rates == pytest.approx(expected)
