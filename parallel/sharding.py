@@ -177,8 +177,9 @@ def load(modules: Iterable[nn.Module], grid: Grid, tensors: Mapping[str, Tensor]
                     part.copy_(tensors[piece.name])
                     continue
                 part.zero_()
-                first = part.shape[piece.axis] * grid.tensor_rank
-                held = max(0, min(part.shape[piece.axis], piece.shape[piece.axis] - first))
+                # A rank may hold padding of the vocabulary only.
+                first = min(part.shape[piece.axis] * grid.tensor_rank, piece.shape[piece.axis])
+                held = min(part.shape[piece.axis], piece.shape[piece.axis] - first)
                 part.narrow(piece.axis, 0, held).copy_(tensors[piece.name].narrow(piece.axis, first, held))
     if unknown and grid.pipeline_size == 1:
         raise ValueError(f"no parameter is called {', '.join(sorted(unknown))}")
