@@ -30,9 +30,8 @@ class AttentionMixer(nn.Module):
         self.window = window
         self._group = context.grid.tensor_group
         self._sequence_parallel = context.megatron.sequence_parallel
-        factory = {"dtype": context.dtype, "device": context.device}
-        self.query = nn.Parameter(torch.empty(self.heads * self.head_dim, model.width, **factory))
-        self.key_value = nn.Parameter(torch.empty(2 * self.head_dim, model.width, **factory))
+        self.query = context.parameter(self.heads * self.head_dim, model.width)
+        self.key_value = context.parameter(2 * self.head_dim, model.width)
         self.out = row_linear(context, f"{name}.out", model.attention_width, atoms=model.heads)
         init = normal(math.sqrt(1 / model.width))
         describe(

@@ -27,17 +27,15 @@ class ResidualBlock(nn.Module):
     def __init__(self, index: int, mixer: str, context: Context, recompute: str = "none"):
         super().__init__()
         name = f"blocks.{index}"
-        width = context.model.width
-        factory = {"dtype": context.dtype, "device": context.device}
         self.recompute = recompute
-        self.mixer_norm = RMSNorm(f"{name}.mixer_norm", width, **factory)
+        self.mixer_norm = RMSNorm(f"{name}.mixer_norm", context)
         self.mixer: RecurrentMixer | AttentionMixer
         if mixer == RECURRENT:
             self.mixer = RecurrentMixer(f"{name}.recurrent", context)
         else:
             window = context.model.window if mixer == ATTENTION else None
             self.mixer = AttentionMixer(f"{name}.attention", context, window)
-        self.mlp_norm = RMSNorm(f"{name}.mlp_norm", width, **factory)
+        self.mlp_norm = RMSNorm(f"{name}.mlp_norm", context)
         self.mlp = MLP(f"{name}.mlp", context)
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from griffin.kernels.local_attention import AttentionMask, attention_mask
 from griffin.parallel.config import ModelConfig, ParallelConfig
@@ -23,9 +23,9 @@ class Context:
     megatron: TransformerConfig
     device: torch.device  # of the parameters; meta where only their shapes are asked for
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.megatron.params_dtype
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """An uninitialised parameter of that shape on this rank."""
+        return nn.Parameter(torch.empty(shape, dtype=self.megatron.params_dtype, device=self.device))
 
 
 def megatron_config(

@@ -44,7 +44,7 @@ class Grid:
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
 
-    def first_rank_does(self, name: str, work: Callable[[], None]) -> None:
+    def first_rank_does(self, name: str, work: Callable[[], object]) -> None:
         """Run `work` on rank 0 while the others wait for as long as it takes.
 
         They wait on the store, not in a collective, so no communication timeout bounds the work. An exception of rank

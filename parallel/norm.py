@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from griffin.parallel.context import Context
 from griffin.parallel.sharding import Piece, describe, zeros
 
 EPSILON = 1e-6
@@ -17,11 +18,13 @@ EPSILON = 1e-6
 def apex_rms_norm() -> Callable[..., Tensor] | None:
     """Apex's RMSNorm for a float32 weight and any input dtype; None where NVIDIA's Apex is absent.
 
-    A package of the name `apex` that is not NVIDIA's has no such function.
+    A package of the name `apex` that is not NVIDIA's has no such function; a build of NVIDIA's without its compiled
+    extensions, which is the default, has it and fails when it is called.
     """
     if not torch.cuda.is_available():
         return None
     try:
+        importlib.import_module("fused_layer_norm_cuda")
         return importlib.import_module("apex.normalization.fused_layer_norm").mixed_dtype_fused_rms_norm_affine
     except (ImportError, AttributeError):
         return None
@@ -30,9 +33,10 @@ def apex_rms_norm() -> Callable[..., Tensor] | None:
 class RMSNorm(nn.Module):
     """`x * rsqrt(mean(x^2) + 1e-6) * (1 + w)` in float32, over the last axis of x [..., D]; output in x's dtype."""
 
-    def __init__(self, name: str, width: int, *, dtype: torch.dtype, device: torch.device):
+    def __init__(self, name: str, context: Context):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
+        width = context.model.width
+        self.weight = context.parameter(width)
         self._fused = apex_rms_norm()
         describe(
             self.weight,

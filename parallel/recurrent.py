@@ -29,8 +29,8 @@ class BlockDiagonalGates(nn.Module):
         std = math.sqrt(1 / (model.recurrent_width if model.init == "jax" else width))
         held = blocks // context.grid.tensor_size
         # [block, in, (input gate | recurrence gate) out]: one batched product serves both gates.
-        self.weight = nn.Parameter(torch.empty(held, width, 2 * width, dtype=context.dtype, device=context.device))
-        self.bias = nn.Parameter(torch.empty(held, 2 * width, dtype=context.dtype, device=context.device))
+        self.weight = context.parameter(held, width, 2 * width)
+        self.bias = context.parameter(held, 2 * width)
         gates = (f"{name}.input_gate", f"{name}.recurrence_gate")
         for suffix, parameter, shape, init in (
             ("weight", self.weight, (blocks, width, width), normal(std)),
@@ -77,11 +77,10 @@ class RecurrentMixer(nn.Module):
             context, (f"{name}.lin_x", f"{name}.lin_y"), R, atoms=blocks, std=math.sqrt(1 / model.width)
         )
         held = R // context.grid.tensor_size
-        factory = {"dtype": context.dtype, "device": context.device}
-        self.conv_weight = nn.Parameter(torch.empty(CONV_WIDTH, held, **factory))
-        self.conv_bias = nn.Parameter(torch.empty(held, **factory))
+        self.conv_weight = context.parameter(CONV_WIDTH, held)
+        self.conv_bias = context.parameter(held)
         self.gates = BlockDiagonalGates(name, context)
-        self.decay = nn.Parameter(torch.empty(held, **factory))
+        self.decay = context.parameter(held)
         self.out = row_linear(context, f"{name}.out", R, atoms=blocks)
         describe(
             self.conv_weight,

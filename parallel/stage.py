@@ -56,7 +56,7 @@ class Stage(MegatronModule):
             ResidualBlock(index, context.model.pattern[index], context, recompute) for index in range(first, last)
         )
         if is_last:
-            self.final_norm = RMSNorm("final_norm", context.model.width, dtype=context.dtype, device=context.device)
+            self.final_norm = RMSNorm("final_norm", context)
             self.logits = Logits(context, owns_weight=not is_first)
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
@@ -104,9 +104,7 @@ class Logits(nn.Module):
         self.valid_rows = min(max(context.model.vocabulary - context.grid.tensor_rank * self.rows, 0), self.rows)
         self.weight: nn.Parameter | None = None
         if owns_weight:
-            self.weight = nn.Parameter(
-                torch.empty(self.rows, context.model.width, dtype=context.dtype, device=context.device)
-            )
+            self.weight = context.parameter(self.rows, context.model.width)
             _describe_embedding(self.weight, context.model, shared=True)
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -65,7 +66,7 @@ def _evaluates(config: Config, step: int) -> bool:
 
 def _open_data(config: Config, grid: Grid) -> tuple[Samples, Samples | None]:
     blends = {"train": (config.data.train, config.train.steps), "eval": (config.data.eval, config.train.eval_batches)}
-    settings = {
+    settings: dict[str, Any] = {
         "sequence_length": config.data.sequence_length,
         "seed": config.train.seed,
         "cache": config.data.cache or None,

@@ -91,7 +91,8 @@ def _inside_recurrence(context: Context, documents: Documents) -> list[tuple[str
     x = torch.randn(T, B, width, requires_grad=True)
     with CountCollectives() as count:
         convolved = causal_conv1d(x, torch.randn(4, width), torch.randn(width), starts=documents.starts)
-        y, _ = rglru(convolved, *gates(convolved), torch.randn(width), starts=documents.starts)
+        input_gate, recurrence_gate = gates(convolved)
+        y, _ = rglru(convolved, input_gate, recurrence_gate, torch.randn(width), starts=documents.starts)
         y.sum().backward()
     assert x.grad is not None
     return count.seen

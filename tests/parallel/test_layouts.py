@@ -13,6 +13,7 @@ from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, Mode
 from griffin.parallel.grid import rank_grid
 from griffin.trainer.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from griffin.trainer.step import Training
+from tests.closeness import assert_all_close
 from tests.ranks import RankPool
 
 STEPS, SEQUENCE, GLOBAL_BATCH, VOCABULARY = 20, 32, 8, 130
@@ -143,13 +144,8 @@ def test_layout_agrees_with_one_rank(rank_pool: RankPool, one_rank: Any, family:
         torch.testing.assert_close(actual["loss"], expected["loss"], rtol=1e-5, atol=0)
         torch.testing.assert_close(actual["eval_loss"], expected["eval_loss"], rtol=1e-5, atol=0)
         torch.testing.assert_close(actual["grad_norm"], expected["grad_norm"], rtol=1e-3, atol=0)
-        assert actual["before"].keys() == expected["before"].keys()
-        for key, value in expected["before"].items():
-            assert torch.equal(actual["before"][key], value), f"{key}: initial weights must agree bitwise"
+        assert_all_close(actual["before"], expected["before"])  # bitwise
         # Where a gradient is near zero, Adam turns its rounding into steps of up to the learning rate.
-        bound = 0.02 * LEARNING_RATE * STEPS
-        for key, value in expected["after"].items():
-            torch.testing.assert_close(
-                actual["after"][key], value, rtol=0, atol=bound, msg=lambda m, k=key: f"{k}: {m}"
-            )
-            assert not torch.equal(value, expected["before"][key]), f"{key} was not trained"
+        assert_all_close(actual["after"], expected["after"], atol=0.02 * LEARNING_RATE * STEPS)
+    for name, value in expected["after"].items():
+        assert not torch.equal(value, expected["before"][name]), f"{name} was not trained"
