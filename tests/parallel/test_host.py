@@ -1,0 +1,127 @@
+"""megatron-core without a GPU: what is redirected, and that nothing is where there is one."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+from megatron.core.optimizer import clip_grads
+from megatron.core.tensor_parallel import layers
+
+from griffin.parallel import host
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is redirected")
+
+
+@pytest.fixture(autouse=True)
+def untouched() -> Iterator[None]:
+    """The modules as they are before `host.install`, and afterwards as they were."""
+    before = [module.torch for module in host._MODULES]
+    for module in host._MODULES:
+        module.torch = torch
+    yield
+    for module, torch_module in zip(host._MODULES, before, strict=True):
+        module.torch = torch_module
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("module", host._MODULES, ids=lambda module: module.__name__.removeprefix("megatron.core."))
+def test_the_cuda_device_becomes_the_cpu(module: types.ModuleType) -> None:
+    host.install()
+    current = module.torch.cuda.current_device()
+    assert current == torch.device("cpu")
+    module.torch.cuda.synchronize()
+    for device in ("cuda", current, None):
+        for tensor in (
+            module.torch.empty(2, 3, dtype=torch.int32, device=device),
+            module.torch.empty((2, 3), dtype=torch.int32, device=device),
+            module.torch.zeros(2, 3, dtype=torch.int32, device=device),
+            module.torch.ones(2, 3, dtype=torch.int32, device=device),
+            module.torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int32, device=device),
+        ):
+            assert (tensor.device.type, tensor.dtype, tensor.shape) == ("cpu", torch.int32, (2, 3))
+    assert module.torch.tensor([5.0], device="cuda").item() == 5
+
+
+@needs_no_gpu
+def test_nothing_else_is_redirected() -> None:
+    host.install()
+    proxy = layers.torch
+    assert proxy.empty(2, device="meta").is_meta
+    assert proxy.zeros(2, device=torch.device("meta")).is_meta
+    assert proxy.nn is torch.nn
+    assert proxy.distributed is torch.distributed
+    assert proxy.cuda.is_available is torch.cuda.is_available
+    assert proxy.cuda.Event is torch.cuda.Event
+    with pytest.raises(AttributeError, match="no_such_function"):
+        _ = proxy.no_such_function
+    with pytest.raises((AssertionError, RuntimeError)):  # torch itself has no such device, as before
+        torch.empty(2, device="cuda")
+
+
+@needs_no_gpu
+def test_installing_twice_changes_nothing() -> None:
+    host.install()
+    host.install()
+    assert layers.torch.empty(2, device="cuda").device.type == "cpu"
+    assert layers.torch.nn is torch.nn
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_on_meta_allocates_nothing_and_restores(installed: bool) -> None:
+    if installed:
+        host.install()
+    before = [module.torch for module in host._MODULES]
+    with host.on_meta():
+        assert layers.torch.empty(1 << 40, device="cuda").is_meta
+        assert layers.torch.empty(1 << 40, device=layers.torch.cuda.current_device()).is_meta
+        assert layers.torch.empty(2, device="cpu").device.type == "cpu"
+    assert [module.torch for module in host._MODULES] == before
+    with pytest.raises(ZeroDivisionError), host.on_meta():
+        _ = 1 / 0
+    assert [module.torch for module in host._MODULES] == before
+
+
+@needs_no_gpu
+def test_cuda_type_names_within_only() -> None:
+    plain = torch.Tensor.type
+    half, single = torch.ones(2, dtype=torch.bfloat16), torch.nn.Parameter(torch.ones(2))
+    with host.cuda_type_names():
+        assert half.type() == "torch.cuda.BFloat16Tensor"
+        assert single.type() == "torch.cuda.FloatTensor"
+        converted = half.type(torch.float64)  # with an argument it is a conversion
+        assert torch.equal(converted, torch.ones(2, dtype=torch.float64))
+    assert torch.Tensor.type is plain
+    assert half.type() == "torch.BFloat16Tensor"
+    with pytest.raises(ZeroDivisionError), host.cuda_type_names():
+        _ = 1 / 0
+    assert torch.Tensor.type is plain
+
+
+@needs_no_gpu
+def test_gradients_can_be_clipped() -> None:
+    """megatron-core's own code, where it asserts a CUDA type and makes CUDA tensors."""
+    host.install()
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    with host.cuda_type_names():
+        clip_grads.clip_grad_by_total_norm_fp32([parameter], max_norm=1.0, total_norm=5.0)
+    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]), rtol=1e-5, atol=0)  # 1 / (5 + 1e-6)
+
+
+def test_no_effect_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    host.install()
+    assert all(module.torch is torch for module in host._MODULES)
+    plain = torch.Tensor.type
+    with host.cuda_type_names():
+        assert torch.Tensor.type is plain
+        assert torch.ones(2).type() == "torch.FloatTensor"
+    assert host.device(3) == torch.device("cuda", 3)
+
+
+@needs_no_gpu
+def test_device_without_a_gpu() -> None:
+    assert host.device(3) == torch.device("cpu")
