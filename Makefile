@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
 
-.PHONY: setup demo test test-all lint format clean
+.PHONY: setup demo test test-all test-gpu lint format clean
 
 setup: $(VENV)/.complete
 
@@ -22,11 +22,15 @@ data/stdlib.json: | setup
 demo: data/stdlib.json
 	$(BIN)/griffin train trainer/configs/demo.toml --ranks 4
 
+# The tests compare ranks and layouts on CPUs, also where there are GPUs; test-gpu runs those that need one.
 test: setup
-	$(BIN)/python -m pytest
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
 test-all: setup
-	$(BIN)/python -m pytest -m ''
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m ''
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
 
 lint: setup
 	$(BIN)/ruff check .

@@ -94,7 +94,7 @@ def rank_grid(
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        _backend(device),
         store=store or ranks.store(timeout),
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -110,14 +110,19 @@ def rank_grid(
 
 @contextmanager
 def single_rank_grid() -> Iterator[Grid]:
-    """A world of one rank that communicates with nobody: for counting on meta tensors and for tests."""
+    """A world of one rank in this process: for counting on meta tensors, for benchmarks and for tests."""
     host.install()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    device = host.device()
+    dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
     try:
         with _model_parallel(ParallelConfig(), datetime.timedelta(minutes=1)):
-            yield _read(torch.device("cpu"))
+            yield _read(device)
     finally:
         dist.destroy_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -101,6 +104,11 @@ def _device_name(grid: Grid) -> str:
     return torch.cuda.get_device_name(grid.device) if grid.device.type == "cuda" else "cpu"
 
 
+def _tensorboard() -> str:
+    """The command as this person can type it: the environment need not be activated."""
+    return "tensorboard" if shutil.which("tensorboard") else os.path.relpath(Path(sys.prefix, "bin", "tensorboard"))
+
+
 class Report:
     """Rank 0's console and metrics of a run; on other ranks it does nothing. A context manager."""
 
@@ -172,7 +180,7 @@ class Report:
             self._console.print(f"{name} loss: {self._first[name]:.3f} -> {last:.3f} nats per token")
         self._console.print(f"Run folder: {self._folder.path}")
         if self._config.log.tensorboard:
-            self._console.print(f"Curves: tensorboard --logdir {self._folder.path}")
+            self._console.print(f"Curves: {_tensorboard()} --logdir {self._folder.path}")
 
     def _note(self, name: str, loss: float) -> None:
         self._first.setdefault(name, loss)
