@@ -137,7 +137,7 @@ def test_bfloat16_trains_as_float32_does(grid: Grid) -> None:
         assert all(parameter.dtype == dtype for parameter in stage.parameters())
         found[dtype] = losses.mean().item(), gradients(stage)
     (loss, reference), (rounded_loss, rounded) = found[torch.float32], found[torch.bfloat16]
-    # bfloat16 keeps 8 bits, 0.4 % a rounding, of which a few dozen add up: a loss 1e-4 off and cosines of 0.999 were seen.
+    # bfloat16 keeps 8 bits, 0.4 % a rounding, of which a few dozen add up: 1e-4 of the loss and 0.999 were seen.
     assert rounded_loss == pytest.approx(loss, rel=2e-3)
     for name, gradient in rounded.items():
         assert gradient.dtype == torch.bfloat16
