@@ -66,6 +66,7 @@ class Documents:
 
     def __init__(self, positions: Tensor):
         self._positions = positions
+        self._masks: dict[int | None, AttentionMask] = {}
 
     @cached_property
     def positions(self) -> Tensor:
@@ -77,13 +78,9 @@ class Documents:
         """bool [T, B], True at a document's first token."""
         return self.positions == 0
 
-    @cached_property
-    def _ids(self) -> Tensor:
-        return (self._positions == 0).cumsum(dim=1)
-
     def mask(self, window: int | None) -> AttentionMask:
         """Which keys each query sees; `window` None is all earlier tokens of its document."""
-        masks = self.__dict__.setdefault("_masks", {})
-        if window not in masks:
-            masks[window] = attention_mask(self._ids, window)
-        return masks[window]
+        if window not in self._masks:
+            ids = (self._positions == 0).cumsum(dim=1)
+            self._masks[window] = attention_mask(ids, window)
+        return self._masks[window]

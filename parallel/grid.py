@@ -35,6 +35,7 @@ class Grid:
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     device: torch.device
+    store: dist.Store
 
     @property
     def is_first_rank(self) -> bool:
@@ -53,23 +54,22 @@ class Grid:
         if self.world_size == 1:
             work()
             return
-        store = dist.distributed_c10d._get_default_store()
         key = f"griffin/{name}"
         if self.rank == 0:
             try:
                 work()
             except BaseException as error:
-                store.set(key, f"{type(error).__name__}: {error}")
+                self.store.set(key, f"{type(error).__name__}: {error}")
                 raise
-            store.set(key, "")
+            self.store.set(key, "")
             return
         while True:
             try:
-                store.wait([key], _POLL)
+                self.store.wait([key], _POLL)
                 break
             except dist.DistStoreError:
                 continue
-        if failure := store.get(key).decode():
+        if failure := self.store.get(key).decode():
             raise RuntimeError(f"rank 0 failed at {name}: {failure}")
 
 
@@ -87,6 +87,7 @@ def rank_grid(
     The world size must be a multiple of `layout.model_ranks`.
     """
     device = host.device(ranks.local_rank)
+    store = store or ranks.store(timeout)
     host.install()
     if device.type == "cuda":
         # Read when CUDA starts: kernels then run in the order of their launch, which overlapping megatron-core's
@@ -95,7 +96,7 @@ def rank_grid(
         torch.cuda.set_device(device)
     dist.init_process_group(
         _backend(device),
-        store=store or ranks.store(timeout),
+        store=store,
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timeout,
@@ -103,7 +104,7 @@ def rank_grid(
     )
     try:
         with _model_parallel(layout, timeout):
-            yield _read(device)
+            yield _read(device, store)
     finally:
         dist.destroy_process_group()
 
@@ -113,10 +114,11 @@ def single_rank_grid() -> Iterator[Grid]:
     """A world of one rank in this process: for counting on meta tensors, for benchmarks and for tests."""
     host.install()
     device = host.device()
-    dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()
+    dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
     try:
         with _model_parallel(ParallelConfig(), datetime.timedelta(minutes=1)):
-            yield _read(device)
+            yield _read(device, store)
     finally:
         dist.destroy_process_group()
 
@@ -140,7 +142,7 @@ def _model_parallel(layout: ParallelConfig, timeout: datetime.timedelta) -> Iter
         parallel_state.destroy_model_parallel()
 
 
-def _read(device: torch.device) -> Grid:
+def _read(device: torch.device, store: dist.Store) -> Grid:
     """Read megatron-core's global state once; everything else is handed a Grid."""
     tensor, pipeline = (
         parallel_state.get_tensor_model_parallel_group(),
@@ -159,4 +161,5 @@ def _read(device: torch.device) -> Grid:
         tensor_group=tensor,
         pipeline_group=pipeline,
         device=device,
+        store=store,
     )

@@ -1,4 +1,4 @@
-"""`griffin model`: block pattern and exact parameter counts of a preset or of a configuration."""
+"""`griffin model`: block pattern and exact parameter counts of the presets."""
 
 from __future__ import annotations
 
