@@ -8,14 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from griffin.parallel.attention import AttentionMixer
-from griffin.parallel.config import ATTENTION, RECURRENT
+from griffin.parallel.config import ATTENTION, RECOMPUTES, RECURRENT
 from griffin.parallel.context import Context, Documents
 from griffin.parallel.mlp import MLP
 from griffin.parallel.norm import RMSNorm
 from griffin.parallel.recurrent import RecurrentMixer
-
-# What is run again in the backward pass instead of being kept ("none" keeps everything).
-RECOMPUTE = ("none", "mixer", "mlp", "block")
 
 
 class ResidualBlock(nn.Module):
@@ -26,6 +23,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, index: int, mixer: str, context: Context, recompute: str = "none"):
         super().__init__()
+        assert recompute in RECOMPUTES, recompute
         name = f"blocks.{index}"
         self.recompute = recompute
         self.mixer_norm = RMSNorm(f"{name}.mixer_norm", context)

@@ -10,6 +10,8 @@ ATTENTION = "attention"
 GLOBAL_ATTENTION = "global_attention"
 MIXERS = (RECURRENT, ATTENTION, GLOBAL_ATTENTION)
 INITS = ("jax", "torch")
+# What a block runs again in its backward pass instead of keeping it ("none" keeps everything).
+RECOMPUTES = ("none", "mixer", "mlp", "block")
 
 CONV_WIDTH = 4
 VOCABULARY_MULTIPLE = 128

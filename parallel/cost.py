@@ -95,7 +95,7 @@ def _split(blocks: Sequence[float], first: float, last: float, stages: int) -> t
     def best(stage: int, start: int) -> tuple[float, float, tuple[int, ...]]:
         """(slowest stage, sum of squares, sizes) of stages from `stage` on that hold the blocks from `start` on.
 
-        The sum of squares breaks ties between splits with the same slowest stage in favour of the more even one.
+        The sum of squares prefers the more even of splits with the same slowest stage.
         """
         ends = [total] if stage == stages - 1 else range(start + 1, total - (stages - stage - 1) + 1)
         found = []

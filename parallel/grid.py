@@ -79,15 +79,13 @@ def rank_grid(
     ranks: Ranks,
     *,
     timeout: datetime.timedelta = datetime.timedelta(minutes=30),
-    store: dist.Store | None = None,
 ) -> Iterator[Grid]:
     """Start torch.distributed and megatron-core's process groups, and stop both at the end.
 
-    `store` is the rendezvous, `ranks.store()` unless one is given. NCCL is used where there is a GPU, gloo elsewhere.
-    The world size must be a multiple of `layout.model_ranks`.
+    NCCL is used where there is a GPU, gloo elsewhere. The world size must be a multiple of `layout.model_ranks`.
     """
     device = host.device(ranks.local_rank)
-    store = store or ranks.store(timeout)
+    store = ranks.store(timeout)
     host.install()
     if device.type == "cuda":
         # Read when CUDA starts: kernels then run in the order of their launch, which overlapping megatron-core's

@@ -105,7 +105,7 @@ def on_meta() -> Iterator[None]:
 def cuda_type_names() -> Iterator[None]:
     """Within it, `tensor.type()` names a CUDA type on a machine without a GPU.
 
-    distrib_optimizer 361-435 sorts parameters, and clip_grads 167 checks gradients, by those names.
+    distrib_optimizer 361-435 and 582 sort parameters, and clip_grads 167 checks gradients, by those names.
     """
     if torch.cuda.is_available():
         yield

@@ -130,7 +130,7 @@ def initialize(modules: Iterable[nn.Module], grid: Grid, seed: int) -> None:
     """Draw all parameters such that the global tensors depend on the seed only, bitwise, whatever the layout.
 
     Every (name, atom) has a random stream of its own, so a rank draws only what it holds. Draws are in float32 on the
-    CPU and then rounded to the parameter's dtype.
+    CPU and then rounded to the parameter's dtype. (PyTorch promises equal streams on CPUs of one kind.)
     """
     for module in modules:
         for parameter in module.parameters():
@@ -162,27 +162,35 @@ def _draw(piece: Piece, out: Tensor, grid: Grid, seed: int) -> None:
 def load(modules: Iterable[nn.Module], grid: Grid, tensors: Mapping[str, Tensor]) -> None:
     """Copy this rank's parts of global tensors, by canonical name, into the parameters (rounded to their dtype).
 
-    Padding of the vocabulary becomes zero. Raises ValueError if a name is missing, unknown or of another shape.
+    `tensors` holds the whole model on every rank. Padding of the vocabulary becomes zero. Raises ValueError, with all
+    parameters as they were, if a name is missing or unknown or a shape differs.
     """
-    unknown = set(tensors)
-    for module in modules:
-        for parameter in module.parameters():
-            for piece in parameter.pieces:  # type: ignore[attr-defined]
-                if piece.name not in tensors or tensors[piece.name].shape != piece.shape:
-                    found = tuple(tensors[piece.name].shape) if piece.name in tensors else "none"
-                    raise ValueError(f"{piece.name}: must be a tensor of shape {piece.shape}, found {found}")
-                unknown.discard(piece.name)
-                part = piece.view(parameter, grid.tensor_size)
-                if piece.axis is None:
-                    part.copy_(tensors[piece.name])
-                    continue
-                part.zero_()
-                # A rank may hold padding of the vocabulary only.
-                first = min(part.shape[piece.axis] * grid.tensor_rank, piece.shape[piece.axis])
-                held = min(part.shape[piece.axis], piece.shape[piece.axis] - first)
-                part.narrow(piece.axis, 0, held).copy_(tensors[piece.name].narrow(piece.axis, first, held))
-    if unknown and grid.pipeline_size == 1:
+    held = [
+        (piece, parameter)
+        for module in modules
+        for parameter in module.parameters()
+        for piece in parameter.pieces  # type: ignore[attr-defined]
+    ]
+    known: list[set[str]] = [{piece.name for piece, _ in held}]
+    if grid.world_size > 1:
+        known = [set()] * grid.world_size
+        dist.all_gather_object(known, {piece.name for piece, _ in held})
+    if unknown := tensors.keys() - set().union(*known):
         raise ValueError(f"no parameter is called {', '.join(sorted(unknown))}")
+    for piece, _ in held:
+        if piece.name not in tensors or tensors[piece.name].shape != piece.shape:
+            found = tuple(tensors[piece.name].shape) if piece.name in tensors else "none"
+            raise ValueError(f"{piece.name}: must be a tensor of shape {piece.shape}, found {found}")
+    for piece, parameter in held:
+        part, value = piece.view(parameter, grid.tensor_size), tensors[piece.name]
+        if piece.axis is None:
+            part.copy_(value)
+            continue
+        # A rank may hold padding of the vocabulary only.
+        first = min(part.shape[piece.axis] * grid.tensor_rank, piece.shape[piece.axis])
+        rows = min(part.shape[piece.axis], piece.shape[piece.axis] - first)
+        part.zero_()
+        part.narrow(piece.axis, 0, rows).copy_(value.narrow(piece.axis, first, rows))
 
 
 def gather(

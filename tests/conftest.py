@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.ranks import RankPool
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ranks and layouts are compared on CPUs, also where there are GPUs; `-m gpu` runs the tests that need one."""
+    if "gpu" not in config.getoption("markexpr"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

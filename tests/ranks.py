@@ -31,7 +31,7 @@ def _serve(connection: Connection) -> None:
             return
         function, ranks, args, kwargs = job
         try:
-            answer = (True, function(ranks, ranks.store(), *args, **kwargs))
+            answer = (True, function(ranks, *args, **kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())
             if dist.is_initialized():
@@ -40,7 +40,7 @@ def _serve(connection: Connection) -> None:
 
 
 class RankPool:
-    """Runs `function(ranks, store, *args)` on ranks 0..n-1 at once and returns their answers in order.
+    """Runs `function(ranks, *args)` on ranks 0..n-1 at once and returns their answers in order.
 
     The function and its arguments must be picklable, and the function importable. A rank that fails or the timeout
     ends all the ranks; the next call starts new ones.

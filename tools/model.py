@@ -54,7 +54,7 @@ def describe_pattern(pattern: tuple[str, ...]) -> str:
     for size in (1, 2):
         unit = runs[:size]
         repeats = 0
-        while runs[repeats * size : (repeats + 1) * size] == unit:
+        while repeats * size < len(runs) and runs[repeats * size : (repeats + 1) * size] == unit:
             repeats += 1
         rest = runs[repeats * size :]
         if repeats > 1 or len(runs) == size:

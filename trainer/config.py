@@ -19,7 +19,6 @@ from griffin.trainer.presets import PRESETS, preset
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 WSD_DECAYS = ("linear", "cosine", "exponential", "minus_sqrt")
 DTYPES = ("float32", "bfloat16")
-RECOMPUTES = ("none", "mixer", "mlp", "block")
 OVERLAPS = ("auto", "on", "off")
 
 

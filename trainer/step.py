@@ -24,7 +24,6 @@ from griffin.trainer.config import Config
 from griffin.trainer.optimizer import build_optimizer, build_schedule
 
 Batch = Mapping[str, Tensor]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class NonFiniteError(RuntimeError):
@@ -49,7 +48,7 @@ class Training:
 
     def __init__(self, config: Config, grid: Grid):
         self.config, self.grid = config, grid
-        self.dtype = DTYPES[config.train.dtype]
+        self.dtype: torch.dtype = getattr(torch, config.train.dtype)
         self.micro_batches = config.train.global_batch // (config.train.micro_batch * grid.data_size)
         self.overlap = grid.data_size > 1 and (
             config.train.overlap == "on" or (config.train.overlap == "auto" and grid.device.type == "cuda")

@@ -11,6 +11,7 @@ from griffin.parallel.config import (
     GLOBAL_ATTENTION,
     INITS,
     MIXERS,
+    RECOMPUTES,
     RECURRENT,
     ModelConfig,
     axis_atoms,
@@ -18,7 +19,6 @@ from griffin.parallel.config import (
 from griffin.trainer.config import (
     DTYPES,
     OVERLAPS,
-    RECOMPUTES,
     SCHEDULES,
     WSD_DECAYS,
     Config,

@@ -55,9 +55,9 @@ class CountCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_branches(ranks: Any, store: Any, sequence_parallel: bool) -> dict[str, Any]:
+def count_branches(ranks: Any, sequence_parallel: bool) -> dict[str, Any]:
     layout = ParallelConfig(tensor=2, sequence_parallel=sequence_parallel)
-    with rank_grid(layout, ranks, store=store) as grid:
+    with rank_grid(layout, ranks) as grid:
         context = Context(
             model=MODEL,
             grid=grid,
@@ -106,12 +106,12 @@ def test_every_branch_communicates_what_an_mlp_does(rank_pool: RankPool, sequenc
             assert counted == EXPECTED[sequence_parallel], name
 
 
-def count_step(ranks: Any, store: Any, sequence_parallel: bool) -> list[tuple[str, int]]:
+def count_step(ranks: Any, sequence_parallel: bool) -> list[tuple[str, int]]:
     layout = ParallelConfig(tensor=2, sequence_parallel=sequence_parallel)
     config = make_config("griffin", layout)
     # Four micro-batches: what happens once per step and once per micro-batch can be told apart.
     assert config.train.global_batch == 4 * config.train.micro_batch
-    with rank_grid(layout, ranks, store=store) as grid:
+    with rank_grid(layout, ranks) as grid:
         training = Training(config, grid)
         data = micro_batches(config, 0, 0, 1)
         with CountCollectives() as count:

@@ -17,8 +17,8 @@ from griffin.parallel.grid import rank_grid, single_rank_grid
 from tests.ranks import RankPool
 
 
-def place(ranks: Any, store: Any, layout: ParallelConfig) -> dict[str, Any]:
-    with rank_grid(layout, ranks, store=store) as grid:
+def place(ranks: Any, layout: ParallelConfig) -> dict[str, Any]:
+    with rank_grid(layout, ranks) as grid:
         return {
             "rank": (grid.rank, grid.world_size),
             "tensor": (grid.tensor_rank, grid.tensor_size),
@@ -53,7 +53,7 @@ def test_tensor_ranks_are_neighbours_then_data_then_pipeline(
         }
 
 
-def wait_for_slow_work(ranks: Any, store: Any, path: Path) -> dict[str, Any]:
+def wait_for_slow_work(ranks: Any, path: Path) -> dict[str, Any]:
     calls = []
 
     def build() -> None:
@@ -62,7 +62,7 @@ def wait_for_slow_work(ranks: Any, store: Any, path: Path) -> dict[str, Any]:
         path.write_text("built")
 
     poll = datetime.timedelta(milliseconds=50)
-    with rank_grid(ParallelConfig(), ranks, store=store) as grid, patch.object(grid_module, "_POLL", poll):
+    with rank_grid(ParallelConfig(), ranks) as grid, patch.object(grid_module, "_POLL", poll):
         dist.barrier()
         start = time.monotonic()
         grid.first_rank_does("build", build)
@@ -79,12 +79,12 @@ def test_others_wait_for_the_first_rank_beyond_any_poll(rank_pool: RankPool, tmp
     assert all(answer["waited"] > 0.5 for answer in answers), "twenty polls, less what the barrier let ranks differ"
 
 
-def fail_on_the_first_rank(ranks: Any, store: Any) -> dict[str, Any]:
+def fail_on_the_first_rank(ranks: Any) -> dict[str, Any]:
     def fail() -> None:
         raise FileNotFoundError("no data/a.idx")
 
     calls: list[str] = []
-    with rank_grid(ParallelConfig(), ranks, store=store) as grid:
+    with rank_grid(ParallelConfig(), ranks) as grid:
         try:
             grid.first_rank_does("index", fail)
         except Exception as error:

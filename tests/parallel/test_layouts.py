@@ -100,8 +100,8 @@ def micro_batches(config: Config, step: int, data_rank: int, data_size: int) -> 
     ]
 
 
-def train(ranks: Any, store: Any, config: Config, steps: int = STEPS) -> dict[str, Any]:
-    with rank_grid(config.parallel, ranks, store=store) as grid:
+def train(ranks: Any, config: Config, steps: int = STEPS) -> dict[str, Any]:
+    with rank_grid(config.parallel, ranks) as grid:
         training = Training(config, grid)
         before = sharding.gather(training.stages, grid)
         results = [

@@ -111,7 +111,7 @@ def embedding_rows(stages: list[Stage]) -> list[torch.Tensor]:
     ]
 
 
-def draw(ranks: Any, store: Any, layout: ParallelConfig) -> dict[str, Any]:
+def draw(ranks: Any, layout: ParallelConfig) -> dict[str, Any]:
     drawn = 0
 
     def counted(function: Any) -> Any:
@@ -122,7 +122,7 @@ def draw(ranks: Any, store: Any, layout: ParallelConfig) -> dict[str, Any]:
 
         return call
 
-    with rank_grid(layout, ranks, store=store) as grid:
+    with rank_grid(layout, ranks) as grid:
         stages = build(MODEL, layout, grid)
         with (
             patch.object(torch, "randn", counted(torch.randn)),
@@ -292,8 +292,8 @@ def random_tensors() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def load_and_gather(ranks: Any, store: Any, layout: ParallelConfig) -> dict[str, Any]:
-    with rank_grid(layout, ranks, store=store) as grid:
+def load_and_gather(ranks: Any, layout: ParallelConfig) -> dict[str, Any]:
+    with rank_grid(layout, ranks) as grid:
         stages = build(MODEL, layout, grid)
         sharding.load(stages, grid, random_tensors())
         return {

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from griffin.parallel import host, sharding
-from griffin.parallel.block import RECOMPUTE
-from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
+from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECOMPUTES, RECURRENT, ModelConfig, ParallelConfig
 from griffin.parallel.context import Context, megatron_config
 from griffin.parallel.grid import Grid, rank_grid, single_rank_grid
 from griffin.parallel.stage import Stage, build_stages, meta_stage
@@ -169,7 +168,7 @@ def run(grid: Grid, recompute: str, *, training: bool = True) -> dict[str, Any]:
 PARTS = {"mixer": ("mixer_norm", "mixer"), "mlp": ("mlp_norm", "mlp")}
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("recompute", RECOMPUTES)
 def test_recomputation_changes_nothing_but_memory(grid: Grid, recompute: str) -> None:
     kept, again = run(grid, "none"), run(grid, recompute)
     assert torch.equal(kept["losses"], again["losses"])
@@ -184,7 +183,7 @@ def test_recomputation_changes_nothing_but_memory(grid: Grid, recompute: str) ->
 
 
 def test_recomputation_saves_memory(grid: Grid) -> None:
-    kept = {recompute: run(grid, recompute)["kept"] for recompute in RECOMPUTE}
+    kept = {recompute: run(grid, recompute)["kept"] for recompute in RECOMPUTES}
     assert kept["block"] < kept["mixer"] < kept["none"]
     assert kept["block"] < kept["mlp"] < kept["none"]
     # What is left of a block is its input, and of the stage the embedding, the final norm and the logits.
@@ -192,9 +191,9 @@ def test_recomputation_saves_memory(grid: Grid) -> None:
     assert kept["block"] - inputs < kept["none"] / 4
 
 
-def tensor_parallel(ranks: Any, store: Any, tensor: int) -> dict[str, Any]:
+def tensor_parallel(ranks: Any, tensor: int) -> dict[str, Any]:
     layout = ParallelConfig(tensor=tensor)
-    with rank_grid(layout, ranks, store=store) as grid:
+    with rank_grid(layout, ranks) as grid:
         (stage,) = build_stages(MODEL, layout, grid, dtype=torch.float32, sequence=T)
         sharding.initialize([stage], grid, seed=1)
         logits = stage(batch(labels=False)).detach()
@@ -229,9 +228,9 @@ def test_a_rank_of_nothing_but_padding(rank_pool: RankPool, grid: Grid) -> None:
         assert answer["finite"]
 
 
-def held_blocks(ranks: Any, store: Any, layout: ParallelConfig) -> list[dict[str, Any]]:
+def held_blocks(ranks: Any, layout: ParallelConfig) -> list[dict[str, Any]]:
     model = replace(MODEL, pattern=(RECURRENT,) * 6)
-    with rank_grid(layout, ranks, store=store) as grid:
+    with rank_grid(layout, ranks) as grid:
         return [
             {
                 "blocks": sorted({int(name.split(".")[1]) for name in names if name.startswith("blocks.")}),

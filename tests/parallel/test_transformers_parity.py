@@ -71,7 +71,7 @@ def main_gradient(parameter: Any) -> torch.Tensor:
     return parameter.main_grad
 
 
-def run(ranks: Any, store: Any, layout: ParallelConfig, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+def run(ranks: Any, layout: ParallelConfig, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     config = Config(
         model=MODEL,
         parallel=layout,
@@ -79,7 +79,7 @@ def run(ranks: Any, store: Any, layout: ParallelConfig, weights: dict[str, torch
         optimizer=OptimizerConfig(warmup_steps=0, decay_steps=1),
         train=TrainConfig(steps=1, global_batch=BATCH, micro_batch=BATCH, dtype="float32"),
     )
-    with rank_grid(layout, ranks, store=store) as grid:
+    with rank_grid(layout, ranks) as grid:
         training = Training(config, grid)
         sharding.load(training.stages, grid, weights)
         loss, _ = training.gradients(iter([batch()]))
@@ -97,10 +97,10 @@ def expected(rank_pool: RankPool) -> dict[str, Any]:
     return oracle(rank_pool.run(canonical_names, 1)[0])
 
 
-def canonical_names(ranks: Any, store: Any) -> list[str]:
+def canonical_names(ranks: Any) -> list[str]:
     from griffin.parallel.stage import meta_stage
 
-    with rank_grid(ParallelConfig(), ranks, store=store) as grid:
+    with rank_grid(ParallelConfig(), ranks) as grid:
         return [piece.name for piece, _ in sharding.named_pieces([meta_stage(MODEL, grid)])]
 
 

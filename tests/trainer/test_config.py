@@ -9,12 +9,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from griffin.parallel.config import INITS, MIXERS, ModelConfig, ParallelConfig
+from griffin.parallel.config import INITS, MIXERS, RECOMPUTES, ModelConfig, ParallelConfig
 from griffin.tools.cli import main
 from griffin.trainer.config import (
     DTYPES,
     OVERLAPS,
-    RECOMPUTES,
     SCHEDULES,
     WSD_DECAYS,
     Config,

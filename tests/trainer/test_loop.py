@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from griffin.parallel.ranks import Ranks
 from griffin.trainer.config import Config, load_config
 from griffin.trainer.data.prefix import PrefixWriter, read_info
 from griffin.trainer.loop import train
@@ -67,7 +68,7 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_train(ranks: Any, store: Any, config: Config, run_dir: Path) -> None:
+def run_train(ranks: Ranks, config: Config, run_dir: Path) -> None:
     train(config, ranks, run_dir)
 
 

@@ -23,9 +23,9 @@ from tests.ranks import RankPool
 TP2_PP2 = ParallelConfig(tensor=2, pipeline=2, stages=(2, 3))
 
 
-def plant(ranks: Any, store: Any, config: Config, name: str, rank: int, value: float) -> dict[str, Any]:
+def plant(ranks: Any, config: Config, name: str, rank: int, value: float) -> dict[str, Any]:
     """Two steps; in the second one the gradient of `name` on `rank` is `value`."""
-    with rank_grid(config.parallel, ranks, store=store) as grid:
+    with rank_grid(config.parallel, ranks) as grid:
         training = Training(config, grid)
         batches = [micro_batches(config, step, grid.data_rank, grid.data_size) for step in range(2)]
         training.step(iter(batches[0]))
@@ -65,10 +65,10 @@ def test_a_planted_gradient_stops_before_the_update(
     assert len({answer["message"] for answer in answers}) == 1, "every rank says the same"
 
 
-def lose(ranks: Any, store: Any) -> str:
+def lose(ranks: Any) -> str:
     """A weight that is not a number gives such a loss."""
     config = make_config("hawk", ParallelConfig(pipeline=2))
-    with rank_grid(config.parallel, ranks, store=store) as grid:
+    with rank_grid(config.parallel, ranks) as grid:
         training = Training(config, grid)
         for piece, parameter in sharding.named_pieces(training.stages):
             if piece.name == "final_norm.weight":
@@ -105,9 +105,9 @@ def test_overlapped_communication_changes_nothing(rank_pool: RankPool) -> None:
     torch.testing.assert_close(on["eval_loss"], off["eval_loss"], rtol=1e-6, atol=0)
 
 
-def train_bfloat16(ranks: Any, store: Any, layout: ParallelConfig, steps: int) -> dict[str, Any]:
+def train_bfloat16(ranks: Any, layout: ParallelConfig, steps: int) -> dict[str, Any]:
     config = make_config("griffin", layout, dtype="bfloat16")
-    with rank_grid(layout, ranks, store=store) as grid:
+    with rank_grid(layout, ranks) as grid:
         training = Training(config, grid)
         losses = [
             training.step(iter(micro_batches(config, step, grid.data_rank, grid.data_size))).loss
@@ -137,9 +137,9 @@ def test_bfloat16_trains_with_float32_master_weights(
         torch.testing.assert_close(answer["loss"], exact["loss"], rtol=3e-2, atol=0)
 
 
-def decayed_elements(ranks: Any, store: Any) -> dict[str, int]:
+def decayed_elements(ranks: Any) -> dict[str, int]:
     config = make_config("griffin", ParallelConfig())
-    with rank_grid(config.parallel, ranks, store=store) as grid:
+    with rank_grid(config.parallel, ranks) as grid:
         training = Training(config, grid)
         counts = {"decayed": 0, "not decayed": 0}
         for group in training.optimizer.param_groups:
