@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -65,15 +66,23 @@ def run_step(args: argparse.Namespace) -> int:
         logit_soft_cap=30.0,
     )
     print(
-        f"{platform.processor() or platform.machine()}, {args.threads} threads; python {platform.python_version()}, "
+        f"{time.strftime('%Y-%m-%d')}; {_processor()}, {args.threads} threads; python {platform.python_version()}, "
         f"torch {torch.__version__}, megatron-core {version('megatron-core')}, "
-        f"transformers {transformers.__version__}; float32, batch 1, sequence {args.sequence}, "
-        f"D = R = {args.width}, vocabulary 512, recurrent, recurrent, attention"
+        f"transformers {transformers.__version__}\nfloat32, batch 1, sequence {args.sequence}, D = R = {args.width}, vocabulary {model.vocabulary}, "
+        f"blocks {', '.join(model.pattern)}"
     )
     with single_rank_grid() as grid:
         _compare("training step", *_steps(model, grid, args.sequence), args)
         _compare("recurrent mixer", *_mixers(model, grid, args.sequence), args)
     return 0
+
+
+def _processor() -> str:
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _compare(what: str, ours: Callable[[], object], theirs: Callable[[], object], args: argparse.Namespace) -> None:
