@@ -68,7 +68,8 @@ def run_step(args: argparse.Namespace) -> int:
     print(
         f"{time.strftime('%Y-%m-%d')}; {_processor()}, {args.threads} threads; python {platform.python_version()}, "
         f"torch {torch.__version__}, megatron-core {version('megatron-core')}, "
-        f"transformers {transformers.__version__}\nfloat32, batch 1, sequence {args.sequence}, D = R = {args.width}, vocabulary {model.vocabulary}, "
+        f"transformers {transformers.__version__}\n"
+        f"float32, batch 1, sequence {args.sequence}, D = R = {args.width}, vocabulary {model.vocabulary}, "
         f"blocks {', '.join(model.pattern)}"
     )
     with single_rank_grid() as grid:
