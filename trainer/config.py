@@ -14,6 +14,7 @@ from typing import Any
 import tomli_w
 
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
+from griffin.trainer.data.prefix import read_blend
 from griffin.trainer.presets import PRESETS, preset
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -139,8 +140,6 @@ def data_vocabulary(data: DataConfig) -> int:
 
     Raises ValueError where there are no data, where they are missing or damaged, or where tokenizers differ.
     """
-    from griffin.trainer.data.prefix import read_blend
-
     if not data.train:
         raise ValueError("data.train = []: must name at least one PREFIX built by `griffin data build`")
     first = read_blend(data.train)[0][1]

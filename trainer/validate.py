@@ -25,6 +25,7 @@ from griffin.trainer.config import (
     OptimizerConfig,
     data_vocabulary,
 )
+from griffin.trainer.data.prefix import LAST_SEED, read_blend
 
 # Smallest accepted value of every integer setting; float settings have ranges of their own below.
 LEAST = {
@@ -39,7 +40,7 @@ LEAST = {
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "parallel.virtual_pipeline": 1,
-    "data.sequence_length": 1,
+    "data.sequence_length": 2,
     "data.workers": 0,
     "optimizer.warmup_steps": 0,
     "optimizer.decay_steps": 0,
@@ -78,6 +79,8 @@ def validate(config: Config, world_size: int) -> None:
     for setting, choices in CHOICES.items():
         if settings[setting] not in choices:
             _refuse(setting, settings[setting], f"must be one of {', '.join(choices)}")
+    if config.train.seed >= LAST_SEED:
+        _refuse("train.seed", config.train.seed, f"must be below {LAST_SEED}")
     _validate_model(config.model)
     _validate_layout(config)
     _validate_batches(config, world_size)
@@ -87,11 +90,16 @@ def validate(config: Config, world_size: int) -> None:
 
 
 def validate_data(config: Config) -> None:
-    """Refuse data that are missing or damaged, and a vocabulary too small for them: ValueError."""
+    """Refuse data that are missing, damaged or too short, and a vocabulary too small for them: ValueError."""
     vocabulary = data_vocabulary(config.data)
     if config.model.vocabulary < vocabulary:
         accepted = f"the data's tokenizer has {vocabulary} tokens; must be at least that, or left out"
         _refuse("model.vocabulary", config.model.vocabulary, accepted)
+    for entries in filter(None, (config.data.train, config.data.eval)):
+        for _, info in read_blend(entries):
+            if info.tokens <= config.data.sequence_length:
+                accepted = f"must be below {info.tokens}, the number of tokens of {info.prefix}"
+                _refuse("data.sequence_length", config.data.sequence_length, accepted)
 
 
 def _refuse(setting: str, value: Any, accepted: str) -> NoReturn:

@@ -55,7 +55,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 @example(steps=3, batch=1, width=1, taps=6, tile=1, starts={2}, seed=0)  # taps reach before the sequence
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     steps=st.integers(1, 40),
     batch=st.integers(1, 3),

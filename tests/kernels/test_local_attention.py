@@ -61,7 +61,7 @@ def packed(draw):
     return length, window, starts.cumsum(1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(packed(), st.integers(1, 4), st.sampled_from((1, 4, 7, 16)), st.integers(0, 2**31))
 def test_any_shape_window_and_documents(sequences, heads, head_dim, seed):
     length, window, documents = sequences

@@ -87,7 +87,7 @@ def decay_terms(inputs: Leaves, grads: dict[str, Tensor]) -> Tensor:
     return terms.sum((0, 1)) * inputs["decay"].sigmoid() / torch.nn.functional.softplus(inputs["decay"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     steps=st.integers(1, 70),
     batch=st.integers(1, 3),
@@ -112,7 +112,9 @@ def test_any_shape_tiling_and_starts(steps, batch, width, tile, step, starts, st
         found = run(inputs, backend="cpu", **options)
     wide = as_float64(inputs)
     expected = run(wide, backend="reference", **options)
-    assert_close(found, expected, FLOAT32, scales={"decay": decay_terms(wide, expected)})
+    # Single numbers that may all but cancel are compared with the size of their terms.
+    scales = {"decay": decay_terms(wide, expected), "final": expected["y"], "initial_state": torch.ones(1)}
+    assert_close(found, expected, FLOAT32, scales=scales)
 
 
 @pytest.mark.parametrize(("steps", "batch", "width"), [(701, 1, 257), (150, 3, 1001)])

@@ -83,7 +83,7 @@ def test_a_sample(tmp_path):
         samples[-1]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=25),
     sequence_length=st.integers(2, 14),

@@ -175,6 +175,8 @@ def test_a_run_folder_is_never_overwritten(rank_pool: RankPool, config_path: Pat
         (["--train.global_batch", "6"], 2, "train.global_batch = 6"),
         (["--parallel.tensor", "2"], 1, "parallel.tensor"),
         (["--data.train", "nowhere"], 1, "nowhere"),
+        (["--data.sequence_length", "100000"], 1, "data.sequence_length = 100000: must be below"),
+        (["--train.seed", "4294967295"], 1, "train.seed = 4294967295: must be below"),
         (["--model.vocabulary", "100"], 1, "model.vocabulary = 100"),
         (["--model.widht", "64"], 1, "did you mean model.width?"),
     ],

@@ -34,7 +34,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from griffin.trainer.data.prefix import DataInfo, check_ids, read_blend
+from griffin.trainer.data.prefix import LAST_SEED, DataInfo, check_ids, read_blend
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ BLEND_PERIOD = 2**20
 # Documents plus samples from which an epoch's index is kept in files; a smaller one is built in memory in a few ms.
 INDEX_FILES_FROM = 2**14
 OPEN_EPOCHS = 2
-_LAST_SEED = 2**32 - 1  # of numpy's RandomState
 
 
 def build_index(
@@ -94,8 +93,8 @@ class Samples(torch.utils.data.Dataset):
     ) -> None:
         if sequence_length < 2:
             raise ValueError(f"sequence_length {sequence_length}: expected at least 2")
-        if not 0 <= seed < _LAST_SEED:
-            raise ValueError(f"seed {seed}: expected 0 to {_LAST_SEED - 1}")
+        if not 0 <= seed < LAST_SEED:
+            raise ValueError(f"seed {seed}: expected 0 to {LAST_SEED - 1}")
         self._arguments = (tuple(blend), sequence_length, seed, cache)
         self._parts = [_Part(info, sequence_length, seed, cache) for _, info in blend]
         self._source, self._place = _blend_index([weight for weight, _ in blend])
@@ -209,8 +208,8 @@ class _Part:
     def _dataset(self, epoch: int, *, path_to_cache: str, fast_cache_load: bool = False) -> GPTDataset:
         """Exactly one epoch. With an empty `path_to_cache` its index stays in memory; `fast_cache_load` only loads."""
         seed = self.seed + epoch
-        if seed > _LAST_SEED:
-            raise ValueError(f"seed {self.seed} and epoch {epoch} of {self.info.prefix} add up past {_LAST_SEED}")
+        if seed > LAST_SEED:
+            raise ValueError(f"seed {self.seed} and epoch {epoch} of {self.info.prefix} add up past {LAST_SEED}")
         config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=self.sequence_length,

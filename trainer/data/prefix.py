@@ -22,6 +22,7 @@ from griffin.trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "griffin-data-1"
 SUFFIXES = (".bin", ".idx", ".json")
+LAST_SEED = 2**32 - 1  # of numpy's RandomState, which shuffles
 # The index of megatron-core's indexed dataset, read here without its import, which takes seconds.
 _DTYPE_CODES: dict[type[np.number], int] = {np.uint16: 8, np.int32: 4}
 _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
