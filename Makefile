@@ -19,7 +19,10 @@ data/stdlib.json: | setup
 	  --exclude site-packages --exclude test --exclude tests --exclude idle_test \
 	  --hold-out 0.05 --hold-out-prefix data/stdlib-held-out
 
+# On CPUs unless there is a GPU for each of the four ranks.
 demo: data/stdlib.json
+	gpus=$$($(BIN)/python -c "import torch; print(torch.cuda.device_count())"); \
+	if [ $$gpus -lt 4 ]; then export CUDA_VISIBLE_DEVICES=; fi; \
 	$(BIN)/griffin train trainer/configs/demo.toml --ranks 4
 
 test: setup

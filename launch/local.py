@@ -17,7 +17,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from griffin.launch.ranks import leave
-from griffin.parallel.ranks import Ranks
+from griffin.parallel.ranks import OtherRankError, Ranks
 
 ADDRESS = "127.0.0.1"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -32,6 +32,7 @@ class Failure:
     exit_code: int  # negative: the signal that ended the rank
     time: float  # of time.monotonic, one clock for all processes
     text: str  # traceback, "" where the rank left none
+    is_consequence: bool  # of another rank's failure
 
 
 def run_local(
@@ -80,6 +81,11 @@ def run_local(
             return group.wait(signals)
         finally:
             group.kill()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Group:
@@ -137,8 +143,7 @@ class _Group:
             del self._running[rank]
             _kill_group(process)
             if code != 0:
-                failed_at, text = _receive(pipe)
-                failures.append(Failure(rank, code, failed_at, text))
+                failures.append(Failure(rank, code, *_receive(pipe)))
             pipe.close()
         return failures
 
@@ -153,7 +158,7 @@ class _Group:
         if not failures:
             return 0
         # A rank that was killed or crashed leaves no traceback and is noticed late: it counts as first.
-        first = min(failures, key=lambda failure: (failure.text != "", failure.time))
+        first = min(failures, key=lambda failure: (failure.is_consequence, failure.text != "", failure.time))
         code = first.exit_code if first.exit_code > 0 else 128 - first.exit_code
         if stopping is not None and code == 128 + stopping:
             _say(f"stopped by {_name(stopping)}")
@@ -170,7 +175,7 @@ def _run_rank(
     os.setpgid(0, 0)  # a Ctrl-C reaches the ranks once, by way of the parent
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a notice: what does not handle it goes on
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         target(ranks, *args)
@@ -179,8 +184,9 @@ def _run_rank(
         raise
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    except BaseException:
-        failures.send((time.monotonic(), traceback.format_exc()[-LONGEST_TRACEBACK:]))
+    except BaseException as error:
+        text = traceback.format_exc()[-LONGEST_TRACEBACK:]
+        failures.send((time.monotonic(), text, isinstance(error, OtherRankError)))
         code = 1
     leave(code)
 
@@ -199,12 +205,12 @@ def _kill_group(process: ForkServerProcess) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _receive(pipe: connection.Connection) -> tuple[float, str]:
-    """When a rank failed and its traceback; now and "" where it could not say."""
+def _receive(pipe: connection.Connection) -> tuple[float, str, bool]:
+    """When a rank failed, its traceback and whether another one's failure caused it; now and "" where it cannot say."""
     try:
         return pipe.recv()
     except EOFError:
-        return time.monotonic(), ""
+        return time.monotonic(), "", False
 
 
 def _name(number: int) -> str:
@@ -240,7 +246,7 @@ def _ignored(numbers: Sequence[signal.Signals]) -> Iterator[None]:
 def _environment(ranks: int) -> Iterator[None]:
     """What ranks inherit: their share of the cores, and a way to count GPUs that does not start CUDA before a fork."""
     wanted = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+        "OMP_NUM_THREADS": str(max(1, cores() // ranks)),
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     }
     added = {name: value for name, value in wanted.items() if name not in os.environ}

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from griffin.parallel import host
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.ranks import Ranks
+from griffin.parallel.ranks import OtherRankError, Ranks
 
 # A rank that waits for another's slow but healthy work (building an index, say) asks again this often.
 _POLL = datetime.timedelta(seconds=20)
@@ -49,7 +49,7 @@ class Grid:
         """Run `work` on rank 0 while the others wait for as long as it takes.
 
         They wait on the store, not in a collective, so no communication timeout bounds the work. An exception of rank
-        0 is raised there and ends the others with a RuntimeError. `name` is unique within the process group's life.
+        0 is raised there, and an OtherRankError on the others. `name` is unique within the process group's life.
         """
         if self.world_size == 1:
             work()
@@ -70,7 +70,7 @@ class Grid:
             except dist.DistStoreError:
                 continue
         if failure := self.store.get(key).decode():
-            raise RuntimeError(f"rank 0 failed at {name}: {failure}")
+            raise OtherRankError(f"rank 0 failed at {name}: {failure}")
 
 
 @contextmanager
@@ -84,13 +84,13 @@ def rank_grid(
 
     NCCL is used where there is a GPU, gloo elsewhere. The world size must be a multiple of `layout.model_ranks`.
     """
+    # Read when CUDA starts: kernels then run in the order of their launch, which overlapping megatron-core's
+    # tensor-parallel communication with computation relies on.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = host.device(ranks.local_rank)
-    store = ranks.store(timeout)
+    store = ranks.store()
     host.install()
     if device.type == "cuda":
-        # Read when CUDA starts: kernels then run in the order of their launch, which overlapping megatron-core's
-        # tensor-parallel communication with computation relies on.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
     dist.init_process_group(
         _backend(device),
@@ -100,11 +100,10 @@ def rank_grid(
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    try:
-        with _model_parallel(layout, timeout):
-            yield _read(device, store)
-    finally:
-        dist.destroy_process_group()
+    with _model_parallel(layout, timeout):
+        yield _read(device, store)
+    # Not after an error: the other ranks may be in a collective, and destroying the group would wait for them.
+    dist.destroy_process_group()
 
 
 @contextmanager

@@ -73,8 +73,19 @@ class _Torch(types.ModuleType):
 
 
 def device(local_rank: int = 0) -> torch.device:
-    """The device of a rank: its GPU where there is one, else the CPU."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """The device of a rank: its GPU where there are any, else the CPU.
+
+    A launcher may show each rank its own GPU only, which then has number 0 whatever the rank. Raises ValueError where
+    this machine has several GPUs but none for the rank.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if gpus == 1:
+        return torch.device("cuda", 0)
+    if local_rank >= gpus:
+        raise ValueError(f"local rank {local_rank}: must be below {gpus}, the number of GPUs that this rank sees")
+    return torch.device("cuda", local_rank)
 
 
 def install() -> None:

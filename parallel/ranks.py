@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 
+class OtherRankError(RuntimeError):
+    """Another rank failed, and tells why itself."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     """Rank of this process, and where the rendezvous store listens. Launchers make it; the trainer only reads it."""

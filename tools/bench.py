@@ -26,8 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "step",
         help="a training step and the recurrent mixer against transformers' RecurrentGemma",
         description="One process, the same weights and tokens, float32: a training step (forward, backward, clipping, "
-        "AdamW) and the recurrent mixer alone (forward and backward), against transformers' RecurrentGemma. Losses and "
-        "outputs are compared before anything is timed.",
+        "AdamW) and the recurrent mixer alone (forward and backward), against transformers' RecurrentGemma, on CPUs. "
+        "The step's loss and the mixer's output and input gradient are compared before anything is timed.",
     )
     step.add_argument("--sequence", type=int, default=1024, metavar="T", help="tokens per sequence (default: 1024)")
     step.add_argument("--width", type=int, default=256, metavar="D", help="model and recurrent width (default: 256)")
@@ -40,6 +40,7 @@ def run_step(args: argparse.Namespace) -> int:
     for setting in ("sequence", "width", "repeats", "threads"):
         if getattr(args, setting) < 1:
             raise ValueError(f"--{setting} {getattr(args, setting)}: must be at least 1")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a comparison on CPUs, also where there are GPUs
     if args.width % 64:
         raise ValueError(f"--width {args.width}: must be a multiple of 64, the width of a head")
     try:
@@ -73,8 +74,9 @@ def run_step(args: argparse.Namespace) -> int:
         f"blocks {', '.join(model.pattern)}"
     )
     with single_rank_grid() as grid:
-        _compare("training step", *_steps(model, grid, args.sequence), args)
-        _compare("recurrent mixer", *_mixers(model, grid, args.sequence), args)
+        steps, mixers = _steps(model, grid, args.sequence), _mixers(model, grid, args.sequence)
+        _compare("training step", *steps, args)
+        _compare("recurrent mixer", *mixers, args)
     return 0
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import warnings
+
+from griffin.launch.local import cores
 
 INSPECTED_TOKENS = 64
 
@@ -32,7 +33,7 @@ def add_parser(subparsers) -> None:
         help='"bytes", a Hugging Face tokenizer.json or a SentencePiece .model',
     )
     build.add_argument("--eod", metavar="TOKEN", help="the tokenizer's end-of-document token (default: a usual name)")
-    build.add_argument("--workers", type=int, default=_cores(), metavar="N", help="processes (default: %(default)s)")
+    build.add_argument("--workers", type=int, default=cores(), metavar="N", help="processes (default: %(default)s)")
     build.add_argument(
         "--glob",
         action="append",
@@ -64,13 +65,8 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the sub-command. Raises ValueError for what the user can put right."""
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")  # of no use to data
+    warnings.filterwarnings("ignore", module=r"megatron\.core")  # of packages that data do not need
     {"build": _build, "inspect": _inspect}[args.data_command](args)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -98,11 +94,12 @@ def _build(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    from griffin.trainer.data.prefix import read_info
+    from griffin.trainer.data.prefix import check_ids, read_info
 
     info = read_info(args.prefix)
     dataset = IndexedDataset(args.prefix)  # what it returns is a view of its memory map, and dies with it
     ids = dataset.get(0)[:INSPECTED_TOKENS].tolist()
+    check_ids(min(ids), max(ids), info.vocabulary, f"{args.prefix}.bin is damaged")
     print(f"documents  {info.documents:,}")
     print(f"tokens     {info.tokens:,} ({info.tokens / info.documents:,.1f} a document), {info.dtype.__name__}")
     print(f"tokenizer  {info.tokenizer_spec}: {info.tokenizer}")

@@ -98,5 +98,8 @@ def _run_local(args: argparse.Namespace) -> int:
 
     gpus = torch.cuda.device_count()
     if gpus and world_size > gpus:
-        raise ValueError(f"--ranks {world_size}: must be at most {gpus}, the number of GPUs of this machine")
+        raise ValueError(
+            f"--ranks {world_size}: must be at most {gpus}, the number of GPUs of this machine, or "
+            "CUDA_VISIBLE_DEVICES= must be set, to train on CPUs"
+        )
     return run_local(train_rank, world_size, (config, run_dir), preload=PRELOAD)

@@ -153,10 +153,12 @@ def data_vocabulary(data: DataConfig) -> int:
 
 
 def _nearest(section: str, key: str) -> str:
+    def likeness(name: str) -> float:
+        known_section, _, known = name.partition(".")
+        return difflib.SequenceMatcher(None, key, known).ratio() + 0.1 * (known_section == section)
+
     names = [f"{name}.{known}" for name, types in TYPES.items() for known in types]
-    same_key = [name for name in names if name.endswith(f".{key}")]
-    matches = same_key or difflib.get_close_matches(f"{section}.{key}", names, n=1, cutoff=0.0)
-    return f"did you mean {matches[0]}?"
+    return f"did you mean {max(names, key=likeness)}?"
 
 
 def _type(section: str, key: str) -> Any:

@@ -36,12 +36,17 @@ def train(config: Config, ranks: Ranks, run_dir: Path) -> None:
     Raises NonFiniteError (see `trainer.step`) where the loss or a gradient is NaN or infinite.
     """
     with rank_grid(config.parallel, ranks) as grid:
-        environment = describe_environment(config, ranks, _device_name(grid), implementations(grid.device))
-        grid.first_rank_does("run folder", lambda: RunFolder.create(run_dir, config, environment))
+
+        def create_folder() -> None:
+            environment = describe_environment(config, ranks, _device_name(grid), implementations(grid.device))
+            RunFolder.create(run_dir, config, environment)
+
+        grid.first_rank_does("run folder", create_folder)
         with Report(config, grid, RunFolder(run_dir)) as report:
             train_samples, eval_samples = _open_data(config, grid)
             training = Training(config, grid)
             train_batches = _batches(config, grid, train_samples, workers=config.data.workers)
+            report.begin(train_samples)
             for step in range(config.train.steps + 1):
                 if step > 0:
                     report.step(step, training.step(train_batches))
@@ -117,7 +122,7 @@ class Report:
         self._flops = train_flops_per_token(config.model, config.data.sequence_length)
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
-        self._since, self._steps_since = time.perf_counter(), 0
+        self._restart_clock()
         self._stack = ExitStack()
 
     def __enter__(self) -> Report:
@@ -138,6 +143,17 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+    def begin(self, samples: Samples) -> None:
+        """Call right before the first step: its time starts here."""
+        if not self._grid.is_first_rank:
+            return
+        drawn = self._config.train.steps * self._config.train.global_batch
+        self._console.print(
+            f"Data: {samples.tokens:,} tokens, {samples.samples_per_epoch:,} sequences; "
+            f"the run draws {drawn:,} ({drawn / samples.samples_per_epoch:.2f} epochs)"
+        )
+        self._restart_clock()
 
     def step(self, step: int, result: StepResult) -> None:
         if not self._grid.is_first_rank:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import socket
@@ -65,6 +66,9 @@ class RunFolder:
             )
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"--run-dir {path}: exists and is not an empty folder; choose another --run-dir")
+        above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise ValueError(f"--run-dir {path}: must be in a folder that can be written; {above} is not one")
 
     @classmethod
     def create(cls, path: Path, config: Config, environment: Mapping[str, Any]) -> RunFolder:

@@ -25,7 +25,10 @@ from griffin.trainer.config import (
     OptimizerConfig,
     data_vocabulary,
 )
-from griffin.trainer.data.prefix import LAST_SEED, read_blend
+from griffin.trainer.data.prefix import LAST_SEED, check_tokens, read_blend
+
+# Data up to this size are read for ids outside the vocabulary; of larger ones, each sample as it is drawn.
+CHECKED_TOKENS = 2**26
 
 # Smallest accepted value of every integer setting; float settings have ranges of their own below.
 LEAST = {
@@ -100,6 +103,8 @@ def validate_data(config: Config) -> None:
             if info.tokens <= config.data.sequence_length:
                 accepted = f"must be below {info.tokens}, the number of tokens of {info.prefix}"
                 _refuse("data.sequence_length", config.data.sequence_length, accepted)
+            if info.tokens <= CHECKED_TOKENS:
+                check_tokens(info)
 
 
 def _refuse(setting: str, value: Any, accepted: str) -> NoReturn:

@@ -6,7 +6,10 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+LEAST_HEAD_DIM = 16  # of FlexAttention's kernels on CUDA; smaller heads are padded with zeros
 
 
 @cache
@@ -31,6 +34,9 @@ def flex_mask(documents: Tensor, window: int | None) -> BlockMask:
 def flex_attention_mqa(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """Attention of q [T, B, H, hd] over k, v [T, B, hd]; returns [T, B, H * hd]. No backward on CPU."""
     attend = _compiled(flex_attention) if q.is_cuda else flex_attention
+    head_dim = q.shape[-1]
+    if head_dim < LEAST_HEAD_DIM:
+        q, k, v = (F.pad(tensor, (0, LEAST_HEAD_DIM - head_dim)) for tensor in (q, k, v))
     keys, values = (tensor.transpose(0, 1).unsqueeze(1) for tensor in (k, v))  # [B, 1, T, hd]
-    attended = attend(q.permute(1, 2, 0, 3), keys, values, block_mask=mask, enable_gqa=True)
-    return attended.permute(2, 0, 1, 3).flatten(2)
+    attended = attend(q.permute(1, 2, 0, 3), keys, values, block_mask=mask, scale=head_dim**-0.5, enable_gqa=True)
+    return attended[..., :head_dim].permute(2, 0, 1, 3).flatten(2)

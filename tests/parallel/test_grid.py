@@ -100,7 +100,7 @@ def test_a_failure_of_the_first_rank_ends_the_others(rank_pool: RankPool) -> Non
     assert first == {"failure": "FileNotFoundError: no data/a.idx", "calls": ["after"]}
     for other in others:
         assert other == {
-            "failure": "RuntimeError: rank 0 failed at index: FileNotFoundError: no data/a.idx",
+            "failure": "OtherRankError: rank 0 failed at index: FileNotFoundError: no data/a.idx",
             "calls": [],
         }
 

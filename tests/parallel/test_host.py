@@ -119,7 +119,12 @@ def test_no_effect_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with host.cuda_type_names():
         assert torch.Tensor.type is plain
         assert torch.ones(2).type() == "torch.FloatTensor"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert host.device(3) == torch.device("cuda", 3)
+    with pytest.raises(ValueError, match=r"local rank 4: must be below 4"):
+        host.device(4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a launcher shows each rank its own
+    assert host.device(3) == torch.device("cuda", 0)
 
 
 @needs_no_gpu

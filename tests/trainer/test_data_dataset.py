@@ -58,10 +58,9 @@ def always_files(monkeypatch):
 def test_a_sample(tmp_path):
     prefix = write_prefix(tmp_path / "p", random_documents(0, 200))
     samples = open_samples([prefix], sequence_length=32, seed=5)
-    assert (samples.vocabulary, samples.eod, samples.sequence_length) == (100, EOD, 32)
+    assert samples.sequence_length == 32
     assert samples.tokens == read_info(prefix).tokens
     assert samples.samples_per_epoch == (samples.tokens - 1) // 32
-    assert samples.tokenizer["kind"] == "test"
     seen_eod = 0
     for n in range(samples.samples_per_epoch):
         sample = samples[n]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from griffin.parallel.ranks import Ranks
 from griffin.trainer.config import Config, load_config
 from griffin.trainer.data.prefix import PrefixWriter, read_info
 from griffin.trainer.loop import train
+from griffin.trainer.validate import validate_data
 from tests.ranks import RankPool
 
 CONFIG = """
@@ -167,6 +170,36 @@ def test_a_run_folder_is_never_overwritten(rank_pool: RankPool, config_path: Pat
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def scribble(path: Path) -> None:
+    """Ids past the vocabulary, or no index, or no JSON."""
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, scribble, Path.unlink], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
+@pytest.mark.parametrize("blend", ["train", "eval"])
+def test_damaged_data_are_refused_before_anything_is_written(
+    config_path: Path, tmp_path: Path, damage: Callable[[Path], None], suffix: str, blend: str
+) -> None:
+    for path in config_path.parent.glob(f"{blend}.*"):
+        if path.is_file():
+            shutil.copy(path, tmp_path / path.name)
+    damage(tmp_path / f"{blend}{suffix}")
+    before = sorted(tmp_path.iterdir())
+    config = load_config(config_path, [f"--data.{blend}", str(tmp_path / blend), "--model.vocabulary", "257"])
+    with pytest.raises(ValueError, match=blend):
+        validate_data(config)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("overrides", "ranks", "expected"),
     [
@@ -179,6 +212,8 @@ def test_a_run_folder_is_never_overwritten(rank_pool: RankPool, config_path: Pat
         (["--train.seed", "4294967295"], 1, "train.seed = 4294967295: must be below"),
         (["--model.vocabulary", "100"], 1, "model.vocabulary = 100"),
         (["--model.widht", "64"], 1, "did you mean model.width?"),
+        (["--train.warmup", "64"], 1, "did you mean optimizer.warmup_steps?"),
+        (["--train.steps", "many"], 1, "train.steps = 'many': must be an integer"),
     ],
 )
 def test_refusals_come_before_anything_is_written(

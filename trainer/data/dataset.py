@@ -25,7 +25,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -99,9 +98,6 @@ class Samples(torch.utils.data.Dataset):
         self._parts = [_Part(info, sequence_length, seed, cache) for _, info in blend]
         self._source, self._place = _blend_index([weight for weight, _ in blend])
         self._per_period = np.bincount(self._source, minlength=len(blend)).tolist()
-        self.tokenizer: dict[str, Any] = blend[0][1].tokenizer
-        self.vocabulary = blend[0][1].vocabulary
-        self.eod = blend[0][1].eod
         self.tokens = sum(info.tokens for _, info in blend)
         # One pass over every prefix, where the weights are proportional to tokens.
         self.samples_per_epoch = sum(part.samples_per_epoch for part in self._parts)

@@ -81,7 +81,7 @@ def require_new(prefix: str) -> None:
 
 
 class PrefixWriter:
-    """Writes one prefix under a temporary name; `commit` gives the files their own names.
+    """Writes one prefix under a temporary name; `publish` gives the files their own names.
 
     `tokenizer` is a `Tokenizer.describe()`. A killed process leaves hidden files named *.unfinished.* at most.
     Raises ValueError if any file of `prefix` exists.
@@ -169,6 +169,14 @@ def read_info(prefix: str) -> DataInfo:
         raise ValueError(f"{prefix}.json is damaged: {error!r}") from error
     _check_index(info)
     return info
+
+
+def check_tokens(info: DataInfo) -> None:
+    """Raises ValueError for a token id outside the vocabulary. Reads all of PREFIX.bin."""
+    ids = np.memmap(info.prefix + ".bin", info.dtype, "r")
+    for start in range(0, ids.size, _CHECKED_AT_ONCE):
+        part = ids[start : start + _CHECKED_AT_ONCE]
+        check_ids(int(part.min()), int(part.max()), info.vocabulary, f"{info.prefix}.bin is damaged")
 
 
 def parse_blend(entries: Sequence[str]) -> list[tuple[float | None, str]]:
