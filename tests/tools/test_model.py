@@ -18,7 +18,7 @@ from griffin.trainer.presets import PRESETS, preset
 ROOT = Path(__file__).parents[2]
 
 # Billions of parameters without the embedding, of Griffin, Hawk and the multi-query Transformer at every size
-# (arXiv 2402.19427, Table 2, with 16 gate blocks and a bias on every linear but q, k and v).
+# (computed from arXiv 2402.19427, Table 2, with 16 gate blocks and a bias on every linear but q, k and v).
 NON_EMBEDDING = {
     "100m": ("0.089", "0.094", "0.080"),
     "200m": ("0.163", "0.174", "0.142"),

@@ -17,20 +17,10 @@ from hypothesis import strategies as st
 
 from griffin.trainer.data import dataset as dataset_module
 from griffin.trainer.data.dataset import BLEND_PERIOD, build_index, open_samples
-from griffin.trainer.data.prefix import PrefixWriter, read_info
+from griffin.trainer.data.prefix import read_info
+from tests.data_sets import write_prefix
 
 EOD = 99
-
-
-def write_prefix(prefix, documents, *, vocabulary=100, eod=EOD):
-    """A prefix of documents given as token ids without their end-of-document token."""
-    description = {"kind": "test", "vocabulary": vocabulary, "eod": eod, "sha256": None}
-    writer = PrefixWriter(str(prefix), description, "test", None)
-    for ids in documents:
-        writer.add(np.array([*ids, eod]))
-    writer.finish(["test"])
-    writer.publish()
-    return str(prefix)
 
 
 def random_documents(seed, count, longest=12):

@@ -5,21 +5,10 @@ import os
 import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from griffin.trainer.data.prefix import PrefixWriter, parse_blend, read_blend, read_info
-
-
-def write_prefix(prefix, documents, *, vocabulary=100, eod=99):
-    """A prefix of documents given as token ids without their end-of-document token."""
-    description = {"kind": "test", "vocabulary": vocabulary, "eod": eod, "sha256": None}
-    writer = PrefixWriter(str(prefix), description, "test", None)
-    for ids in documents:
-        writer.add(np.array([*ids, eod]))
-    writer.finish(["test"])
-    writer.publish()
-    return str(prefix)
+from griffin.trainer.data.prefix import parse_blend, read_blend, read_info
+from tests.data_sets import write_prefix
 
 
 def test_parse_blend():

@@ -16,9 +16,10 @@ import pytest
 
 from griffin.parallel.ranks import Ranks
 from griffin.trainer.config import Config, load_config
-from griffin.trainer.data.prefix import PrefixWriter, read_info
+from griffin.trainer.data.prefix import read_info
 from griffin.trainer.loop import train
 from griffin.trainer.validate import validate_data
+from tests.data_sets import write_prefix
 from tests.ranks import RankPool
 
 CONFIG = """
@@ -60,11 +61,8 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     generator = np.random.default_rng(0)
     for name, documents in (("train", 300), ("eval", 60)):
-        writer = PrefixWriter(str(folder / name), {"kind": "bytes", "vocabulary": 257, "eod": 256}, "bytes", None)
-        for length in generator.integers(1, 60, documents):
-            writer.add(np.array([*(b"recurrence " * 6)[:length], 256], dtype=np.int32))
-        writer.finish([])
-        writer.publish()
+        lengths = generator.integers(1, 60, documents)
+        write_prefix(folder / name, [(b"recurrence " * 6)[:length] for length in lengths], vocabulary=257, eod=256)
         assert read_info(str(folder / name)).documents == documents
     path = folder / "config.toml"
     path.write_text(CONFIG.format(folder=folder))
