@@ -140,12 +140,12 @@ def test_layout_agrees_with_one_rank(rank_pool: RankPool, one_rank: Any, family:
     assert max(expected["grad_norm"]) > 0.5, "clipping must be active"
     for actual in answers:  # every rank reports the same
         assert actual["loss_tokens"] == expected["loss_tokens"]
-        # Sums in another order: float32 rounding (6e-8) amplified over 20 Adam steps; 2e-7 was typical.
+        # Sums in another order: float32 rounding (6e-8) carried over 20 Adam steps; 1e-7 was seen.
         torch.testing.assert_close(actual["loss"], expected["loss"], rtol=1e-5, atol=0)
         torch.testing.assert_close(actual["eval_loss"], expected["eval_loss"], rtol=1e-5, atol=0)
-        torch.testing.assert_close(actual["grad_norm"], expected["grad_norm"], rtol=1e-3, atol=0)
+        torch.testing.assert_close(actual["grad_norm"], expected["grad_norm"], rtol=1e-5, atol=0)
         assert_all_close(actual["before"], expected["before"])  # bitwise
-        # Where a gradient is near zero, Adam turns its rounding into steps of up to the learning rate.
-        assert_all_close(actual["after"], expected["after"], atol=0.02 * LEARNING_RATE * STEPS)
+        # Where a gradient is near zero, Adam turns its rounding into steps of up to the learning rate; 5e-6 was seen.
+        assert_all_close(actual["after"], expected["after"], atol=0.002 * LEARNING_RATE * STEPS)
     for name, value in expected["after"].items():
         assert not torch.equal(value, expected["before"][name]), f"{name} was not trained"

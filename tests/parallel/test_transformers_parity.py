@@ -117,13 +117,13 @@ def test_logits_loss_and_gradients(rank_pool: RankPool, expected: dict[str, Any]
     answers = rank_pool.run(run, layout.tensor, layout, expected["weights"])
     logits = torch.cat([answer["logits"] for answer in answers], dim=-1).transpose(0, 1)
     assert expected["logits"].abs().max() > 3
-    # float32 over 5 blocks, sums in another order; both implementations are 5e-6 from a float64 run.
-    torch.testing.assert_close(logits[..., : MODEL.vocabulary], expected["logits"], rtol=0, atol=5e-5)
+    # float32 over 5 blocks, sums in another order: 3e-6 was seen, on logits up to 4.7.
+    torch.testing.assert_close(logits[..., : MODEL.vocabulary], expected["logits"], rtol=0, atol=3e-5)
     assert (logits[..., MODEL.vocabulary :] == float("-inf")).all()
     for answer in answers:
         torch.testing.assert_close(answer["loss"], expected["loss"], rtol=1e-6, atol=0)
         for name, gradient in expected["gradients"].items():
             scale = gradient.abs().max().item()
             assert scale > 0, name
-            assert_all_close({name: answer["gradients"][name]}, {name: gradient}, rtol=1e-4, atol=2e-5 * scale)
+            assert_all_close({name: answer["gradients"][name]}, {name: gradient}, atol=2e-5 * scale)  # 2e-6 was seen
         assert answer["gradients"].keys() == expected["gradients"].keys()
