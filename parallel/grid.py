@@ -33,7 +33,6 @@ class Grid:
     data_rank: int
     data_size: int
     tensor_group: dist.ProcessGroup
-    pipeline_group: dist.ProcessGroup
     device: torch.device
     store: dist.Store
 
@@ -156,7 +155,6 @@ def _read(device: torch.device, store: dist.Store) -> Grid:
         data_rank=data.rank(),
         data_size=data.size(),
         tensor_group=tensor,
-        pipeline_group=pipeline,
         device=device,
         store=store,
     )

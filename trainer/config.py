@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
-from griffin.trainer.data.prefix import read_blend
+from griffin.trainer.data.prefix import DataInfo, read_blend
 from griffin.trainer.presets import PRESETS, preset
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -135,21 +135,22 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(dataclasses.asdict(config))
 
 
-def data_vocabulary(data: DataConfig) -> int:
-    """Vocabulary of the tokenizer that all the data were built with. Reads the headers of every prefix.
+def read_data(data: DataConfig) -> list[DataInfo]:
+    """Every prefix of `data.train`, then of `data.eval`, all of one tokenizer. Reads their headers and indexes.
 
     Raises ValueError where there are no data, where they are missing or damaged, or where tokenizers differ.
     """
     if not data.train:
         raise ValueError("data.train = []: must name at least one PREFIX built by `griffin data build`")
-    first = read_blend(data.train)[0][1]
-    for _, info in read_blend(data.eval) if data.eval else []:
-        if info.tokenizer != first.tokenizer:
+    train = [info for _, info in read_blend(data.train)]
+    held_out = [info for _, info in read_blend(data.eval)] if data.eval else []
+    for info in held_out:
+        if info.tokenizer != train[0].tokenizer:
             raise ValueError(
                 f"data.eval = {info.prefix!r}: built with tokenizer {info.tokenizer}, data.train with "
-                f"{first.tokenizer}: all data of a run need the same"
+                f"{train[0].tokenizer}: all data of a run need the same"
             )
-    return first.vocabulary
+    return train + held_out
 
 
 def _nearest(section: str, key: str) -> str:
@@ -239,7 +240,7 @@ def _resolve_model(stated: dict[str, Any], data: DataConfig) -> ModelConfig:
         )
     # A preset's vocabulary is a figure for parameter counts; what the model trains on decides here.
     if "vocabulary" not in stated:
-        settings["vocabulary"] = data_vocabulary(data)
+        settings["vocabulary"] = read_data(data)[0].vocabulary
     return ModelConfig(**settings)
 
 

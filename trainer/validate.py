@@ -23,9 +23,9 @@ from griffin.trainer.config import (
     WSD_DECAYS,
     Config,
     OptimizerConfig,
-    data_vocabulary,
+    read_data,
 )
-from griffin.trainer.data.prefix import LAST_SEED, check_tokens, read_blend
+from griffin.trainer.data.prefix import LAST_SEED, check_tokens
 
 # Data up to this size are read for ids outside the vocabulary; of larger ones, each sample as it is drawn.
 CHECKED_TOKENS = 2**26
@@ -94,17 +94,17 @@ def validate(config: Config, world_size: int) -> None:
 
 def validate_data(config: Config) -> None:
     """Refuse data that are missing, damaged or too short, and a vocabulary too small for them: ValueError."""
-    vocabulary = data_vocabulary(config.data)
+    data = read_data(config.data)
+    vocabulary = data[0].vocabulary
     if config.model.vocabulary < vocabulary:
         accepted = f"the data's tokenizer has {vocabulary} tokens; must be at least that, or left out"
         _refuse("model.vocabulary", config.model.vocabulary, accepted)
-    for entries in filter(None, (config.data.train, config.data.eval)):
-        for _, info in read_blend(entries):
-            if info.tokens <= config.data.sequence_length:
-                accepted = f"must be below {info.tokens}, the number of tokens of {info.prefix}"
-                _refuse("data.sequence_length", config.data.sequence_length, accepted)
-            if info.tokens <= CHECKED_TOKENS:
-                check_tokens(info)
+    for info in data:
+        if info.tokens <= config.data.sequence_length:
+            accepted = f"must be below {info.tokens}, the number of tokens of {info.prefix}"
+            _refuse("data.sequence_length", config.data.sequence_length, accepted)
+        if info.tokens <= CHECKED_TOKENS:
+            check_tokens(info)
 
 
 def _refuse(setting: str, value: Any, accepted: str) -> NoReturn:

@@ -25,7 +25,6 @@ def place(ranks: Any, layout: ParallelConfig) -> dict[str, Any]:
             "data": (grid.data_rank, grid.data_size),
             "pipeline": (grid.pipeline_rank, grid.pipeline_size),
             "tensor_group": dist.get_process_group_ranks(grid.tensor_group),
-            "pipeline_group": dist.get_process_group_ranks(grid.pipeline_group),
             "is_first_rank": grid.is_first_rank,
             "is_last_stage": grid.is_last_stage,
         }
@@ -47,7 +46,6 @@ def test_tensor_ranks_are_neighbours_then_data_then_pipeline(
             "data": (d, data),
             "pipeline": (p, pipeline),
             "tensor_group": list(range(rank - t, rank - t + tensor)),
-            "pipeline_group": list(range(rank % (tensor * data), size, tensor * data)),
             "is_first_rank": rank == 0,
             "is_last_stage": p == pipeline - 1,
         }

@@ -22,8 +22,8 @@ from griffin.trainer.config import (
     LogConfig,
     OptimizerConfig,
     TrainConfig,
-    data_vocabulary,
     load_config,
+    read_data,
     to_toml,
 )
 from griffin.trainer.presets import preset
@@ -255,7 +255,7 @@ def test_train_and_eval_data_of_different_tokenizers(bytes_data: str, tmp_path: 
     words = ["data", "build", str(tmp_path / "words"), str(tmp_path / "text.txt"), "--workers", "1"]
     assert main([*words, "--tokenizer", str(tmp_path / "tokenizer.json"), "--eod", "<eos>"]) == 0
     with pytest.raises(ValueError, match=r"data\.eval = '.*words': built with tokenizer .* data\.train with"):
-        data_vocabulary(DataConfig(train=(bytes_data,), eval=(str(tmp_path / "words"),)))
+        read_data(DataConfig(train=(bytes_data,), eval=(str(tmp_path / "words"),)))
 
 
 def of_type(section: type, **strategies: st.SearchStrategy) -> st.SearchStrategy:
