@@ -1,0 +1,1 @@
+"""Sharded Zarr checkpoints that no parallel layout shows in."""

@@ -1,0 +1,179 @@
+"""What a checkpoint consists of: one Zarr array per global tensor, cut into chunks by the model and not by its layout.
+
+Nothing here needs torch: the saving processes and the tools start without it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+MODEL = "model"  # the weights that the model computes with
+MASTER = "optimizer.master"  # float32 weights that the optimizer updates, where the model's are not float32
+EXP_AVG = "optimizer.exp_avg"  # Adam's first moment
+EXP_AVG_SQ = "optimizer.exp_avg_sq"  # Adam's second moment
+KINDS = (MODEL, MASTER, EXP_AVG, EXP_AVG_SQ)
+
+CHUNK_BYTES = 64 * 2**20  # largest chunk, of float32
+WHOLE_BYTES = 16 * 2**20  # a float32 tensor up to this size is one chunk: many small files cost more than they save
+COVERED_TENSOR_SIZE = 8  # tensor-parallel sizes up to this one hold whole chunks
+
+Box = tuple[slice, ...]
+
+_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The numpy dtype of "float32", "float16" or "bfloat16"."""
+    return np.dtype(_DTYPES[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalTensor:
+    """One canonical tensor: `axis` is cut into `atoms` equal parts over tensor ranks, None is replicated over them.
+
+    `padded` is the size of the axis in memory where it is larger than in `shape` (the vocabulary).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int | None = None
+    atoms: int = 1
+    padded: int | None = None
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def axis_size(self) -> int:
+        assert self.axis is not None
+        return self.padded or self.shape[self.axis]
+
+    def part(self, tensor_rank: int, tensor_size: int) -> Box:
+        """The box of the global tensor that a tensor rank holds; empty where it holds padding only."""
+        box = [slice(0, size) for size in self.shape]
+        if self.axis is not None:
+            assert self.atoms % tensor_size == 0, (self.name, self.atoms, tensor_size)
+            held, size = self.axis_size // tensor_size, self.shape[self.axis]
+            box[self.axis] = slice(min(tensor_rank * held, size), min((tensor_rank + 1) * held, size))
+        return tuple(box)
+
+
+def default_cuts(tensors: Iterable[GlobalTensor]) -> int:
+    """Parts that sharded axes are cut into, so that tensor ranks hold whole parts at any size that fits the model.
+
+    Sizes above COVERED_TENSOR_SIZE are left to `griffin checkpoint reshard`.
+    """
+    atoms = math.gcd(*(tensor.atoms for tensor in tensors if tensor.axis is not None))
+    return math.lcm(*(size for size in range(1, COVERED_TENSOR_SIZE + 1) if atoms % size == 0))
+
+
+def chunk_shape(tensor: GlobalTensor, cuts: int) -> tuple[int, ...]:
+    """Shape of a tensor's chunks: its axis in `cuts` parts, further cut by rows (of dimension 0) to CHUNK_BYTES.
+
+    Small tensors are one chunk. Bytes are those of float32, so that all arrays of a tensor have the same chunks.
+    """
+    chunk = list(tensor.shape)
+    if tensor.elements * 4 <= WHOLE_BYTES:
+        return tuple(chunk)
+    if tensor.axis is not None:
+        assert tensor.axis_size % cuts == 0, (tensor.name, tensor.axis_size, cuts)
+        chunk[tensor.axis] = tensor.axis_size // cuts
+    rows, most = chunk[0], max(1, CHUNK_BYTES // (4 * math.prod(chunk[1:])))
+    parts = -(-rows // most)
+    if tensor.axis == 0:  # a tensor rank's rows are whole chunks only if the parts are equal
+        parts = next(count for count in range(parts, rows + 1) if rows % count == 0)
+    chunk[0] = -(-rows // parts)
+    return tuple(chunk)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """One Zarr array of a checkpoint."""
+
+    kind: str
+    tensor: GlobalTensor
+    dtype: str  # "float32", "float16" or "bfloat16", which Zarr holds as uint16
+    chunks: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}.{self.tensor.name}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.elements * numpy_dtype(self.dtype).itemsize
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of chunks along each dimension."""
+        return tuple(-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True))
+
+    def indices(self) -> Iterator[tuple[int, ...]]:
+        """Every chunk's place in the grid, row-major."""
+        return itertools.product(*(range(count) for count in self.grid))
+
+    def box(self, index: tuple[int, ...]) -> Box:
+        """The part of the array that a chunk holds."""
+        return tuple(
+            slice(place * chunk, min((place + 1) * chunk, size))
+            for place, chunk, size in zip(index, self.chunks, self.shape, strict=True)
+        )
+
+    def file(self, index: tuple[int, ...]) -> str:
+        """A chunk's file, relative to the checkpoint's folder."""
+        return f"{self.name}/c.{'.'.join(map(str, index))}"
+
+    @property
+    def metadata_file(self) -> str:
+        return f"{self.name}/zarr.json"
+
+    def to_json(self) -> dict[str, Any]:
+        tensor = self.tensor
+        return {
+            "dtype": self.dtype,
+            "shape": list(tensor.shape),
+            "chunks": list(self.chunks),
+            "axis": tensor.axis,
+            "atoms": tensor.atoms,
+            "padded": tensor.padded,
+        }
+
+    @classmethod
+    def from_json(cls, name: str, values: Mapping[str, Any]) -> ArraySpec:
+        kind = next(kind for kind in KINDS if name.startswith(f"{kind}."))
+        return cls(
+            kind=kind,
+            tensor=GlobalTensor(
+                name=name.removeprefix(f"{kind}."),
+                shape=tuple(values["shape"]),
+                axis=values["axis"],
+                atoms=values["atoms"],
+                padded=values["padded"],
+            ),
+            dtype=values["dtype"],
+            chunks=tuple(values["chunks"]),
+        )
+
+
+def state_arrays(tensors: Iterable[GlobalTensor], dtype: str, cuts: int) -> list[ArraySpec]:
+    """The arrays of a training's state whose model has weights of `dtype`; the state itself is float32."""
+    dtypes = {MODEL: dtype, MASTER: "float32", EXP_AVG: "float32", EXP_AVG_SQ: "float32"}
+    if dtype == "float32":  # the model's weights are the optimizer's
+        del dtypes[MASTER]
+    return [
+        ArraySpec(kind=kind, tensor=tensor, dtype=dtypes[kind], chunks=chunk_shape(tensor, cuts))
+        for tensor in tensors
+        for kind in dtypes
+    ]

@@ -1,0 +1,205 @@
+"""Who writes, and who reads, each chunk of a checkpoint, and which ranks hold its elements.
+
+The distributed optimizer cuts its float32 state by flat ranges that know nothing of tensors or chunks. The plan finds
+every range's part of every chunk, and names one owner per chunk: the one that writes it on saving, with what the others
+send it, and that reads it on loading and sends them what they hold.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from griffin.trainer.checkpoint.arrays import ArraySpec, Box, GlobalTensor, chunk_shape
+from griffin.trainer.checkpoint.regions import Region
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """A rank's part of a global tensor as it lies in a parameter: from `start` on along dimension `dim`."""
+
+    tensor: GlobalTensor
+    dim: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as each tensor rank holds it: its local shape, and the global tensors that it fuses."""
+
+    shape: tuple[int, ...]
+    tensors: tuple[PlacedTensor, ...]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Elements [start, stop) of one flattened parameter, which one rank's optimizer updates.
+
+    They lie from `offset` on in the rank's staged state.
+    """
+
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the ranks that hold the same pipeline stages, with its shard of each of their parameters."""
+
+    rank: int
+    tensor_rank: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements of a chunk that a rank holds: [first, last) of two regions of equally many elements.
+
+    `local` lies in the rank's flattened parameter number `parameter`, `chunk` in the flattened chunk.
+    """
+
+    rank: int
+    parameter: int
+    local: Region
+    chunk: Region
+    first: int
+    last: int
+
+    @property
+    def count(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """One chunk of every array of a tensor: whose it is, and where its elements are."""
+
+    tensor: GlobalTensor
+    chunks: tuple[int, ...]  # shape of the tensor's chunks
+    index: tuple[int, ...]
+    size: int  # elements of this chunk
+    owner: int
+    segments: tuple[Segment, ...]  # by rank
+
+    def involves(self, rank: int) -> bool:
+        return self.owner == rank or any(segment.rank == rank for segment in self.segments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavePlan:
+    """One rank's part in every save."""
+
+    rank: int
+    dtype: str  # of the model's weights
+    shards: tuple[Shard, ...]  # this rank's, by parameter
+    elements: int  # of each row of the staged state, float32 [master | exp_avg | exp_avg_sq, elements]
+    chunks: tuple[ChunkPlan, ...]  # those that involve this rank, in the order of all ranks
+    arrays: tuple[ArraySpec, ...]  # of the whole checkpoint, on rank 0; () on the others
+
+
+def plan_chunks(
+    parameters: Sequence[Parameter], members: Sequence[Member], tensor_size: int, cuts: int, *, replicas: bool
+) -> list[ChunkPlan]:
+    """The chunks of all tensors in `parameters`, the same list on every rank that is given the same arguments.
+
+    Without `replicas` (to save), each element of a chunk is in exactly one segment: of tensors that every tensor rank
+    holds, tensor rank 0's. With them (to load), each rank that holds an element has it in a segment.
+    """
+    load = {member.rank: 0 for member in members}
+    plans = []
+    for number, parameter in enumerate(parameters):
+        holders = [_holders(members, number, tensor_rank) for tensor_rank in range(tensor_size)]
+        for placed in parameter.tensors:
+            tensor = placed.tensor
+            chunks = chunk_shape(tensor, cuts)
+            replicated = tensor.axis is None
+            array = ArraySpec(kind="", tensor=tensor, dtype="float32", chunks=chunks)
+            for index in array.indices():
+                box = array.box(index)
+                size = _elements(box)
+                segments = [
+                    segment
+                    for tensor_rank in range(tensor_size if replicas or not replicated else 1)
+                    for segment in _segments(
+                        parameter, number, placed, box, tensor_rank, tensor_size, holders[tensor_rank]
+                    )
+                ]
+                found = sum(segment.count for segment in segments)
+                assert found == size * (tensor_size if replicas and replicated else 1), (tensor.name, index, found)
+                owner = _owner(segments, size, load)
+                segments.sort(key=lambda segment: segment.rank)
+                plans.append(
+                    ChunkPlan(
+                        tensor=tensor, chunks=chunks, index=index, size=size, owner=owner, segments=tuple(segments)
+                    )
+                )
+    assert len({(plan.tensor.name, plan.index) for plan in plans}) == len(plans), "a chunk has two owners"
+    return plans
+
+
+@dataclass(frozen=True)
+class _Holders:
+    """The shards of one parameter on one tensor rank's data-parallel ranks, ascending, without empty ones."""
+
+    ranks: list[int]
+    starts: list[int]
+    stops: list[int]
+
+
+def _holders(members: Sequence[Member], parameter: int, tensor_rank: int) -> _Holders:
+    found = sorted(
+        (member.shards[parameter].start, member.shards[parameter].stop, member.rank)
+        for member in members
+        if member.tensor_rank == tensor_rank and member.shards[parameter].stop > member.shards[parameter].start
+    )
+    return _Holders([rank for _, _, rank in found], [start for start, _, _ in found], [stop for _, stop, _ in found])
+
+
+def _segments(
+    parameter: Parameter,
+    number: int,
+    placed: PlacedTensor,
+    chunk: Box,
+    tensor_rank: int,
+    tensor_size: int,
+    holders: _Holders,
+) -> Iterator[Segment]:
+    """What the ranks of one tensor rank hold of a chunk."""
+    part = placed.tensor.part(tensor_rank, tensor_size)
+    common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(part, chunk, strict=True)]
+    if any(extent.stop <= extent.start for extent in common):
+        return
+    starts = [extent.start for extent in part]
+    starts[placed.dim] -= placed.start
+    local = Region.box(parameter.shape, _shifted(common, starts))
+    inside = Region.box(
+        [extent.stop - extent.start for extent in chunk], _shifted(common, [extent.start for extent in chunk])
+    )
+    assert local.count == inside.count, (placed, chunk)
+    end = local.base + (local.rows - 1) * local.stride + local.length
+    for place in range(bisect.bisect_right(holders.stops, local.base), bisect.bisect_left(holders.starts, end)):
+        first, last = local.before(holders.starts[place]), local.before(holders.stops[place])
+        if first < last:
+            yield Segment(holders.ranks[place], number, local, inside, first, last)
+
+
+def _shifted(box: Sequence[slice], starts: Sequence[int]) -> list[slice]:
+    return [slice(extent.start - start, extent.stop - start) for extent, start in zip(box, starts, strict=True)]
+
+
+def _elements(box: Box) -> int:
+    return math.prod(extent.stop - extent.start for extent in box)
+
+
+def _owner(segments: Sequence[Segment], size: int, load: dict[int, int]) -> int:
+    """The rank among those that hold elements for which the chunk costs least: what it has to move (its writes so far,
+    this chunk's, and what it is sent of it). Counts the choice in `load`."""
+    held: dict[int, int] = {}
+    for segment in segments:
+        held[segment.rank] = held.get(segment.rank, 0) + segment.count
+    owner = min(held, key=lambda rank: (load[rank] + size - held[rank], rank))
+    load[owner] += 2 * size - held[owner]
+    return owner

@@ -1,0 +1,88 @@
+"""Boxes of row-major tensors as runs of their flat memory: what a rank's flat shard has of a chunk, and where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Region:
+    """Elements of a flat buffer, in order: `rows` runs of `length` elements whose starts, from `base`, lie `stride`
+    apart. Addresses ascend, so that the elements within an address range are consecutive ones of the region."""
+
+    base: int
+    rows: int
+    length: int
+    stride: int
+
+    @property
+    def count(self) -> int:
+        return self.rows * self.length
+
+    @staticmethod
+    def box(shape: Sequence[int], box: Sequence[slice]) -> Region:
+        """The elements of a box of a row-major tensor, in the box's own row-major order.
+
+        Only the first and the last dimension may be cut (as chunks and shards do): between them, all is whole.
+        """
+        starts, sizes = [part.start for part in box], [part.stop - part.start for part in box]
+        if len(shape) == 1:
+            return Region(starts[0], 1, sizes[0], sizes[0])
+        assert all(size == whole for size, whole in zip(sizes[1:-1], shape[1:-1], strict=True)), (shape, box)
+        inner = math.prod(shape[1:])
+        base, rows = starts[0] * inner + starts[-1], sizes[0] * math.prod(sizes[1:-1])
+        if sizes[-1] == shape[-1]:
+            return Region(base, 1, rows * sizes[-1], rows * sizes[-1])
+        return Region(base, rows, sizes[-1], shape[-1])
+
+    def before(self, address: int) -> int:
+        """How many of its elements lie below an address."""
+        if address <= self.base or self.count == 0:
+            return 0
+        row, column = divmod(address - self.base, self.stride)
+        return min(row * self.length + min(column, self.length), self.count)
+
+
+def take(buffer: np.ndarray, region: Region, first: int, last: int, origin: int = 0) -> np.ndarray:
+    """Elements [first, last) of a region of `buffer` [n], which holds the addresses from `origin` on.
+
+    A view where they are contiguous, else a copy.
+    """
+    if region.rows == 1:
+        return buffer[region.base + first - origin : region.base + last - origin]
+    values = np.empty(last - first, buffer.dtype)
+    for part, place in _parts(buffer, region, first, last, origin):
+        values[place : place + part.size].reshape(part.shape)[...] = part
+    return values
+
+
+def put(buffer: np.ndarray, region: Region, first: int, last: int, values: np.ndarray, origin: int = 0) -> None:
+    """Write `values` [last - first] to elements [first, last) of a region of `buffer` [n], the inverse of `take`."""
+    for part, place in _parts(buffer, region, first, last, origin):
+        part[...] = values[place : place + part.size].reshape(part.shape)
+
+
+def _parts(buffer: np.ndarray, region: Region, first: int, last: int, origin: int) -> list[tuple[np.ndarray, int]]:
+    """Views of `buffer` that are the elements [first, last) in order, each with its place among them.
+
+    At most three: the rest of a row, whole rows, the beginning of a row.
+    """
+    length, stride, parts = region.length, region.stride, []
+    at = first
+    while at < last:
+        row, column = divmod(at, length)
+        rows = (last - at) // length if column == 0 else 0
+        start = region.base + row * stride + column - origin
+        if rows > 0:
+            window = buffer[start : start + (rows - 1) * stride + length]
+            step = window.strides[0]
+            part = np.lib.stride_tricks.as_strided(window, (rows, length), (stride * step, step))
+        else:
+            part = buffer[start : start + min(length - column, last - at)]
+        parts.append((part, at - first))
+        at += part.size
+    return parts
