@@ -65,6 +65,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved, besides at its end and when it is told to stop, and how long checkpoints are kept."""
+
+    interval: int = 1000  # optimizer steps between checkpoints; 0 is none between
+    keep_last: int = 0  # newest checkpoints that are kept; 0 keeps all
+    keep_every: int = 0  # checkpoints whose step is a multiple are kept for good; 0 is none
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     interval: int = 10  # optimizer steps between logged steps; step 1 is always logged
     tensorboard: bool = True
@@ -78,6 +87,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -87,6 +97,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
     "log": LogConfig,
 }
 TYPES: dict[str, dict[str, Any]] = {name: typing.get_type_hints(section) for name, section in SECTIONS.items()}
@@ -223,6 +234,7 @@ def _resolve(settings: dict[str, dict[str, Any]]) -> Config:
         data=data,
         optimizer=_resolve_optimizer(settings["optimizer"], train.steps),
         train=train,
+        checkpoint=CheckpointConfig(**settings["checkpoint"]),
         log=LogConfig(**settings["log"]),
     )
 

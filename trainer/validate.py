@@ -53,6 +53,9 @@ LEAST = {
     "train.seed": 0,
     "train.eval_interval": 0,
     "train.eval_batches": 1,
+    "checkpoint.interval": 0,
+    "checkpoint.keep_last": 0,
+    "checkpoint.keep_every": 0,
     "log.interval": 1,
 }
 

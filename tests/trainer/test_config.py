@@ -17,6 +17,7 @@ from griffin.trainer.config import (
     OVERLAPS,
     SCHEDULES,
     WSD_DECAYS,
+    CheckpointConfig,
     Config,
     DataConfig,
     LogConfig,
@@ -85,6 +86,10 @@ eval = "data/held-out"
 learning_rate = 1
 [train]
 seed = 5
+[checkpoint]
+interval = 50
+keep_last = 2
+keep_every = 500
 [log]
 run_root = "elsewhere"
 """
@@ -94,6 +99,7 @@ run_root = "elsewhere"
     assert config.data.eval == ("data/held-out",)
     assert (config.optimizer.learning_rate, type(config.optimizer.learning_rate)) == (1.0, float)
     assert config.train.seed == 5
+    assert config.checkpoint == CheckpointConfig(interval=50, keep_last=2, keep_every=500)
     assert config.log.run_root == "elsewhere"
 
 
@@ -286,6 +292,7 @@ def of_type(section: type, **strategies: st.SearchStrategy) -> st.SearchStrategy
             recompute=st.sampled_from(RECOMPUTES),
             overlap=st.sampled_from(OVERLAPS),
         ),
+        checkpoint=of_type(CheckpointConfig),
         log=of_type(LogConfig),
     )
 )

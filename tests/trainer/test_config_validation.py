@@ -49,6 +49,8 @@ def changed(settings: dict[str, Any]) -> Config:
         ({"optimizer.schedule": "constant", "optimizer.decay_steps": 0, "optimizer.clip": 0.0}, 1),
         ({"optimizer.schedule": "wsd", "optimizer.warmup_steps": 9_900}, 1),
         ({"train.eval_interval": 0}, 1),
+        ({"checkpoint.interval": 0, "checkpoint.keep_last": 0, "checkpoint.keep_every": 0}, 1),
+        ({"checkpoint.keep_last": 1, "checkpoint.keep_every": 7}, 1),
     ],
 )
 def test_accepted(settings: dict[str, Any], world_size: int) -> None:
