@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from megatron.core import parallel_state
 from griffin.parallel import host
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.ranks import OtherRankError, Ranks
+
+T = TypeVar("T")
 
 # A rank that waits for another's slow but healthy work (building an index, say) asks again this often.
 _POLL = datetime.timedelta(seconds=20)
@@ -33,6 +36,7 @@ class Grid:
     data_rank: int
     data_size: int
     tensor_group: dist.ProcessGroup
+    stage_group: dist.ProcessGroup  # the ranks that hold the same pipeline stages
     device: torch.device
     store: dist.Store
 
@@ -43,6 +47,13 @@ class Grid:
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
+
+    def all_gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks; values travel by pickle. A collective of all ranks."""
+        everyone = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everyone, value)
+        return everyone
 
     def first_rank_does(self, name: str, work: Callable[[], object]) -> None:
         """Run `work` on rank 0 while the others wait for as long as it takes.
@@ -145,6 +156,7 @@ def _read(device: torch.device, store: dist.Store) -> Grid:
         parallel_state.get_pipeline_model_parallel_group(),
     )
     data = parallel_state.get_data_parallel_group()
+    stage = parallel_state.get_tensor_and_data_parallel_group()
     return Grid(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -155,6 +167,7 @@ def _read(device: torch.device, store: dist.Store) -> Grid:
         data_rank=data.rank(),
         data_size=data.size(),
         tensor_group=tensor,
+        stage_group=stage,
         device=device,
         store=store,
     )

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from griffin.parallel.grid import Grid
@@ -171,10 +170,7 @@ def load(modules: Iterable[nn.Module], grid: Grid, tensors: Mapping[str, Tensor]
         for parameter in module.parameters()
         for piece in parameter.pieces  # type: ignore[attr-defined]
     ]
-    known: list[set[str]] = [{piece.name for piece, _ in held}]
-    if grid.world_size > 1:
-        known = [set()] * grid.world_size
-        dist.all_gather_object(known, {piece.name for piece, _ in held})
+    known = grid.all_gather({piece.name for piece, _ in held})
     if unknown := tensors.keys() - set().union(*known):
         raise ValueError(f"no parameter is called {', '.join(sorted(unknown))}")
     for piece, _ in held:
@@ -207,12 +203,8 @@ def gather(
         piece.name: (piece, piece.view(value(parameter), grid.tensor_size).detach().cpu())
         for piece, parameter in named_pieces(modules)
     }
-    if grid.world_size == 1:
-        everyone = [{name: (p.axis, p.shape, part) for name, (p, part) in mine.items()}]
-    else:
-        sent = {name: (p.axis, p.shape, part) for name, (p, part) in mine.items()} if grid.data_rank == 0 else {}
-        everyone = [{}] * grid.world_size
-        dist.all_gather_object(everyone, sent)
+    sent = {name: (p.axis, p.shape, part) for name, (p, part) in mine.items()} if grid.data_rank == 0 else {}
+    everyone = grid.all_gather(sent)
     parts: dict[str, list[tuple[int | None, tuple[int, ...], Tensor]]] = {}
     for held in everyone:  # ranks of one tensor group follow each other in order
         for name, part in held.items():

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from griffin.parallel import host
 from griffin.parallel.gradients import finalize_gradients
@@ -38,6 +38,7 @@ class StepResult:
     grad_norm: float  # before clipping, over the whole model
     learning_rate: float
     loss_tokens: int  # unmasked tokens
+    stop: bool  # some rank was asked to stop
 
 
 class Training:
@@ -79,20 +80,27 @@ class Training:
         ]
         self.optimizer = build_optimizer(config, self.chunks, self.dtype, overlap=self.overlap)
         self.schedule = build_schedule(config, self.optimizer)
+        self._updater = {
+            parameter: optimizer
+            for optimizer in self.optimizer.chained_optimizers
+            if not optimizer.is_stub_optimizer
+            for parameter in optimizer.model_param_gbuf_map
+        }
         megatron = stages[0].config
         megatron.finalize_model_grads_func = finalize_gradients(grid)
         if self.overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
         self._forward_backward = get_forward_backward_func()
-        self._steps_done = 0
+        self.steps_done = 0
 
-    def step(self, batches: Iterator[Batch]) -> StepResult:
+    def step(self, batches: Iterator[Batch], *, stop: bool = False) -> StepResult:
         """One optimizer step on the next micro-batches (maps of int64 and float32 [B, T], see `trainer.data`).
 
+        `stop` tells that this rank was asked to stop; the result says so on every rank if any rank was.
         Raises NonFiniteError, with all weights as they were, if the loss or the gradient is not finite.
         """
-        loss, tokens = self.gradients(batches)
+        loss, tokens, stops = self._gradients(batches, stop)
         with host.cuda_type_names():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
@@ -104,12 +112,13 @@ class Training:
                     )
             self.schedule.step(1)
             self.optimizer.step_with_ready_grads()
-        self._steps_done += 1
+        self.steps_done += 1
         return StepResult(
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             loss_tokens=tokens,
+            stop=stops,
         )
 
     def gradients(self, batches: Iterator[Batch]) -> tuple[float, int]:
@@ -117,11 +126,65 @@ class Training:
 
         Of `main_grad`, a data-parallel rank holds the reduced values of its own shard only.
         """
+        return self._gradients(batches, stop=False)[:2]
+
+    def _gradients(self, batches: Iterator[Batch], stop: bool) -> tuple[float, int, bool]:
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._run(batches, self.micro_batches, forward_only=False)
+        return self._run(batches, self.micro_batches, forward_only=False, stop=stop)
+
+    def shard_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Elements [start, stop) of the flattened parameter that this rank's optimizer updates; (0, 0) is none."""
+        optimizer = self._updater.get(parameter)
+        if optimizer is None:
+            return 0, 0
+        extent = optimizer._get_model_param_range_map(parameter)["param"]
+        return extent.start, extent.end
+
+    def shard_state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        """Master weights and Adam's moments of those elements, float32 [stop - start] each, not copied.
+
+        Moments are None before the first step; all is None where this rank updates nothing of the parameter.
+        """
+        optimizer = self._updater.get(parameter)
+        if optimizer is None:
+            return None
+        state = optimizer._get_main_param_and_optimizer_states(parameter)
+        return state["param"], state.get("exp_avg"), state.get("exp_avg_sq")
+
+    def set_shard_state(self, parameter: nn.Parameter, master: Tensor, moments: Tensor | None) -> None:
+        """Replace what `shard_state` gives; `moments` is float32 [2, stop - start], or None for those of a new run.
+
+        The model has the weights after `spread_weights`, and Adam counts on after `continue_after`.
+        """
+        optimizer = self._updater[parameter]
+        main = optimizer._get_main_param_and_optimizer_states(parameter)["param"]
+        main.copy_(master)
+        if moments is not None:
+            state = optimizer.optimizer.state[main]
+            state["exp_avg"], state["exp_avg_sq"] = (moment.to(main.device, copy=True) for moment in moments)
+
+    def spread_weights(self) -> None:
+        """Bring the master weights to the model of every data-parallel rank, as after a step. A collective."""
+        for optimizer in self.optimizer.chained_optimizers:
+            optimizer._copy_main_params_to_model_params()
+        for chunk in self.chunks:
+            chunk.start_param_sync(force_sync=True)
+
+    def continue_after(self, step: int) -> None:
+        """Let learning rate and Adam's bias correction go on as after `step` steps."""
+        self.steps_done = step
+        self.schedule.num_steps = 0
+        self.schedule.step(step)
+        for optimizer in self.optimizer.chained_optimizers:
+            for group in optimizer.optimizer.param_groups:
+                if isinstance(optimizer.optimizer, torch.optim.AdamW):  # counts for each parameter
+                    for main in group["params"]:
+                        optimizer.optimizer.state[main]["step"] = torch.tensor(float(step))
+                else:  # the fused ones count for each group
+                    group["step"] = step
 
     def evaluate(self, batches: Iterator[Batch], global_batches: int) -> float:
         """Mean loss (nats per unmasked token) over the next global batches, without gradients."""
@@ -130,14 +193,17 @@ class Training:
             if self.overlap:
                 chunk.disable_forward_pre_hook()
         with torch.no_grad():
-            loss, _ = self._run(batches, self.micro_batches * global_batches, forward_only=True)
+            loss, _, _ = self._run(batches, self.micro_batches * global_batches, forward_only=True)
         if self.overlap:
             for chunk in self.chunks:
                 chunk.enable_forward_pre_hook()
         return loss
 
-    def _run(self, batches: Iterator[Batch], micro_batches: int, *, forward_only: bool) -> tuple[float, int]:
-        """megatron-core's schedule over micro-batches; the mean loss and the number of unmasked tokens, everywhere."""
+    def _run(
+        self, batches: Iterator[Batch], micro_batches: int, *, forward_only: bool, stop: bool = False
+    ) -> tuple[float, int, bool]:
+        """megatron-core's schedule over micro-batches; on every rank the mean loss, the number of unmasked tokens, and
+        whether any rank's `stop` is set."""
         here = itertools.islice(batches, micro_batches)
         losses = self._forward_backward(
             forward_step_func=self._forward,
@@ -148,13 +214,15 @@ class Training:
             micro_batch_size=self.config.train.micro_batch,
             forward_only=forward_only,
         )
-        total = torch.zeros(2, dtype=torch.float64, device=self.grid.device)
+        total = torch.zeros(3, dtype=torch.float64, device=self.grid.device)
         if self.grid.is_last_stage and self.grid.tensor_rank == 0:
             for loss in losses:
-                total += loss
+                total[:2] += loss
+        if stop:
+            total[2] = 1
         dist.all_reduce(total)
-        loss_sum, tokens = total.tolist()
-        return loss_sum / max(tokens, 1.0), int(tokens)
+        loss_sum, tokens, stops = total.tolist()
+        return loss_sum / max(tokens, 1.0), int(tokens), stops > 0
 
     def _forward(self, batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, partial]:
         batch = {name: value.to(self.grid.device, non_blocking=True) for name, value in next(batches).items()}
@@ -173,8 +241,7 @@ class Training:
             )
             if not piece.view(parameter.main_grad, self.grid.tensor_size).isfinite().all()
         ]
-        found: list[tuple[int, list[tuple[int, str]]]] = [(0, [])] * self.grid.world_size
-        dist.all_gather_object(found, (self.grid.pipeline_rank, mine))
+        found = self.grid.all_gather((self.grid.pipeline_rank, mine))
         where = "every gradient is finite"
         offenders = sorted((_model_order(name), name) for _, names in found for _, name in names)
         if offenders:
@@ -185,7 +252,7 @@ class Training:
                 f"{', '.join(map(str, ranks))} ({len({n for _, n in offenders})} parameters in all)"
             )
         raise NonFiniteError(
-            f"step {self._steps_done + 1}: loss {loss}, gradient norm {grad_norm}; {where}. No weight was changed."
+            f"step {self.steps_done + 1}: loss {loss}, gradient norm {grad_norm}; {where}. No weight was changed."
         )
 
 

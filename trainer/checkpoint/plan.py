@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from griffin.trainer.checkpoint.arrays import ArraySpec, Box, GlobalTensor, chunk_shape
+from griffin.trainer.checkpoint.arrays import ArraySpec, Box, GlobalTensor
 from griffin.trainer.checkpoint.regions import Region
 
 
@@ -101,10 +101,16 @@ class SavePlan:
 
 
 def plan_chunks(
-    parameters: Sequence[Parameter], members: Sequence[Member], tensor_size: int, cuts: int, *, replicas: bool
+    parameters: Sequence[Parameter],
+    members: Sequence[Member],
+    tensor_size: int,
+    chunk_shapes: Mapping[str, tuple[int, ...]],
+    *,
+    replicas: bool,
 ) -> list[ChunkPlan]:
     """The chunks of all tensors in `parameters`, the same list on every rank that is given the same arguments.
 
+    `chunk_shapes` are those of the tensors, by name.
     Without `replicas` (to save), each element of a chunk is in exactly one segment: of tensors that every tensor rank
     holds, tensor rank 0's. With them (to load), each rank that holds an element has it in a segment.
     """
@@ -114,7 +120,7 @@ def plan_chunks(
         holders = [_holders(members, number, tensor_rank) for tensor_rank in range(tensor_size)]
         for placed in parameter.tensors:
             tensor = placed.tensor
-            chunks = chunk_shape(tensor, cuts)
+            chunks = chunk_shapes[tensor.name]
             replicated = tensor.axis is None
             array = ArraySpec(kind="", tensor=tensor, dtype="float32", chunks=chunks)
             for index in array.indices():

@@ -123,13 +123,12 @@ def test_every_element_of_every_chunk_comes_from_where_it_is(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arrays, "WHOLE_BYTES", whole)
         patch.setattr(arrays, "CHUNK_BYTES", rows * 20)
-        plans = plan_chunks(parameters, members, tensor_size, default_cuts(tensors), replicas=replicas)
-        grids = {
-            tensor.name: ArraySpec(
-                kind="model", tensor=tensor, dtype="float32", chunks=chunk_shape(tensor, default_cuts(tensors))
-            )
-            for tensor in tensors
-        }
+        shapes = {tensor.name: chunk_shape(tensor, default_cuts(tensors)) for tensor in tensors}
+    plans = plan_chunks(parameters, members, tensor_size, shapes, replicas=replicas)
+    grids = {
+        tensor.name: ArraySpec(kind="model", tensor=tensor, dtype="float32", chunks=shapes[tensor.name])
+        for tensor in tensors
+    }
     assert {(plan.tensor.name, plan.index) for plan in plans} == {
         (name, index) for name, grid in grids.items() for index in grid.indices()
     }
@@ -158,10 +157,10 @@ def test_every_element_of_every_chunk_comes_from_where_it_is(
 def test_owners_share_the_work() -> None:
     """8 data-parallel ranks that hold equal parts write equal parts, up to one chunk."""
     tensor = GlobalTensor(name="w", shape=(4096, 4096), axis=0, atoms=16)
-    parameters = [Parameter(tensor.shape, (PlacedTensor(tensor, 0, 0),)) for _ in range(1)]
+    parameters = [Parameter(tensor.shape, (PlacedTensor(tensor, 0, 0),))]
     size = tensor.elements // 8
     members = [Member(rank, 0, (Shard(rank * size, (rank + 1) * size, 0),)) for rank in range(8)]
-    plans = plan_chunks(parameters, members, 1, 16, replicas=False)
+    plans = plan_chunks(parameters, members, 1, {"w": (256, 4096)}, replicas=False)
     written = [sum(plan.size for plan in plans if plan.owner == rank) for rank in range(8)]
     assert max(written) - min(written) <= plans[0].size
 
