@@ -1,0 +1,384 @@
+"""Steps of a checkpoints folder: begun aside, committed whole with a manifest, checked, found, retained.
+
+A step is a folder `step-00000100` that is a Zarr v3 group with a `manifest.json`: every scalar of the training's state,
+and the size and checksum of every file. Nothing that is not complete ever carries such a name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from griffin.trainer.checkpoint.arrays import ArraySpec
+from griffin.trainer.checkpoint.zarr_io import Array, CheckpointError, FileRecord, io_context, open_array
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+GROUP = "zarr.json"
+_STEP = re.compile(r"step-(\d{8,})")
+_LEFTOVER = re.compile(r"step-\d{8,}\.(tmp|deleted)")
+_SHOWN = 10  # damaged files that a message lists
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a step holds besides its arrays, and what its files must be."""
+
+    step: int
+    samples: int  # training samples consumed
+    attempt: int  # of the run, counted from its first start
+    created: str  # ISO 8601
+    config: dict[str, Any]  # dataclasses.asdict of the run's; config["model"] is the architecture
+    layout: dict[str, Any]  # that it was saved from; nothing depends on it
+    optimizer: dict[str, Any] | None  # its scalars; None for weights only
+    random: dict[str, str]  # states of generators, base64
+    arrays: dict[str, ArraySpec]  # by their names
+    files: dict[str, FileRecord]  # by their paths in the step's folder
+
+    def chunk_files(self) -> Iterator[str]:
+        """The path of every chunk of every array."""
+        return itertools.chain.from_iterable(map(array.file, array.indices()) for array in self.arrays.values())
+
+    def metadata_files(self) -> list[str]:
+        """The paths of the group's metadata and of every array's."""
+        return [GROUP, *(array.metadata_file for array in self.arrays.values())]
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn an OSError into a CheckpointError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from None
+
+
+def _sync(path: Path) -> None:
+    """Make a folder's entries durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, text: str) -> None:
+    with _naming(path), open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _record(path: Path) -> FileRecord:
+    """The record of a small file, which is read whole."""
+    with _naming(path):
+        content = path.read_bytes()
+    return FileRecord(len(content), f"sha256:{hashlib.sha256(content).hexdigest()}")
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError("\n".join(problems[:_SHOWN]) + more)
+
+
+# Writing a step.
+
+
+def begin(root: Path, step: int) -> Path:
+    """Create the folder in which a step is written, `root/step-00000100.tmp`; a leftover of that name is removed.
+
+    Args:
+        root: the checkpoints folder; created if missing, in a folder that is there.
+    """
+    folder = root / f"{step_name(step)}.tmp"
+    with _naming(folder):
+        if not root.exists():
+            root.mkdir(exist_ok=True)
+            _sync(root.parent)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+    return folder
+
+
+def commit(tmp: Path, manifest: Manifest) -> Path:
+    """Give a written step its name, once all of it is on disk.
+
+    A folder that has the name already (one that was found damaged and passed over) is kept as `step-....damaged-1`.
+
+    Args:
+        tmp: the folder `<name>.tmp` in which every array was created and every chunk was written and synchronised.
+        manifest: `files` holds one record of every chunk; those of the zarr.json files are added here.
+
+    Returns:
+        The step's folder.
+
+    Raises:
+        CheckpointError: a file is not there or has another size than recorded, or the step cannot be written.
+    """
+    expected = list(manifest.chunk_files())
+    assert len(expected) == len(set(expected)), "two chunks with one file"
+    assert manifest.files.keys() == set(expected), sorted(manifest.files.keys() ^ set(expected))[:_SHOWN]
+    group = {"zarr_format": 3, "node_type": "group", "attributes": {"step": manifest.step, "format": FORMAT}}
+    _write(tmp / GROUP, json.dumps(group))
+    metadata = {name: _record(tmp / name) for name in manifest.metadata_files()}
+    manifest = replace(manifest, files=metadata | manifest.files)
+    _refuse(_mismatches(tmp, manifest))
+    for array in manifest.arrays.values():
+        open_array(tmp, array)
+        with _naming(tmp / array.name):
+            _sync(tmp / array.name)
+    _write(tmp / MANIFEST, _to_text(manifest))
+
+    final = tmp.with_name(tmp.name.removesuffix(".tmp"))
+    with _naming(final):
+        _sync(tmp)
+        if final.exists():
+            aside = (final.with_name(f"{final.name}.damaged-{count}") for count in itertools.count(1))
+            final.rename(next(path for path in aside if not path.exists()))
+        tmp.rename(final)
+        _sync(final.parent)
+    return final
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _to_text(manifest: Manifest) -> str:
+    """JSON with one array and one file on each line, for people and grep."""
+    values: dict[str, Any] = {"format": FORMAT}
+    values |= {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
+    values["arrays"] = {name: array.to_json() for name, array in manifest.arrays.items()}
+    values["files"] = {name: vars(record) for name, record in sorted(manifest.files.items())}
+    entries = []
+    for key, value in ({"checksum": _checksum(values)} | values).items():
+        if key in ("arrays", "files"):
+            lines = (f"    {json.dumps(name)}: {json.dumps(item)}" for name, item in value.items())
+            entries.append(f'  "{key}": {{\n' + ",\n".join(lines) + "\n  }")
+        else:
+            entries.append(f'  "{key}": ' + json.dumps(value, indent=2).replace("\n", "\n  "))
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+# Reading a step.
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a step's folder; of its files nothing is looked at.
+
+    Raises:
+        CheckpointError: it is missing, cannot be read, was edited or is of another format.
+    """
+    path = folder / MANIFEST
+    with _naming(path):
+        text = path.read_bytes()
+    try:
+        values = json.loads(text)
+        checksum = values.pop("checksum")
+        damaged = checksum != _checksum(values)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        damaged = True
+    if damaged:
+        raise CheckpointError(f"{path} is damaged or was edited: its content does not match its checksum")
+    version = values.pop("format")
+    if version != FORMAT:
+        raise CheckpointError(f"{path} is of format {version}; this version reads format {FORMAT}")
+    values["arrays"] = {name: ArraySpec.from_json(name, array) for name, array in values["arrays"].items()}
+    values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
+    return Manifest(**values)
+
+
+def _mismatches(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the presence and the sizes of a step's files. Files without a record do not matter."""
+    expected: dict[str, dict[str, int]] = {}
+    for path, record in manifest.files.items():
+        where, _, name = path.rpartition("/")
+        expected.setdefault(where, {})[name] = record.size
+    problems = []
+    for where, sizes in expected.items():
+        with _naming(folder / where):
+            try:
+                with os.scandir(folder / where) as entries:
+                    found = {entry.name: entry.stat().st_size for entry in entries if entry.name in sizes}
+            except (FileNotFoundError, NotADirectoryError):
+                found = {}
+        for name, size in sizes.items():
+            if name not in found:
+                problems.append(f"{folder / where / name} is missing")
+            elif found[name] != size:
+                problems.append(f"{folder / where / name} has {found[name]:,} bytes instead of {size:,}")
+    return problems
+
+
+def check(folder: Path) -> Manifest:
+    """Check that a step is complete: its manifest, and the presence and the size of every file. Reads no arrays.
+
+    Raises:
+        CheckpointError: it is not; the message names the first files that are missing or of another size.
+    """
+    manifest = read_manifest(folder)
+    problems = _mismatches(folder, manifest)
+    if not problems and _record(folder / GROUP) != manifest.files[GROUP]:
+        problems.append(f"{folder / GROUP} was changed")
+    _refuse(problems)
+    return manifest
+
+
+def verify(folder: Path, progress: Callable[[int], object] | None = None, workers: int = 4) -> Manifest:
+    """Read a whole step: `check`, and every file's checksum, of its content and against the manifest.
+
+    Args:
+        progress: called with a number of bytes that have just been read; they add up to the sizes of all files.
+        workers: threads, each with a chunk in memory.
+
+    Raises:
+        CheckpointError: the message names the damaged files.
+    """
+    manifest = check(folder)
+    report = progress or (lambda size: None)
+    problems = []
+    for name in manifest.metadata_files():
+        if _record(folder / name) != manifest.files[name]:
+            problems.append(f"{folder / name} was changed")
+        report(manifest.files[name].size)
+
+    def read(array: Array, index: tuple[int, ...]) -> int:
+        file = array.spec.file(index)
+        array.read(array.spec.box(index))  # fails unless the content matches the checksum that it ends with
+        if array.record(index) != manifest.files[file]:
+            raise CheckpointError(f"{folder / file} is not the chunk that was saved")
+        return manifest.files[file].size
+
+    def finish(futures: Iterable[Future[int]]) -> None:
+        for future in futures:
+            try:
+                report(future.result())
+            except CheckpointError as error:
+                problems.append(str(error))
+
+    context = io_context(copies=workers, files=workers)
+    with ThreadPoolExecutor(workers) as pool:
+        running: set[Future[int]] = set()
+        for spec in manifest.arrays.values():
+            try:
+                array = open_array(folder, spec, context)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            for index in spec.indices():
+                if len(running) == 2 * workers:
+                    finished, running = wait(running, return_when=FIRST_COMPLETED)
+                    finish(finished)
+                running.add(pool.submit(read, array, index))
+        finish(running)
+    _refuse(problems)
+    return manifest
+
+
+# The steps of a checkpoints folder.
+
+
+def steps(root: Path) -> list[tuple[int, Path]]:
+    """The steps in a checkpoints folder by their names, ascending; none if there is no such folder."""
+    with _naming(root):
+        try:
+            found = [(match, entry) for entry in root.iterdir() if (match := _STEP.fullmatch(entry.name))]
+        except FileNotFoundError:
+            return []
+    return sorted((int(match[1]), entry) for match, entry in found)
+
+
+def newest_complete(root: Path) -> tuple[Path | None, list[CheckpointError]]:
+    """The newest step that passes `check`, and what is wrong with the newer ones."""
+    damaged = []
+    for _, folder in reversed(steps(root)):
+        try:
+            check(folder)
+        except CheckpointError as error:
+            damaged.append(error)
+        else:
+            return folder, damaged
+    return None, damaged
+
+
+def resolve(path: Path) -> Path:
+    """The step's folder that a user means by a step's folder, a checkpoints folder or a run's folder.
+
+    Of a folder of steps it is the newest complete one. A step's folder is not looked into.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or none is complete.
+    """
+    if (path / MANIFEST).exists() or _STEP.fullmatch(path.name):
+        return path
+    root = next((root for root in (path, path / "checkpoints") if steps(root)), None)
+    if root is None:
+        raise CheckpointError(f"{path} is no checkpoint: it has no {MANIFEST}, no step-* and no checkpoints/step-*")
+    folder, damaged = newest_complete(root)
+    if folder is None:
+        raise CheckpointError(f"{root} has no complete checkpoint:\n" + "\n".join(map(str, damaged)))
+    return folder
+
+
+def retain(root: Path, keep_last: int, keep_every: int) -> list[Path]:
+    """Remove old steps and return their former folders.
+
+    Nothing is removed if the newest step fails `check`. Steps that do fail it do not count among the last ones.
+
+    Args:
+        keep_last: number of complete steps to keep; 0 keeps all.
+        keep_every: steps that are multiples of it are kept; 0 keeps none.
+    """
+    newest_first = steps(root)[::-1]
+    complete = 0
+    removed = []
+    for position, (step, folder) in enumerate(newest_first):
+        if complete < max(keep_last, 1):
+            try:
+                check(folder)
+                complete += 1
+            except CheckpointError:
+                if position == 0:
+                    return []
+        elif keep_last and not (keep_every and step % keep_every == 0):
+            _remove(folder)
+            removed.append(folder)
+    return removed
+
+
+def _remove(folder: Path) -> None:
+    doomed = folder.with_name(f"{folder.name}.deleted")
+    with _naming(folder):
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        folder.rename(doomed)  # at once: a step that is half removed must not carry a step's name
+        _sync(folder.parent)
+        shutil.rmtree(doomed)
+
+
+def clean(root: Path) -> list[Path]:
+    """Remove what writes and removals that were interrupted left; for the only writer of the folder, while idle."""
+    with _naming(root):
+        try:
+            leftovers = [path for path in root.iterdir() if _LEFTOVER.fullmatch(path.name)]
+        except FileNotFoundError:
+            return []
+        for path in leftovers:
+            shutil.rmtree(path)
+    return leftovers
