@@ -7,17 +7,21 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from griffin.parallel.config import ModelConfig
 from griffin.parallel.ranks import Ranks
+from griffin.trainer.checkpoint.lock import NAME as LOCK
+from griffin.trainer.checkpoint.lock import refuse_if_held
 from griffin.trainer.config import Config, load_config, to_toml
 
 PACKAGES = ("torch", "megatron-core", "numpy", "triton", "apex", "transformer-engine")
@@ -26,17 +30,29 @@ SOURCE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths inside a run's folder, which one process, rank 0, writes."""
+    """Paths inside a run's folder, which one process, rank 0, writes.
+
+    Each start of the run is an attempt, counted from 1, with files of its own for what it was made from.
+    """
 
     path: Path
+    attempt: int = 1
 
     @property
     def config(self) -> Path:
-        return self.path / "config.toml"
+        return self.path / f"config{self._suffix}.toml"
 
     @property
     def environment(self) -> Path:
-        return self.path / "environment.json"
+        return self.path / f"environment{self._suffix}.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / LOCK
 
     @property
     def metrics(self) -> Path:
@@ -52,19 +68,25 @@ class RunFolder:
 
     @classmethod
     def check(cls, path: Path, config: Config) -> None:
-        """Refuse a `path` at which something stands already: ValueError, and nothing is written."""
+        """Refuse a `path` where this run cannot be started or continued: ValueError, and nothing is written.
+
+        That is where something else than a run stands, a run of another model, or one that another process of this
+        machine writes now; `RunLock.acquire` finds those of other machines.
+        """
+        refuse_if_held(path)
+        cls._check(path, config)
+
+    @classmethod
+    def _check(cls, path: Path, config: Config) -> None:
         folder = cls(path)
         if folder.config.exists():
-            differing = _differing(config.model, load_config(folder.config).model)
+            there = dataclasses.asdict(load_config(folder.config).model)
+            differing = model_differences(config.model, there)
             if differing:
                 raise ValueError(
                     f"--run-dir {path}: holds a run of another model ({', '.join(differing)}); choose another --run-dir"
                 )
-            raise ValueError(
-                f"--run-dir {path}: exists and cannot be continued yet: checkpoints are not available; "
-                "choose another --run-dir"
-            )
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and not (path.is_dir() and all(_is_lock(file.name) for file in path.iterdir())):
             raise ValueError(f"--run-dir {path}: exists and is not an empty folder; choose another --run-dir")
         above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
@@ -72,14 +94,22 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: Config, environment: Mapping[str, Any]) -> RunFolder:
-        """Make the folder with the resolved config and the environment in it. Refuses what `check` refuses."""
-        cls.check(path, config)
+        """The folder of a new attempt, with its resolved config and its environment in it. For the lock's owner.
+
+        Refuses what `check` refuses, but for the lock.
+        """
+        cls._check(path, config)
         path.mkdir(parents=True, exist_ok=True)
-        folder = cls(path)
-        with folder.config.open("x", encoding="utf-8") as file:  # "x": of two runs at once, one fails
+        folder = cls(path, 1 + _attempts(path))
+        with folder.config.open("x", encoding="utf-8") as file:
             file.write(to_toml(config))
-        folder.environment.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+        with folder.environment.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(environment, indent=2) + "\n")
         return folder
+
+    @property
+    def _suffix(self) -> str:
+        return "" if self.attempt == 1 else f".attempt-{self.attempt}"
 
 
 def default_run_folder(config_path: Path, config: Config) -> Path:
@@ -116,14 +146,44 @@ def describe_environment(
     }
 
 
-def _differing(new: Any, old: Any) -> list[str]:
-    """ "model.KEY is OLD there, NEW here" for each field in which two model configs differ."""
-    names = [field.name for field in dataclasses.fields(new)]
+def changed_settings(config: Config, earlier: Mapping[str, Any]) -> list[str]:
+    """ "section.key OLD -> NEW" for each setting in which `config` differs from an earlier one.
+
+    `earlier` is `dataclasses.asdict` of a Config as JSON may have kept it, with lists for tuples. A setting that it
+    does not have, of a version that did not know it, stood at today's default.
+    """
     return [
-        f"model.{name} is {getattr(old, name)!r} there, {getattr(new, name)!r} here"
-        for name in names
-        if getattr(old, name) != getattr(new, name)
+        f"{section.name}.{key} {json.dumps(old)} -> {json.dumps(new)}"
+        for section in dataclasses.fields(config)
+        for key, old, new in _differences(getattr(config, section.name), earlier.get(section.name, {}))
     ]
+
+
+def model_differences(model: ModelConfig, there: Mapping[str, Any]) -> list[str]:
+    """ "model.KEY is OLD there, NEW here" for each setting in which `model` differs from `there`, an asdict of one."""
+    return [f"model.{key} is {old!r} there, {new!r} here" for key, old, new in _differences(model, there)]
+
+
+def _differences(section: Any, there: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value there, value here) of each field that differs; the values as JSON has them."""
+    for field in dataclasses.fields(section):
+        default = None if field.default is dataclasses.MISSING else field.default
+        old, new = there.get(field.name, default), getattr(section, field.name)
+        old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
+        if old != new:
+            yield field.name, old, new
+
+
+def _attempts(path: Path) -> int:
+    """How often the run in folder `path` was started; 0 if never."""
+    names = [file.name for file in path.iterdir()]
+    later = [int(match[1]) for name in names if (match := re.fullmatch(r"config\.attempt-(\d+)\.toml", name))]
+    return max([int("config.toml" in names), *later])
+
+
+def _is_lock(name: str) -> bool:
+    """The lock's file or a newcomer's claim on it: a folder with nothing else is an empty one that is being locked."""
+    return name.partition(".")[0] == LOCK
 
 
 def _version(package: str) -> str | None:

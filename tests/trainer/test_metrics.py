@@ -27,23 +27,34 @@ def lines(folder: RunFolder) -> list[dict[str, float | None]]:
 def test_every_line_is_there_at_once(folder: RunFolder) -> None:
     with MetricsWriter(folder, tensorboard=False) as metrics:
         metrics.log(1, {"loss": 5.5, "tokens": 4096})
-        assert lines(folder) == [{"step": 1, "loss": 5.5, "tokens": 4096}]
+        assert lines(folder) == [{"step": 1, "attempt": 1, "loss": 5.5, "tokens": 4096}]
+        assert list(lines(folder)[0]) == ["step", "attempt", "loss", "tokens"]
         metrics.log(2, {"eval_loss": 5.0})
-    assert lines(folder)[1] == {"step": 2, "eval_loss": 5.0}
+    assert lines(folder)[1] == {"step": 2, "attempt": 1, "eval_loss": 5.0}
     assert not folder.tensorboard.exists()
 
 
-def test_lines_are_appended(folder: RunFolder) -> None:
-    for step in (1, 2):
-        with MetricsWriter(folder, tensorboard=False) as metrics:
+def test_lines_are_appended_with_the_number_of_the_attempt(folder: RunFolder) -> None:
+    for attempt, step in ((1, 5), (2, 4)):
+        with MetricsWriter(folder, tensorboard=False, attempt=attempt, start=step - 1) as metrics:
             metrics.log(step, {"loss": 1.0})
-    assert [line["step"] for line in lines(folder)] == [1, 2]
+    assert [(line["step"], line["attempt"]) for line in lines(folder)] == [(5, 1), (4, 2)]
+
+
+def test_a_line_that_was_cut_spoils_no_other(folder: RunFolder) -> None:
+    folder.metrics.write_text('{"step": 1}\n{"step": 2, "lo')
+    with MetricsWriter(folder, tensorboard=False, attempt=2) as metrics:
+        metrics.log(2, {"loss": 1.0})
+    assert folder.metrics.read_text().splitlines()[1:] == [
+        '{"step": 2, "lo',
+        '{"step": 2, "attempt": 2, "loss": 1.0}',
+    ]
 
 
 def test_what_json_cannot_hold_is_null(folder: RunFolder) -> None:
     with MetricsWriter(folder, tensorboard=False) as metrics:
         metrics.log(1, {"loss": math.nan, "grad_norm": math.inf, "tokens": 1})
-    assert lines(folder) == [{"step": 1, "loss": None, "grad_norm": None, "tokens": 1}]
+    assert lines(folder) == [{"step": 1, "attempt": 1, "loss": None, "grad_norm": None, "tokens": 1}]
 
 
 def test_tensorboard_has_the_same_and_the_config(folder: RunFolder) -> None:
@@ -55,3 +66,26 @@ def test_tensorboard_has_the_same_and_the_config(folder: RunFolder) -> None:
         assert [(event.step, event.value) for event in events.Scalars("tokens")] == [(1, 4096), (10, 40960)]
         (config,) = events.Tensors("config/text_summary")
         assert b"width = 32" in config.tensor_proto.string_val[0]
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (2, [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]),
+        (0, [(0, 2.0), (1, 2.0)]),  # it died before its first checkpoint
+    ],
+)
+def test_curves_go_on_where_the_next_attempt_does(
+    folder: RunFolder, start: int, expected: list[tuple[int, float]]
+) -> None:
+    with MetricsWriter(folder, tensorboard=True) as metrics:
+        for step in range(6):
+            metrics.log(step, {"loss": 1.0})
+    (folder.path / "config.attempt-2.toml").write_text("[model]\nwidth = 64\n")
+    with MetricsWriter(RunFolder(folder.path, 2), tensorboard=True, attempt=2, start=start) as metrics:
+        for step, _ in expected:
+            if step > start or start == 0:
+                metrics.log(step, {"loss": 2.0})
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+    assert b"width = 64" in events.Tensors("config/text_summary")[-1].tensor_proto.string_val[0]

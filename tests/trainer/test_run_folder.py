@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 import griffin.trainer.run_folder as run_folder
 from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.parallel.ranks import Ranks
-from griffin.trainer.config import Config, LogConfig, TrainConfig, load_config
+from griffin.trainer.checkpoint.lock import RunLock
+from griffin.trainer.config import CheckpointConfig, Config, LogConfig, TrainConfig, load_config
 from griffin.trainer.console import Console
-from griffin.trainer.run_folder import RunFolder, default_run_folder, describe_environment
+from griffin.trainer.run_folder import RunFolder, changed_settings, default_run_folder, describe_environment
 
 MODEL = ModelConfig(
     pattern=("recurrent", "attention"), width=32, recurrent_width=64, heads=2, head_dim=16, vocabulary=257
@@ -37,14 +39,76 @@ def test_empty_folder_is_used(tmp_path: Path) -> None:
     assert (tmp_path / "config.toml").exists()
 
 
-def test_folder_of_a_run_of_the_same_model_is_refused(tmp_path: Path) -> None:
+def test_folder_that_is_only_locked_is_used(tmp_path: Path) -> None:
+    for name in ("lock", "lock.after-0123"):
+        (tmp_path / name).touch()
+    assert RunFolder.create(tmp_path, CONFIG, {}).attempt == 1
+
+
+def test_attempts_of_the_same_model(tmp_path: Path) -> None:
+    """A run goes on in its folder, and what its earlier attempts were made from stays as it was."""
+    configs = [dataclasses.replace(CONFIG, train=TrainConfig(steps=steps)) for steps in range(1, 13)]
+    written: dict[Path, bytes] = {}
+    for attempt, config in enumerate(configs, start=1):
+        RunFolder.check(tmp_path, config)
+        assert snapshot(tmp_path) == written
+        folder = RunFolder.create(tmp_path, config, {"attempt": attempt})
+        assert folder.attempt == attempt
+        assert load_config(folder.config) == config
+        assert json.loads(folder.environment.read_text()) == {"attempt": attempt}
+        assert written.items() <= snapshot(tmp_path).items()
+        written = snapshot(tmp_path)
+    assert len(written) == 24
+    assert {"config.toml", "environment.json", "config.attempt-2.toml", "environment.attempt-12.json"} <= {
+        path.name for path in written
+    }
+
+
+def test_attempts_of_another_model_are_refused_whichever_came_before(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, CONFIG, {})
     RunFolder.create(tmp_path, CONFIG, {})
     before = snapshot(tmp_path)
-    longer = dataclasses.replace(CONFIG, train=TrainConfig(steps=20_000))
+    other = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, pattern=("recurrent",)))
     for attempt in (RunFolder.check, lambda path, config: RunFolder.create(path, config, {})):
-        with pytest.raises(ValueError, match="exists and cannot be continued yet: checkpoints are not available"):
-            attempt(tmp_path, longer)
+        with pytest.raises(
+            ValueError, match=r"model\.pattern is \['recurrent', 'attention'\] there, \['recurrent'\] h"
+        ):
+            attempt(tmp_path, other)
     assert snapshot(tmp_path) == before
+
+
+def test_folder_that_a_living_run_writes_is_refused_by_the_check(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, CONFIG, {})
+    with RunLock.acquire(tmp_path) as lock:
+        with pytest.raises(ValueError, match=rf"another run writes this folder: .*\(process {os.getpid()}"):
+            RunFolder.check(tmp_path, CONFIG)
+        assert RunFolder(tmp_path).lock == lock.path
+        assert RunFolder.create(tmp_path, CONFIG, {}).attempt == 2  # by the owner itself
+    RunFolder.check(tmp_path, CONFIG)
+
+
+def test_changed_settings() -> None:
+    earlier = json.loads(json.dumps(dataclasses.asdict(CONFIG)))
+    assert changed_settings(CONFIG, earlier) == []
+    now = dataclasses.replace(
+        CONFIG,
+        parallel=ParallelConfig(tensor=1, stages=(1, 1)),
+        train=TrainConfig(dtype="float32"),
+        checkpoint=CheckpointConfig(keep_last=3),
+    )
+    changes = [
+        "parallel.tensor 2 -> 1",
+        "parallel.stages [] -> [1, 1]",
+        'train.dtype "bfloat16" -> "float32"',
+        "checkpoint.keep_last 0 -> 3",
+    ]
+    assert changed_settings(now, earlier) == changes
+    del earlier["checkpoint"]["interval"]  # a version that did not know these
+    assert changed_settings(now, earlier) == changes
+    del earlier["checkpoint"]
+    assert changed_settings(now, earlier) == changes
+    earlier["train"]["forgotten"] = 1  # and one that knew more
+    assert changed_settings(now, earlier) == changes
 
 
 def test_folder_of_a_run_of_another_model_is_refused(tmp_path: Path) -> None:
