@@ -1,0 +1,307 @@
+"""The saving process of one rank: writes its rank's chunks of what is staged while the training goes on.
+
+Started by `saver.Saver`, with which it shares the staged state, and ended by the end of the connection to it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from griffin.trainer.checkpoint.arrays import EXP_AVG, EXP_AVG_SQ, MASTER, MODEL, ArraySpec, numpy_dtype
+from griffin.trainer.checkpoint.coordinator import Target, coordinate, describe, standing
+from griffin.trainer.checkpoint.exchange import CONTROL, VALUES, Channel, Exchange, Listener
+from griffin.trainer.checkpoint.plan import ChunkPlan, SavePlan, Segment
+from griffin.trainer.checkpoint.regions import put, take
+from griffin.trainer.checkpoint.zarr_io import Array, FileRecord, create_array
+
+NICENESS = 10
+WRITERS = 4  # chunks being written at a time, of at most 64 MiB each (and as much again in tensorstore)
+ROWS = 3  # of the staged state: master, exp_avg, exp_avg_sq
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a saving process knows from its start."""
+
+    rank: int
+    world_size: int
+    host: str
+    key: bytes  # known to this run's processes only
+    plan: SavePlan
+    target: Target
+    timeout: float  # seconds without an answer after which another process, or a file system, is given up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The rank's order to save what is staged."""
+
+    save: int  # number of the save, the same on all ranks
+    step: int
+    addresses: tuple[tuple[str, int], ...]  # of every rank's saving process
+    header: dict[str, Any] | None  # rank 0's: the manifest but for its arrays and files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """The first that a saving process says."""
+
+    port: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A save's folder is made; its inode stays the same when it is committed."""
+
+    inode: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """The end of a save. After it the staged state is not read any longer."""
+
+    path: str | None
+    bytes: int
+    error: str | None
+    warning: str | None
+    seconds: float
+    is_stuck: bool  # in a call that does not return: this process cannot save again
+
+
+class Share:
+    """One rank's share of one save: two threads send what others write, and put together and write its own chunks."""
+
+    def __init__(self, setup: Setup, staged: np.ndarray, exchange: Exchange, folder: Path, report: Callable) -> None:
+        """`report` is told once: {"files": {path: [size, checksum]}} or {"error": text}."""
+        self._plan, self._staged, self._exchange, self._folder = setup.plan, staged, exchange, folder
+        self._timeout, self._name, self._report = setup.timeout, f"rank {setup.rank} on {setup.host}", report
+        self._arrays: dict[str, Array] = {}
+        self._files: dict[str, FileRecord] = {}
+        self._running, self._has_failed = 2, False
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(WRITERS)
+        self._threads = [
+            threading.Thread(target=self._run, args=(task,), daemon=True) for task in (self._send, self._write)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def join(self) -> bool:
+        """Wait until nothing of it runs any longer. False if something still does after the timeout."""
+        deadline = time.monotonic() + self._timeout
+        for thread in self._threads:
+            thread.join(max(0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self, task: Callable[[], None]) -> None:
+        error: Exception | None = None
+        try:
+            task()
+        except Exception as caught:
+            error = caught
+        with self._lock:
+            self._running -= 1
+            is_last_word = not self._has_failed and (error is not None or self._running == 0)
+            self._has_failed = self._has_failed or error is not None
+        if is_last_word and error is not None:
+            self._report({"error": f"{self._name}: {describe(error)}"})
+        elif is_last_word:
+            self._report({"files": {name: [record.size, record.checksum] for name, record in self._files.items()}})
+
+    def _send(self) -> None:
+        for chunk in self._plan.chunks:
+            if chunk.owner == self._plan.rank:
+                continue
+            for row in range(ROWS):
+                for segment in chunk.segments:
+                    if segment.rank == self._plan.rank:
+                        self._exchange.connect(chunk.owner, VALUES).send(self._take(row, segment))
+
+    def _write(self) -> None:
+        writes: list[Future[tuple[str, FileRecord]]] = []
+        try:
+            for chunk in self._plan.chunks:
+                if chunk.owner != self._plan.rank:
+                    continue
+                for row in range(ROWS):
+                    values = self._assemble(chunk, row)
+                    for spec in self._arrays_of(chunk, row):
+                        if len(writes) >= WRITERS:
+                            self._finish(writes.pop(0))
+                        writes.append(self._pool.submit(self._write_chunk, spec, chunk.index, values))
+            while writes:
+                self._finish(writes.pop(0))
+        finally:  # nothing reads what is staged when this returns
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _finish(self, write: Future[tuple[str, FileRecord]]) -> None:
+        try:
+            name, record = write.result(self._timeout)
+        except TimeoutError as error:
+            raise TimeoutError(f"{self._folder}: a write has not ended within {self._timeout:g} s") from error
+        assert name not in self._files, f"{name} is written twice"
+        self._files[name] = record
+
+    def _write_chunk(self, spec: ArraySpec, index: tuple[int, ...], values: np.ndarray) -> tuple[str, FileRecord]:
+        with self._lock:
+            array = self._arrays.get(spec.name)
+        if array is None:  # it may be made twice; its metadata is the same
+            array = create_array(self._folder, spec)
+            with self._lock:
+                self._arrays[spec.name] = array
+        shape = tuple(extent.stop - extent.start for extent in spec.box(index))
+        # Rounds to nearest even where the array is of fewer bits.
+        values = values.astype(numpy_dtype(spec.dtype), copy=False).reshape(shape)
+        return spec.file(index), array.write(index, values).result()
+
+    def _arrays_of(self, chunk: ChunkPlan, row: int) -> list[ArraySpec]:
+        """The arrays that are written from a row of the staged state."""
+        kinds = [[MODEL], [EXP_AVG], [EXP_AVG_SQ]][row]
+        if row == 0 and self._plan.dtype != "float32":
+            kinds = [MODEL, MASTER]
+        return [
+            ArraySpec(
+                kind=kind,
+                tensor=chunk.tensor,
+                dtype=self._plan.dtype if kind == MODEL else "float32",
+                chunks=chunk.chunks,
+            )
+            for kind in kinds
+        ]
+
+    def _take(self, row: int, segment: Segment) -> np.ndarray:
+        shard = self._plan.shards[segment.parameter]
+        held = self._staged[row, shard.offset : shard.offset + shard.stop - shard.start]
+        return take(held, segment.local, segment.first, segment.last, origin=shard.start)
+
+    def _assemble(self, chunk: ChunkPlan, row: int) -> np.ndarray:
+        """The chunk's values, flat: where they lie together in the staged state, a view of it."""
+        if len(chunk.segments) == 1 and chunk.segments[0].rank == self._plan.rank:
+            return self._take(row, chunk.segments[0])
+        values = np.empty(chunk.size, np.float32)
+        for segment in chunk.segments:
+            place = segment.chunk, segment.first, segment.last
+            if segment.rank == self._plan.rank:
+                put(values, *place, self._take(row, segment))
+                continue
+            channel = self._exchange.accept(segment.rank, VALUES)
+            if segment.chunk.rows == 1:
+                channel.receive_values(take(values, *place))
+            else:
+                received = np.empty(segment.count, np.float32)
+                channel.receive_values(received)
+                put(values, *place, received)
+        return values
+
+
+class SavingProcess:
+    """Saves whenever its rank says so."""
+
+    def __init__(self, setup: Setup, staged: np.ndarray, rank: Connection) -> None:
+        self._setup, self._staged, self._rank = setup, staged, rank
+        self._listener = Listener(setup.host, setup.key, setup.timeout) if setup.world_size > 1 else None
+
+    def run(self) -> None:
+        """Until the rank is gone, or has ended the connection: then at once, whatever is being done."""
+        self._rank.send(Ready(port=self._listener.port if self._listener is not None else 0))
+        while True:
+            try:
+                order = self._rank.recv()
+            except (EOFError, OSError):
+                os._exit(0)
+            threading.Thread(target=self._save, args=(order,), daemon=True).start()
+
+    def _save(self, order: Order) -> None:
+        begun, setup = time.monotonic(), self._setup
+        exchange = Exchange(
+            self._listener,
+            setup.key,
+            save=order.save,
+            rank=setup.rank,
+            addresses=order.addresses,
+            timeout=setup.timeout,
+        )
+        coordinator: threading.Thread | None = None
+        share: Share | None = None
+        inode: int | None = None
+        control: Channel | None = None
+        try:
+            if setup.rank == 0:
+                assert order.header is not None
+                ours, theirs = socket.socketpair()
+                control = Channel(ours, exchange.peer(0), setup.timeout)
+                other = Channel(theirs, exchange.peer(0), setup.timeout)
+                arguments = (setup.target, order.step, order.header, exchange, other, setup.world_size, setup.timeout)
+                coordinator = threading.Thread(target=coordinate, args=arguments, daemon=True)
+                coordinator.start()
+            else:
+                control = exchange.connect(0, CONTROL)
+            message = control.receive_message()
+            if "folder" in message:
+                inode = message["inode"]
+                self._rank.send(Begun(inode=inode))
+                share = Share(setup, self._staged, exchange, Path(message["folder"]), _reporter(control))
+                message = control.receive_message()
+            while "alive" in message:
+                control.send_message(message)
+                message = control.receive_message()
+            verdict = message
+        except Exception as error:
+            path = standing(setup.target.root, order.step, inode)
+            text = None if path is not None else describe(error)
+            verdict = {"path": None if path is None else str(path), "bytes": 0, "error": text, "warning": None}
+        exchange.give_up()
+        is_done = share is None or share.join()
+        if control is not None:
+            control.close()
+        if coordinator is not None:
+            coordinator.join(setup.timeout)
+            is_done = is_done and not coordinator.is_alive()
+        if is_done:
+            exchange.close()
+        with suppress(OSError):  # the rank is gone, and so is this process in a moment
+            self._rank.send(Ended(**verdict, seconds=time.monotonic() - begun, is_stuck=not is_done))
+
+
+def _reporter(control: Channel) -> Callable[[dict[str, Any]], None]:
+    def report(message: dict[str, Any]) -> None:
+        with suppress(ConnectionError):  # the save's end is known, or is seen where this connection is read
+            control.send_message(message)
+
+    return report
+
+
+def main() -> None:
+    """Arguments: the numbers of the open files that are the connection to the rank, what is staged, and the setup."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(NICENESS)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # rank 0's has a connection to every other
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    rank, memory, setup_file = map(int, sys.argv[1:])
+    setup: Setup = pickle.loads(os.pread(setup_file, os.fstat(setup_file).st_size, 0))
+    assert isinstance(setup, Setup)
+    elements = setup.plan.elements
+    staged = np.frombuffer(
+        mmap.mmap(memory, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ),
+        np.float32,
+        count=ROWS * elements,
+    ).reshape(ROWS, elements)
+    SavingProcess(setup, staged, Connection(rank)).run()

@@ -1,0 +1,153 @@
+"""The part of rank 0's saving process: begins a step's folder, collects what every rank has written, and commits it."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from griffin.trainer.checkpoint.arrays import ArraySpec
+from griffin.trainer.checkpoint.exchange import CONNECT_SECONDS, CONTROL, Channel, Exchange
+from griffin.trainer.checkpoint.lock import holds
+from griffin.trainer.checkpoint.manifest import Manifest, begin, clean, commit, retain, step_name
+from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord
+
+SIGN_OF_LIFE_SECONDS = 5.0
+
+
+class SaveError(Exception):
+    """A save that is given up; the message says whose fault it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where and what rank 0 commits."""
+
+    root: Path  # of all steps
+    arrays: tuple[ArraySpec, ...]
+    keep_last: int
+    keep_every: int
+    lock: tuple[Path, str] | None  # the run folder's lock file, and the token that makes it this run's
+
+
+def coordinate(
+    target: Target, step: int, header: dict[str, Any], exchange: Exchange, own: Channel, ranks: int, timeout: float
+) -> None:
+    """See one save through, and tell every rank (rank 0 over `own`) its end: {"path", "bytes", "error", "warning"}.
+
+    Returns once no rank writes to the step's folder any longer, which is removed if the save failed.
+    """
+    channels, folder = {0: own}, None
+    verdict: dict[str, Any] = {"path": None, "bytes": 0, "error": None, "warning": None}
+    try:
+        for rank in range(1, ranks):
+            channels[rank] = exchange.accept(rank, CONTROL, min(CONNECT_SECONDS, timeout))
+        # Every rank is here, so that none writes to an earlier save's folder any longer.
+        _assert_ours(target)
+        clean(target.root)
+        folder = begin(target.root, step)
+        for channel in channels.values():
+            channel.send_message({"folder": str(folder), "inode": os.stat(folder).st_ino})
+        files = _collect(channels, timeout)
+        arrays = {array.name: array for array in target.arrays}
+        manifest = Manifest(**header, arrays=arrays, files=files)
+        _assert_ours(target)
+        verdict["path"] = str(commit(folder, manifest))
+        verdict["bytes"] = sum(record.size for record in files.values())
+    except Exception as error:
+        verdict["error"] = describe(error)
+    else:
+        try:
+            retain(target.root, target.keep_last, target.keep_every)
+        except Exception as error:
+            verdict["warning"] = f"old checkpoints could not be removed: {describe(error)}"
+    for channel in channels.values():
+        with suppress(ConnectionError):
+            channel.send_message(verdict)
+    if verdict["error"] is not None and folder is not None and _all_gone(channels.values()):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def standing(root: Path, step: int, inode: int | None) -> Path | None:
+    """The step's folder if it is the one that was begun with this inode, and was committed; then made durable.
+
+    For who has lost sight of the process that commits.
+    """
+    folder = root / step_name(step)
+    try:
+        if inode is None or os.stat(folder).st_ino != inode:
+            return None
+        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return None
+    return folder
+
+
+def describe(error: BaseException) -> str:
+    """An expected failure's text; of any other one the type as well, and its trace on stderr."""
+    if isinstance(error, OSError | CheckpointError | SaveError):
+        return str(error)
+    traceback.print_exception(error, file=sys.stderr)
+    return f"{type(error).__name__}: {error}"
+
+
+def _assert_ours(target: Target) -> None:
+    if target.lock is not None and not holds(*target.lock):
+        raise SaveError(f"{target.lock[0]} is no longer this run's: another run has taken the folder over")
+
+
+def _collect(channels: dict[int, Channel], timeout: float) -> dict[str, FileRecord]:
+    """Every rank's files. SaveError or ConnectionError as soon as one fails, is gone, or is silent for too long."""
+    files: dict[str, FileRecord] = {}
+    busy = set(channels)
+    interval = min(SIGN_OF_LIFE_SECONDS, timeout / 4)
+    asked = time.monotonic()
+    heard = dict.fromkeys(channels, asked)
+    with selectors.DefaultSelector() as selector:
+        for rank, channel in channels.items():
+            selector.register(channel, selectors.EVENT_READ, rank)
+        while busy:
+            for key, _ in selector.select(interval):
+                rank = key.data
+                message = channels[rank].receive_message()
+                heard[rank] = time.monotonic()
+                if "error" in message:
+                    raise SaveError(message["error"])
+                if "files" in message:
+                    busy.discard(rank)
+                    for name, record in message["files"].items():
+                        assert name not in files, f"{name} has two writers"
+                        files[name] = FileRecord(*record)
+            now = time.monotonic()
+            if now - asked >= interval:
+                asked = now
+                silent = [rank for rank in channels if now - heard[rank] > timeout]
+                if silent:
+                    raise SaveError(f"no sign of life from {channels[silent[0]].peer} for {timeout:g} s")
+                for channel in channels.values():
+                    channel.send_message({"alive": True})
+    return files
+
+
+def _all_gone(channels: Iterable[Channel]) -> bool:
+    """Wait until every rank has let go of a failed save, as far as can be seen."""
+    gone = True
+    for channel in channels:
+        try:
+            while True:
+                channel.receive_message()
+        except ConnectionError as error:
+            gone = gone and not isinstance(error.__cause__, TimeoutError)
+    return gone
