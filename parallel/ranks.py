@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -30,6 +32,15 @@ class Ranks:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank = {self.rank} ({self.source}): must lie in 0 ... {self.world_size - 1}")
+
+    def host(self) -> str:
+        """The address at which the other ranks reach this machine: that from which it reaches the rendezvous."""
+        family, kind, protocol, _, address = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # sends nothing: it only chooses the interface
+            own = str(probe.getsockname()[0])
+        # On the machine of the rendezvous it may be the loopback's, which says nothing to others.
+        return self.address if ipaddress.ip_address(own).is_loopback else own
 
     def store(self, timeout: timedelta = timedelta(minutes=5)) -> TCPStore:
         """This process's connection for `torch.distributed.init_process_group(store=...)`.

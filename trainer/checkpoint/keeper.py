@@ -1,0 +1,171 @@
+"""The checkpoints of a run: what it starts from, and saving it while it goes on."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from griffin.parallel.grid import Grid
+from griffin.trainer.checkpoint.manifest import read_manifest
+from griffin.trainer.checkpoint.saver import Outcome, Saver
+Source = Any  # TEMP
+from griffin.trainer.checkpoint.state import ShardedState
+from griffin.trainer.config import Config
+from griffin.trainer.optimizer import optimizer_name
+from griffin.trainer.step import Training
+
+
+class SaveError(RuntimeError):
+    """The last state of a training could not be saved. Earlier checkpoints stand."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far a training has come."""
+
+    step: int = 0  # optimizer steps done
+    samples: int = 0  # training samples that they took
+
+
+class Checkpoints:
+    """Loads a training, and saves it while it goes on. Made and called by all ranks alike; a context manager.
+
+    `host` is this machine's address for other ranks' saving processes. `lock` is (path, token) of the run folder's
+    lock, of which rank 0's knows. `report` is told on every rank what became of each save.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        grid: Grid,
+        training: Training,
+        root: Path,
+        *,
+        host: str,
+        attempt: int,
+        lock: tuple[Path, str] | None,
+        report: Callable[[Outcome], None],
+    ):
+        self._config, self._grid, self._attempt, self._report = config, grid, attempt, report
+        self._state = ShardedState(training, grid)
+        self._saver = Saver(
+            root=root,
+            plan=self._state.save_plan(),
+            all_gather=grid.all_gather,
+            rank=grid.rank,
+            world_size=grid.world_size,
+            host=host,
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+            lock=lock,
+        )
+        self._staging = torch.from_numpy(self._saver.staging)
+        self._begun: int | None = None  # step of the last save that was begun
+        self._ended: Outcome | None = None  # of the last save that has ended, as this rank knows
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._saver.close()
+
+    def load(self, source: Source) -> Position:
+        """Fill in what `source` says, and tell where to go on. Raises as `ShardedState.load`."""
+        if source.path is None:
+            return Position()
+        manifest = read_manifest(source.path)
+        if source.everything and manifest.optimizer is None:
+            raise ValueError(f"{source.path}: holds weights only; it cannot continue a training")
+        self._state.load(source.path, manifest, everything=source.everything)
+        if not source.everything:
+            return Position()
+        _set_random_state(manifest.random, self._grid.device)
+        return Position(manifest.step, manifest.samples)
+
+    def is_due(self, step: int) -> bool:
+        """Every `checkpoint.interval` steps, and at the end of the training."""
+        interval = self._config.checkpoint.interval
+        return step == self._config.train.steps or (interval > 0 and step % interval == 0)
+
+    def save(self, position: Position) -> float:
+        """Begin to save the training as it is now. Returns the seconds that it took from the training.
+
+        They are those of a copy in memory, unless the save before has not ended, which is waited for. Where one fails,
+        it is reported, and the next is tried as if nothing had been.
+        """
+        begun = time.perf_counter()
+        self._tell(self._saver.wait())
+        self._state.stage(self._staging)
+        self._saver.start(position.step, self._header(position) if self._grid.is_first_rank else None)
+        self._begun = position.step
+        return time.perf_counter() - begun
+
+    def poll(self) -> None:
+        """Report what became of the save under way, if it has ended."""
+        self._tell(self._saver.poll())
+
+    def finish(self, position: Position) -> None:
+        """Have the training as it is now saved when this returns. Tries twice; raises SaveError after that."""
+        for last_try in (False, True):
+            if self._begun != position.step or last_try:
+                self.save(position)
+            self._tell(self._saver.wait())
+            # Rank 0's saving process is the one that knows whether the checkpoint stands.
+            ended = self._grid.all_gather(self._ended)[0]
+            assert ended is not None
+            assert ended.step == position.step
+            if ended.error is None:
+                return
+        raise SaveError(f"step {position.step} could not be saved: {ended.error}")
+
+    def _tell(self, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            self._ended = outcome
+            self._report(outcome)
+
+    def _header(self, position: Position) -> dict[str, Any]:
+        """The manifest's fields, but for the arrays and files."""
+        parallel = self._config.parallel
+        return {
+            "step": position.step,
+            "samples": position.samples,
+            "attempt": self._attempt,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "config": json.loads(json.dumps(dataclasses.asdict(self._config))),
+            "layout": {
+                "tensor": parallel.tensor,
+                "pipeline": parallel.pipeline,
+                "virtual_pipeline": parallel.virtual_pipeline,
+                "sequence_parallel": parallel.sequence_parallel,
+                "data": self._grid.data_size,
+            },
+            "optimizer": {"name": optimizer_name(), "step": position.step},
+            "random": _random_state(self._grid.device),
+        }
+
+
+def _random_state(device: torch.device) -> dict[str, str]:
+    """PyTorch's default generators, the only random streams of a run besides those made anew from the seed."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def _set_random_state(states: dict[str, str], device: torch.device) -> None:
+    for name, text in states.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)

@@ -1,0 +1,144 @@
+"""What a run reports: rank 0's console and metrics."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from griffin.parallel.cost import train_flops_per_token
+from griffin.parallel.grid import Grid
+from griffin.parallel.stage import stage_blocks
+from griffin.trainer.checkpoint.keeper import Position
+from griffin.trainer.checkpoint.saver import Outcome
+from griffin.trainer.config import Config
+from griffin.trainer.console import Console
+from griffin.trainer.data.dataset import Samples
+from griffin.trainer.metrics import MetricsWriter
+from griffin.trainer.run_folder import RunFolder
+from griffin.trainer.step import StepResult
+
+
+def _tensorboard() -> str:
+    """The command as this person can type it: the environment need not be activated."""
+    return "tensorboard" if shutil.which("tensorboard") else os.path.relpath(Path(sys.prefix, "bin", "tensorboard"))
+
+
+class Report:
+    """Rank 0's console and metrics of a run; on other ranks it does nothing. A context manager.
+
+    `attempt` counts the times that the run was started, and `start` is the step after which this one goes on.
+    """
+
+    def __init__(self, config: Config, grid: Grid, folder: RunFolder, *, attempt: int, start: int):
+        self._config, self._grid, self._folder = config, grid, folder
+        self._attempt, self._start = attempt, start
+        self._flops = train_flops_per_token(config.model, config.data.sequence_length)
+        self._first: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+        self._restart_clock()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Report:
+        if not self._grid.is_first_rank:
+            return self
+        config, grid = self._config, self._grid
+        self._console = self._stack.enter_context(Console(self._folder, config.train.steps, self._start))
+        self._metrics = self._stack.enter_context(
+            MetricsWriter(self._folder, config.log.tensorboard, attempt=self._attempt, start=self._start)
+        )
+        sizes = stage_blocks(config.model, config.parallel, config.data.sequence_length)
+        self._console.print(
+            f"Run folder: {self._folder.path}{f', attempt {self._attempt}' * (self._attempt > 1)}\n"
+            f"{grid.world_size} rank{'s' * (grid.world_size > 1)}: tensor {grid.tensor_size} x pipeline "
+            f"{grid.pipeline_size} x data {grid.data_size}; blocks per stage {', '.join(map(str, sizes))}"
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def say(self, text: str) -> None:
+        if self._grid.is_first_rank:
+            self._console.print(text)
+
+    def begin(self, samples: Samples, drawn: int) -> None:
+        """Call right before the first step, with the samples that the run will have drawn: its time starts here."""
+        self.say(
+            f"Data: {samples.tokens:,} tokens, {samples.samples_per_epoch:,} sequences; "
+            f"the run draws {drawn:,} ({drawn / samples.samples_per_epoch:.2f} epochs)"
+        )
+        self._restart_clock()
+
+    def checkpoint(self, position: Position, seconds: float) -> None:
+        """A save began, and kept the training waiting for `seconds`."""
+        if self._grid.is_first_rank:
+            self._metrics.log(position.step, {"checkpoint_stall_seconds": seconds})
+            self._restart_clock()  # no step's time
+
+    def saved(self, outcome: Outcome) -> None:
+        """A save ended, well or not."""
+        if not self._grid.is_first_rank:
+            return
+        if outcome.error is not None:
+            self._console.print(f"CHECKPOINT FAILED: step {outcome.step}: {outcome.error}")
+            return
+        self._metrics.log(outcome.step, {"checkpoint_seconds": outcome.seconds, "checkpoint_bytes": outcome.bytes})
+        size = f"{outcome.bytes / 2**30:.2f} GiB" if outcome.bytes >= 2**30 else f"{outcome.bytes / 2**20:.1f} MiB"
+        self._console.print(f"step {outcome.step}: saved {size} in {outcome.seconds:.1f} s: {outcome.path}")
+
+    def step(self, position: Position, result: StepResult) -> None:
+        if not self._grid.is_first_rank:
+            return
+        self._steps_since += 1
+        config, step = self._config, position.step
+        if step != self._start + 1 and step % config.log.interval and step != config.train.steps:
+            self._console.step(step)
+            return
+        seconds = (time.perf_counter() - self._since) / self._steps_since
+        tokens = config.train.global_batch * config.data.sequence_length
+        values = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "tokens": position.samples * config.data.sequence_length,
+            "loss_tokens": result.loss_tokens,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "model_tflops_per_device": self._flops * tokens / seconds / self._grid.world_size / 1e12,
+        }
+        self._metrics.log(step, values)
+        self._console.step(step, values)
+        self._note("training", result.loss)
+        self._restart_clock()
+
+    def evaluation(self, step: int, loss: float) -> None:
+        if not self._grid.is_first_rank:
+            return
+        self._metrics.log(step, {"eval_loss": loss})
+        self._console.print(f"step {step}: eval_loss {loss:.4f}")
+        self._note("held-out", loss)
+        self._restart_clock()  # the evaluation's time is no step's
+
+    def end(self) -> None:
+        """The last lines that a person sees."""
+        if not self._grid.is_first_rank:
+            return
+        for name, last in self._last.items():
+            self._console.print(f"{name} loss: {self._first[name]:.3f} -> {last:.3f} nats per token")
+        self._console.print(f"Run folder: {self._folder.path}")
+        if self._config.log.tensorboard:
+            self._console.print(f"Curves: {_tensorboard()} --logdir {self._folder.path}")
+
+    def _note(self, name: str, loss: float) -> None:
+        self._first.setdefault(name, loss)
+        self._last[name] = loss
+
+    def _restart_clock(self) -> None:
+        self._since, self._steps_since = time.perf_counter(), 0
