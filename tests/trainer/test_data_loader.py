@@ -1,5 +1,7 @@
 """Batches: the same global batch for every layout, from any step, with or without worker processes."""
 
+import subprocess
+import time
 from itertools import islice
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from griffin.trainer.data.dataset import open_samples
 from griffin.trainer.data.loader import batches, sample_numbers
 from griffin.trainer.data.prefix import PrefixWriter
+from griffin.trainer.signals import StopRequests
 
 KEYS = {"tokens", "labels", "loss_mask", "positions"}
 
@@ -28,34 +31,34 @@ def test_sample_numbers():
     layout = {"global_batch": 12, "micro_batch": 2, "data_size": 3}
     assert sample_numbers(0, **layout, data_rank=0) == [[0, 1], [6, 7]]
     assert sample_numbers(0, **layout, data_rank=2) == [[4, 5], [10, 11]]
-    assert sample_numbers(2, **layout, data_rank=1) == [[26, 27], [32, 33]]
+    assert sample_numbers(24, **layout, data_rank=1) == [[26, 27], [32, 33]]
 
 
 @pytest.mark.parametrize(("micro_batch", "data_size"), [(1, 1), (12, 1), (1, 12), (2, 3), (3, 2), (4, 3), (1, 4)])
-@pytest.mark.parametrize("first_step", [0, 3])
-def test_a_step_is_the_same_samples_on_every_layout(samples, micro_batch, data_size, first_step):
+@pytest.mark.parametrize("first_sample", [0, 36, 7])
+def test_a_step_is_the_same_samples_on_every_layout(samples, micro_batch, data_size, first_sample):
     micro_batches = 12 // (micro_batch * data_size)
     layout = {"global_batch": 12, "micro_batch": micro_batch, "data_size": data_size}
-    ranks = [batches(samples, first_step=first_step, **layout, data_rank=rank) for rank in range(data_size)]
-    for step in (first_step, first_step + 1):
+    ranks = [batches(samples, first_sample=first_sample, **layout, data_rank=rank) for rank in range(data_size)]
+    for first in (first_sample, first_sample + 12):
         parts = [next(ranks[rank]) for _ in range(micro_batches) for rank in range(data_size)]
         assert all(part["tokens"].shape == (micro_batch, 8) for part in parts)
         whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         assert whole.keys() == KEYS
         for i in range(12):
-            assert all(torch.equal(whole[key][i], samples[step * 12 + i][key]) for key in KEYS)
+            assert all(torch.equal(whole[key][i], samples[first + i][key]) for key in KEYS)
 
 
 def test_worker_processes_change_nothing(samples):
     layout = {"global_batch": 4, "micro_batch": 2, "data_rank": 1, "data_size": 2}
-    drawn = [list(islice(batches(samples, first_step=1, **layout, workers=workers), 60)) for workers in (0, 2)]
+    drawn = [list(islice(batches(samples, first_sample=4, **layout, workers=workers), 60)) for workers in (0, 2)]
     assert all(torch.equal(a[key], b[key]) for a, b in zip(*drawn, strict=True) for key in KEYS)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_torch_random_state_is_left_alone(samples, workers):
     state = torch.get_rng_state()
-    next(batches(samples, first_step=0, global_batch=2, micro_batch=2, data_rank=0, data_size=1, workers=workers))
+    next(batches(samples, first_sample=0, global_batch=2, micro_batch=2, data_rank=0, data_size=1, workers=workers))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -68,12 +71,12 @@ def test_torch_random_state_is_left_alone(samples, workers):
         ),
         ({"global_batch": 0}, "global_batch 0: expected"),
         ({"micro_batch": 0}, "expected a positive multiple of micro_batch 0"),
-        ({"first_step": -1}, "first_step -1"),
+        ({"first_sample": -1}, "first_sample -1"),
         ({"data_rank": 2}, "data_rank 2 of 2: out of range"),
     ],
 )
 def test_refusals(samples, changes, message):
-    arguments = {"first_step": 0, "global_batch": 8, "micro_batch": 2, "data_rank": 0, "data_size": 2} | changes
+    arguments = {"first_sample": 0, "global_batch": 8, "micro_batch": 2, "data_rank": 0, "data_size": 2} | changes
     with pytest.raises(ValueError, match=message):
         batches(samples, **arguments)
 
@@ -82,6 +85,47 @@ def test_refusals(samples, changes, message):
 def test_a_damaged_file_stops_the_loader(samples, tmp_path, workers):
     with open(tmp_path / "p.bin", "r+b") as file:
         file.write(b"\xff" * 20)
-    loader = batches(samples, first_step=0, global_batch=8, micro_batch=8, data_rank=0, data_size=1, workers=workers)
+    loader = batches(samples, first_sample=0, global_batch=8, micro_batch=8, data_rank=0, data_size=1, workers=workers)
     with pytest.raises(ValueError, match=r"p\.bin is damaged: sample \d+: token id 65535"):
         list(islice(loader, samples.samples_per_epoch))
+
+
+def started(samples):
+    """A loader that has drawn, and its two worker processes."""
+    loader = batches(samples, first_sample=0, global_batch=2, micro_batch=2, data_rank=0, data_size=1, workers=2)
+    assert len(loader._workers) == 2
+    for _ in range(2):  # one batch of each: it is set up
+        next(loader)
+    return loader, list(loader._workers)
+
+
+def test_workers_heed_no_signals_of_others(samples):
+    """As of a launcher, which sends them to the process group of a rank, or to all processes of a job."""
+    with StopRequests() as requests:
+        loader, workers = started(samples)
+        for name in ("TERM", "INT", "USR1"):
+            subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+        for _ in range(50):
+            next(loader)
+        assert all(worker.is_alive() for worker in workers)
+        assert requests.requested is None
+
+
+def test_workers_end_with_their_loader(samples):
+    with StopRequests():
+        loader, workers = started(samples)
+        began = time.monotonic()
+        del loader
+        assert time.monotonic() - began < 4  # PyTorch waits for 5 s, and terminates them then
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def test_workers_end_when_their_rank_says_so(samples):
+    """With SIGTERM, as a process that ends does to children that it has left."""
+    with StopRequests():
+        loader, workers = started(samples)
+        for worker in workers:
+            worker.terminate()
+            worker.join(4)
+        assert [worker.exitcode for worker in workers] == [0, 0]
+        del loader
