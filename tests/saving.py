@@ -42,7 +42,10 @@ CHUNKS = {
 class Layout:
     """How `tensor_size` x `data_size` ranks hold the state: fused parameters, cut by flat ranges at odd places."""
 
-    def __init__(self, tensor_size: int, data_size: int, dtype: str = "float32", seed: int = 0) -> None:
+    def __init__(
+        self, tensor_size: int, data_size: int, dtype: str = "float32", seed: int = 0, *, empty: bool = False
+    ) -> None:
+        """With `empty`, all data-parallel ranks but the last hold nothing."""
         self.tensor_size, self.size, self.dtype = tensor_size, tensor_size * data_size, dtype
         held = 24 // tensor_size
         self.parameters = [
@@ -53,10 +56,8 @@ class Layout:
             Parameter((12 // tensor_size, 3, 6), (PlacedTensor(INPUT, 2, 0), PlacedTensor(RECURRENCE, 2, 3))),
         ]
         random = np.random.default_rng(seed)
-        ends = [
-            [0, *sorted(random.integers(0, math.prod(parameter.shape), data_size - 1)), math.prod(parameter.shape)]
-            for parameter in self.parameters
-        ]
+        sizes = [math.prod(parameter.shape) for parameter in self.parameters]
+        ends = [[0, *sorted(random.integers(0, 1 if empty else size, data_size - 1)), size] for size in sizes]
         members = []
         for rank in range(self.size):
             data_rank, shards, offset = rank // tensor_size, [], 0
@@ -121,13 +122,13 @@ def assert_holds(path: Path | None, state: State, dtype: str) -> Manifest:
     """A checkpoint verifies, and stock zarr reads from it exactly what was staged."""
     assert path is not None
     manifest = verify(path)
-    group = zarr.open_group(path, mode="r")
+    assert zarr.open_group(path, mode="r").attrs["step"] == manifest.step
     for name, (master, exp_avg, exp_avg_sq) in state.items():
         expected = {MODEL: master, EXP_AVG: exp_avg, EXP_AVG_SQ: exp_avg_sq}
         if dtype == "bfloat16":
             expected |= {MODEL: master.astype(ml_dtypes.bfloat16).view(np.uint16), MASTER: master}
         for kind, values in expected.items():
-            found = group[f"{kind}.{name}"][:]
+            found = np.asarray(zarr.open_array(path / f"{kind}.{name}", mode="r")[:])
             assert found.dtype == values.dtype
             np.testing.assert_array_equal(found, values, err_msg=f"{kind}.{name}")
     assert len(manifest.arrays) == len(state) * len(expected)

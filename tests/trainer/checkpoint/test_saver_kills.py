@@ -1,0 +1,270 @@
+"""Saves that are killed or fail: earlier checkpoints stand, nothing passes for complete, and the next save works."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from griffin.trainer.checkpoint import saver as saver_module
+from griffin.trainer.checkpoint.manifest import newest_complete
+from griffin.trainer.checkpoint.saver import Outcome
+from tests import saving_process
+from tests.saving import Layout, State, Team, assert_holds, random_state
+
+KILLED = "the saving process of rank {} on 127.0.0.1 was killed by SIGKILL"
+
+
+@pytest.fixture(autouse=True)
+def _controlled_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saver_module, "_CODE", saving_process.code(tmp_path))
+
+
+def assert_newest(root: Path, step: int, state: State) -> None:
+    path, damaged = newest_complete(root)
+    assert path is not None
+    assert path.name == f"step-{step:08d}"
+    assert damaged == []
+    assert_holds(path, state, "float32")
+
+
+def kill_at(team: Team, folder: Path, points: list[int], step: int) -> int:
+    """Kill rank 0's process before each of the file operations, counted within one save, and save again each time.
+
+    Returns how often the checkpoint stood nevertheless.
+    """
+    stood = 0
+    good_step, good_state = step - 1, random_state(step - 1)
+    for point in points:
+        (folder / "kill").write_text(str(point))
+        state = random_state(step)
+        outcomes = team.save(step, state)
+        (folder / "kill").unlink()
+        if outcomes[0] is not None and outcomes[0].path is not None:  # it was committed before
+            good_step, good_state = step, state
+            stood += 1
+            assert [(outcome.error, outcome.path) for outcome in outcomes if outcome] == [
+                (None, outcomes[0].path)
+            ] * team.layout.size
+        else:
+            for rank, outcome in enumerate(outcomes):
+                assert outcome is not None
+                assert outcome.path is None
+                lost = "lost the saving process of rank 0 on 127.0.0.1"
+                assert outcome.error is not None
+                assert outcome.error == KILLED.format(0) if rank == 0 else outcome.error.startswith(lost)
+        assert_newest(team.root, good_step, good_state)
+        good_step, good_state = step + 1, random_state(step + 1)
+        outcome = team.save(good_step, good_state)[0]
+        assert outcome is not None
+        assert outcome.error is None
+        assert_newest(team.root, good_step, good_state)
+        assert not [path for path in team.root.iterdir() if path.suffix in (".tmp", ".deleted")]
+        step += 2
+    return stood
+
+
+def operations(team: Team, folder: Path, step: int) -> list[str]:
+    """The file operations of rank 0's process in one save."""
+    (folder / "trace").touch()
+    team.save(step, random_state(step))
+    lines = (folder / "trace").read_text().splitlines()
+    (folder / "trace").unlink()
+    return lines[lines.index(f"os.mkdir {team.root}/step-{step:08d}.tmp") :]
+
+
+def points_of_commit(trace: list[str], root: Path, step: int) -> dict[str, int]:
+    """Operations around the manifest, the rename and the removal of the step before."""
+    tmp, old = f"{root}/step-{step:08d}.tmp", f"{root}/step-{step - 1:08d}"
+    renamed = trace.index(f"os.rename {tmp}")
+    return {
+        "before the manifest": trace.index(f"open {tmp}/manifest.json"),
+        "after the manifest": trace.index(f"open {tmp}/manifest.json") + 1,
+        "before the rename": renamed,
+        "after the rename": renamed + 1,
+        "before the removal of the old step": trace.index(f"os.rename {old}"),
+        "amid it": trace.index(f"shutil.rmtree {old}.deleted") + 30,
+    }
+
+
+def test_killed_around_the_commit(tmp_path: Path) -> None:
+    with Team(Layout(1, 1), tmp_path / "checkpoints", keep_last=1) as team:
+        team.save(1, random_state(1))
+        points = points_of_commit(operations(team, tmp_path, 2), team.root, 2)
+        assert kill_at(team, tmp_path, list(points.values()), 3) == 3
+
+
+def test_rank_0_killed_after_the_rename_and_every_rank_knows(tmp_path: Path) -> None:
+    with Team(Layout(1, 3), tmp_path / "checkpoints", keep_last=1) as team:
+        team.save(1, random_state(1))
+        points = points_of_commit(operations(team, tmp_path, 2), team.root, 2)
+        assert kill_at(team, tmp_path, [points["before the rename"], points["after the rename"]], 3) == 1
+
+
+@pytest.mark.slow
+def test_killed_at_50_points(tmp_path: Path) -> None:
+    layout = Layout(1, 1)
+    assert layout.files > 100
+    with Team(layout, tmp_path / "checkpoints", keep_last=1) as team:
+        team.save(1, random_state(1))
+        trace = operations(team, tmp_path, 2)
+        named = points_of_commit(trace, team.root, 2)
+        spread = [point * (len(trace) - 1) // (49 - len(named)) for point in range(50 - len(named))]
+        points = sorted([*spread, *named.values()])
+        assert len(points) == 50
+        assert kill_at(team, tmp_path, points, 3) >= 3
+
+
+def wait_for_files(folder: Path, count: int) -> None:
+    """Until a step that is being written has so many files."""
+    deadline = time.monotonic() + 30
+    while sum(len(files) for _, _, files in os.walk(folder)) < count:
+        assert time.monotonic() < deadline, "no save goes on"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_one_of_four_processes_killed_amid_a_save(tmp_path: Path, victim: int) -> None:
+    root = tmp_path / "checkpoints"
+    with Team(Layout(2, 2, seed=3), root) as team:
+        team.save(1, random_state(1))
+        (tmp_path / "slow").write_text("0.01")
+        team.start(2, random_state(2))
+        wait_for_files(root / "step-00000002.tmp", 30)
+        os.kill(team.pid(victim), signal.SIGKILL)
+        (tmp_path / "slow").unlink()
+        outcomes = team.wait()
+        for rank, outcome in enumerate(outcomes):
+            assert outcome is not None
+            assert outcome.path is None
+            assert outcome.error is not None
+            if rank == victim:
+                assert outcome.error == KILLED.format(victim)
+            else:
+                assert f"lost the saving process of rank {victim} on 127.0.0.1" in outcome.error
+        assert_newest(root, 1, random_state(1))
+        assert_saves(team, 3)
+
+
+def assert_saves(team: Team, step: int) -> None:
+    for outcome in team.save(step, random_state(step)):
+        assert outcome is not None
+        assert outcome.error is None
+    assert_newest(team.root, step, random_state(step))
+    assert not list(team.root.glob("*.tmp"))
+
+
+def test_a_process_that_stops_answering_is_given_up(tmp_path: Path) -> None:
+    with Team(Layout(1, 3, seed=3), tmp_path / "checkpoints", timeout=1.5) as team:
+        team.save(1, random_state(1))
+        os.kill(team.pid(1), signal.SIGSTOP)
+        team.start(2, random_state(2))
+        with ThreadPoolExecutor() as threads:
+            waiting = [threads.submit(saver.wait) for saver in team.savers]
+            try:
+                outcomes = [waiting[rank].result(10) for rank in (0, 2)]
+            finally:
+                os.kill(team.pid(1), signal.SIGCONT)
+            outcomes.append(waiting[1].result(10))
+        for outcome in outcomes:
+            assert outcome is not None
+            assert outcome.path is None
+            assert outcome.error is not None
+        assert outcomes[0].error == "the saving process of rank 1 on 127.0.0.1 did not connect within 1.5 s"  # type: ignore[union-attr]
+        assert_newest(team.root, 1, random_state(1))
+        assert_saves(team, 3)
+
+
+def test_a_process_that_cannot_be_started_again_fails_the_save_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Team(Layout(1, 3), tmp_path / "checkpoints") as team:
+        team.save(1, random_state(1))
+        process = team.savers[1]._process
+        assert process is not None
+        process.kill()
+        process.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(saver_module, "_CODE", "raise SystemExit(3)")
+            outcomes = team.save(2, random_state(2))
+        error = "the saving process of rank 1 on 127.0.0.1 ended with exit code 3"
+        assert [outcome and outcome.error for outcome in outcomes] == [error] * 3
+        assert_saves(team, 3)
+
+
+def assert_failed(outcomes: list[Outcome | None], *words: str) -> None:
+    """On every rank alike."""
+    errors = {outcome.error for outcome in outcomes if outcome is not None}
+    assert len(outcomes) == sum(outcome is not None and outcome.path is None for outcome in outcomes)
+    assert len(errors) == 1, errors
+    (error,) = errors
+    assert error is not None
+    for word in words:
+        assert word in error
+
+
+def test_a_folder_that_vanishes_and_comes_back(tmp_path: Path) -> None:
+    run = tmp_path / "checkpoints" / "run"  # in the folder whose operations can be slowed
+    run.mkdir(parents=True)
+    root, away = run / "checkpoints", tmp_path / "away"
+    with Team(Layout(1, 2), root) as team:
+        team.save(1, random_state(1))
+        os.rename(run, away)
+        assert_failed(team.save(2, random_state(2)), str(root), "No such file or directory")
+        os.rename(away, run)
+        assert_newest(root, 1, random_state(1))
+        assert_saves(team, 3)
+        (tmp_path / "slow").write_text("0.01")
+        team.start(4, random_state(4))
+        wait_for_files(root / "step-00000004.tmp", 30)
+        shutil.rmtree(root / "step-00000004.tmp", ignore_errors=True)
+        (tmp_path / "slow").unlink()
+        assert_failed(team.wait(), str(root / "step-00000004.tmp"))
+        assert_newest(root, 3, random_state(3))
+        assert_saves(team, 5)
+
+
+@contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[None]:
+    folder.mkdir()
+    answer = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
+    if answer.returncode != 0:
+        pytest.skip(f"needs to mount file systems: {answer.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="needs mount")
+def test_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    # A checkpoint takes about 200 pages of 4 KiB: one fits, two do not.
+    with mounted(disk, "-t", "tmpfs", "-o", "size=1200k", "tmpfs"), Team(Layout(1, 2), disk / "checkpoints") as team:
+        team.save(1, random_state(1))
+        for step in (2, 3):
+            assert_failed(team.save(step, random_state(step)), f"step-0000000{step}.tmp/", "No space left on device")
+            assert [path.name for path in team.root.iterdir()] == ["step-00000001"]  # the disk is not left full
+            assert_newest(team.root, 1, random_state(1))
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        assert_saves(team, 4)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="needs mount")
+def test_read_only_folder(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with mounted(disk, "-t", "tmpfs", "tmpfs"), Team(Layout(1, 2), disk / "checkpoints") as team:
+        team.save(1, random_state(1))
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert_failed(team.save(2, random_state(2)), str(disk / "checkpoints"), "Read-only file system")
+        assert_newest(team.root, 1, random_state(1))
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert_saves(team, 3)
