@@ -17,7 +17,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from griffin.launch.ranks import leave
-from griffin.parallel.ranks import OtherRankError, Ranks
+from griffin.parallel.ranks import STOPPED, OtherRankError, Ranks
 
 ADDRESS = "127.0.0.1"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -42,15 +42,19 @@ def run_local(
     *,
     preload: Sequence[str] = (),
     grace_seconds: float = 30.0,
+    save_seconds: float = 30.0,
 ) -> int:
     """Run `target(Ranks, *args)` in `ranks` processes and return the exit code: 0 where all of them returned.
+
+    It is STOPPED where a rank exited with that and none failed: the others are left to end by themselves.
 
     `target` and `args` travel by pickle. The processes are forked from a server that has imported the modules of
     `preload`, and find each other through a store that this process serves. Must be called from the main thread.
 
     When a rank fails, the others are killed at once, and the code is the rank's, or 128 + the signal that ended it;
-    its traceback goes to stderr. SIGINT, SIGTERM and SIGUSR1 are passed on to the ranks. After SIGINT or SIGTERM they
-    have `grace_seconds` to end, and a second one kills them. None outlives this call, nor this process.
+    its traceback goes to stderr. SIGINT, SIGTERM and SIGUSR1 are passed on to the ranks. After SIGTERM they have
+    `save_seconds` to save their work and end; after SIGINT, or once one of them has failed on the way, `grace_seconds`.
+    A second SIGINT or SIGTERM kills them. None outlives this call, nor this process.
     """
     context = multiprocessing.get_context("forkserver")
     signals: list[int] = []
@@ -61,7 +65,7 @@ def run_local(
         from torch.distributed import TCPStore  # slow: while the server imports what it preloads
 
         store = TCPStore(ADDRESS, 0, is_master=True, wait_for_workers=False)
-        group = _Group(grace_seconds)
+        group = _Group(grace_seconds, save_seconds)
         try:
             for rank in range(ranks):
                 place = Ranks(
@@ -91,10 +95,11 @@ def cores() -> int:
 class _Group:
     """The running ranks, watched until all of them have ended."""
 
-    def __init__(self, grace_seconds: float) -> None:
-        self._grace_seconds = grace_seconds
+    def __init__(self, grace_seconds: float, save_seconds: float) -> None:
+        self._grace_seconds, self._save_seconds = grace_seconds, save_seconds
         self._running: dict[int, tuple[ForkServerProcess, connection.Connection]] = {}
         self._world_size = 0
+        self._has_stopped = False  # a rank, having saved its work
 
     def add(self, rank: int, process: ForkServerProcess, failures: connection.Connection) -> None:
         self._running[rank] = (process, failures)
@@ -104,22 +109,27 @@ class _Group:
         """Wait for the ranks, passing on `signals` as they are appended; the exit code as `run_local` returns it."""
         failures: list[Failure] = []
         stopping: int | None = None
-        deadline = float("inf")
+        allowed, deadline = 0.0, float("inf")
         while self._running:
             connection.wait([process.sentinel for process, _ in self._running.values()], POLL_SECONDS)
+            had_failed = bool(failures)
             failures += self._collect()
             while signals:
                 number = signals.pop(0)
                 self._signal(number)
                 if number in STOPPING:
-                    deadline = time.monotonic() + self._grace_seconds if stopping is None else 0.0
+                    allowed = self._save_seconds if number == signal.SIGTERM else self._grace_seconds
+                    allowed = allowed if stopping is None else 0.0
+                    deadline = time.monotonic() + allowed
                     stopping = number
-            if failures and stopping is None:
-                deadline = 0.0
+            if failures and not had_failed:  # without that rank, nothing can be saved any more
+                allowed = 0.0 if stopping is None else self._grace_seconds
+                deadline = min(deadline, time.monotonic() + allowed)
             if self._running and time.monotonic() >= deadline:
                 self.kill()
                 if not failures and stopping is not None:
-                    _say(f"ranks had not ended {self._grace_seconds:g} s after {_name(stopping)}: killed")
+                    when = f"{allowed:g} s after" if allowed else "before a second signal,"
+                    _say(f"ranks had not ended {when} {_name(stopping)}: killed")
                     return 128 + stopping
         return self._report(failures, stopping)
 
@@ -142,7 +152,9 @@ class _Group:
                 continue
             del self._running[rank]
             _kill_group(process)
-            if code != 0:
+            if code == STOPPED:
+                self._has_stopped = True
+            elif code != 0:
                 failures.append(Failure(rank, code, *_receive(pipe)))
             pipe.close()
         return failures
@@ -156,7 +168,7 @@ class _Group:
     def _report(self, failures: list[Failure], stopping: int | None) -> int:
         """Say what went wrong first: the failures of other ranks are mostly lost connections to it."""
         if not failures:
-            return 0
+            return STOPPED if self._has_stopped else 0
         # A rank that was killed or crashed leaves no traceback and is noticed late: it counts as first.
         first = min(failures, key=lambda failure: (failure.is_consequence, failure.text != "", failure.time))
         code = first.exit_code if first.exit_code > 0 else 128 - first.exit_code

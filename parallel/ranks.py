@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 
+# Exit code of a training that was asked to stop: what it has done is saved, and starting it again goes on.
+STOPPED = 85
+
+
 class OtherRankError(RuntimeError):
     """Another rank failed, and tells why itself."""
 

@@ -16,9 +16,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from griffin.launch.local import run_local
-from griffin.parallel.ranks import Ranks
+from griffin.parallel.ranks import STOPPED, Ranks
 
 FOREVER = 600.0
 
@@ -97,10 +98,39 @@ def save_on_term(ranks: Ranks, folder: Path) -> None:
     def save(number: int, frame: object) -> None:
         time.sleep(ranks.rank)
         (folder / f"saved-{ranks.rank}").write_text("")
-        sys.exit(85)
+        sys.exit(STOPPED)
 
     signal.signal(signal.SIGTERM, save)
     hang(ranks, folder)
+
+
+def save_on_usr1(ranks: Ranks, folder: Path) -> None:
+    """Stop of its own accord some time after SIGUSR1; rank 1 needs longer, and ends as if nothing had been."""
+    saved: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, _: saved.append(number))
+    say_ready(ranks, folder)
+    while not saved:
+        time.sleep(0.01)
+    time.sleep(ranks.rank)
+    (folder / f"saved-{ranks.rank}").write_text("")
+    sys.exit(STOPPED * (1 - ranks.rank))
+
+
+def save_or_fail(ranks: Ranks, folder: Path) -> None:
+    """On SIGTERM rank 0 exits as if it had saved, rank 1 fails, and rank 2 waits for it forever."""
+
+    def save(number: int, frame: object) -> None:
+        if ranks.rank == 1:
+            time.sleep(0.5)
+            raise RuntimeError("the disk is full")
+        if ranks.rank == 0:
+            sys.exit(STOPPED)
+
+    signal.signal(signal.SIGTERM, save)
+    say_ready(ranks, folder)
+    deadline = time.monotonic() + FOREVER
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def start_child_and_fail(ranks: Ranks, folder: Path) -> None:
@@ -113,7 +143,15 @@ def not_reached(ranks: Ranks, folder: Path, argument: object) -> None:
     raise AssertionError
 
 
-def run(folder: Path, target: Callable[..., None], ranks: int, *signals: int, args: tuple = (), grace: float = 60.0):
+def run(
+    folder: Path,
+    target: Callable[..., None],
+    ranks: int,
+    *signals: int,
+    args: tuple = (),
+    grace: float = 60.0,
+    save: float = 60.0,
+) -> dict[str, Any]:
     """Results of one run_local, to whose process `signals` are sent, 0.5 s apart, once all ranks are ready."""
     folder.mkdir()
 
@@ -131,7 +169,9 @@ def run(folder: Path, target: Callable[..., None], ranks: int, *signals: int, ar
     started = time.monotonic()
     with contextlib.redirect_stderr(stderr):
         try:
-            code: int | str = run_local(target, ranks, (folder, *args), preload=("torch",), grace_seconds=grace)
+            code: int | str = run_local(
+                target, ranks, (folder, *args), preload=("torch",), grace_seconds=grace, save_seconds=save
+            )
         except Exception as error:
             code = repr(error)
     seconds = time.monotonic() - started
@@ -151,9 +191,14 @@ def main(folder: Path) -> None:
         "term": run(folder / "term", hang, 2, signal.SIGTERM),
         "interrupt": run(folder / "interrupt", hang, 2, signal.SIGINT),
         "usr1": run(folder / "usr1", finish_on_usr1, 2, signal.SIGUSR1),
-        "save": run(folder / "save", save_on_term, 2, signal.SIGTERM),
-        "grace": run(folder / "grace", ignore_signals, 2, signal.SIGTERM, grace=1.0),
-        "twice": run(folder / "twice", ignore_signals, 2, signal.SIGINT, signal.SIGINT),
+        "save": run(folder / "save", save_on_term, 2, signal.SIGTERM, grace=0.1),
+        "save_usr1": run(folder / "save_usr1", save_on_usr1, 2, signal.SIGUSR1, grace=0.1, save=0.1),
+        "save_or_fail": run(folder / "save_or_fail", save_or_fail, 3, signal.SIGTERM, grace=1.0),
+        "grace": run(folder / "grace", ignore_signals, 2, signal.SIGINT, grace=1.0),
+        "save_late": run(folder / "save_late", ignore_signals, 2, signal.SIGTERM, save=1.0),
+        "int_int": run(folder / "int_int", ignore_signals, 2, signal.SIGINT, signal.SIGINT),
+        "term_term": run(folder / "term_term", ignore_signals, 2, signal.SIGTERM, signal.SIGTERM),
+        "term_int": run(folder / "term_int", ignore_signals, 2, signal.SIGTERM, signal.SIGINT),
         "child": run(folder / "child", start_child_and_fail, 2),
         "pickle": run(folder / "pickle", not_reached, 2, args=(threading.Lock(),)),
     }

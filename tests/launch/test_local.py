@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from griffin.parallel.ranks import STOPPED
+
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, str(Path(__file__).with_name("local_scenarios.py"))]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -87,20 +89,37 @@ def test_usr1_reaches_the_ranks_and_stops_nothing(folder: Path, results: dict[st
 
 
 def test_ranks_that_save_when_stopped_are_waited_for(folder: Path, results: dict[str, Any]) -> None:
-    assert results["save"]["code"] == 85
-    assert (folder / "save/saved-1").exists()
+    for name in ("save", "save_usr1"):
+        assert results[name]["code"] == STOPPED
+        assert results[name]["stderr"] == ""
+        assert (folder / name / "saved-1").exists()
 
 
-def test_ranks_that_ignore_a_stop_are_killed_after_the_grace(results: dict[str, Any]) -> None:
-    result = results["grace"]
-    assert result["code"] == 128 + signal.SIGTERM
-    assert 1.0 <= result["seconds"] < PROMPT
-    assert result["stderr"] == "griffin: ranks had not ended 1 s after SIGTERM: killed\n"
+def test_a_failure_while_others_save_is_one(results: dict[str, Any]) -> None:
+    """The rank that waits for the failed one has the grace of a stop, not the time for saving."""
+    result = results["save_or_fail"]
+    assert result["code"] == 1
+    assert 1.5 <= result["seconds"] < PROMPT
+    assert result["stderr"].startswith("griffin: rank 1 of 3 failed (exit code 1)\nTraceback")
+    assert result["stderr"].endswith("RuntimeError: the disk is full\n")
 
 
-def test_second_stop_kills_at_once(results: dict[str, Any]) -> None:
-    assert results["twice"]["code"] == 128 + signal.SIGINT
-    assert results["twice"]["seconds"] < PROMPT
+@pytest.mark.parametrize(("name", "number"), [("grace", signal.SIGINT), ("save_late", signal.SIGTERM)])
+def test_ranks_that_ignore_a_stop_are_killed_after_its_time(
+    results: dict[str, Any], name: str, number: signal.Signals
+) -> None:
+    assert results[name]["code"] == 128 + number
+    assert 1.0 <= results[name]["seconds"] < PROMPT
+    assert results[name]["stderr"] == f"griffin: ranks had not ended 1 s after {number.name}: killed\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("int_int", signal.SIGINT), ("term_term", signal.SIGTERM), ("term_int", signal.SIGINT)]
+)
+def test_second_stop_kills_at_once(results: dict[str, Any], name: str, number: signal.Signals) -> None:
+    assert results[name]["code"] == 128 + number
+    assert results[name]["seconds"] < PROMPT
+    assert results[name]["stderr"] == f"griffin: ranks had not ended before a second signal, {number.name}: killed\n"
 
 
 def test_arguments_that_do_not_pickle_are_an_error(results: dict[str, Any]) -> None:
