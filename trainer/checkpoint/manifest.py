@@ -157,7 +157,8 @@ def commit(tmp: Path, manifest: Manifest) -> Path:
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """Of the content, in its order but whatever the spaces between."""
+    return hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
 
 
 def _to_text(manifest: Manifest) -> str:
@@ -245,7 +246,7 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None, worker
 
     Args:
         progress: called with a number of bytes that have just been read; they add up to the sizes of all files.
-        workers: threads, each with a chunk in memory.
+        workers: threads, each with a few copies of a chunk in memory.
 
     Raises:
         CheckpointError: the message names the damaged files.
@@ -253,10 +254,15 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None, worker
     manifest = check(folder)
     report = progress or (lambda size: None)
     problems = []
-    for name in manifest.metadata_files():
-        if _record(folder / name) != manifest.files[name]:
-            problems.append(f"{folder / name} was changed")
-        report(manifest.files[name].size)
+    report(manifest.files[GROUP].size)
+
+    def open_checked(spec: ArraySpec) -> Array:
+        file = spec.metadata_file
+        if _record(folder / file) != manifest.files[file]:
+            raise CheckpointError(f"{folder / file} was changed")
+        array = open_array(folder, spec, context)
+        report(manifest.files[file].size)
+        return array
 
     def read(array: Array, index: tuple[int, ...]) -> int:
         file = array.spec.file(index)
@@ -277,7 +283,7 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None, worker
         running: set[Future[int]] = set()
         for spec in manifest.arrays.values():
             try:
-                array = open_array(folder, spec, context)
+                array = open_checked(spec)
             except CheckpointError as error:
                 problems.append(str(error))
                 continue
@@ -325,6 +331,8 @@ def resolve(path: Path) -> Path:
     Raises:
         CheckpointError: there is no checkpoint, or none is complete.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
     if (path / MANIFEST).exists() or _STEP.fullmatch(path.name):
         return path
     root = next((root for root in (path, path / "checkpoints") if steps(root)), None)
@@ -345,18 +353,19 @@ def retain(root: Path, keep_last: int, keep_every: int) -> list[Path]:
         keep_last: number of complete steps to keep; 0 keeps all.
         keep_every: steps that are multiples of it are kept; 0 keeps none.
     """
-    newest_first = steps(root)[::-1]
+    if keep_last == 0:
+        return []
     complete = 0
-    removed = []
-    for position, (step, folder) in enumerate(newest_first):
-        if complete < max(keep_last, 1):
+    removed: list[Path] = []
+    for position, (step, folder) in enumerate(reversed(steps(root))):
+        if complete < keep_last:
             try:
                 check(folder)
                 complete += 1
             except CheckpointError:
                 if position == 0:
-                    return []
-        elif keep_last and not (keep_every and step % keep_every == 0):
+                    break
+        elif not (keep_every and step % keep_every == 0):
             _remove(folder)
             removed.append(folder)
     return removed

@@ -72,7 +72,7 @@ def _metadata(spec: ArraySpec) -> dict[str, Any]:
     }
 
 
-def _open(folder: Path, spec: ArraySpec, context: tensorstore.Context | None, **mode: bool) -> Array:
+def _open(folder: Path, spec: ArraySpec, context: tensorstore.Context | None, *, create: bool) -> Array:
     description = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{folder / spec.name}/"},
@@ -81,7 +81,7 @@ def _open(folder: Path, spec: ArraySpec, context: tensorstore.Context | None, **
         "fill_missing_data_reads": False,
     }
     try:
-        store = tensorstore.open(description, context=context or _CONTEXT, **mode).result()
+        store = tensorstore.open(description, context=context or _CONTEXT, open=True, create=create).result()
     except (ValueError, OSError, NotImplementedError) as error:
         raise _problem(folder / spec.metadata_file, error) from None
     return Array(folder, spec, store)
@@ -93,7 +93,7 @@ def create_array(folder: Path, spec: ArraySpec, context: tensorstore.Context | N
     Raises:
         CheckpointError: it cannot be written, or is there with other metadata.
     """
-    return _open(folder, spec, context, open=True, create=True)
+    return _open(folder, spec, context, create=True)
 
 
 def open_array(folder: Path, spec: ArraySpec, context: tensorstore.Context | None = None) -> Array:
@@ -102,7 +102,7 @@ def open_array(folder: Path, spec: ArraySpec, context: tensorstore.Context | Non
     Raises:
         CheckpointError: its zarr.json is missing or is not that of `spec`.
     """
-    return _open(folder, spec, context, open=True)
+    return _open(folder, spec, context, create=False)
 
 
 class Array:
@@ -125,13 +125,14 @@ class Array:
         assert values.shape == tuple(part.stop - part.start for part in box), (self.spec.name, index, values.shape)
         if self.spec.dtype == "bfloat16":
             values = values.view(np.uint16)
-        return Write(self, index, self._store[box].write(values))
+        # Nothing is cached, so that tensorstore lets go of the values when the write is done: no copy is needed.
+        return Write(self, index, self._store[box].write(values, can_reference_source_data_indefinitely=True))
 
     def read(self, box: Box) -> np.ndarray:
         """A box of the array, [box's shape] of `spec.dtype` (a new array).
 
         Raises:
-            CheckpointError: a chunk in the box is missing, is not of its size or does not match its checksum.
+            CheckpointError: a chunk in the box is missing, too short or does not match its checksum.
         """
         try:
             values = self._store[box].read().result()

@@ -1,0 +1,334 @@
+"""Steps: committed whole or not at all, found, resolved, retained."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import zarr
+
+from griffin.trainer.checkpoint import manifest as manifests
+from griffin.trainer.checkpoint.manifest import (
+    begin,
+    check,
+    clean,
+    commit,
+    newest_complete,
+    read_manifest,
+    resolve,
+    retain,
+    step_name,
+    steps,
+    verify,
+)
+from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord
+from tests.small_steps import ARRAYS, bits, random_bits, save_step, write_step
+
+FEW = ARRAYS[3:]  # for tests of folders, whatever they hold
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def damage(folder: Path) -> None:
+    """Of a kind that is seen without reading the arrays."""
+    (folder / FEW[0].file((0,))).unlink()
+
+
+# Committing.
+
+
+@pytest.mark.filterwarnings("ignore:Object at manifest.json")  # when the group is listed
+def test_a_step_is_a_zarr_group(root):
+    folder = save_step(root, 100)
+    assert folder == root / "step-00000100"
+    assert names(root) == ["step-00000100"]
+    group = zarr.open_group(folder, mode="r")
+    assert dict(group.attrs) == {"step": 100, "format": 1}
+    for spec in ARRAYS:
+        stock = group[spec.name]
+        assert isinstance(stock, zarr.Array)
+        content = np.asarray(stock[:])
+        if spec.dtype == "bfloat16":
+            content = content.view(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(bits(content), bits(random_bits(spec)))
+    assert set(group.array_keys()) == {spec.name for spec in ARRAYS}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": None, "random": {}},
+        {"config": {'é\n"': [1e-05, 0.1, 1e300, -0.0, float("inf"), None, True, {"b": {}, "a": []}]}},
+    ],
+)
+def test_the_manifest_comes_back(root, changes):
+    tmp, manifest = write_step(root, 100, **changes)
+    folder = commit(tmp, manifest)
+    found = read_manifest(folder)
+    assert replace(found, files=manifest.files) == manifest
+    assert found.files.keys() - manifest.files.keys() == {"zarr.json", *(spec.metadata_file for spec in ARRAYS)}
+    assert manifest.files.items() <= found.files.items()
+    assert check(folder) == verify(folder) == found
+    for path, record in found.files.items():
+        assert record.size == (folder / path).stat().st_size
+
+
+def test_the_manifest_reads_well(root):
+    folder = save_step(root, 100)
+    lines = (folder / "manifest.json").read_text().splitlines()
+    for path in check(folder).files:
+        assert sum(line.startswith(f'    "{path}": ') for line in lines) == 1
+    assert '  "step": 100,' in lines
+    assert json.loads((folder / "manifest.json").read_text())["format"] == 1
+
+
+def test_a_step_without_arrays(root):
+    """A group and a manifest are all there is."""
+    verify(save_step(root, 0, arrays=()))
+
+
+def test_every_file_has_one_record(root):
+    tmp, manifest = write_step(root, 100)
+    file = ARRAYS[0].file((1, 1))
+    fewer = {path: record for path, record in manifest.files.items() if path != file}
+    for files in (fewer, manifest.files | {"model.up/c.9.9": FileRecord(4, "crc32c:00000000")}):
+        with pytest.raises(AssertionError, match=r"model\.up/c\."):
+            commit(tmp, replace(manifest, files=files))
+    assert names(root) == ["step-00000100.tmp"]
+
+
+@pytest.mark.parametrize("harm", ["chunk missing", "chunk too short", "metadata missing", "metadata of another array"])
+def test_commit_refuses_what_is_not_on_disk(root, harm):
+    tmp, manifest = write_step(root, 100)
+    path = tmp / (ARRAYS[0].file((1, 1)) if "chunk" in harm else ARRAYS[0].metadata_file)
+    if "missing" in harm:
+        path.unlink()
+    elif "short" in harm:
+        os.truncate(path, 3)
+    else:
+        shutil.copy(tmp / ARRAYS[1].metadata_file, path)
+    with pytest.raises(CheckpointError) as error:
+        commit(tmp, manifest)
+    assert str(path) in str(error.value)
+    assert names(root) == ["step-00000100.tmp"]
+
+
+def test_commit_is_durable(root, monkeypatch):
+    """Everything in the step is on disk before it has its name, and the name is when commit returns."""
+    tmp, manifest = write_step(root, 100)
+    events = []  # folders and files that were synchronised, and renames
+    fsync, rename = os.fsync, Path.rename
+
+    def spy_fsync(descriptor):
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def spy_rename(path, target):
+        events.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(Path, "rename", spy_rename)
+    commit(tmp, manifest)
+    at = events.index("rename")
+    assert events.count("rename") == 1
+    written = [str(tmp / "zarr.json"), str(tmp / "manifest.json"), *(str(tmp / spec.name) for spec in ARRAYS)]
+    assert sorted(events[: at - 1]) == sorted(written)
+    assert events[at - 1] == str(tmp)
+    assert events[at + 1 :] == [str(root)]
+
+
+def test_commit_keeps_what_has_the_name(root):
+    """A step that was found damaged, and is reached again."""
+    for attempt in (1, 2, 3):
+        save_step(root, 100, arrays=FEW, attempt=attempt)
+    assert names(root) == ["step-00000100", "step-00000100.damaged-1", "step-00000100.damaged-2"]
+    found = [read_manifest(root / name).attempt for name in names(root)]
+    assert found == [3, 1, 2]
+    assert [step for step, _ in steps(root)] == [100]
+
+
+def test_begin_starts_afresh(root):
+    tmp, _ = write_step(root, 100)
+    assert begin(root, 100) == tmp == root / "step-00000100.tmp"
+    assert names(tmp) == []
+
+
+def test_begin_does_not_make_up_a_run(tmp_path):
+    with pytest.raises(CheckpointError, match=r"gone.*No such file"):
+        begin(tmp_path / "gone" / "checkpoints", 1)
+
+
+def test_begin_where_a_file_is(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match=r"step-00000001\.tmp: Not a directory"):
+        begin(tmp_path / "checkpoints", 1)
+
+
+def test_another_format_is_refused(root, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "FORMAT", 2)
+        folder = save_step(root, 1, arrays=FEW)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is of format 2; .* reads format 1"):
+        check(folder)
+
+
+def test_other_files_do_not_matter(root):
+    folder = save_step(root, 1)
+    (folder / "notes.txt").write_text("mine")
+    (folder / ARRAYS[0].name / "c.0.0.orig").write_text("")
+    check(folder)
+    verify(folder)
+
+
+def test_verify_tells_how_far_it_is(root):
+    folder = save_step(root, 1)
+    parts = []
+    manifest = verify(folder, parts.append, workers=3)
+    assert sum(parts) == sum(record.size for record in manifest.files.values())
+    assert len(parts) == len(manifest.files)
+
+
+# Finding.
+
+
+def test_steps_are_found_by_their_names(root):
+    assert steps(root) == []
+    for step in (20, 123456789, 3):
+        save_step(root, step, arrays=FEW)
+    for name in ("step-00000004.tmp", "step-00000005.deleted", "step-00000006.damaged-1", "step-7", "final", "logs"):
+        (root / name).mkdir()
+    assert steps(root) == [(step, root / step_name(step)) for step in (3, 20, 123456789)]
+    assert (root / "step-123456789").exists()
+
+
+def test_newest_complete(root):
+    assert newest_complete(root) == (None, [])
+    folders = [save_step(root, step, arrays=FEW) for step in (1, 2, 3, 4)]
+    begin(root, 5)
+    assert newest_complete(root) == (folders[3], [])
+    damage(folders[3])
+    (folders[2] / "manifest.json").unlink()
+    damage(folders[0])
+    found, damaged = newest_complete(root)
+    assert found == folders[1]
+    assert [re.search(r"step-\d+/\S+", str(error))[0] for error in damaged] == [  # type: ignore[index]
+        "step-00000004/optimizer.exp_avg_sq.bias/c.0",
+        "step-00000003/manifest.json:",
+    ]
+    damage(folders[1])
+    found, damaged = newest_complete(root)
+    assert found is None
+    assert len(damaged) == 4
+
+
+def test_resolve(tmp_path, root):
+    first, second, third = (save_step(root, step, arrays=FEW) for step in (1, 2, 3))
+    damage(third)
+    assert resolve(root) == resolve(tmp_path) == second
+    for folder in (first, second, third):
+        assert resolve(folder) == folder
+    elsewhere = first.rename(tmp_path / "exported")
+    assert resolve(elsewhere) == elsewhere
+
+
+def test_resolve_says_what_it_looked_for(tmp_path, root):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        resolve(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no manifest\.json, no step-\* and no checkpoints/step-\*"):
+        resolve(tmp_path)
+    damage(save_step(root, 1, arrays=FEW))
+    for path in (root, tmp_path):
+        with pytest.raises(CheckpointError, match=r"no complete checkpoint:\n.*step-00000001.*bias/c\.0 is missing"):
+            resolve(path)
+
+
+# Retaining.
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "kept"),
+    [
+        (0, 0, [1, 2, 3, 4, 5, 6]),
+        (0, 2, [1, 2, 3, 4, 5, 6]),
+        (1, 0, [6]),
+        (2, 0, [5, 6]),
+        (2, 3, [3, 5, 6]),
+        (1, 1, [1, 2, 3, 4, 5, 6]),
+        (9, 0, [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_retain(root, keep_last, keep_every, kept):
+    for step in range(1, 7):
+        save_step(root, step, arrays=FEW)
+    removed = retain(root, keep_last, keep_every)
+    assert names(root) == [step_name(step) for step in kept]
+    assert sorted(removed) == [root / step_name(step) for step in range(1, 7) if step not in kept]
+
+
+def test_retain_removes_nothing_unless_the_newest_is_complete(root):
+    for step in (1, 2, 3):
+        save_step(root, step, arrays=FEW)
+    damage(root / step_name(3))
+    assert retain(root, 1, 0) == []
+    assert len(steps(root)) == 3
+
+
+def test_retain_does_not_count_damaged_steps(root):
+    for step in range(1, 6):
+        save_step(root, step, arrays=FEW)
+    damage(root / step_name(4))
+    assert [path.name for path in retain(root, 2, 0)] == [step_name(2), step_name(1)]
+    assert [step for step, _ in steps(root)] == [3, 4, 5]
+
+
+def test_a_removal_cut_short_leaves_no_step(root, monkeypatch):
+    for step in (1, 2):
+        save_step(root, step, arrays=FEW)
+
+    def die(folder: Path) -> None:
+        damage(folder)
+        raise OSError(5, "Input/output error", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        with pytest.raises(CheckpointError, match=r"step-00000001\.deleted: Input/output error"):
+            retain(root, 1, 0)
+    assert [step for step, _ in steps(root)] == [2]
+    assert clean(root) == [root / "step-00000001.deleted"]
+    assert names(root) == ["step-00000002"]
+
+
+def test_a_step_removed_twice(root):
+    """It was reached again after a removal of the first one that was cut short."""
+    for step in (1, 2):
+        save_step(root, step, arrays=FEW)
+    (root / "step-00000001.deleted" / "model.x").mkdir(parents=True)
+    assert retain(root, 1, 0) == [root / step_name(1)]
+    assert names(root) == [step_name(2)]
+
+
+def test_clean_removes_leftovers_only(root):
+    assert clean(root) == []
+    save_step(root, 1, arrays=FEW)
+    write_step(root, 2, arrays=FEW)
+    others = ["mine.tmp", "old.deleted", "step-00000003.damaged-1", "step-1.tmp"]
+    for name in [*others, "step-00000004.deleted"]:
+        (root / name).mkdir()
+    assert sorted(path.name for path in clean(root)) == ["step-00000002.tmp", "step-00000004.deleted"]
+    assert names(root) == sorted([*others, step_name(1)])
