@@ -2,58 +2,130 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from griffin.kernels import local_attention, rglru
-from griffin.parallel.cost import train_flops_per_token
 from griffin.parallel.grid import Grid, rank_grid
 from griffin.parallel.norm import apex_rms_norm
 from griffin.parallel.ranks import Ranks
-from griffin.parallel.stage import stage_blocks
+from griffin.trainer.checkpoint.keeper import Checkpoints, Position
+from griffin.trainer.checkpoint.lock import RunLock
+from griffin.trainer.checkpoint.manifest import clean
+from griffin.trainer.checkpoint.source import InitFrom, Source, find_source, refuse_other_model
 from griffin.trainer.config import Config
-from griffin.trainer.console import Console
 from griffin.trainer.data.dataset import Samples, build_index, open_samples
 from griffin.trainer.data.loader import batches
-from griffin.trainer.metrics import MetricsWriter
 from griffin.trainer.optimizer import optimizer_name
+from griffin.trainer.report import Report
 from griffin.trainer.run_folder import RunFolder, describe_environment
-from griffin.trainer.step import Batch, StepResult, Training
+from griffin.trainer.signals import StopRequests
+from griffin.trainer.step import Batch, Training
 
 
-def train(config: Config, ranks: Ranks, run_dir: Path) -> None:
-    """Train a validated config on all ranks; rank 0 writes `run_dir`.
+def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | None = None) -> bool:
+    """Train a validated config on all ranks; rank 0 writes `run_dir`. True where it was asked to stop before the end.
 
-    Raises NonFiniteError (see `trainer.step`) where the loss or a gradient is NaN or infinite.
+    Goes on from the newest checkpoint of `run_dir`, else begins with `init_from`, else anew (see `find_source`). On
+    SIGTERM or SIGUSR1 to any rank, all stop after the same step, which is saved.
+
+    Raises NonFiniteError (see `trainer.step`) where the loss or a gradient is NaN or infinite, CheckpointError where
+    what it starts from is damaged, and SaveError where the last state could not be saved.
     """
-    with rank_grid(config.parallel, ranks) as grid:
+    with StopRequests() as requests, rank_grid(config.parallel, ranks) as grid, ExitStack() as stack:
+        opened: Opened | None = None
 
-        def create_folder() -> None:
+        def open_folder() -> None:
+            nonlocal opened
             environment = describe_environment(config, ranks, _device_name(grid), implementations(grid.device))
-            RunFolder.create(run_dir, config, environment)
+            opened = _open_folder(config, run_dir, init_from, environment, stack)
 
-        grid.first_rank_does("run folder", create_folder)
-        with Report(config, grid, RunFolder(run_dir)) as report:
-            train_samples, eval_samples = _open_data(config, grid)
-            training = Training(config, grid)
-            train_batches = _batches(config, grid, train_samples, workers=config.data.workers)
-            report.begin(train_samples)
-            for step in range(config.train.steps + 1):
-                if step > 0:
-                    report.step(step, training.step(train_batches))
-                if eval_samples is not None and _evaluates(config, step):
-                    held_out = _batches(config, grid, eval_samples, workers=0)
-                    report.evaluation(step, training.evaluate(held_out, config.train.eval_batches))
+        grid.first_rank_does("run folder", open_folder)
+        opened = grid.all_gather(opened)[0]
+        assert opened is not None, "rank 0 has opened the folder"
+        source, folder = opened.source, opened.folder
+        report = stack.enter_context(Report(config, grid, folder, source))
+        training = Training(config, grid)
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                config,
+                grid,
+                training,
+                folder.checkpoints,
+                host=ranks.host(),
+                attempt=folder.attempt,
+                lock=opened.lock,
+                report=report.saved,
+            )
+        )
+        position = checkpoints.load(source)
+        return _run(config, grid, training, checkpoints, report, requests, position)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What rank 0 finds out and does for all when a run starts."""
+
+    folder: RunFolder
+    source: Source
+    lock: tuple[Path, str]  # file and token
+
+
+def _open_folder(
+    config: Config, run_dir: Path, init_from: InitFrom | None, environment: Mapping[str, Any], stack: ExitStack
+) -> Opened:
+    """Lock the run folder until `stack` ends, find what to start from, and begin an attempt in it."""
+    lock = stack.enter_context(RunLock.acquire(run_dir))
+    source = find_source(run_dir, init_from)
+    if source.config is not None:
+        refuse_other_model(config.model, source.config["model"], str(source.path))
+    folder = RunFolder.create(run_dir, config, environment)
+    clean(folder.checkpoints)
+    return Opened(folder, source, (lock.path, lock.token))
+
+
+def _run(
+    config: Config,
+    grid: Grid,
+    training: Training,
+    checkpoints: Checkpoints,
+    report: Report,
+    requests: StopRequests,
+    position: Position,
+) -> bool:
+    """The steps after `position`, to the end or to a request to stop; True for the latter."""
+    if position.step >= config.train.steps:
+        report.say(f"Nothing is left to do: step {position.step} of {config.train.steps} is saved.")
+        return False
+    drawn = position.samples + (config.train.steps - position.step) * config.train.global_batch
+    train_samples, eval_samples = _open_data(config, grid, drawn)
+    train_batches = _batches(config, grid, train_samples, position.samples, workers=config.data.workers)
+    report.begin(train_samples, drawn)
+    while True:
+        if eval_samples is not None and _evaluates(config, position.step):
+            held_out = _batches(config, grid, eval_samples, 0, workers=0)
+            report.evaluation(position.step, training.evaluate(held_out, config.train.eval_batches))
+        if position.step == config.train.steps:
+            break
+        result = training.step(train_batches, stop=requests.requested is not None)
+        position = Position(position.step + 1, position.samples + config.train.global_batch)
+        report.step(position, result)
+        checkpoints.poll()
+        if result.stop and position.step < config.train.steps:
+            report.say(f"step {position.step}: asked to stop; saving")
+            checkpoints.finish(position)
             report.end()
+            return True
+        if checkpoints.is_due(position.step):
+            report.checkpoint(position, checkpoints.save(position))
+    checkpoints.finish(position)
+    report.end()
+    return False
 
 
 def implementations(device: torch.device) -> dict[str, str]:
@@ -72,8 +144,9 @@ def _evaluates(config: Config, step: int) -> bool:
     return interval > 0 and (step % interval == 0 or step == config.train.steps)
 
 
-def _open_data(config: Config, grid: Grid) -> tuple[Samples, Samples | None]:
-    blends = {"train": (config.data.train, config.train.steps), "eval": (config.data.eval, config.train.eval_batches)}
+def _open_data(config: Config, grid: Grid, drawn: int) -> tuple[Samples, Samples | None]:
+    evaluated = config.train.eval_batches * config.train.global_batch
+    blends = {"train": (config.data.train, drawn), "eval": (config.data.eval, evaluated)}
     settings: dict[str, Any] = {
         "sequence_length": config.data.sequence_length,
         "seed": config.train.seed,
@@ -81,9 +154,9 @@ def _open_data(config: Config, grid: Grid) -> tuple[Samples, Samples | None]:
     }
 
     def build() -> None:
-        for entries, global_batches in blends.values():
+        for entries, samples in blends.values():
             if entries:
-                build_index(entries, samples=global_batches * config.train.global_batch, **settings)
+                build_index(entries, samples=samples, **settings)
 
     grid.first_rank_does("data index", build)
     train_samples, eval_samples = (
@@ -93,10 +166,10 @@ def _open_data(config: Config, grid: Grid) -> tuple[Samples, Samples | None]:
     return train_samples, eval_samples
 
 
-def _batches(config: Config, grid: Grid, samples: Samples, *, workers: int) -> Iterator[Batch]:
+def _batches(config: Config, grid: Grid, samples: Samples, first: int, *, workers: int) -> Iterator[Batch]:
     return batches(
         samples,
-        first_step=0,
+        first_sample=first,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         data_rank=grid.data_rank,
@@ -107,100 +180,3 @@ def _batches(config: Config, grid: Grid, samples: Samples, *, workers: int) -> I
 
 def _device_name(grid: Grid) -> str:
     return torch.cuda.get_device_name(grid.device) if grid.device.type == "cuda" else "cpu"
-
-
-def _tensorboard() -> str:
-    """The command as this person can type it: the environment need not be activated."""
-    return "tensorboard" if shutil.which("tensorboard") else os.path.relpath(Path(sys.prefix, "bin", "tensorboard"))
-
-
-class Report:
-    """Rank 0's console and metrics of a run; on other ranks it does nothing. A context manager."""
-
-    def __init__(self, config: Config, grid: Grid, folder: RunFolder):
-        self._config, self._grid, self._folder = config, grid, folder
-        self._flops = train_flops_per_token(config.model, config.data.sequence_length)
-        self._first: dict[str, float] = {}
-        self._last: dict[str, float] = {}
-        self._restart_clock()
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Report:
-        if not self._grid.is_first_rank:
-            return self
-        config, grid = self._config, self._grid
-        self._console = self._stack.enter_context(Console(self._folder, config.train.steps))
-        self._metrics = self._stack.enter_context(MetricsWriter(self._folder, config.log.tensorboard))
-        sizes = stage_blocks(config.model, config.parallel, config.data.sequence_length)
-        self._console.print(
-            f"Run folder: {self._folder.path}\n"
-            f"{grid.world_size} rank{'s' * (grid.world_size > 1)}: tensor {grid.tensor_size} x pipeline "
-            f"{grid.pipeline_size} x data {grid.data_size}; blocks per stage {', '.join(map(str, sizes))}"
-        )
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
-
-    def begin(self, samples: Samples) -> None:
-        """Call right before the first step: its time starts here."""
-        if not self._grid.is_first_rank:
-            return
-        drawn = self._config.train.steps * self._config.train.global_batch
-        self._console.print(
-            f"Data: {samples.tokens:,} tokens, {samples.samples_per_epoch:,} sequences; "
-            f"the run draws {drawn:,} ({drawn / samples.samples_per_epoch:.2f} epochs)"
-        )
-        self._restart_clock()
-
-    def step(self, step: int, result: StepResult) -> None:
-        if not self._grid.is_first_rank:
-            return
-        self._steps_since += 1
-        config = self._config
-        if step != 1 and step % config.log.interval and step != config.train.steps:
-            self._console.step(step)
-            return
-        seconds = (time.perf_counter() - self._since) / self._steps_since
-        tokens = config.train.global_batch * config.data.sequence_length
-        values = {
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "learning_rate": result.learning_rate,
-            "tokens": step * tokens,
-            "loss_tokens": result.loss_tokens,
-            "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "model_tflops_per_device": self._flops * tokens / seconds / self._grid.world_size / 1e12,
-        }
-        self._metrics.log(step, values)
-        self._console.step(step, values)
-        self._note("training", result.loss)
-        self._restart_clock()
-
-    def evaluation(self, step: int, loss: float) -> None:
-        if not self._grid.is_first_rank:
-            return
-        self._metrics.log(step, {"eval_loss": loss})
-        self._console.print(f"step {step}: eval_loss {loss:.4f}")
-        self._note("held-out", loss)
-        self._restart_clock()  # the evaluation's time is no step's
-
-    def end(self) -> None:
-        """The last lines that a person sees."""
-        if not self._grid.is_first_rank:
-            return
-        for name, last in self._last.items():
-            self._console.print(f"{name} loss: {self._first[name]:.3f} -> {last:.3f} nats per token")
-        self._console.print(f"Run folder: {self._folder.path}")
-        if self._config.log.tensorboard:
-            self._console.print(f"Curves: {_tensorboard()} --logdir {self._folder.path}")
-
-    def _note(self, name: str, loss: float) -> None:
-        self._first.setdefault(name, loss)
-        self._last[name] = loss
-
-    def _restart_clock(self) -> None:
-        self._since, self._steps_since = time.perf_counter(), 0

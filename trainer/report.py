@@ -15,11 +15,12 @@ from griffin.parallel.grid import Grid
 from griffin.parallel.stage import stage_blocks
 from griffin.trainer.checkpoint.keeper import Position
 from griffin.trainer.checkpoint.saver import Outcome
+from griffin.trainer.checkpoint.source import Source
 from griffin.trainer.config import Config
 from griffin.trainer.console import Console
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.metrics import MetricsWriter
-from griffin.trainer.run_folder import RunFolder
+from griffin.trainer.run_folder import RunFolder, changed_settings
 from griffin.trainer.step import StepResult
 
 
@@ -31,12 +32,11 @@ def _tensorboard() -> str:
 class Report:
     """Rank 0's console and metrics of a run; on other ranks it does nothing. A context manager.
 
-    `attempt` counts the times that the run was started, and `start` is the step after which this one goes on.
+    `source` is what this attempt starts from.
     """
 
-    def __init__(self, config: Config, grid: Grid, folder: RunFolder, *, attempt: int, start: int):
-        self._config, self._grid, self._folder = config, grid, folder
-        self._attempt, self._start = attempt, start
+    def __init__(self, config: Config, grid: Grid, folder: RunFolder, source: Source):
+        self._config, self._grid, self._folder, self._source = config, grid, folder, source
         self._flops = train_flops_per_token(config.model, config.data.sequence_length)
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
@@ -46,17 +46,22 @@ class Report:
     def __enter__(self) -> Report:
         if not self._grid.is_first_rank:
             return self
-        config, grid = self._config, self._grid
-        self._console = self._stack.enter_context(Console(self._folder, config.train.steps, self._start))
+        config, grid, folder, source = self._config, self._grid, self._folder, self._source
+        self._console = self._stack.enter_context(Console(folder, config.train.steps, source.step))
         self._metrics = self._stack.enter_context(
-            MetricsWriter(self._folder, config.log.tensorboard, attempt=self._attempt, start=self._start)
+            MetricsWriter(folder, config.log.tensorboard, attempt=folder.attempt, start=source.step)
         )
         sizes = stage_blocks(config.model, config.parallel, config.data.sequence_length)
         self._console.print(
-            f"Run folder: {self._folder.path}{f', attempt {self._attempt}' * (self._attempt > 1)}\n"
+            f"Run folder: {folder.path}{f', attempt {folder.attempt}' * (folder.attempt > 1)}\n"
             f"{grid.world_size} rank{'s' * (grid.world_size > 1)}: tensor {grid.tensor_size} x pipeline "
             f"{grid.pipeline_size} x data {grid.data_size}; blocks per stage {', '.join(map(str, sizes))}"
         )
+        for text in source.skipped:
+            self._console.print(f"DAMAGED CHECKPOINT, passed over: {text}")
+        self._console.print(source.text)
+        if source.everything and source.config is not None and (changed := changed_settings(config, source.config)):
+            self._console.print(f"Changed since then: {', '.join(changed)}")
         return self
 
     def __exit__(
@@ -89,6 +94,8 @@ class Report:
         if outcome.error is not None:
             self._console.print(f"CHECKPOINT FAILED: step {outcome.step}: {outcome.error}")
             return
+        if outcome.warning is not None:
+            self._console.print(f"CHECKPOINT of step {outcome.step} stands, but: {outcome.warning}")
         self._metrics.log(outcome.step, {"checkpoint_seconds": outcome.seconds, "checkpoint_bytes": outcome.bytes})
         size = f"{outcome.bytes / 2**30:.2f} GiB" if outcome.bytes >= 2**30 else f"{outcome.bytes / 2**20:.1f} MiB"
         self._console.print(f"step {outcome.step}: saved {size} in {outcome.seconds:.1f} s: {outcome.path}")
@@ -98,7 +105,7 @@ class Report:
             return
         self._steps_since += 1
         config, step = self._config, position.step
-        if step != self._start + 1 and step % config.log.interval and step != config.train.steps:
+        if step != self._source.step + 1 and step % config.log.interval and step != config.train.steps:
             self._console.step(step)
             return
         seconds = (time.perf_counter() - self._since) / self._steps_since

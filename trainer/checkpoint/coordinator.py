@@ -21,6 +21,7 @@ from griffin.trainer.checkpoint.manifest import Manifest, begin, clean, commit, 
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord
 
 SIGN_OF_LIFE_SECONDS = 5.0
+PARTING_SECONDS = 10.0  # patience with ranks that let go of a failed save
 
 
 class SaveError(Exception):
@@ -48,8 +49,10 @@ def coordinate(
     channels, folder = {0: own}, None
     verdict: dict[str, Any] = {"path": None, "bytes": 0, "error": None, "warning": None}
     try:
-        for rank in range(1, ranks):
-            channels[rank] = exchange.accept(rank, CONTROL, min(CONNECT_SECONDS, timeout))
+        channels |= _accept_all(exchange, ranks, min(CONNECT_SECONDS, timeout))
+        missing = [rank for rank in range(ranks) if rank not in channels]
+        if missing:
+            raise SaveError(f"{exchange.peer(missing[0])} did not connect")
         # Every rank is here, so that none writes to an earlier save's folder any longer.
         _assert_ours(target)
         clean(target.root)
@@ -103,6 +106,15 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def _accept_all(exchange: Exchange, ranks: int, seconds: float) -> dict[int, Channel]:
+    """The connections of the other ranks, of those that connect in time."""
+    deadline, channels = time.monotonic() + seconds, {}
+    for rank in range(1, ranks):
+        with suppress(ConnectionError):
+            channels[rank] = exchange.accept(rank, CONTROL, max(0, deadline - time.monotonic()))
+    return channels
+
+
 def _assert_ours(target: Target) -> None:
     if target.lock is not None and not holds(*target.lock):
         raise SaveError(f"{target.lock[0]} is no longer this run's: another run has taken the folder over")
@@ -142,12 +154,15 @@ def _collect(channels: dict[int, Channel], timeout: float) -> dict[str, FileReco
 
 
 def _all_gone(channels: Iterable[Channel]) -> bool:
-    """Wait until every rank has let go of a failed save, as far as can be seen."""
-    gone = True
+    """Whether every rank has let go of a failed save, after some patience."""
+    deadline = time.monotonic() + PARTING_SECONDS
     for channel in channels:
         try:
             while True:
+                channel.set_timeout(max(0.01, deadline - time.monotonic()))
                 channel.receive_message()
-        except ConnectionError as error:
-            gone = gone and not isinstance(error.__cause__, TimeoutError)
-    return gone
+        except TimeoutError:
+            return False
+        except ConnectionError:
+            continue
+    return True

@@ -16,7 +16,7 @@ import torch
 from griffin.parallel.grid import Grid
 from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.checkpoint.saver import Outcome, Saver
-Source = Any  # TEMP
+from griffin.trainer.checkpoint.source import Source
 from griffin.trainer.checkpoint.state import ShardedState
 from griffin.trainer.config import Config
 from griffin.trainer.optimizer import optimizer_name
@@ -84,8 +84,6 @@ class Checkpoints:
         if source.path is None:
             return Position()
         manifest = read_manifest(source.path)
-        if source.everything and manifest.optimizer is None:
-            raise ValueError(f"{source.path}: holds weights only; it cannot continue a training")
         self._state.load(source.path, manifest, everything=source.everything)
         if not source.everything:
             return Position()
@@ -116,17 +114,18 @@ class Checkpoints:
 
     def finish(self, position: Position) -> None:
         """Have the training as it is now saved when this returns. Tries twice; raises SaveError after that."""
-        for last_try in (False, True):
-            if self._begun != position.step or last_try:
+        error: str | None = None
+        for tries in range(2):
+            if self._begun != position.step or tries > 0:
                 self.save(position)
             self._tell(self._saver.wait())
             # Rank 0's saving process is the one that knows whether the checkpoint stands.
             ended = self._grid.all_gather(self._ended)[0]
-            assert ended is not None
-            assert ended.step == position.step
+            assert ended is not None, "a save has been begun"
             if ended.error is None:
                 return
-        raise SaveError(f"step {position.step} could not be saved: {ended.error}")
+            error = ended.error
+        raise SaveError(f"step {position.step} could not be saved: {error}")
 
     def _tell(self, outcome: Outcome | None) -> None:
         if outcome is not None:

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from griffin.trainer.checkpoint.manifest import Manifest
-from griffin.trainer.checkpoint.zarr_io import Array, open_array
 from torch import Tensor
 
 from griffin.parallel.grid import Grid
@@ -25,8 +23,10 @@ from griffin.trainer.checkpoint.arrays import (
     default_cuts,
     state_arrays,
 )
+from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.checkpoint.plan import ChunkPlan, Member, Parameter, PlacedTensor, SavePlan, Shard, plan_chunks
 from griffin.trainer.checkpoint.regions import put, take
+from griffin.trainer.checkpoint.zarr_io import Array, open_array
 from griffin.trainer.step import Training
 
 ROUND_ELEMENTS = 64 * 2**20  # a rank reads and hands on this many at a time when it loads

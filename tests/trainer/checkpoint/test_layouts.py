@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from griffin.parallel.grid import Grid, rank_grid
 from griffin.trainer.checkpoint import arrays
 from griffin.trainer.checkpoint.keeper import Checkpoints, Position
 from griffin.trainer.checkpoint.manifest import read_manifest, step_name
-from types import SimpleNamespace as Source  # TEMP
+from griffin.trainer.checkpoint.source import OWN, Source
 from griffin.trainer.config import Config
 from griffin.trainer.step import Training
 from tests.closeness import assert_all_close
@@ -54,13 +55,15 @@ def state_of(training: Training, grid: Grid) -> dict[str, torch.Tensor]:
         value, shard = torch.zeros(parameter.numel()), training.shard_state(parameter)
         if shard is not None:
             start, stop = training.shard_range(parameter)
-            value[start:stop] = shard[place]
+            held = shard[place]
+            assert held is not None, "a step was made"
+            value[start:stop] = held
         dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
         return value.view(parameter.shape)
 
     state = {f"model.{name}": value for name, value in sharding.gather(training.stages, grid).items()}
     for place, kind in enumerate((arrays.MASTER, arrays.EXP_AVG, arrays.EXP_AVG_SQ)):
-        gathered = sharding.gather(training.stages, grid, lambda parameter, place=place: full(place, parameter))
+        gathered = sharding.gather(training.stages, grid, partial(full, place))
         state |= {f"{kind}.{name}": value for name, value in gathered.items()}
     return state
 
@@ -81,7 +84,7 @@ def checkpoints(config: Config, grid: Grid, training: Training, root: Path) -> C
 
 
 def source(folder: Path, step: int) -> Source:
-    return Source(path=folder, everything=True, step=step, text="")
+    return Source(rule=OWN, path=folder, everything=True, step=step, config=None, skipped=(), text="")
 
 
 def train_and_save(ranks: Any, config: Config, root: Path, go_on: int) -> dict[str, Any]:
@@ -142,9 +145,10 @@ def read_all(folder: Path) -> dict[str, np.ndarray]:
         warnings.simplefilter("ignore")
         group = zarr.open_group(folder, mode="r")
         found = dict(group.arrays())
+    values = {name: np.asarray(array[:]) for name, array in found.items()}
     return {
-        name: np.asarray(array[:]).view(ml_dtypes.bfloat16) if array.attrs["dtype"] == "bfloat16" else array[:]
-        for name, array in found.items()
+        name: value.view(ml_dtypes.bfloat16) if found[name].attrs["dtype"] == "bfloat16" else value
+        for name, value in values.items()
     }
 
 

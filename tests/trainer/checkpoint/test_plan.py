@@ -141,10 +141,10 @@ def test_every_element_of_every_chunk_comes_from_where_it_is(
         for segment in plan.segments:
             shard = members[segment.rank].shards[segment.parameter]
             flat = flats[segment.rank][shard.offset : shard.offset + shard.stop - shard.start]
-            held = take(flat, segment.local, segment.first, segment.last, origin=shard.start)
+            values_held = take(flat, segment.local, segment.first, segment.last, origin=shard.start)
             if not replicas:
                 assert (take(chunk, segment.chunk, segment.first, segment.last) == -1).all(), "two sources"
-            put(chunk, segment.chunk, segment.first, segment.last, held)
+            put(chunk, segment.chunk, segment.first, segment.last, values_held)
             out = received[segment.rank][shard.offset : shard.offset + shard.stop - shard.start]
             sent = take(expected.ravel(), segment.chunk, segment.first, segment.last)
             put(out, segment.local, segment.first, segment.last, sent, origin=shard.start)
