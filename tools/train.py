@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from griffin.launch.ranks import discover, leave, slurm_tasks_unused
-from griffin.parallel.ranks import Ranks
+from griffin.parallel.ranks import STOPPED, Ranks
 from griffin.tools.cli import USER_ERRORS, report
 from griffin.trainer.config import Config, load_config
 from griffin.trainer.run_folder import RunFolder, default_run_folder
 from griffin.trainer.validate import validate, validate_data
 
+if TYPE_CHECKING:
+    from griffin.trainer.checkpoint.source import InitFrom
+
 # Imported once for all local ranks.
 PRELOAD = ("griffin.trainer.loop",)
+# After SIGTERM, for local ranks to end their step and save it. A scheduler that allows less kills them by itself.
+SAVE_SECONDS = 15 * 60.0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,11 +29,24 @@ def add_parser(subparsers: Any) -> None:
         "train",
         help="train a model",
         description="Train the model of CONFIG.toml. Any setting can follow as --section.key value. Under torchrun, "
-        "srun or mpiexec this process is one of their ranks; otherwise it starts --ranks processes here.",
+        "srun or mpiexec this process is one of their ranks; otherwise it starts --ranks processes here. A run folder "
+        f"that has checkpoints is continued. SIGTERM or SIGUSR1 saves and stops, with exit code {STOPPED}.",
     )
     parser.add_argument("config", metavar="CONFIG.toml", type=Path)
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder (default: log.run_root/NAME-TIME)")
     parser.add_argument("--ranks", type=int, metavar="N", help="processes to start on this machine (default: 1)")
+    parser.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start a new run from the step folder, or the newest step of the run folder, CHECKPOINT; a run that has "
+        "checkpoints of its own goes on from those",
+    )
+    parser.add_argument(
+        "--init-what",
+        choices=("weights", "all"),
+        help="what --init-from takes over: weights (default), or all: optimizer state, step and place in the data too",
+    )
     parser.set_defaults(run=run, overrides=[])
 
 
@@ -37,33 +56,42 @@ def run(args: argparse.Namespace) -> int:
     if ranks is None:
         return _run_local(args)
     try:
-        config, run_dir = _check(args, ranks.world_size, makes_folder=ranks.rank == 0)
+        config, run_dir, init_from = _check(args, ranks.world_size, makes_folder=ranks.rank == 0)
     except USER_ERRORS as error:
         leave(report(error))
     try:
-        train_rank(ranks, config, run_dir)
+        train_rank(ranks, config, run_dir, init_from)
     except (Exception, KeyboardInterrupt):
         traceback.print_exc()
         leave(1)
     return 0
 
 
-def _check(args: argparse.Namespace, world_size: int, makes_folder: bool) -> tuple[Config, Path]:
-    """The config and the run folder, found fit to start with."""
+def _check(args: argparse.Namespace, world_size: int, makes_folder: bool) -> tuple[Config, Path, InitFrom | None]:
+    """The config, the run folder and --init-from, found fit to start with."""
+    from griffin.trainer.checkpoint.source import InitFrom, find_source, refuse_other_model
+
+    if args.init_what and not args.init_from:
+        raise ValueError(f"--init-what {args.init_what}: needs --init-from CHECKPOINT")
     config = load_config(args.config, args.overrides)
     validate(config, world_size)
     validate_data(config)
     run_dir = args.run_dir or default_run_folder(args.config, config)
+    init_from = InitFrom(path=args.init_from, everything=args.init_what == "all") if args.init_from else None
     if makes_folder:  # other ranks may look when it has been made
         RunFolder.check(run_dir, config)
-    return config, run_dir
+        source = find_source(run_dir, init_from)
+        if source.path and source.config:
+            refuse_other_model(config.model, source.config["model"], source.path)
+    return config, run_dir, init_from
 
 
-def train_rank(ranks: Ranks, config: Config, run_dir: Path) -> None:
-    """What each rank does."""
+def train_rank(ranks: Ranks, config: Config, run_dir: Path, init_from: InitFrom | None) -> None:
+    """What each rank does. SystemExit with STOPPED where the training was asked to stop, and was saved."""
     from griffin.trainer.loop import train
 
-    train(config, ranks, run_dir)
+    if train(config, ranks, run_dir, init_from):
+        sys.exit(STOPPED)
 
 
 def _discover(local_ranks: int | None) -> Ranks | None:
@@ -90,7 +118,7 @@ def _discover(local_ranks: int | None) -> Ranks | None:
 
 def _run_local(args: argparse.Namespace) -> int:
     world_size = args.ranks or 1
-    config, run_dir = _check(args, world_size, makes_folder=True)
+    config, run_dir, init_from = _check(args, world_size, makes_folder=True)
 
     import torch
 
@@ -102,4 +130,5 @@ def _run_local(args: argparse.Namespace) -> int:
             f"--ranks {world_size}: must be at most {gpus}, the number of GPUs of this machine, or "
             "CUDA_VISIBLE_DEVICES= must be set, to train on CPUs"
         )
-    return run_local(train_rank, world_size, (config, run_dir), preload=PRELOAD)
+    rank_arguments = (config, run_dir, init_from)
+    return run_local(train_rank, world_size, rank_arguments, preload=PRELOAD, save_seconds=SAVE_SECONDS)

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +16,11 @@ import griffin.launch.local
 import griffin.tools.train
 from griffin.parallel.ranks import Ranks
 from griffin.tools.cli import COMMANDS, main, report, split_overrides
+from griffin.trainer.checkpoint.lock import RunLock
+from griffin.trainer.checkpoint.source import InitFrom
+from griffin.trainer.config import load_config
+from griffin.trainer.run_folder import RunFolder
+from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,10 +55,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The trainings that were started: (ranks, config, run folder); none really runs."""
+    """The trainings that were started: (ranks, config, run folder, --init-from); none really runs."""
     calls: list[tuple[Any, ...]] = []
 
-    def run_local(target: Any, ranks: int, args: tuple[Any, ...], *, preload: tuple[str, ...]) -> int:
+    def run_local(
+        target: Any, ranks: int, args: tuple[Any, ...], *, preload: tuple[str, ...], save_seconds: float
+    ) -> int:
+        assert save_seconds == 900
         calls.append((ranks, *args))
         return 7
 
@@ -62,15 +75,16 @@ TRAIN = ["train", "small.toml", "--data.train", "data/bytes"]
 
 def test_local_ranks(folder: Path, started: list) -> None:
     assert main([*TRAIN, "--ranks", "2", "--run-dir", "run", "--train.steps=9"]) == 7
-    ((ranks, config, run_dir),) = started
+    ((ranks, config, run_dir, init_from),) = started
     assert ranks == 2
+    assert init_from is None
     assert (config.train.steps, config.model.vocabulary) == (9, 257)
     assert run_dir == Path("run")
 
 
 def test_default_run_folder_and_ranks(folder: Path, started: list) -> None:
     assert main([*TRAIN, "--parallel.tensor", "1"]) == 7
-    ((ranks, _, run_dir),) = started
+    ((ranks, _, run_dir, _),) = started
     assert ranks == 1
     assert run_dir.match("runs/small-*")
 
@@ -92,6 +106,9 @@ def test_settings_may_stand_before_the_config(folder: Path, started: list) -> No
         ([*TRAIN, "--ranks", "3"], "world size = 3: must be a multiple of"),
         ([*TRAIN, "--ranks", "0"], "--ranks 0: must be at least 1"),
         ([*TRAIN, "--ranks", "2", "--run-dir", "data"], "--run-dir data: exists and is not an empty folder"),
+        ([*TRAIN, "--ranks", "2", "--init-from", "absent"], "absent"),
+        ([*TRAIN, "--ranks", "2", "--init-from", "data"], "data"),
+        ([*TRAIN, "--ranks", "2", "--init-what", "all"], "--init-what all: needs --init-from CHECKPOINT"),
     ],
 )
 def test_refused_before_anything_starts(
@@ -105,6 +122,54 @@ def test_refused_before_anything_starts(
     assert error.count("\n") == 1
     assert started == []
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.fixture
+def checkpoint(folder: Path) -> Path:
+    """A checkpoint of the config's model, but for its initialisation, in the run folder "other"."""
+    config = load_config(folder / "small.toml", ["--data.train", "data/bytes", "--model.init", "torch"])
+    path = folder / "other/checkpoints/step-00000030"
+    make_checkpoint(path, step=30, config=json.loads(json.dumps(dataclasses.asdict(config))))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "everything"), [([], False), (["--init-what", "weights"], False), (["--init-what", "all"], True)]
+)
+def test_init_from(folder: Path, checkpoint: Path, started: list, words: list[str], everything: bool) -> None:
+    assert main([*TRAIN, "--ranks", "2", "--init-from", "other", *words]) == 7
+    assert started[0][3] == InitFrom(path=Path("other"), everything=everything)
+
+
+def test_checkpoints_that_do_not_fit_are_refused_before_anything_starts(
+    folder: Path, checkpoint: Path, started: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusal(*words: str) -> str:
+        before = sorted(folder.rglob("*"))
+        assert main([*TRAIN, "--ranks", "2", *words]) == 2
+        assert sorted(folder.rglob("*")) == before
+        assert started == []
+        return capsys.readouterr().err
+
+    wider = ["--model.width", "128"]
+    other_model = "other/checkpoints/step-00000030: holds another model (model.width is 64 there, 128 here)\n"
+    assert refusal("--init-from", "other", *wider) == f"griffin: error: {other_model}"
+    RunFolder.create(folder / "own", load_config(folder / "small.toml", ["--data.train", "data/bytes", *wider]), {})
+    shutil.copytree(folder / "other/checkpoints", folder / "own/checkpoints")
+    assert "own/checkpoints/step-00000030: holds another model" in refusal("--run-dir", "own", *wider)
+    chunk = next(checkpoint.glob("model.*/c.*"))
+    chunk.unlink()
+    assert f"{chunk.relative_to(folder)} is missing" in refusal("--init-from", str(checkpoint.relative_to(folder)))
+
+
+def test_a_run_that_another_process_writes_is_refused_before_anything_starts(
+    folder: Path, started: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLock.acquire(folder / "run"):
+        assert main([*TRAIN, "--ranks", "2", "--run-dir", "run"]) == 2
+        assert "run/lock: another run writes this folder" in capsys.readouterr().err
+        assert started == []
+    assert main([*TRAIN, "--ranks", "2", "--run-dir", "run"]) == 7
 
 
 def test_more_local_ranks_than_gpus(
@@ -124,7 +189,8 @@ def test_rank_of_a_launcher(folder: Path, started: list, monkeypatch: pytest.Mon
     (folder / "run").mkdir()
     (folder / "run/config.toml").write_text(CONFIG)  # as rank 0 may have made it by now
     assert main([*TRAIN, "--run-dir", "run"]) == 0
-    ((ranks, config, run_dir),) = started
+    ((ranks, config, run_dir, init_from),) = started
+    assert init_from is None
     assert ranks == RANKS
     assert config.parallel.tensor == 2
     assert run_dir == Path("run")
@@ -166,6 +232,20 @@ def test_rank_of_a_launcher_that_fails_leaves(
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
     assert error.endswith("ValueError: a loss that is not finite\n")
+
+
+@pytest.mark.parametrize("has_stopped", [False, True])
+def test_rank_that_was_asked_to_stop(
+    folder: Path, leaving: None, monkeypatch: pytest.MonkeyPatch, has_stopped: bool
+) -> None:
+    loop = ModuleType("griffin.trainer.loop")
+    monkeypatch.setattr(loop, "train", lambda *args: has_stopped, raising=False)
+    monkeypatch.setitem(sys.modules, "griffin.trainer.loop", loop)
+    if has_stopped:
+        with pytest.raises(SystemExit, match="85"):
+            main(TRAIN)
+    else:
+        assert main(TRAIN) == 0
 
 
 def test_local_ranks_inside_of_a_launchers_rank(
@@ -226,4 +306,4 @@ def test_help_imports_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     for command in COMMANDS:
-        assert f"\n    {command} " in result.stdout
+        assert re.search(rf"^    {command}\b", result.stdout, flags=re.MULTILINE)
