@@ -120,6 +120,7 @@ def _run(
             report.say(f"step {position.step}: asked to stop; saving")
             checkpoints.finish(position)
             report.end()
+            report.say("Stopped on request: started again with this run folder, the training goes on.")
             return True
         if checkpoints.is_due(position.step):
             report.checkpoint(position, checkpoints.save(position))

@@ -32,6 +32,7 @@ from griffin.trainer.checkpoint.regions import put, take
 from griffin.trainer.checkpoint.zarr_io import Array, FileRecord, create_array
 
 NICENESS = 10
+GLANCE_SECONDS = 0.2  # between two looks whether the rank's process is there
 WRITERS = 4  # chunks being written at a time, of at most 64 MiB each (and as much again in tensorstore)
 ROWS = 3  # of the staged state: master, exp_avg, exp_avg_sq
 
@@ -41,6 +42,7 @@ class Setup:
     """What a saving process knows from its start."""
 
     rank: int
+    parent: int  # process id of the rank
     world_size: int
     host: str
     key: bytes  # known to this run's processes only
@@ -220,13 +222,16 @@ class SavingProcess:
 
     def run(self) -> None:
         """Until the rank is gone, or has ended the connection: then at once, whatever is being done."""
-        self._rank.send(Ready(port=self._listener.port if self._listener is not None else 0))
-        while True:
-            try:
-                order = self._rank.recv()
-            except (EOFError, OSError):
-                os._exit(0)
-            threading.Thread(target=self._save, args=(order,), daemon=True).start()
+        try:
+            self._rank.send(Ready(port=self._listener.port if self._listener is not None else 0))
+            while True:
+                # Workers that the rank has forked may hold its end of the connection.
+                while not self._rank.poll(GLANCE_SECONDS):
+                    if os.getppid() != self._setup.parent:
+                        os._exit(0)
+                threading.Thread(target=self._save, args=(self._rank.recv(),), daemon=True).start()
+        except (EOFError, OSError):
+            os._exit(0)
 
     def _save(self, order: Order) -> None:
         begun, setup = time.monotonic(), self._setup

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from griffin.trainer.checkpoint.arrays import ArraySpec
-from griffin.trainer.checkpoint.exchange import CONNECT_SECONDS, CONTROL, Channel, Exchange
+from griffin.trainer.checkpoint.exchange import CONNECT_SECONDS, CONTROL, Channel, Exchange, NoAnswerError
 from griffin.trainer.checkpoint.lock import holds
 from griffin.trainer.checkpoint.manifest import Manifest, begin, clean, commit, retain, step_name
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord
@@ -161,7 +161,7 @@ def _all_gone(channels: Iterable[Channel]) -> bool:
             while True:
                 channel.set_timeout(max(0.01, deadline - time.monotonic()))
                 channel.receive_message()
-        except TimeoutError:
+        except NoAnswerError:
             return False
         except ConnectionError:
             continue

@@ -26,23 +26,31 @@ _LENGTH = struct.Struct("!Q")
 _LARGEST_GREETING = 1024  # bytes: a stranger cannot make this process reserve memory
 
 
+class NoAnswerError(ConnectionError):
+    """A process is connected but says nothing."""
+
+
 class Channel:
     """A connection over which two processes send each other byte strings, each after its length.
 
-    One thread may receive; any may send. ConnectionError naming `peer` where it is gone, or neither takes nor gives
-    anything within `timeout` seconds.
+    One thread may receive; any may send. ConnectionError naming `peer` where it is gone, NoAnswerError where it neither
+    takes nor gives anything within `timeout` seconds.
     """
 
     def __init__(self, connection: socket.socket, peer: str, timeout: float):
         self.peer = peer
-        self._socket, self._timeout = connection, timeout
+        self._socket = connection
         self._sending = threading.Lock()
-        connection.settimeout(timeout)
+        self.set_timeout(timeout)
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    def set_timeout(self, seconds: float) -> None:
+        self._timeout = seconds
+        self._socket.settimeout(seconds)
 
     def send(self, values: bytes | np.ndarray) -> None:
         """Send bytes, or an array that is contiguous and not empty."""
@@ -103,7 +111,7 @@ class Channel:
 
     def _lost(self, error: OSError | None) -> ConnectionError:
         if isinstance(error, TimeoutError):
-            return ConnectionError(f"no answer from {self.peer} within {self._timeout:g} s")
+            return NoAnswerError(f"no answer from {self.peer} within {self._timeout:g} s")
         return ConnectionError(f"lost {self.peer}" + (f" ({error})" if error is not None else ""))
 
 
@@ -172,8 +180,7 @@ class Listener:
         except (OSError, ValueError):
             channel.close()
             return
-        connection.settimeout(self._timeout)
-        channel = Channel(connection, address, self._timeout)
+        channel.set_timeout(self._timeout)
         place = (hello["save"], hello["rank"], hello["use"])
         with self._changed:
             if place[0] > self._ended:
@@ -259,7 +266,8 @@ class Exchange:
         except BaseException:
             channel.close()
             raise
-        return Channel(connection, peer, self._timeout)
+        channel.set_timeout(self._timeout)
+        return channel
 
     def _keep(self, place: tuple[str, int, str], channel: Channel) -> None:
         with self._lock:

@@ -83,6 +83,11 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def _read_json(path: Path) -> Any:
+    with _naming(path):
+        return json.loads(path.read_bytes())
+
+
 def _record(path: Path) -> FileRecord:
     """The record of a small file, which is read whole."""
     with _naming(path):
@@ -134,7 +139,14 @@ def commit(tmp: Path, manifest: Manifest) -> Path:
     expected = list(manifest.chunk_files())
     assert len(expected) == len(set(expected)), "two chunks with one file"
     assert manifest.files.keys() == set(expected), sorted(manifest.files.keys() ^ set(expected))[:_SHOWN]
-    group = {"zarr_format": 3, "node_type": "group", "attributes": {"step": manifest.step, "format": FORMAT}}
+    # A copy of the arrays' metadata, as zarr-python consolidates it: opening the group reads one file, not thousands.
+    consolidated = {array.name: _read_json(tmp / array.metadata_file) for array in manifest.arrays.values()}
+    group = {
+        "zarr_format": 3,
+        "node_type": "group",
+        "attributes": {"step": manifest.step, "format": FORMAT},
+        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": consolidated},
+    }
     _write(tmp / GROUP, json.dumps(group))
     metadata = {name: _record(tmp / name) for name in manifest.metadata_files()}
     manifest = replace(manifest, files=metadata | manifest.files)

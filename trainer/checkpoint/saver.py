@@ -95,6 +95,7 @@ class Saver:
         target = Target(root=root, arrays=plan.arrays, keep_last=keep_last, keep_every=keep_every, lock=lock)
         setup = Setup(
             rank=rank,
+            parent=os.getpid(),
             world_size=world_size,
             host=host,
             key=answers[0][0],

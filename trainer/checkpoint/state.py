@@ -26,7 +26,7 @@ from griffin.trainer.checkpoint.arrays import (
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.checkpoint.plan import ChunkPlan, Member, Parameter, PlacedTensor, SavePlan, Shard, plan_chunks
 from griffin.trainer.checkpoint.regions import put, take
-from griffin.trainer.checkpoint.zarr_io import Array, open_array
+from griffin.trainer.checkpoint.zarr_io import Array, CheckpointError, open_array
 from griffin.trainer.step import Training
 
 ROUND_ELEMENTS = 64 * 2**20  # a rank reads and hands on this many at a time when it loads
@@ -124,7 +124,7 @@ class ShardedState:
                 if chunk.owner == self._grid.rank
             }
             for some in _rounds(chunks):
-                self._read_and_exchange(some, opened, shards, row)
+                self._read_and_exchange(some, opened, manifest, shards, row)
         self._fill(torch.from_numpy(state), shards, manifest.step if everything else None)
 
     def _members(self, chosen: Sequence[bool]) -> list[Member]:
@@ -162,13 +162,21 @@ class ShardedState:
             raise ValueError(f"the checkpoint of step {manifest.step} is of another model: {shown}{more}")
 
     def _read_and_exchange(
-        self, chunks: Sequence[ChunkPlan], arrays: Mapping[str, Array], shards: Sequence[Shard], out: np.ndarray
+        self,
+        chunks: Sequence[ChunkPlan],
+        arrays: Mapping[str, Array],
+        manifest: Manifest,
+        shards: Sequence[Shard],
+        out: np.ndarray,
     ) -> None:
         """Read this rank's own of some chunks, and bring all ranks' elements of them to their places in `out`."""
         me, ranks = self._grid.rank, [rank for rank, _, _ in self._stage_ranks]
 
         def read(chunk: ChunkPlan) -> np.ndarray:
             array = arrays[chunk.tensor.name]
+            file = array.spec.file(chunk.index)
+            if array.record(chunk.index) != manifest.files[file]:
+                raise CheckpointError(f"{array.folder / file}: is not the chunk that was saved")
             return array.read(array.spec.box(chunk.index)).astype(np.float32, copy=False).ravel()
 
         owned = [chunk for chunk in chunks if chunk.owner == me]

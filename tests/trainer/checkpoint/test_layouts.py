@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,10 +140,7 @@ def saved(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def read_all(folder: Path) -> dict[str, np.ndarray]:
     """Every array, by stock zarr; bfloat16 as such."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        group = zarr.open_group(folder, mode="r")
-        found = dict(group.arrays())
+    found = dict(zarr.open_group(folder, mode="r").arrays())
     values = {name: np.asarray(array[:]) for name, array in found.items()}
     return {
         name: value.view(ml_dtypes.bfloat16) if found[name].attrs["dtype"] == "bfloat16" else value
