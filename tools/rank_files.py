@@ -1,0 +1,311 @@
+"""A checkpoint as one safetensors file per (tensor, pipeline) rank, as engines that load per rank want it.
+
+Each file holds its rank's part of every array of its stages, named as in the checkpoint, all parts of one array of one
+shape: rows of the vocabulary's padding are there, as zeros. `index.json` holds everything else that a checkpoint knows,
+so that nothing is lost: any layout can be made from any other. Rows of a part are written and read in slices, each with
+a checksum in the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from griffin.parallel.config import ModelConfig, ParallelConfig
+from griffin.parallel.cost import split_blocks
+from griffin.tools.stored_arrays import Source, intersection, shape_of, within
+from griffin.trainer.checkpoint.arrays import ArraySpec, Box, numpy_dtype
+from griffin.trainer.checkpoint.manifest import Manifest
+from griffin.trainer.checkpoint.zarr_io import CheckpointError
+
+INDEX = "index.json"
+FORMAT = 1
+READ_BYTES = 16 * 2**20  # read at once where only some columns of many rows are wanted
+
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one tensor rank's file holds of an array, from byte `offset` of the file on."""
+
+    spec: ArraySpec
+    tensor_rank: int
+    tensor_size: int
+    offset: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all ranks alike: with the vocabulary's padding."""
+        tensor = self.spec.tensor
+        if tensor.axis is None:
+            return tensor.shape
+        held = tensor.axis_size // self.tensor_size
+        return (*tensor.shape[: tensor.axis], held, *tensor.shape[tensor.axis + 1 :])
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * numpy_dtype(self.spec.dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.row_bytes
+
+    def slices(self) -> list[Slice]:
+        """All of its rows, as many at a time as the array's chunks have."""
+        count, rows = self.shape[0], self.spec.chunks[0]
+        return [Slice(self, first, min(first + rows, count)) for first in range(0, count, rows)]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows [first, last) of a part."""
+
+    part: Part
+    first: int
+    last: int
+
+    @property
+    def offset(self) -> int:
+        return self.part.offset + self.first * self.part.row_bytes
+
+    @property
+    def nbytes(self) -> int:
+        return (self.last - self.first) * self.part.row_bytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.last - self.first, *self.part.shape[1:])
+
+    @property
+    def box(self) -> Box:
+        """The part of the global array that it holds; empty, or smaller than its shape, in the padding."""
+        held = self.part.spec.tensor.part(self.part.tensor_rank, self.part.tensor_size)
+        first = min(held[0].start + self.first, held[0].stop)
+        return (slice(first, min(held[0].start + self.last, held[0].stop)), *held[1:])
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """A file, laid out: its header as bytes, and the parts that follow it."""
+
+    name: str
+    header: bytes
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(part.nbytes for part in self.parts)
+
+    def slices(self) -> Iterator[Slice]:
+        for part in self.parts:
+            yield from part.slices()
+
+
+def stage_blocks(config: Mapping[str, Any], layout: ParallelConfig) -> tuple[int, ...]:
+    """Blocks of each of the pipeline x virtual stages, as training splits the model of a checkpoint's config.
+
+    Raises ValueError where there are fewer blocks than stages.
+    """
+    model = ModelConfig(**config["model"] | {"pattern": tuple(config["model"]["pattern"])})
+    if layout.virtual_pipeline > 1 and layout.pipeline == 1:
+        raise ValueError(f"--virtual {layout.virtual_pipeline}: must be 1 where --pipeline is 1")
+    count = layout.pipeline * layout.virtual_pipeline
+    if count > model.blocks:
+        raise ValueError(
+            f"--pipeline {layout.pipeline} x --virtual {layout.virtual_pipeline} = {count} stages: must be at most the "
+            f"number of blocks, {model.blocks}"
+        )
+    stated = tuple(config["parallel"]["stages"])
+    return stated if len(stated) == count else split_blocks(model, count, config["data"]["sequence_length"])
+
+
+def lay_out(arrays: Sequence[ArraySpec], layout: ParallelConfig, stages: Sequence[int]) -> list[RankFile]:
+    """The files of a layout whose stages have so many blocks each, in the order of pipeline, then tensor ranks."""
+    held: list[list[ArraySpec]] = [[] for _ in range(layout.pipeline)]
+    for array in sorted(arrays, key=lambda array: -numpy_dtype(array.dtype).itemsize):  # so that all are aligned
+        for pipeline_rank in _pipeline_ranks(array.tensor.name, layout.pipeline, stages):
+            held[pipeline_rank].append(array)
+    return [
+        _lay_out_file(held[pipeline_rank], layout, tensor_rank, pipeline_rank)
+        for pipeline_rank in range(layout.pipeline)
+        for tensor_rank in range(layout.tensor)
+    ]
+
+
+def _pipeline_ranks(tensor: str, pipeline: int, stages: Sequence[int]) -> list[int]:
+    """Those that hold a tensor; stage s is held by rank s mod `pipeline`."""
+    last = len(stages) - 1
+    if (block := _BLOCK.match(tensor)) is not None:
+        ends = np.cumsum(stages)
+        return [int(np.searchsorted(ends, int(block[1]), side="right")) % pipeline]
+    if tensor == "embedding.weight":  # it is the output projection as well
+        return sorted({0, last % pipeline})
+    if tensor.startswith("final_norm."):
+        return [last % pipeline]
+    raise CheckpointError(f"{tensor}: of no known stage of the model")
+
+
+def _lay_out_file(
+    arrays: Sequence[ArraySpec], layout: ParallelConfig, tensor_rank: int, pipeline_rank: int
+) -> RankFile:
+    name = (
+        f"model-tp-{tensor_rank:02d}-of-{layout.tensor:02d}-pp-{pipeline_rank:02d}-of-{layout.pipeline:02d}.safetensors"
+    )
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    parts, offset = [], 0
+    for array in arrays:
+        part = Part(array, tensor_rank, layout.tensor, offset)
+        end = offset + part.nbytes
+        entries[array.name] = {
+            "dtype": _DTYPES[array.dtype],
+            "shape": list(part.shape),
+            "data_offsets": [offset, end],
+        }
+        parts.append(part)
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return RankFile(name, header, tuple(replace(part, offset=part.offset + len(header)) for part in parts))
+
+
+def create_file(folder: Path, file: RankFile) -> None:
+    """A file with its header, and the size that it will have."""
+    with open(folder / file.name, "xb") as stream:
+        stream.write(file.header)
+        stream.truncate(file.size)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_slices(path: Path, values: Sequence[tuple[Slice, np.ndarray]]) -> None:
+    """Write slices of a file, durably."""
+    with open(path, "r+b", buffering=0) as stream:
+        for slice_, array in values:
+            stream.seek(slice_.offset)
+            rest = np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
+            while rest:
+                rest = rest[stream.write(rest) :]
+        os.fsync(stream.fileno())
+
+
+def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
+    """`count` bytes of a file, uint8. Raises CheckpointError where they are not there."""
+    try:
+        values = np.fromfile(path, np.uint8, count, offset=offset)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    if values.size != count:
+        raise CheckpointError(f"{path} ends {count - values.size:,} bytes too early")
+    return values
+
+
+def checksum(values: np.ndarray) -> str:
+    return f"{zlib.crc32(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data):08x}"
+
+
+@dataclass(frozen=True)
+class RankArray:
+    """An array in rank files; `parts` has each tensor rank's, with its file."""
+
+    spec: ArraySpec
+    parts: tuple[tuple[Path, Part], ...]
+
+    def read(self, box: Box) -> np.ndarray:
+        """As `StoredArray.read`. Slices' checksums are not looked at."""
+        values = np.empty(shape_of(box), numpy_dtype(self.spec.dtype))
+        is_cut = self.spec.tensor.axis is not None
+        for path, part in self.parts if is_cut else self.parts[:1]:
+            held = self.spec.tensor.part(part.tensor_rank, part.tensor_size)
+            common = intersection(held, box)
+            if all(extent.start < extent.stop for extent in common):
+                out, (rows, *columns) = values[within(common, box)], within(common, held)
+                step = max(1, READ_BYTES // part.row_bytes)
+                for first in range(rows.start, rows.stop, step):
+                    some = Slice(part, first, min(first + step, rows.stop))
+                    read = read_bytes(path, some.offset, some.nbytes).view(values.dtype).reshape(some.shape)
+                    out[some.first - rows.start : some.last - rows.start] = read[(slice(None), *columns)]
+        return values
+
+
+def write_index(
+    folder: Path,
+    manifest: Manifest,
+    stages: Sequence[int],
+    files: Sequence[RankFile],
+    checksums: Mapping[str, Mapping[str, Sequence[str]]],
+) -> None:
+    """Write index.json: the manifest, but for its files, and `checksums` of the slices, by file and array."""
+    holders: dict[str, list[str]] = {name: [] for name in manifest.arrays}
+    for file in files:
+        for part in file.parts:
+            holders[part.spec.name].append(file.name)
+    values: dict[str, Any] = {"format": FORMAT, "stages": list(stages)}
+    values |= {field.name: getattr(manifest, field.name) for field in fields(Manifest) if field.name != "files"}
+    values["arrays"] = {name: array.to_json() | {"files": holders[name]} for name, array in manifest.arrays.items()}
+    values["files"] = {file.name: {"size": file.size, "crc32": checksums[file.name]} for file in files}
+    with open(folder / INDEX, "x", encoding="utf-8") as stream:
+        stream.write(json.dumps({"checksum": _checksum(values)} | values, indent=1) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def open_rank_folder(folder: Path) -> tuple[Source, list[tuple[RankFile, Mapping[str, Sequence[str]]]]]:
+    """A folder of rank files: as a source, and its files with their slices' checksums by array.
+
+    Raises CheckpointError where the index is not there or was edited, or where a file is missing, or has another size
+    or header than it was written with.
+    """
+    values = _read_index(folder / INDEX)
+    layout = ParallelConfig(**{key: values["layout"][key] for key in ("tensor", "pipeline", "virtual_pipeline")})
+    specs = {name: ArraySpec.from_json(name, array) for name, array in values["arrays"].items()}
+    files = lay_out(list(specs.values()), layout, values["stages"])
+    records = values["files"]
+    assert records.keys() == {file.name for file in files}, sorted(records)
+    parts: dict[str, dict[int, tuple[Path, Part]]] = {name: {} for name in specs}
+    for file in files:
+        path = folder / file.name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            raise CheckpointError(f"{path} is missing")
+        if size != file.size:
+            raise CheckpointError(f"{path} has {size:,} bytes instead of {file.size:,}")
+        if read_bytes(path, 0, len(file.header)).tobytes() != file.header:
+            raise CheckpointError(f"{path}: its header was changed")
+        for part in file.parts:
+            parts[part.spec.name].setdefault(part.tensor_rank, (path, part))
+    known = {field.name: values[field.name] for field in fields(Manifest) if field.name != "files"}
+    arrays = {name: RankArray(spec, tuple(parts[name].values())) for name, spec in specs.items()}
+    manifest = Manifest(**known | {"arrays": specs, "files": {}})
+    return Source(folder, manifest, arrays), [(file, records[file.name]["crc32"]) for file in files]
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+        damaged = values.pop("checksum") != _checksum(values)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        damaged = True
+    if damaged:
+        raise CheckpointError(f"{path} is damaged or was edited: its content does not match its checksum")
+    if values.pop("format") != FORMAT:
+        raise CheckpointError(f"{path} is of another format than {FORMAT}, which this version reads")
+    return values
