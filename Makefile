@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
 
-.PHONY: setup demo test test-all test-gpu lint format clean
+HIDE_FEW_GPUS = gpus=$$($(BIN)/python -c "import torch; print(torch.cuda.device_count())"); \
+	if [ $$gpus -lt 4 ]; then export CUDA_VISIBLE_DEVICES=; fi;
+
+.PHONY: setup demo demo-resume test test-all test-gpu lint format clean
 
 setup: $(VENV)/.complete
 
@@ -21,9 +24,14 @@ data/stdlib.json: | setup
 
 # On CPUs unless there is a GPU for each of the four ranks.
 demo: data/stdlib.json
-	gpus=$$($(BIN)/python -c "import torch; print(torch.cuda.device_count())"); \
-	if [ $$gpus -lt 4 ]; then export CUDA_VISIBLE_DEVICES=; fi; \
-	$(BIN)/griffin train trainer/configs/demo.toml --ranks 4
+	$(HIDE_FEW_GPUS) $(BIN)/griffin train trainer/configs/demo.toml --ranks 4
+
+# The newest run of the demo goes on for 20 steps in another layout: data 2 instead of tensor 2 x pipeline 2.
+demo-resume: data/stdlib.json
+	run=$$(ls -td runs/demo-*/ 2>/dev/null | head -n 1); \
+	if [ -z "$$run" ]; then echo "There is no run of the demo yet: make demo" >&2; exit 2; fi; \
+	$(HIDE_FEW_GPUS) $(BIN)/griffin train trainer/configs/demo.toml --ranks 2 --run-dir "$$run" \
+	  --parallel.tensor 1 --parallel.pipeline 1 --train.steps 90
 
 test: setup
 	$(BIN)/python -m pytest
