@@ -131,7 +131,8 @@ def test_handlers_are_given_back(results: dict[str, Any]) -> None:
 
 
 def test_no_process_outlives_its_run(folder: Path) -> None:
-    pids = [int(path.read_text()) for path in folder.glob("*/ready-*")]
+    texts = [path.read_text() for path in folder.glob("*/ready-*")]
+    pids = [int(text) for text in texts if text]  # one may have been killed before it wrote
     children = [int(path.read_text()) for path in folder.glob("child/child-*")]
     assert len(pids) > 20
     assert len(children) == 2
