@@ -6,13 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from griffin.tools import checkpoint_plan
+
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 PATH_HELP = "folder of a step, or of steps (a run, its checkpoints)"
 NEWEST_HELP = "folder of a step; of a run or its checkpoints, the newest complete one is taken"
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("checkpoint", help="list, inspect, verify, compare, reshard or average checkpoints")
+    parser = subparsers.add_parser(
+        "checkpoint", help="list, inspect, verify, compare, reshard, average or plan checkpoints"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = _add(commands, "list", _list, "print a line for each step, and whether it is complete or why not")
@@ -72,6 +76,8 @@ def add_parser(subparsers: Any) -> None:
     command.add_argument("target", metavar="DST", type=Path, help="step folder to make; must not exist")
     _add_dtype(command, "of the result (default: that of the newest SRC)")
     _add_workers(command)
+
+    checkpoint_plan.add_parser(commands)
 
 
 def _add(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:

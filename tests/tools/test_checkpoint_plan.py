@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -17,7 +16,6 @@ from megatron.core.distributed import DistributedDataParallelConfig
 
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.grid import rank_grid
-from griffin.tools import checkpoint_plan
 from griffin.tools.checkpoint_plan import (
     CheckpointPlan,
     RankLoad,
@@ -29,6 +27,7 @@ from griffin.tools.checkpoint_plan import (
     plan_checkpoint,
     rank_loads,
 )
+from griffin.tools.cli import main
 from griffin.trainer.checkpoint import arrays
 from griffin.trainer.checkpoint.arrays import ArraySpec, GlobalTensor, numpy_dtype, state_arrays
 from griffin.trainer.checkpoint.plan import Member, Parameter, PlacedTensor, SavePlan, Shard, plan_chunks
@@ -257,14 +256,6 @@ def test_tensors_whose_chunks_are_cut_are_named(tensor_size: int) -> None:
     assert cut_tensors([whole], tensor_size) == [], "one chunk is read as a whole"
 
 
-def run_plan(*words: str, overrides: tuple[str, ...] = ()) -> None:
-    parser = argparse.ArgumentParser()
-    checkpoint_plan.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["plan", *words])
-    args.overrides = list(overrides)
-    args.run(args)
-
-
 @pytest.fixture
 def config_file(tmp_path: Path) -> str:
     path = tmp_path / "small.toml"
@@ -275,8 +266,8 @@ def config_file(tmp_path: Path) -> str:
 
 
 def test_the_command(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ("--parallel.pipeline", "2", "--train.dtype", "float32", "--train.overlap=off")
-    run_plan(config_file, "--ranks", "4", overrides=overrides)
+    overrides = ["--parallel.pipeline", "2", "--train.dtype", "float32", "--train.overlap=off"]
+    assert main(["checkpoint", "plan", config_file, "--ranks", "4", *overrides]) == 0
     printed = capsys.readouterr().out
     assert "4 ranks: tensor 1 x pipeline 2 x data 2\n" in printed
     assert "float32; sharded for training without overlap\n" in printed
@@ -286,12 +277,14 @@ def test_the_command(config_file: str, capsys: pytest.CaptureFixture[str]) -> No
     assert "\nplanned in " in printed
 
 
-def test_what_cannot_be_planned_is_refused(config_file: str) -> None:
-    with pytest.raises(ValueError, match=r"world size = 3: must be a multiple of parallel\.tensor x"):
-        run_plan(config_file, "--ranks", "3", overrides=("--parallel.tensor", "2"))
-    with pytest.raises(ValueError, match=r"parallel\.tensor = 5: must divide "):
-        run_plan(config_file, "--ranks", "5", overrides=("--parallel.tensor", "5"))
-    with pytest.raises(FileNotFoundError, match="no such config file"):
-        run_plan("missing.toml", "--ranks", "1")
+def test_what_cannot_be_planned_is_refused(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def refusal(*words: str) -> str:
+        assert main(["checkpoint", "plan", *words]) == 2
+        return capsys.readouterr().err
+
+    assert "world size = 3: must be a multiple of " in refusal(config_file, "--ranks", "3", "--parallel.tensor", "2")
+    assert "parallel.tensor = 5: must divide " in refusal(config_file, "--ranks", "5", "--parallel.tensor", "5")
+    assert "missing.toml: no such config file" in refusal("missing.toml", "--ranks", "1")
     with pytest.raises(SystemExit):
-        run_plan(config_file)
+        main(["checkpoint", "plan", config_file])
+    assert "--ranks" in capsys.readouterr().err
