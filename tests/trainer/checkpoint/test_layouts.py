@@ -57,6 +57,7 @@ def state_of(training: Training, grid: Grid) -> dict[str, torch.Tensor]:
             held = shard[place]
             assert held is not None, "a step was made"
             value[start:stop] = held
+        value = value.to(grid.device)
         dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
         return value.view(parameter.shape)
 
