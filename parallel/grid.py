@@ -130,6 +130,24 @@ def single_rank_grid() -> Iterator[Grid]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def absent_grid(layout: ParallelConfig, world_size: int, rank: int) -> Iterator[Grid]:
+    """One rank's place in a world of ranks that are not there: groups are formed, what they exchange is nothing.
+
+    To plan on meta tensors what many ranks would hold.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    host.install()
+    store = FakeStore()
+    dist.init_process_group("fake", store=store, rank=rank, world_size=world_size)
+    try:
+        with _model_parallel(layout, datetime.timedelta(minutes=1)):
+            yield _read(torch.device("meta"), store)
+    finally:
+        dist.destroy_process_group()
+
+
 def _backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 

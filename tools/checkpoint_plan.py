@@ -7,13 +7,11 @@ by megatron-core's own code; the plan is the one that the ranks themselves would
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,13 +21,12 @@ from griffin.trainer.checkpoint.arrays import (
     KINDS,
     MODEL,
     ArraySpec,
-    GlobalTensor,
     chunk_shape,
     default_cuts,
     numpy_dtype,
     state_arrays,
 )
-from griffin.trainer.checkpoint.plan import ChunkPlan, Member, Parameter, PlacedTensor, Shard, plan_chunks
+from griffin.trainer.checkpoint.plan import ChunkPlan, Member, Parameter, Shard, plan_chunks
 from griffin.trainer.config import Config, load_config
 from griffin.trainer.validate import validate
 
@@ -110,12 +107,14 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
     Where `train.overlap` is "auto" they are taken to have GPUs: their communication overlaps, which decides on the
     size of megatron-core's buckets and so on the shards.
     """
+    from griffin.parallel.grid import absent_grid
+
     model_ranks, tensor_size = config.parallel.model_ranks, config.parallel.tensor
     data_size = world_size // model_ranks
     stages: list[tuple[list[Parameter], list[Member]]] = []
     for pipeline_rank in range(config.parallel.pipeline):
         first_rank = pipeline_rank * tensor_size * data_size
-        with _absent_world(config, world_size, first_rank) as grid:
+        with absent_grid(config.parallel, world_size, first_rank) as grid:
             layouts, shards = _shards(config, grid)
         # Tensor ranks hold parameters of equal shapes, and so equal shards.
         members = [
@@ -139,39 +138,15 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
     )
 
 
-def _overlaps(config: Config, data_size: int) -> bool:
-    """As `trainer.step.Training` decides, on GPUs."""
-    return data_size > 1 and config.train.overlap != "off"
-
-
-@contextmanager
-def _absent_world(config: Config, world_size: int, rank: int) -> Iterator[Grid]:
-    """One rank's place in a world of ranks that are not there: its groups exist, what they exchange is nothing."""
-    import torch
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from griffin.parallel import host
-    from griffin.parallel.grid import _model_parallel, _read
-
-    host.install()
-    store = FakeStore()
-    dist.init_process_group("fake", store=store, rank=rank, world_size=world_size)
-    try:
-        with _model_parallel(config.parallel, datetime.timedelta(minutes=1)):
-            yield _read(torch.device("meta"), store)
-    finally:
-        dist.destroy_process_group()
-
-
 def _shards(config: Config, grid: Grid) -> tuple[list[Parameter], list[tuple[Shard, ...]]]:
     """The parameters that the ranks of this rank's stages save, and every data-parallel rank's shard of each."""
     import torch
 
     from griffin.parallel import host
     from griffin.parallel.stage import build_stages
+    from griffin.trainer.checkpoint.state import parameter_layout, shards_in_a_row
+    from griffin.trainer.step import in_buffers, overlaps
 
-    overlap = _overlaps(config, grid.data_size)
     with host.on_meta():
         stages = build_stages(
             config.model,
@@ -180,7 +155,7 @@ def _shards(config: Config, grid: Grid) -> tuple[list[Parameter], list[tuple[Sha
             dtype=getattr(torch, config.train.dtype),
             sequence=config.data.sequence_length,
         )
-        chunks = [_cut(stage, place, overlap) for place, stage in enumerate(stages)]
+        chunks = in_buffers(stages, overlaps(config, grid.data_size, on_gpu=True))
     saved = [
         parameter
         for stage in stages
@@ -190,46 +165,8 @@ def _shards(config: Config, grid: Grid) -> tuple[list[Parameter], list[tuple[Sha
     shards = []
     for data_rank in range(grid.data_size):
         ranges = _ranges(chunks, data_rank, grid.data_size)
-        offset, found = 0, []
-        for parameter in saved:
-            start, stop = ranges.get(parameter, (0, 0))
-            found.append(Shard(start, stop, offset))
-            offset += stop - start
-        shards.append(tuple(found))
-    layouts = [
-        Parameter(
-            tuple(parameter.shape),
-            tuple(
-                PlacedTensor(
-                    GlobalTensor(
-                        name=piece.name, shape=piece.shape, axis=piece.axis, atoms=piece.atoms, padded=piece.padded
-                    ),
-                    piece.dim,
-                    piece.start,
-                )
-                for piece in parameter.pieces
-            ),
-        )
-        for parameter in saved
-    ]
-    return layouts, shards
-
-
-def _cut(stage: Any, place: int, overlap: bool) -> DistributedDataParallel:
-    """The stage in megatron-core's buffers, as `trainer.step.Training` has it."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-    return DistributedDataParallel(
-        config=stage.config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap,
-            use_distributed_optimizer=True,
-        ),
-        module=stage,
-        disable_bucketing=place > 0,
-    )
+        shards.append(shards_in_a_row(ranges.get(parameter, (0, 0)) for parameter in saved))
+    return [parameter_layout(parameter) for parameter in saved], shards
 
 
 def _ranges(chunks: Sequence[DistributedDataParallel], data_rank: int, data_size: int) -> dict[nn.Parameter, Range]:
@@ -304,10 +241,12 @@ def cut_tensors(arrays: Sequence[ArraySpec], tensor_size: int) -> list[str]:
 
 def describe(config: Config, world_size: int, plan: CheckpointPlan) -> str:
     """The figures, in lines."""
+    from griffin.trainer.step import overlaps
+
     parallel = config.parallel
     data_size = world_size // parallel.model_ranks
     weights = sum(array.tensor.elements for array in plan.arrays if array.kind == MODEL)
-    overlap = "with" if _overlaps(config, data_size) else "without"
+    overlap = "with" if overlaps(config, data_size, on_gpu=True) else "without"
     supposed = " (train.overlap = 'auto': on GPUs)" if config.train.overlap == "auto" and overlap == "with" else ""
     virtual = f" ({parallel.virtual_pipeline} stages each)" if parallel.virtual_pipeline > 1 else ""
     cut = cut_tensors(plan.arrays, parallel.tensor)

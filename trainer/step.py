@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,9 +51,7 @@ class Training:
         self.config, self.grid = config, grid
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
         self.micro_batches = config.train.global_batch // (config.train.micro_batch * grid.data_size)
-        self.overlap = grid.data_size > 1 and (
-            config.train.overlap == "on" or (config.train.overlap == "auto" and grid.device.type == "cuda")
-        )
+        self.overlap = overlaps(config, grid.data_size, on_gpu=grid.device.type == "cuda")
         stages = build_stages(
             config.model,
             config.parallel,
@@ -64,20 +62,7 @@ class Training:
         )
         initialize(stages, grid, config.train.seed)
         self.stages: list[Stage] = stages
-        self.chunks = [
-            DistributedDataParallel(
-                config=stage.config,
-                ddp_config=DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True,
-                    overlap_grad_reduce=self.overlap,
-                    overlap_param_gather=self.overlap,
-                    use_distributed_optimizer=True,
-                ),
-                module=stage,
-                disable_bucketing=place > 0,
-            )
-            for place, stage in enumerate(stages)
-        ]
+        self.chunks = in_buffers(stages, self.overlap)
         self.optimizer = build_optimizer(config, self.chunks, self.dtype, overlap=self.overlap)
         self.schedule = build_schedule(config, self.optimizer)
         self._updater = {
@@ -254,6 +239,29 @@ class Training:
         raise NonFiniteError(
             f"step {self.steps_done + 1}: loss {loss}, gradient norm {grad_norm}; {where}. No weight was changed."
         )
+
+
+def overlaps(config: Config, data_size: int, *, on_gpu: bool) -> bool:
+    """Whether data-parallel communication goes on behind computation."""
+    return data_size > 1 and (config.train.overlap == "on" or (config.train.overlap == "auto" and on_gpu))
+
+
+def in_buffers(stages: Sequence[Stage], overlap: bool) -> list[DistributedDataParallel]:
+    """The stages of a rank with their parameters in megatron-core's buffers, of which each rank updates a shard."""
+    return [
+        DistributedDataParallel(
+            config=stage.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=overlap,
+                use_distributed_optimizer=True,
+            ),
+            module=stage,
+            disable_bucketing=place > 0,
+        )
+        for place, stage in enumerate(stages)
+    ]
 
 
 def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:

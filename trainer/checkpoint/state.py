@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from griffin.parallel.grid import Grid
 from griffin.parallel.sharding import Piece
@@ -41,10 +42,7 @@ class ShardedState:
         self._parameters = [parameter for stage in training.stages for parameter in stage.parameters()]
         # A second copy of the tied embedding is loaded, but saved by the stage that owns the first.
         self._is_owned = [not getattr(parameter, "shared", False) for parameter in self._parameters]
-        self._layouts = [
-            Parameter(tuple(parameter.shape), tuple(_placed(piece) for piece in parameter.pieces))  # type: ignore[attr-defined]
-            for parameter in self._parameters
-        ]
+        self._layouts = [parameter_layout(parameter) for parameter in self._parameters]
         ranges = [training.shard_range(parameter) for parameter in self._parameters]
         owned = [
             placed.tensor
@@ -129,15 +127,10 @@ class ShardedState:
 
     def _members(self, chosen: Sequence[bool]) -> list[Member]:
         """The ranks of this rank's stages with their shards of the chosen parameters."""
-        members = []
-        for rank, tensor_rank, ranges in self._stage_ranks:
-            shards, offset = [], 0
-            for (start, stop), is_chosen in zip(ranges, chosen, strict=True):
-                if is_chosen:
-                    shards.append(Shard(start, stop, offset))
-                    offset += stop - start
-            members.append(Member(rank, tensor_rank, tuple(shards)))
-        return members
+        return [
+            Member(rank, tensor_rank, shards_in_a_row(itertools.compress(ranges, chosen)))
+            for rank, tensor_rank, ranges in self._stage_ranks
+        ]
 
     def _shards(self, members: Sequence[Member]) -> tuple[Shard, ...]:
         return next(member.shards for member in members if member.rank == self._grid.rank)
@@ -226,6 +219,20 @@ class ShardedState:
         self._training.spread_weights()
         if step is not None:
             self._training.continue_after(step)
+
+
+def parameter_layout(parameter: nn.Parameter) -> Parameter:
+    """How the global tensors of a parameter lie in it."""
+    return Parameter(tuple(parameter.shape), tuple(_placed(piece) for piece in parameter.pieces))  # type: ignore[attr-defined]
+
+
+def shards_in_a_row(ranges: Iterable[tuple[int, int]]) -> tuple[Shard, ...]:
+    """Shards of consecutive parameters, staged one after the other."""
+    shards, offset = [], 0
+    for start, stop in ranges:
+        shards.append(Shard(start, stop, offset))
+        offset += stop - start
+    return tuple(shards)
 
 
 def _placed(piece: Piece) -> PlacedTensor:
