@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box, GlobalTensor
 from griffin.trainer.checkpoint.regions import Region
 
+FILE_COST = 2**18  # elements whose writing takes about as long as making a file does
+
 
 @dataclass(frozen=True)
 class PlacedTensor:
@@ -112,7 +114,7 @@ def plan_chunks(
 
     `chunk_shapes` are those of the tensors, by name.
     Without `replicas` (to save), each element of a chunk is in exactly one segment: of tensors that every tensor rank
-    holds, tensor rank 0's. With them (to load), each rank that holds an element has it in a segment.
+    holds, that of one, in turns. With them (to load), each rank that holds an element has it in a segment.
     """
     load = {member.rank: 0 for member in members}
     plans = []
@@ -122,13 +124,14 @@ def plan_chunks(
             tensor = placed.tensor
             chunks = chunk_shapes[tensor.name]
             replicated = tensor.axis is None
+            tensor_ranks = [number % tensor_size] if replicated and not replicas else range(tensor_size)
             array = ArraySpec(kind="", tensor=tensor, dtype="float32", chunks=chunks)
             for index in array.indices():
                 box = array.box(index)
                 size = _elements(box)
                 segments = [
                     segment
-                    for tensor_rank in range(tensor_size if replicas or not replicated else 1)
+                    for tensor_rank in tensor_ranks
                     for segment in _segments(
                         parameter, number, placed, box, tensor_rank, tensor_size, holders[tensor_rank]
                     )
@@ -207,5 +210,5 @@ def _owner(segments: Sequence[Segment], size: int, load: dict[int, int]) -> int:
     for segment in segments:
         held[segment.rank] = held.get(segment.rank, 0) + segment.count
     owner = min(held, key=lambda rank: (load[rank] + size - held[rank], rank))
-    load[owner] += 2 * size - held[owner]
+    load[owner] += FILE_COST + 2 * size - held[owner]
     return owner
