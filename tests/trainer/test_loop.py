@@ -1,95 +1,42 @@
-"""A whole run: what it leaves in its folder, and that the folder of another is never touched."""
+"""A whole run: what it leaves in its folder, and what is refused before anything is written."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from griffin.parallel.ranks import Ranks
-from griffin.trainer.config import Config, load_config
-from griffin.trainer.data.prefix import read_info
-from griffin.trainer.loop import train
+from griffin.tools.cli import main
+from griffin.trainer.checkpoint.manifest import newest_complete, verify
+from griffin.trainer.config import load_config
 from griffin.trainer.validate import validate_data
-from tests.data_sets import write_prefix
 from tests.ranks import RankPool
-
-CONFIG = """
-[model]
-pattern = ["recurrent", "attention", "recurrent"]
-width = 32
-recurrent_width = 32
-heads = 2
-head_dim = 16
-gate_blocks = 2
-window = 16
-
-[data]
-train = ["{folder}/train"]
-eval = "{folder}/eval"
-sequence_length = 32
-workers = 0
-
-[optimizer]
-learning_rate = 1e-2
-warmup_steps = 2
-
-[train]
-steps = 12
-global_batch = 8
-micro_batch = 2
-dtype = "float32"
-eval_interval = 5
-eval_batches = 2
-
-[log]
-interval = 4
-"""
+from tests.small_runs import metrics, run, write_config
 
 
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config whose data are documents of a repeated word, of 1 to 60 bytes."""
-    folder = tmp_path_factory.mktemp("run")
-    generator = np.random.default_rng(0)
-    for name, documents in (("train", 300), ("eval", 60)):
-        lengths = generator.integers(1, 60, documents)
-        write_prefix(folder / name, [(b"recurrence " * 6)[:length] for length in lengths], vocabulary=257, eod=256)
-        assert read_info(str(folder / name)).documents == documents
-    path = folder / "config.toml"
-    path.write_text(CONFIG.format(folder=folder))
-    return path
-
-
-def run_train(ranks: Ranks, config: Config, run_dir: Path) -> None:
-    train(config, ranks, run_dir)
+    return write_config(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
 def run_dir(rank_pool: RankPool, config_path: Path) -> Path:
     path = config_path.parent / "runs" / "tp2-dp2"
-    rank_pool.run(run_train, 4, load_config(config_path, ["--parallel.tensor", "2"]), path)
+    rank_pool.run(run, 4, load_config(config_path, ["--parallel.tensor", "2"]), path)
     return path
 
 
-def lines(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_metrics(run_dir: Path) -> None:
-    steps = [line for line in lines(run_dir) if "loss" in line]
+    steps = [line for line in metrics(run_dir) if "loss" in line]
     assert [line["step"] for line in steps] == [1, 4, 8, 12]
     for line in steps:
         assert {
             "step",
+            "attempt",
             "loss",
             "grad_norm",
             "learning_rate",
@@ -99,20 +46,21 @@ def test_metrics(run_dir: Path) -> None:
             "model_tflops_per_device",
         } <= line.keys()
         assert all(math.isfinite(value) for value in line.values())
+        assert line["attempt"] == 1
         assert line["tokens"] == line["step"] * 8 * 32
         assert line["tokens_per_second"] == pytest.approx(8 * 32 / line["step_seconds"])
     assert steps[0]["learning_rate"] == pytest.approx(5e-3)
     assert steps[-1]["learning_rate"] == pytest.approx(1e-3)
     assert steps[-1]["loss"] < steps[0]["loss"] - 1
-    evaluations = [line for line in lines(run_dir) if "eval_loss" in line]
+    evaluations = [line for line in metrics(run_dir) if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [0, 5, 10, 12]
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 1
 
 
 def test_the_loss_of_a_layout_is_that_of_another(rank_pool: RankPool, config_path: Path, run_dir: Path) -> None:
     path = config_path.parent / "runs" / "pp2"
-    rank_pool.run(run_train, 2, load_config(config_path, ["--parallel.pipeline", "2", "--train.steps", "12"]), path)
-    for one, other in zip(lines(run_dir), lines(path), strict=True):
+    rank_pool.run(run, 2, load_config(config_path, ["--parallel.pipeline", "2", "--train.steps", "12"]), path)
+    for one, other in zip(metrics(run_dir), metrics(path), strict=True):
         for key in {"loss", "eval_loss"} & one.keys():
             assert other[key] == pytest.approx(one[key], rel=1e-5)  # float32 sums in another order
 
@@ -136,7 +84,7 @@ def test_environment_and_config(run_dir: Path, config_path: Path) -> None:
 def test_console_ends_with_where_to_look(run_dir: Path) -> None:
     text = (run_dir / "console.log").read_text()
     assert "4 ranks: tensor 2 x pipeline 1 x data 2; blocks per stage 3" in text
-    first, last = (line["loss"] for line in lines(run_dir) if line["step"] in (1, 12) and "loss" in line)
+    first, last = (line["loss"] for line in metrics(run_dir) if line["step"] in (1, 12) and "loss" in line)
     assert f"training loss: {first:.3f} -> {last:.3f} nats per token" in text
     assert f"Run folder: {run_dir}" in text
     assert f"tensorboard --logdir {run_dir}" in text
@@ -147,25 +95,37 @@ def test_tensorboard_reads_the_same_back(run_dir: Path) -> None:
 
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
-    logged = {(line["step"], key): value for line in lines(run_dir) for key, value in line.items() if key != "step"}
+    logged = {
+        (line["step"], key): value
+        for line in metrics(run_dir)
+        for key, value in line.items()
+        if key not in ("step", "attempt")
+    }
     read = {(scalar.step, tag): scalar.value for tag in events.Tags()["scalars"] for scalar in events.Scalars(tag)}
     assert read.keys() == logged.keys()
     for key, value in logged.items():
         assert read[key] == pytest.approx(value, rel=1e-6)  # TensorBoard keeps float32
 
 
-def test_a_run_folder_is_never_overwritten(rank_pool: RankPool, config_path: Path, run_dir: Path) -> None:
-    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    command = [sys.executable, "-m", "griffin.tools.cli", "train", str(config_path), "--run-dir", str(run_dir)]
-    for overrides, expected in (
-        ([], "exists and cannot be continued yet"),
-        (["--model.width", "64"], "model.width is 32 there, 64 here"),
-    ):
-        refused = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=60)
-        assert refused.returncode == 2
-        assert expected in refused.stderr
-        assert "Traceback" not in refused.stderr
-    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+def test_it_is_saved_at_its_end(run_dir: Path) -> None:
+    folder = run_dir / "checkpoints" / "step-00000012"
+    assert newest_complete(run_dir / "checkpoints") == (folder, [])
+    saved = verify(folder)
+    assert (saved.step, saved.samples, saved.attempt) == (12, 96, 1)
+    assert saved.layout == json.loads((run_dir / "environment.json").read_text())["layout"]
+    assert saved.config["train"]["steps"] == 12
+    assert saved.config["model"]["pattern"] == ["recurrent", "attention", "recurrent"]
+    assert f" MiB in {metrics(run_dir)[-1]['checkpoint_seconds']:.1f} s: {folder}\n" in (
+        (run_dir / "console.log").read_text()
+    )
+    assert sorted(path.name for path in run_dir.iterdir()) == [
+        "checkpoints",
+        "config.toml",
+        "console.log",
+        "environment.json",
+        "metrics.jsonl",
+        "tensorboard",
+    ]
 
 
 def cut(path: Path) -> None:
@@ -215,14 +175,15 @@ def test_damaged_data_are_refused_before_anything_is_written(
     ],
 )
 def test_refusals_come_before_anything_is_written(
-    config_path: Path, tmp_path: Path, overrides: list[str], ranks: int, expected: str
+    config_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    ranks: int,
+    expected: str,
 ) -> None:
-    run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "griffin.tools.cli", "train", str(config_path), "--run-dir", str(run_dir)]
-    refused = subprocess.run(
-        [*command, "--ranks", str(ranks), *overrides], capture_output=True, text=True, timeout=60, cwd=tmp_path
-    )
-    assert refused.returncode == 2, refused.stderr
-    assert expected in refused.stderr
-    assert "Traceback" not in refused.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(config_path), "--run-dir", "run", "--ranks", str(ranks), *overrides]) == 2
+    assert expected in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
