@@ -166,7 +166,7 @@ class Watch:
                 replaced.append((saver_module, "_CODE", saving_process.code(run_dir)))
             for owner, name, value in replaced:
                 stack.enter_context(mock.patch.object(owner, name, value))
-            stack.callback(lambda: [continue_saving() for _ in list(_stopped)])
+            stack.callback(_continue_all)
             yield
 
 
@@ -273,6 +273,11 @@ def stop_saving(saver: Saver) -> None:
 
 def continue_saving() -> None:
     os.kill(_stopped.pop(), signal.SIGCONT)
+
+
+def _continue_all() -> None:
+    while _stopped:
+        continue_saving()
 
 
 def continue_saving_in(seconds: float, saver: Saver) -> None:
