@@ -49,7 +49,8 @@ def coordinate(
     channels, folder = {0: own}, None
     verdict: dict[str, Any] = {"path": None, "bytes": 0, "error": None, "warning": None}
     try:
-        channels |= _accept_all(exchange, ranks, min(CONNECT_SECONDS, timeout))
+        # Sooner than those that are here would give this process up.
+        channels |= _accept_all(exchange, ranks, min(CONNECT_SECONDS, timeout / 2))
         missing = [rank for rank in range(ranks) if rank not in channels]
         if missing:
             raise SaveError(f"{exchange.peer(missing[0])} did not connect")
