@@ -61,6 +61,7 @@ def _rounded(values: np.ndarray, spec: ArraySpec) -> np.ndarray:
 
 
 def refuse_existing(target: Path) -> None:
+    """Raise ValueError unless `target` can be made: it is not there, and the folder that it is to be in is."""
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target}: exists, and is not overwritten")
     if not target.absolute().parent.is_dir():
@@ -112,6 +113,10 @@ def _write_chunk(task: _ChunkTask) -> tuple[str, FileRecord, int]:
 
 
 def write_step(target: Path, manifest: Manifest, made: Sequence[Made], workers: Workers) -> None:
+    """Write a Zarr checkpoint of these arrays, which are the manifest's, to the new folder `target`.
+
+    Raises CheckpointError where a file cannot be read or written; then nothing is left.
+    """
     begun = time.monotonic()
     files: dict[str, FileRecord] = {}
     with _new_folder(target) as tmp:
@@ -160,6 +165,8 @@ def _batches(file: RankFile) -> Iterator[list[Slice]]:
 
 @dataclass(frozen=True)
 class _Written:
+    """What became of a task's slices."""
+
     file: str
     checksums: tuple[tuple[str, int, str], ...]  # (array, first row, checksum) of each slice
     nbytes: int
@@ -205,6 +212,10 @@ def check_files(folder: Path, files: Sequence[tuple[RankFile, Mapping[str, Seque
 def write_ranks(
     target: Path, manifest: Manifest, made: Sequence[Made], layout: ParallelConfig, workers: Workers
 ) -> None:
+    """Write these arrays, which are the manifest's, as a file per rank to the new folder `target`.
+
+    Raises CheckpointError where a file cannot be read or written; then nothing is left.
+    """
     begun = time.monotonic()
     stages = rank_files.stage_blocks(manifest.config, layout)
     files = rank_files.lay_out(list(manifest.arrays.values()), layout, stages)

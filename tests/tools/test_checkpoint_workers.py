@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from griffin.tools import rank_files
 from griffin.tools.workers import Workers, start_workers
 from griffin.trainer.checkpoint import arrays
 from griffin.trainer.checkpoint.arrays import GlobalTensor
 from griffin.trainer.checkpoint.manifest import verify
+from griffin.trainer.checkpoint.zarr_io import Array
 from tests.checkpoints import FEW, assert_equal_arrays, make_checkpoint, read_arrays, reshard, small_chunks
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +110,32 @@ def test_an_interrupt_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flags", [[], ["--rank-files"]])
+def test_what_is_stored_wrongly_is_noticed(
+    float32: tuple[Path, Any],
+    tmp_path: Path,
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A bit that changes on its way to the disk, before any checksum is made of it."""
+    write, write_slices = Array.write, rank_files.write_slices
+
+    def flipped(values: np.ndarray) -> np.ndarray:
+        changed = values.copy()
+        changed.view(np.uint8).flat[-1] ^= 1
+        return changed
+
+    monkeypatch.setattr(Array, "write", lambda self, index, values: write(self, index, flipped(values)))
+    monkeypatch.setattr(
+        rank_files,
+        "write_slices",
+        lambda path, values: write_slices(path, [*values[:-1], (values[-1][0], flipped(values[-1][1]))]),
+    )
+    assert reshard(float32[0], tmp_path / "out", *flags) == 2
+    assert "does not hold what was written to it" in refused(capsys, tmp_path)
+
+
 BOUNDED = """
 import re, sys
 import griffin.tools.checkpoint_rewrite
@@ -172,6 +200,7 @@ def test_memory_is_bounded(large: tuple[Path, int], tmp_path: Path) -> None:
 
 ORPHANS = """
 import multiprocessing, time
+from griffin.tools import rank_files
 from griffin.tools.workers import start_workers
 
 def tasks():
