@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from griffin.trainer.checkpoint.arrays import EXP_AVG, EXP_AVG_SQ, MASTER, MODEL, ArraySpec, numpy_dtype
-from griffin.trainer.checkpoint.coordinator import Target, coordinate, describe, standing
+from griffin.trainer.checkpoint.coordinator import SIGN_OF_LIFE_SECONDS, Target, coordinate, describe, standing
 from griffin.trainer.checkpoint.exchange import CONTROL, VALUES, Channel, Exchange, Listener
 from griffin.trainer.checkpoint.plan import ChunkPlan, SavePlan, Segment
 from griffin.trainer.checkpoint.regions import put, take
@@ -73,6 +73,11 @@ class Begun:
     """A save's folder is made; its inode stays the same when it is committed."""
 
     inode: int
+
+
+@dataclass(frozen=True)
+class Alive:
+    """Said now and then while a save is under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +224,8 @@ class SavingProcess:
     def __init__(self, setup: Setup, staged: np.ndarray, rank: Connection) -> None:
         self._setup, self._staged, self._rank = setup, staged, rank
         self._listener = Listener(setup.host, setup.key, setup.timeout) if setup.world_size > 1 else None
+        self._telling = threading.Lock()
+        self._is_saving = False
 
     def run(self) -> None:
         """Until the rank is gone, or has ended the connection: then at once, whatever is being done."""
@@ -226,10 +233,16 @@ class SavingProcess:
             self._rank.send(Ready(port=self._listener.port if self._listener is not None else 0))
             while True:
                 # Workers that the rank has forked may hold its end of the connection.
+                said, interval = time.monotonic(), min(SIGN_OF_LIFE_SECONDS, self._setup.timeout / 4)
                 while not self._rank.poll(GLANCE_SECONDS):
                     if os.getppid() != self._setup.parent:
                         os._exit(0)
-                threading.Thread(target=self._save, args=(self._rank.recv(),), daemon=True).start()
+                    if self._is_saving and time.monotonic() - said > interval:
+                        said = time.monotonic()
+                        self._tell(Alive())
+                order = self._rank.recv()
+                self._is_saving = True
+                threading.Thread(target=self._save, args=(order,), daemon=True).start()
         except (EOFError, OSError):
             os._exit(0)
 
@@ -261,7 +274,7 @@ class SavingProcess:
             message = control.receive_message()
             if "folder" in message:
                 inode = message["inode"]
-                self._rank.send(Begun(inode=inode))
+                self._tell(Begun(inode=inode))
                 share = Share(setup, self._staged, exchange, Path(message["folder"]), _reporter(control))
                 message = control.receive_message()
             while "alive" in message:
@@ -281,8 +294,13 @@ class SavingProcess:
             is_done = is_done and not coordinator.is_alive()
         if is_done:
             exchange.close()
+        self._is_saving = False
         with suppress(OSError):  # the rank is gone, and so is this process in a moment
-            self._rank.send(Ended(**verdict, seconds=time.monotonic() - begun, is_stuck=not is_done))
+            self._tell(Ended(**verdict, seconds=time.monotonic() - begun, is_stuck=not is_done))
+
+    def _tell(self, message: object) -> None:
+        with self._telling:
+            self._rank.send(message)
 
 
 def _reporter(control: Channel) -> Callable[[dict[str, Any]], None]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from griffin.trainer.checkpoint.child import ROWS, Begun, Ended, Order, Ready, Setup
+from griffin.trainer.checkpoint.child import ROWS, Alive, Begun, Ended, Order, Ready, Setup
 from griffin.trainer.checkpoint.coordinator import Target, standing
 from griffin.trainer.checkpoint.plan import SavePlan
 
@@ -114,7 +114,10 @@ class Saver:
         self._launch()
 
     def wait(self) -> Outcome | None:
-        """The outcome of the save under way once it has ended; None if there is none, or poll has returned it."""
+        """The outcome of the save under way once it has ended; None if there is none, or poll has returned it.
+
+        A saving process that gives no sign of life for `timeout` seconds is killed: the save has failed.
+        """
         return self._listen(None)
 
     def poll(self) -> Outcome | None:
@@ -151,10 +154,11 @@ class Saver:
         if flight.error is not None:
             return self._end(flight, None, flight.error)
         try:
-            while self._control.poll(seconds):
+            while self._control.poll(self._timeout if seconds is None else seconds):
                 message = self._control.recv()
                 if isinstance(message, Begun):
                     flight.inode = message.inode
+                if isinstance(message, Begun | Alive):
                     continue
                 assert isinstance(message, Ended), message
                 self._flight = None
@@ -168,7 +172,10 @@ class Saver:
                     seconds=message.seconds,
                     bytes=message.bytes,
                 )
-            return None
+            if seconds is not None:
+                return None
+            self._discard(0)
+            death = f"{self._name} gave no sign of life for {self._timeout:g} s"
         except (EOFError, OSError):
             death = self._discard(END_SECONDS)
         # The process may have been lost after the checkpoint was committed.
