@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -52,6 +53,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code of the training. What a user can put right is refused before any process or folder exists."""
+    # A warning ahead of a stop must not end a rank that is just starting: it has nothing to save yet.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     ranks = _discover(args.ranks)
     if ranks is None:
         return _run_local(args)

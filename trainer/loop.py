@@ -112,12 +112,14 @@ def _run(
             report.evaluation(position.step, training.evaluate(held_out, config.train.eval_batches))
         if position.step == config.train.steps:
             break
-        result = training.step(train_batches, stop=requests.requested is not None)
+        stop = requests.requested is not None or checkpoints.is_taken_over
+        result = training.step(train_batches, stop=stop)
         position = Position(position.step + 1, position.samples + config.train.global_batch)
         report.step(position, result)
         checkpoints.poll()
         if result.stop and position.step < config.train.steps:
-            report.say(f"step {position.step}: asked to stop; saving")
+            why = "another run has taken the run folder over" if checkpoints.is_taken_over else "asked to stop"
+            report.say(f"step {position.step}: {why}; saving")
             checkpoints.finish(position)
             report.end()
             report.say("Stopped on request: started again with this run folder, the training goes on.")

@@ -163,7 +163,7 @@ class Training:
         self.steps_done = step
         self.schedule.num_steps = 0
         self.schedule.step(step)
-        for optimizer in self.optimizer.chained_optimizers:
+        for optimizer in set(self._updater.values()):
             for group in optimizer.optimizer.param_groups:
                 if isinstance(optimizer.optimizer, torch.optim.AdamW):  # counts for each parameter
                     for main in group["params"]:

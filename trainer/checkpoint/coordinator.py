@@ -16,7 +16,7 @@ from typing import Any
 
 from griffin.trainer.checkpoint.arrays import ArraySpec
 from griffin.trainer.checkpoint.exchange import CONNECT_SECONDS, CONTROL, Channel, Exchange, NoAnswerError
-from griffin.trainer.checkpoint.lock import holds
+from griffin.trainer.checkpoint.lock import holds, is_taken_over
 from griffin.trainer.checkpoint.manifest import Manifest, begin, clean, commit, retain, step_name
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord
 
@@ -24,7 +24,7 @@ SIGN_OF_LIFE_SECONDS = 5.0
 PARTING_SECONDS = 10.0  # patience with ranks that let go of a failed save
 
 
-class SaveError(Exception):
+class GivenUpError(Exception):
     """A save that is given up; the message says whose fault it is."""
 
 
@@ -53,24 +53,24 @@ def coordinate(
         channels |= _accept_all(exchange, ranks, min(CONNECT_SECONDS, timeout / 2))
         missing = [rank for rank in range(ranks) if rank not in channels]
         if missing:
-            raise SaveError(f"{exchange.peer(missing[0])} did not connect")
+            raise GivenUpError(f"{exchange.peer(missing[0])} did not connect")
         # Every rank is here, so that none writes to an earlier save's folder any longer.
         _assert_ours(target)
         clean(target.root)
-        folder = begin(target.root, step)
+        folder = begin(target.root, step, target.lock[1][:8] if target.lock is not None else "")
         for channel in channels.values():
             channel.send_message({"folder": str(folder), "inode": os.stat(folder).st_ino})
         files = _collect(channels, timeout)
         arrays = {array.name: array for array in target.arrays}
         manifest = Manifest(**header, arrays=arrays, files=files)
         _assert_ours(target)
-        verdict["path"] = str(commit(folder, manifest))
+        verdict["path"] = str(commit(folder, manifest, target.root / step_name(step)))
         verdict["bytes"] = sum(record.size for record in files.values())
     except Exception as error:
         verdict["error"] = describe(error)
     else:
         try:
-            retain(target.root, target.keep_last, target.keep_every)
+            retain(target.root, target.keep_last, target.keep_every, step)
         except Exception as error:
             verdict["warning"] = f"old checkpoints could not be removed: {describe(error)}"
     for channel in channels.values():
@@ -101,7 +101,7 @@ def standing(root: Path, step: int, inode: int | None) -> Path | None:
 
 def describe(error: BaseException) -> str:
     """An expected failure's text; of any other one the type as well, and its trace on stderr."""
-    if isinstance(error, OSError | CheckpointError | SaveError):
+    if isinstance(error, OSError | CheckpointError | GivenUpError):
         return str(error)
     traceback.print_exception(error, file=sys.stderr)
     return f"{type(error).__name__}: {error}"
@@ -117,12 +117,16 @@ def _accept_all(exchange: Exchange, ranks: int, seconds: float) -> dict[int, Cha
 
 
 def _assert_ours(target: Target) -> None:
-    if target.lock is not None and not holds(*target.lock):
-        raise SaveError(f"{target.lock[0]} is no longer this run's: another run has taken the folder over")
+    if target.lock is None or holds(*target.lock):
+        return
+    path, token = target.lock
+    if is_taken_over(path, token):
+        raise GivenUpError(f"{path} is no longer this run's: another run has taken the folder over")
+    raise GivenUpError(f"{path} is gone; without it another run may write the folder as well")
 
 
 def _collect(channels: dict[int, Channel], timeout: float) -> dict[str, FileRecord]:
-    """Every rank's files. SaveError or ConnectionError as soon as one fails, is gone, or is silent for too long."""
+    """Every rank's files. GivenUpError or ConnectionError as soon as one fails, is gone, or is silent for too long."""
     files: dict[str, FileRecord] = {}
     busy = set(channels)
     interval = min(SIGN_OF_LIFE_SECONDS, timeout / 4)
@@ -137,7 +141,7 @@ def _collect(channels: dict[int, Channel], timeout: float) -> dict[str, FileReco
                 message = channels[rank].receive_message()
                 heard[rank] = time.monotonic()
                 if "error" in message:
-                    raise SaveError(message["error"])
+                    raise GivenUpError(message["error"])
                 if "files" in message:
                     busy.discard(rank)
                     for name, record in message["files"].items():
@@ -148,7 +152,7 @@ def _collect(channels: dict[int, Channel], timeout: float) -> dict[str, FileReco
                 asked = now
                 silent = [rank for rank in channels if now - heard[rank] > timeout]
                 if silent:
-                    raise SaveError(f"no sign of life from {channels[silent[0]].peer} for {timeout:g} s")
+                    raise GivenUpError(f"no sign of life from {channels[silent[0]].peer} for {timeout:g} s")
                 for channel in channels.values():
                     channel.send_message({"alive": True})
     return files

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from griffin.parallel.grid import Grid
+from griffin.trainer.checkpoint.lock import is_taken_over
 from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.checkpoint.saver import Outcome, Saver
 from griffin.trainer.checkpoint.source import Source
 from griffin.trainer.checkpoint.state import ShardedState
 from griffin.trainer.config import Config
 from griffin.trainer.optimizer import optimizer_name
-from griffin.trainer.step import Training
+from griffin.trainer.step import NonFiniteError, Training
 
 
 class SaveError(RuntimeError):
@@ -55,6 +56,8 @@ class Checkpoints:
         report: Callable[[Outcome], None],
     ):
         self._config, self._grid, self._attempt, self._report = config, grid, attempt, report
+        self._lock = lock if grid.is_first_rank else None
+        self.is_taken_over = False  # another run writes the folder by now; rank 0 finds out
         self._state = ShardedState(training, grid)
         self._saver = Saver(
             root=root,
@@ -81,6 +84,10 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(
+            error, NonFiniteError
+        ):  # on every rank alike: what was saved before it went wrong is worth a wait
+            self._tell(self._saver.wait())
         if self._grid.device.type == "cuda" and self._staging.numel() > 0:
             torch.cuda.cudart().cudaHostUnregister(self._staging.data_ptr())
         self._saver.close()
@@ -137,6 +144,8 @@ class Checkpoints:
         if outcome is not None:
             self._ended = outcome
             self._report(outcome)
+            if outcome.error is not None and self._lock is not None:
+                self.is_taken_over = is_taken_over(*self._lock)
 
     def _header(self, position: Position) -> dict[str, Any]:
         """The manifest's fields, but for the arrays and files."""

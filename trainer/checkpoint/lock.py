@@ -158,6 +158,12 @@ def holds(path: Path, token: str) -> bool:
     return file is not None and file.identity == token
 
 
+def is_taken_over(path: Path, token: str) -> bool:
+    """Whether the lock file `path` stands and is another's than that of `token`."""
+    file = _read(path)
+    return file is not None and file.identity != token
+
+
 def refuse_if_held(run_dir: Path) -> None:
     """ValueError where a living process of this machine holds the lock of `run_dir`. Waits for nothing."""
     file = _read(run_dir / NAME)

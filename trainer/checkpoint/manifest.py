@@ -26,7 +26,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 GROUP = "zarr.json"
 _STEP = re.compile(r"step-(\d{8,})")
-_LEFTOVER = re.compile(r"step-\d{8,}\.(tmp|deleted)")
+_LEFTOVER = re.compile(r"step-\d{8,}(\.[0-9a-f]+)?\.(tmp|deleted)")
 _SHOWN = 10  # damaged files that a message lists
 
 
@@ -42,6 +42,7 @@ class Manifest:
     layout: dict[str, Any]  # that it was saved from; nothing depends on it
     optimizer: dict[str, Any] | None  # its scalars; None for weights only
     random: dict[str, str]  # states of generators, base64
+    sources: tuple[str, ...] = ()  # the checkpoints that weights are the mean of
     arrays: dict[str, ArraySpec]  # by their names
     files: dict[str, FileRecord]  # by their paths in the step's folder
 
@@ -67,7 +68,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from None
 
 
-def _sync(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Make a folder's entries durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -104,31 +105,34 @@ def _refuse(problems: list[str]) -> None:
 # Writing a step.
 
 
-def begin(root: Path, step: int) -> Path:
-    """Create the folder in which a step is written, `root/step-00000100.tmp`; a leftover of that name is removed.
+def begin(root: Path, step: int, owner: str = "") -> Path:
+    """Create the folder in which a step is written, `root/step-00000100.OWNER.tmp`; a leftover of that name is removed.
 
     Args:
         root: the checkpoints folder; created if missing, in a folder that is there.
+        owner: hexadecimal, of the run that writes: one that has lost the run folder, and does not know it yet, then
+            writes to another folder than the one that has taken it over. "" makes it `root/step-00000100.tmp`.
     """
-    folder = root / f"{step_name(step)}.tmp"
+    folder = root / ".".join(part for part in (step_name(step), owner, "tmp") if part)
     with _naming(folder):
         if not root.exists():
             root.mkdir(exist_ok=True)
-            _sync(root.parent)
+            sync_folder(root.parent)
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
     return folder
 
 
-def commit(tmp: Path, manifest: Manifest) -> Path:
+def commit(tmp: Path, manifest: Manifest, final: Path | None = None) -> Path:
     """Give a written step its name, once all of it is on disk.
 
     A folder that has the name already (one that was found damaged and passed over) is kept as `step-....damaged-1`.
 
     Args:
-        tmp: the folder `<name>.tmp` in which every array was created and every chunk was written and synchronised.
+        tmp: the folder beside it in which every array was created and every chunk was written and synchronised.
         manifest: `files` holds one record of every chunk; those of the zarr.json files are added here.
+        final: the step's folder; by default `tmp` without its suffix.
 
     Returns:
         The step's folder.
@@ -154,17 +158,17 @@ def commit(tmp: Path, manifest: Manifest) -> Path:
     for array in manifest.arrays.values():
         open_array(tmp, array)
         with _naming(tmp / array.name):
-            _sync(tmp / array.name)
+            sync_folder(tmp / array.name)
     _write(tmp / MANIFEST, _to_text(manifest))
 
-    final = tmp.with_name(tmp.name.removesuffix(".tmp"))
+    final = final or tmp.with_name(tmp.name.removesuffix(".tmp"))
     with _naming(final):
-        _sync(tmp)
+        sync_folder(tmp)
         if final.exists():
             aside = (final.with_name(f"{final.name}.damaged-{count}") for count in itertools.count(1))
             final.rename(next(path for path in aside if not path.exists()))
         tmp.rename(final)
-        _sync(final.parent)
+        sync_folder(final.parent)
     return final
 
 
@@ -212,6 +216,7 @@ def read_manifest(folder: Path) -> Manifest:
     version = values.pop("format")
     if version != FORMAT:
         raise CheckpointError(f"{path} is of format {version}; this version reads format {FORMAT}")
+    values["sources"] = tuple(values["sources"])
     values["arrays"] = {name: ArraySpec.from_json(name, array) for name, array in values["arrays"].items()}
     values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
     return Manifest(**values)
@@ -356,31 +361,35 @@ def resolve(path: Path) -> Path:
     return folder
 
 
-def retain(root: Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Remove old steps and return their former folders.
+def retain(root: Path, keep_last: int, keep_every: int, newest: int) -> list[Path]:
+    """Remove steps before `newest`, which has just been committed, and return their former folders.
 
-    Nothing is removed if the newest step fails `check`. Steps that do fail it do not count among the last ones.
+    Only what a training can go on from is counted and removed: complete steps with an optimizer's state. Nothing is
+    removed if `newest` itself is not one. Later steps, as of an attempt before, are left alone.
 
     Args:
-        keep_last: number of complete steps to keep; 0 keeps all.
+        keep_last: number of steps to keep, `newest` among them; 0 keeps all.
         keep_every: steps that are multiples of it are kept; 0 keeps none.
     """
-    if keep_last == 0:
+    if keep_last == 0 or not _can_go_on_from(root / step_name(newest)):
         return []
-    complete = 0
-    removed: list[Path] = []
-    for position, (step, folder) in enumerate(reversed(steps(root))):
-        if complete < keep_last:
-            try:
-                check(folder)
-                complete += 1
-            except CheckpointError:
-                if position == 0:
-                    break
+    kept, removed = 1, []
+    for step, folder in reversed(steps(root)):
+        if step >= newest or not _can_go_on_from(folder):
+            continue
+        if kept < keep_last:
+            kept += 1
         elif not (keep_every and step % keep_every == 0):
             _remove(folder)
             removed.append(folder)
     return removed
+
+
+def _can_go_on_from(folder: Path) -> bool:
+    try:
+        return check(folder).optimizer is not None
+    except CheckpointError:
+        return False
 
 
 def _remove(folder: Path) -> None:
@@ -389,17 +398,20 @@ def _remove(folder: Path) -> None:
         if doomed.exists():
             shutil.rmtree(doomed)
         folder.rename(doomed)  # at once: a step that is half removed must not carry a step's name
-        _sync(folder.parent)
+        sync_folder(folder.parent)
         shutil.rmtree(doomed)
 
 
 def clean(root: Path) -> list[Path]:
-    """Remove what writes and removals that were interrupted left; for the only writer of the folder, while idle."""
+    """Remove what writes and removals that were interrupted left; for the only writer of the folder, while idle.
+
+    What cannot be removed stays: no name of it is that of a step.
+    """
     with _naming(root):
         try:
             leftovers = [path for path in root.iterdir() if _LEFTOVER.fullmatch(path.name)]
         except FileNotFoundError:
             return []
-        for path in leftovers:
-            shutil.rmtree(path)
-    return leftovers
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path for path in leftovers if not path.exists()]

@@ -169,9 +169,6 @@ class Write:
         self._futures = futures
         futures.commit.force()  # start now, not when the result is asked for
 
-    def done(self) -> bool:
-        return self._futures.commit.done()
-
     def result(self) -> FileRecord:
         """Wait until the chunk's file is on disk, synchronised.
 

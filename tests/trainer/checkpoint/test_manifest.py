@@ -276,7 +276,7 @@ def test_resolve_says_what_it_looked_for(tmp_path, root):
 def test_retain(root, keep_last, keep_every, kept):
     for step in range(1, 7):
         save_step(root, step, arrays=FEW)
-    removed = retain(root, keep_last, keep_every)
+    removed = retain(root, keep_last, keep_every, 6)
     assert names(root) == [step_name(step) for step in kept]
     assert sorted(removed) == [root / step_name(step) for step in range(1, 7) if step not in kept]
 
@@ -285,7 +285,7 @@ def test_retain_removes_nothing_unless_the_newest_is_complete(root):
     for step in (1, 2, 3):
         save_step(root, step, arrays=FEW)
     damage(root / step_name(3))
-    assert retain(root, 1, 0) == []
+    assert retain(root, 1, 0, 3) == []
     assert len(steps(root)) == 3
 
 
@@ -293,8 +293,36 @@ def test_retain_does_not_count_damaged_steps(root):
     for step in range(1, 6):
         save_step(root, step, arrays=FEW)
     damage(root / step_name(4))
-    assert [path.name for path in retain(root, 2, 0)] == [step_name(2), step_name(1)]
+    assert [path.name for path in retain(root, 2, 0, 5)] == [step_name(2), step_name(1)]
     assert [step for step, _ in steps(root)] == [3, 4, 5]
+
+
+def test_retain_leaves_later_steps_and_those_no_training_goes_on_from(root):
+    for step in (1, 2, 3, 5):
+        save_step(root, step, arrays=FEW)
+    save_step(root, 4, arrays=FEW, optimizer=None)
+    assert retain(root, 1, 0, 4) == []  # weights only: nothing else may stand in its place
+    assert [path.name for path in retain(root, 2, 0, 3)] == [step_name(1)]
+    assert [step for step, _ in steps(root)] == [2, 3, 4, 5]
+    assert [path.name for path in retain(root, 2, 0, 5)] == [step_name(2)]
+    assert [step for step, _ in steps(root)] == [3, 4, 5]
+
+
+def test_two_owners_write_one_step_in_folders_of_their_own(root):
+    one, other = begin(root, 7, "aaaa0000"), begin(root, 7, "bbbb0000")
+    assert names(root) == ["step-00000007.aaaa0000.tmp", "step-00000007.bbbb0000.tmp"]
+    assert begin(root, 7, "aaaa0000") == one
+    assert steps(root) == []
+    assert sorted(clean(root)) == [one, other]
+
+
+def test_a_leftover_that_cannot_be_removed_stands_in_nobodys_way(root, monkeypatch):
+    save_step(root, 1, arrays=FEW)
+    (root / "step-00000002.tmp").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", lambda *_, **__: (_ for _ in ()).throw(OSError(16, "Device or resource busy")))
+        assert clean(root) == []
+    assert clean(root) == [root / "step-00000002.tmp"]
 
 
 def test_a_removal_cut_short_leaves_no_step(root, monkeypatch):
@@ -308,7 +336,7 @@ def test_a_removal_cut_short_leaves_no_step(root, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", die)
         with pytest.raises(CheckpointError, match=r"step-00000001\.deleted: Input/output error"):
-            retain(root, 1, 0)
+            retain(root, 1, 0, 2)
     assert [step for step, _ in steps(root)] == [2]
     assert clean(root) == [root / "step-00000001.deleted"]
     assert names(root) == ["step-00000002"]
@@ -319,7 +347,7 @@ def test_a_step_removed_twice(root):
     for step in (1, 2):
         save_step(root, step, arrays=FEW)
     (root / "step-00000001.deleted" / "model.x").mkdir(parents=True)
-    assert retain(root, 1, 0) == [root / step_name(1)]
+    assert retain(root, 1, 0, 2) == [root / step_name(1)]
     assert names(root) == [step_name(2)]
 
 
