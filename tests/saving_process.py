@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ _OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.sca
 def code(controls: Path) -> str:
     """What a saving process executes, instead of `saver._CODE`, to be controlled by files in the folder `controls`.
 
-    In it lies the folder `checkpoints`, whose files count. `slow`: seconds to sleep at each operation on them. `kill`:
-    number of the operation, counted from the making of a step's folder, before which rank 0's process is killed.
-    `trace`: the file to which its operations are appended, one per line.
+    In it lies the folder `checkpoints`, whose files count. `slow`: seconds to sleep at each operation on them, and
+    perhaps, after a space, a text: then on those paths only that hold it. `kill`: number of the operation, counted from
+    the making of a step's folder, before which rank 0's process is killed. `trace`: the file to which its operations
+    are appended, one per line.
     """
     return (
         f"from tests.saving_process import install; install({str(controls)!r}); "
@@ -53,8 +55,10 @@ def install(controls: str) -> None:
                         file.write(f"{event} {path}\n")
                 if count >= 0 and kill.exists() and count == int(kill.read_text()):
                     os.kill(os.getpid(), signal.SIGKILL)
-            if slow.exists():
-                time.sleep(float(slow.read_text()))
+            with suppress(FileNotFoundError):
+                seconds, _, text = slow.read_text().partition(" ")
+                if text in path:
+                    time.sleep(float(seconds or 0))
         finally:
             thread.is_in_hook = False
 

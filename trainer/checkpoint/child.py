@@ -14,8 +14,10 @@ import socket
 import sys
 import threading
 import time
+import traceback
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -34,6 +36,7 @@ from griffin.trainer.checkpoint.zarr_io import Array, FileRecord, create_array
 NICENESS = 10
 GLANCE_SECONDS = 0.2  # between two looks whether the rank's process is there
 WRITERS = 4  # chunks being written at a time, of at most 64 MiB each (and as much again in tensorstore)
+LEAVE_SECONDS = 30.0  # patience with the writes under way of a save that has failed
 ROWS = 3  # of the staged state: master, exp_avg, exp_avg_sq
 
 
@@ -93,7 +96,10 @@ class Ended:
 
 
 class Share:
-    """One rank's share of one save: two threads send what others write, and put together and write its own chunks."""
+    """One rank's share of one save: two threads send what others write, and put together and write its own chunks.
+
+    It ends with its first failure, or when it is given up: no chunk is begun any longer.
+    """
 
     def __init__(self, setup: Setup, staged: np.ndarray, exchange: Exchange, folder: Path, report: Callable) -> None:
         """`report` is told once: {"files": {path: [size, checksum]}} or {"error": text}."""
@@ -103,19 +109,32 @@ class Share:
         self._files: dict[str, FileRecord] = {}
         self._running, self._has_failed = 2, False
         self._lock = threading.Lock()
+        self._given_up = threading.Event()
         self._pool = ThreadPoolExecutor(WRITERS)
+        self._writes: deque[Future[tuple[str, FileRecord]]] = deque()  # under way, at most WRITERS
         self._threads = [
             threading.Thread(target=self._run, args=(task,), daemon=True) for task in (self._send, self._write)
         ]
         for thread in self._threads:
             thread.start()
 
+    def give_up(self) -> None:
+        """Begin no chunk any longer. Who awaits values is woken by the exchange."""
+        self._given_up.set()
+
     def join(self) -> bool:
-        """Wait until nothing of it runs any longer. False if something still does after the timeout."""
-        deadline = time.monotonic() + self._timeout
+        """Wait until nothing of it runs, nor reads what is staged. False if something still does after some patience.
+
+        For a share that has ended or was given up.
+        """
+        deadline = time.monotonic() + min(self._timeout, LEAVE_SECONDS)
         for thread in self._threads:
             thread.join(max(0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        if any(thread.is_alive() for thread in self._threads):
+            return False
+        _, running = wait(self._writes, max(0, deadline - time.monotonic()))
+        self._pool.shutdown(wait=False)
+        return not running
 
     def _run(self, task: Callable[[], None]) -> None:
         error: Exception | None = None
@@ -127,6 +146,8 @@ class Share:
             self._running -= 1
             is_last_word = not self._has_failed and (error is not None or self._running == 0)
             self._has_failed = self._has_failed or error is not None
+        if error is not None:
+            self.give_up()
         if is_last_word and error is not None:
             self._report({"error": f"{self._name}: {describe(error)}"})
         elif is_last_word:
@@ -137,36 +158,41 @@ class Share:
             if chunk.owner == self._plan.rank:
                 continue
             for row in range(ROWS):
+                self._go_on()
                 for segment in chunk.segments:
                     if segment.rank == self._plan.rank:
                         self._exchange.connect(chunk.owner, VALUES).send(self._take(row, segment))
 
     def _write(self) -> None:
-        writes: list[Future[tuple[str, FileRecord]]] = []
-        try:
-            for chunk in self._plan.chunks:
-                if chunk.owner != self._plan.rank:
-                    continue
-                for row in range(ROWS):
-                    values = self._assemble(chunk, row)
-                    for spec in self._arrays_of(chunk, row):
-                        if len(writes) >= WRITERS:
-                            self._finish(writes.pop(0))
-                        writes.append(self._pool.submit(self._write_chunk, spec, chunk.index, values))
-            while writes:
-                self._finish(writes.pop(0))
-        finally:  # nothing reads what is staged when this returns
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        for chunk in self._plan.chunks:
+            if chunk.owner != self._plan.rank:
+                continue
+            for row in range(ROWS):
+                self._go_on()
+                values = self._assemble(chunk, row)
+                for spec in self._arrays_of(chunk, row):
+                    if len(self._writes) >= WRITERS:
+                        self._finish()
+                    self._writes.append(self._pool.submit(self._write_chunk, spec, chunk.index, values))
+        while self._writes:
+            self._finish()
 
-    def _finish(self, write: Future[tuple[str, FileRecord]]) -> None:
+    def _finish(self) -> None:
+        """Wait for the first of the writes under way, which stays among them if it does not end."""
         try:
-            name, record = write.result(self._timeout)
+            name, record = self._writes[0].result(self._timeout)
         except TimeoutError as error:
             raise TimeoutError(f"{self._folder}: a write has not ended within {self._timeout:g} s") from error
+        self._writes.popleft()
         assert name not in self._files, f"{name} is written twice"
         self._files[name] = record
 
+    def _go_on(self) -> None:
+        if self._given_up.is_set():
+            raise ConnectionError("the save was given up")
+
     def _write_chunk(self, spec: ArraySpec, index: tuple[int, ...], values: np.ndarray) -> tuple[str, FileRecord]:
+        self._go_on()
         with self._lock:
             array = self._arrays.get(spec.name)
         if array is None:  # it may be made twice; its metadata is the same
@@ -245,6 +271,9 @@ class SavingProcess:
                 threading.Thread(target=self._save, args=(order,), daemon=True).start()
         except (EOFError, OSError):
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # an exit that waits for the threads of a pool may wait for ever
 
     def _save(self, order: Order) -> None:
         begun, setup = time.monotonic(), self._setup
@@ -285,13 +314,16 @@ class SavingProcess:
             path = standing(setup.target.root, order.step, inode)
             text = None if path is not None else describe(error)
             verdict = {"path": None if path is None else str(path), "bytes": 0, "error": text, "warning": None}
+        if share is not None:
+            share.give_up()
         exchange.give_up()
         is_done = share is None or share.join()
-        if control is not None:
-            control.close()
-        if coordinator is not None:
-            coordinator.join(setup.timeout)
-            is_done = is_done and not coordinator.is_alive()
+        if is_done:  # otherwise the end of this process tells that it writes no longer
+            if control is not None:
+                control.close()
+            if coordinator is not None:
+                coordinator.join(setup.timeout)
+                is_done = not coordinator.is_alive()
         if is_done:
             exchange.close()
         self._is_saving = False

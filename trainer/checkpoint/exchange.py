@@ -34,10 +34,10 @@ class Channel:
     """A connection over which two processes send each other byte strings, each after its length.
 
     One thread may receive; any may send. ConnectionError naming `peer` where it is gone, NoAnswerError where it neither
-    takes nor gives anything within `timeout` seconds.
+    takes nor gives anything within `timeout` seconds; None waits until the connection ends.
     """
 
-    def __init__(self, connection: socket.socket, peer: str, timeout: float):
+    def __init__(self, connection: socket.socket, peer: str, timeout: float | None):
         self.peer = peer
         self._socket = connection
         self._sending = threading.Lock()
@@ -48,7 +48,7 @@ class Channel:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def set_timeout(self, seconds: float) -> None:
+    def set_timeout(self, seconds: float | None) -> None:
         self._timeout = seconds
         self._socket.settimeout(seconds)
 
@@ -110,7 +110,7 @@ class Channel:
             view = view[count:]
 
     def _lost(self, error: OSError | None) -> ConnectionError:
-        if isinstance(error, TimeoutError):
+        if isinstance(error, TimeoutError) and self._timeout is not None:
             return NoAnswerError(f"no answer from {self.peer} within {self._timeout:g} s")
         return ConnectionError(f"lost {self.peer}" + (f" ({error})" if error is not None else ""))
 
@@ -133,13 +133,13 @@ class Listener:
         self._changed = threading.Condition()
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
 
-    def take(self, save: int, rank: int, use: str, peer: str, seconds: float) -> Channel:
-        """The connection that `rank` makes for a use in a save. ConnectionError after `seconds` or its end."""
-        deadline = time.monotonic() + seconds
+    def take(self, save: int, rank: int, use: str, peer: str, seconds: float | None) -> Channel:
+        """The connection that `rank` makes for a use in a save. ConnectionError after `seconds` or the save's end."""
+        deadline = None if seconds is None else time.monotonic() + seconds
         with self._changed:
             while (save, rank, use) not in self._waiting:
-                left = deadline - time.monotonic()
-                if left <= 0:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
                     raise ConnectionError(f"{peer} did not connect within {seconds:g} s")
                 if save <= self._ended:
                     raise ConnectionError("the save was given up")
@@ -180,7 +180,7 @@ class Listener:
         except (OSError, ValueError):
             channel.close()
             return
-        channel.set_timeout(self._timeout)
+        channel.set_timeout(_patience(hello["use"], self._timeout))
         place = (hello["save"], hello["rank"], hello["use"])
         with self._changed:
             if place[0] > self._ended:
@@ -221,12 +221,15 @@ class Exchange:
         return self._channels[place]
 
     def accept(self, rank: int, use: str, seconds: float | None = None) -> Channel:
-        """The connection from another rank to this one, waited for when it is first asked for."""
+        """The connection from another rank to this one, waited for when it is first asked for.
+
+        For `seconds` or the timeout if it is one for control; one for values is made only once there are some to send.
+        """
         place = ("from", rank, use)
         if place not in self._channels:
             assert self._listener is not None
-            seconds = self._timeout if seconds is None else seconds
-            self._keep(place, self._listener.take(self.save, rank, use, self.peer(rank), seconds))
+            patience = _patience(use, self._timeout if seconds is None else seconds)
+            self._keep(place, self._listener.take(self.save, rank, use, self.peer(rank), patience))
         return self._channels[place]
 
     def give_up(self) -> None:
@@ -266,7 +269,7 @@ class Exchange:
         except BaseException:
             channel.close()
             raise
-        channel.set_timeout(self._timeout)
+        channel.set_timeout(_patience(use, self._timeout))
         return channel
 
     def _keep(self, place: tuple[str, int, str], channel: Channel) -> None:
@@ -274,6 +277,11 @@ class Exchange:
             self._channels[place] = channel
             if self._given_up and place[2] == VALUES:
                 channel.wake()
+
+
+def _patience(use: str, timeout: float) -> float | None:
+    """Values are awaited by who is early, however long: `Exchange.give_up` ends that, when control finds silence."""
+    return None if use == VALUES else timeout
 
 
 def _proof(key: bytes, side: bytes, nonce: bytes, greeting: bytes) -> bytes:

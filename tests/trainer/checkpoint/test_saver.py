@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from griffin.trainer.checkpoint import saver as saver_module
-from griffin.trainer.checkpoint.exchange import CONTROL, Exchange, Listener
+from griffin.trainer.checkpoint.exchange import CONTROL, VALUES, Exchange, Listener
 from griffin.trainer.checkpoint.manifest import steps
 from griffin.trainer.checkpoint.plan import SavePlan
 from griffin.trainer.checkpoint.saver import Saver
@@ -248,6 +249,35 @@ class TestListener:
         here.give_up()
         thread.join(5)
         assert str(caught[0]) == "the save was given up"
+
+    def test_values_are_awaited_however_long(self) -> None:
+        """Until the save is given up: its timeout is for control."""
+        listener = Listener("127.0.0.1", b"k" * 32, timeout=0.2)
+        addresses = [("127.0.0.1", listener.port)] * 2
+        here, there = (
+            Exchange(kept, b"k" * 32, save=1, rank=rank, addresses=addresses, timeout=0.2)
+            for rank, kept in enumerate((listener, None))
+        )
+        values = np.arange(2**24, dtype=np.float32)  # 64 MiB: more than the system keeps on the way
+        received = np.empty_like(values)
+        with ThreadPoolExecutor() as threads:
+            channel = threads.submit(here.accept, 1, VALUES)
+            time.sleep(0.5)
+            sent = threads.submit(lambda: there.connect(0, VALUES).send(values))
+            channel.result(5)
+            time.sleep(0.5)
+            assert not sent.done()
+            channel.result().receive_values(received)
+            sent.result(5)
+            np.testing.assert_array_equal(received, values)
+            waiting = threads.submit(channel.result().receive)
+            time.sleep(0.5)
+            assert not waiting.done()
+            here.give_up()
+            with pytest.raises(ConnectionError, match="lost the saving process of rank 1"):
+                waiting.result(5)
+        for exchange in (here, there):
+            exchange.close()
 
 
 def test_a_saver_that_never_saves_leaves_nothing(tmp_path: Path) -> None:

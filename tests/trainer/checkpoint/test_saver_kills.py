@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from griffin.trainer.checkpoint import saver as saver_module
+from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec
 from griffin.trainer.checkpoint.manifest import newest_complete
 from griffin.trainer.checkpoint.saver import Outcome
 from tests import saving_process
@@ -84,12 +85,13 @@ def operations(team: Team, folder: Path, step: int) -> list[str]:
     team.save(step, random_state(step))
     lines = (folder / "trace").read_text().splitlines()
     (folder / "trace").unlink()
-    return lines[lines.index(f"os.mkdir {team.root}/step-{step:08d}.tmp") :]
+    begun = next(line for line in lines if line.startswith(f"os.mkdir {team.root}/step-{step:08d}."))
+    return lines[lines.index(begun) :]
 
 
 def points_of_commit(trace: list[str], root: Path, step: int) -> dict[str, int]:
     """Operations around the manifest, the rename and the removal of the step before."""
-    tmp, old = f"{root}/step-{step:08d}.tmp", f"{root}/step-{step - 1:08d}"
+    tmp, old = trace[0].removeprefix("os.mkdir "), f"{root}/step-{step - 1:08d}"
     renamed = trace.index(f"os.rename {tmp}")
     return {
         "before the manifest": trace.index(f"open {tmp}/manifest.json"),
@@ -129,10 +131,13 @@ def test_killed_at_50_points(folder: Path) -> None:
         assert kill_at(team, folder, points, 3) >= 3
 
 
-def wait_for_files(folder: Path, count: int) -> None:
-    """Until a step that is being written has so many files."""
+def wait_for_files(root: Path, step: int, count: int) -> Path:
+    """Until a step that is being written has so many files. The folder where it is."""
     deadline = time.monotonic() + 30
-    while sum(len(files) for _, _, files in os.walk(folder)) < count:
+    while True:
+        for folder in root.glob(f"step-{step:08d}.*tmp"):
+            if sum(len(files) for _, _, files in os.walk(folder)) >= count:
+                return folder
         assert time.monotonic() < deadline, "no save goes on"
         time.sleep(0.002)
 
@@ -144,7 +149,7 @@ def test_one_of_four_processes_killed_amid_a_save(folder: Path) -> None:
         for step, victim in ((2, 2), (4, 0)):
             (folder / "slow").write_text("0.01")
             team.start(step, random_state(step))
-            wait_for_files(root / f"step-{step:08d}.tmp", 30)
+            wait_for_files(root, step, 30)
             os.kill(team.pid(victim), signal.SIGKILL)
             (folder / "slow").unlink()
             outcomes = team.wait()
@@ -223,10 +228,10 @@ def test_a_folder_that_vanishes_and_comes_back(folder: Path) -> None:
         assert_saves(team, 3)
         (folder / "slow").write_text("0.01")
         team.start(4, random_state(4))
-        wait_for_files(root / "step-00000004.tmp", 30)
-        shutil.rmtree(root / "step-00000004.tmp", ignore_errors=True)
+        begun = wait_for_files(root, 4, 30)
+        shutil.rmtree(begun, ignore_errors=True)
         (folder / "slow").unlink()
-        assert_failed(team.wait(), str(root / "step-00000004.tmp"))
+        assert_failed(team.wait(), str(begun))
         assert_newest(root, 3, random_state(3))
         assert_saves(team, 5)
 
@@ -248,6 +253,76 @@ def test_a_file_system_that_hangs(folder: Path) -> None:
         assert team.pid(1) == processes[1]
 
 
+def own_file(layout: Layout, rank: int) -> str:
+    """The file of a chunk that a rank writes."""
+    chunk = next(chunk for chunk in layout.plans[rank].chunks if chunk.owner == rank)
+    return ArraySpec(kind=MODEL, tensor=chunk.tensor, dtype=layout.dtype, chunks=chunk.chunks).file(chunk.index)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_write_that_hangs(folder: Path, rank: int) -> None:
+    layout = Layout(1, 2)
+    with Team(layout, folder / "checkpoints", timeout=2) as team:
+        team.save(1, random_state(1))
+        process = team.pid(rank)
+        (folder / "slow").write_text(f"60 {own_file(layout, rank)}")
+        begun = time.monotonic()
+        outcomes = team.save(2, random_state(2))
+        # 2 s for the write, 2 s until the process is given up, and 2 s for the folder's removal
+        assert time.monotonic() - begun < 15
+        (folder / "slow").unlink()
+        assert_failed(outcomes, f"rank {rank} on 127.0.0.1: {team.root}", "a write has not ended within 2 s")
+        assert_newest(team.root, 1, random_state(1))
+        assert_saves(team, 3)
+        assert team.pid(rank) != process  # that one is in the call still
+
+
+def test_a_failed_save_is_not_written_to_its_end(folder: Path) -> None:
+    layout = Layout(1, 2)
+    with Team(layout, folder / "checkpoints") as team:
+        team.save(1, random_state(1))
+        process = team.pid(0)
+        # Seconds per chunk. Rank 0 has more than 40, by 4 at a time: more than 10 s of writing.
+        (folder / "slow").write_text("1 /c.")
+        assert sum(chunk.owner == 0 for chunk in layout.plans[0].chunks) * 3 > 40
+        team.start(2, random_state(2))
+        wait_for_files(team.root, 2, 10)
+        os.kill(team.pid(1), signal.SIGKILL)
+        begun = time.monotonic()
+        outcome = team.savers[0].wait()
+        assert time.monotonic() - begun < 5  # the writes under way, of 1 s, and leeway for a slow machine
+        (folder / "slow").unlink()
+        team.savers[1].wait()
+        assert outcome is not None
+        assert outcome.error is not None
+        assert "lost the saving process of rank 1 on 127.0.0.1" in outcome.error
+        assert_saves(team, 3)
+        assert team.pid(0) == process
+
+
+@pytest.mark.slow
+def test_a_save_may_take_longer_than_the_timeout(folder: Path) -> None:
+    layout = Layout(1, 2)
+    with Team(layout, folder / "checkpoints", timeout=2) as team:
+        rounds = min(sum(chunk.owner == rank for chunk in layout.plans[rank].chunks) for rank in range(2)) * 3 // 4
+        (folder / "slow").write_text(f"{6.5 / rounds} /c.")  # of chunks, each rank's 4 at a time
+        (outcome, _) = team.save(1, random_state(1))
+        assert outcome is not None
+        assert outcome.error is None
+        assert outcome.seconds > 6
+        assert_newest(team.root, 1, random_state(1))
+        # A process that stands still amid a save, and whose rank does not look.
+        team.start(2, random_state(2))
+        wait_for_files(team.root, 2, 10)
+        os.kill(team.pid(1), signal.SIGSTOP)
+        with ThreadPoolExecutor() as threads:
+            outcome = threads.submit(team.savers[0].wait).result(20)
+        (folder / "slow").unlink()
+        assert_failed([outcome], "no sign of life from the saving process of rank 1 on 127.0.0.1 for 2 s")
+        assert_failed([team.savers[1].wait()], "the saving process of rank 1 on 127.0.0.1 gave no sign of life for 2 s")
+        assert_saves(team, 3)
+
+
 @contextmanager
 def mounted(folder: Path, *options: str) -> Iterator[None]:
     folder.mkdir()
@@ -267,7 +342,7 @@ def test_full_disk(folder: Path) -> None:
     with mounted(disk, "-t", "tmpfs", "-o", "size=1200k", "tmpfs"), Team(Layout(1, 2), disk / "checkpoints") as team:
         team.save(1, random_state(1))
         for step in (2, 3):
-            assert_failed(team.save(step, random_state(step)), f"step-0000000{step}.tmp/", "No space left on device")
+            assert_failed(team.save(step, random_state(step)), f"step-0000000{step}.", "No space left on device")
             assert [path.name for path in team.root.iterdir()] == ["step-00000001"]  # the disk is not left full
             assert_newest(team.root, 1, random_state(1))
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
