@@ -6,23 +6,26 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
 
+from griffin.trainer.log_file import LogFile
 from griffin.trainer.run_folder import RunFolder
 
 
 class Console:
     """Rank 0's output. A context manager: an error that leaves it is kept in console.log as well.
 
-    `steps` is the last step of the run and `start` the one after which it begins.
+    `steps` is the last step of the run and `start` the one after which it begins. What cannot be written (the disk is
+    full, the terminal is gone) is lost, and nothing is raised.
     """
 
     def __init__(self, folder: RunFolder, steps: int, start: int = 0, stream: TextIO | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
-        self._log = folder.console.open("a", encoding="utf-8")
+        self._log = LogFile(folder.console, self._show)
         self._steps = steps
         self._begun: tuple[int, float] | None = None  # first step that was done, and when
         self._bar = None
@@ -31,11 +34,15 @@ class Console:
 
     def print(self, text: str) -> None:
         """Print `text` without breaking the bar."""
-        if self._bar is None:
-            print(text, file=self._stream, flush=True)
-        else:
-            self._bar.write(text, file=self._stream)
-        print(text, file=self._log, flush=True)
+        self._show(text)
+        self._log.write(f"{text}\n")
+
+    def _show(self, text: str) -> None:
+        with suppress(OSError):
+            if self._bar is None:
+                print(text, file=self._stream, flush=True)
+            else:
+                self._bar.write(text, file=self._stream)
 
     def step(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """Report that `step` is done; with its `values` (as logged to the metrics) on a logged step."""
@@ -43,7 +50,8 @@ class Console:
         # The first step compiles and allocates: it says nothing about the time that is left.
         self._begun = self._begun or (step, now)
         if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+            with suppress(OSError):
+                self._bar.update(step - self._bar.n)
         if values is None:
             return
         text = f"step {step:>{len(str(self._steps))}}/{self._steps}  " + "  ".join(
@@ -53,15 +61,17 @@ class Console:
             left = (now - self._begun[1]) / (step - self._begun[0]) * (self._steps - step)
             text += f"  {tqdm.format_interval(left)} left"
         if self._bar is None:
-            print(text, file=self._stream, flush=True)
+            self._show(text)
         else:
             shown = [_FORMATS[key](values[key]) for key in ("loss", "tokens_per_second") if key in values]
-            self._bar.set_postfix_str(", ".join(shown))
-        print(text, file=self._log, flush=True)
+            with suppress(OSError):
+                self._bar.set_postfix_str(", ".join(shown))
+        self._log.write(f"{text}\n")
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
         self._log.close()
 
     def __enter__(self) -> Console:
@@ -71,7 +81,7 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            traceback.print_exception(error, file=self._log)
+            self._log.write("".join(traceback.format_exception(error)))
         self.close()
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import TYPE_CHECKING
 
+from griffin.trainer.log_file import LogFile
 from griffin.trainer.run_folder import RunFolder
+
+if TYPE_CHECKING:  # it takes a second to import
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class MetricsWriter:
@@ -18,38 +22,60 @@ class MetricsWriter:
     `attempt` counts the run's starts and `start` is the step after which this one goes on. Figures of later steps,
     from an attempt that ended after its last checkpoint, stay in metrics.jsonl under that attempt's number, and are
     hidden from TensorBoard's curves.
+
+    What cannot be written is lost and nothing is raised; `say` is told once for each of the two. metrics.jsonl is tried
+    again with each line, TensorBoard's writer, whose thread ends with its first error, is not.
     """
 
-    def __init__(self, folder: RunFolder, tensorboard: bool, attempt: int = 1, start: int = 0) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        tensorboard: bool,
+        attempt: int = 1,
+        start: int = 0,
+        say: Callable[[str], object] = print,
+    ) -> None:
         self._attempt = attempt
-        self._file = folder.metrics.open("a", encoding="utf-8")
-        if _ends_within_a_line(folder.metrics):  # an attempt that was killed while it wrote
-            self._file.write("\n")
-        self._tensorboard = None
+        self._say = say
+        self._file = LogFile(folder.metrics, say)
+        self._tensorboard: SummaryWriter | None = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # Before the first step there may have been an evaluation, which a run from scratch does again.
             purge = None if attempt == 1 and start == 0 else start + 1 if start else 0
-            self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=purge)
             text = folder.config.read_text(encoding="utf-8")
-            self._tensorboard.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), start)
-            self._tensorboard.flush()
+            with self._tensorboard_errors():
+                self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=purge)
+                self._tensorboard.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), start)
+                self._tensorboard.flush()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line {"step", "attempt", **values}, flushed. JSON has no infinity or NaN: they become null."""
         line = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self._file.write(json.dumps({"step": step, "attempt": self._attempt, **line}, allow_nan=False) + "\n")
-        self._file.flush()
         if self._tensorboard is not None:
-            for key, value in values.items():
-                self._tensorboard.add_scalar(key, value, step)
-            self._tensorboard.flush()
+            with self._tensorboard_errors():
+                for key, value in values.items():
+                    self._tensorboard.add_scalar(key, value, step)
+                self._tensorboard.flush()
 
     def close(self) -> None:
         self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with self._tensorboard_errors():
+                self._tensorboard.close()
+
+    @contextmanager
+    def _tensorboard_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # an OSError, or what the file system library of TensorBoard makes of one
+            self._say(f"tensorboard/ cannot be written: {error}; training goes on without it")
+            writer, self._tensorboard = self._tensorboard, None
+            if writer is not None:
+                with suppress(Exception):  # it flushes, which fails again; but its thread ends
+                    writer.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -58,11 +84,3 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _ends_within_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"

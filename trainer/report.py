@@ -49,7 +49,7 @@ class Report:
         config, grid, folder, source = self._config, self._grid, self._folder, self._source
         self._console = self._stack.enter_context(Console(folder, config.train.steps, source.step))
         self._metrics = self._stack.enter_context(
-            MetricsWriter(folder, config.log.tensorboard, attempt=folder.attempt, start=source.step)
+            MetricsWriter(folder, config.log.tensorboard, folder.attempt, source.step, say=self._console.print)
         )
         sizes = stage_blocks(config.model, config.parallel, config.data.sequence_length)
         self._console.print(

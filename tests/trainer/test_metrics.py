@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,3 +92,69 @@ def test_curves_go_on_where_the_next_attempt_does(
     events = EventAccumulator(str(folder.tensorboard)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
     assert b"width = 64" in events.Tensors("config/text_summary")[-1].tensor_proto.string_val[0]
+
+
+def test_a_full_disk_loses_lines_and_no_more(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder.metrics.symlink_to("/dev/full")
+    with MetricsWriter(folder, tensorboard=False) as metrics:
+        metrics.log(1, {"loss": 1.0})
+        metrics.log(2, {"loss": 1.0})
+        assert capsys.readouterr().out == (
+            "metrics.jsonl cannot be written: [Errno 28] No space left on device; training goes on without it\n"
+        )
+        folder.metrics.unlink()
+        metrics.log(3, {"loss": 1.0})
+        assert [line["step"] for line in lines(folder)] == [3]
+        folder.metrics.unlink()
+        folder.metrics.mkdir()
+        metrics.close()
+        metrics.log(4, {"loss": 1.0})
+    assert capsys.readouterr().out == ""
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writes end at this size, in the middle of a line, as they do where a disk becomes full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_line_that_a_full_disk_cut_spoils_no_other(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    with MetricsWriter(folder, tensorboard=False) as metrics:
+        metrics.log(1, {"loss": 1.0})
+        with files_of_at_most(folder.metrics.stat().st_size + 10):
+            metrics.log(2, {"loss": 1.0})
+            metrics.log(3, {"loss": 1.0})
+        metrics.log(4, {"loss": 1.0})
+        metrics.log(5, {"loss": 1.0})
+    first, cut, *rest = folder.metrics.read_text().splitlines()
+    assert json.loads(first)["step"] == 1
+    assert cut == '{"step": 2'
+    # A line 3 found room for its newline only, if at all.
+    assert [json.loads(line)["step"] for line in rest if line] == [4, 5]
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written: ") == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread ends so
+@pytest.mark.parametrize("fails_at_once", [True, False])
+def test_tensorboard_is_given_up(folder: RunFolder, fails_at_once: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.ExitStack() as stack:
+        if fails_at_once:
+            folder.tensorboard.write_text("in its way")
+        metrics = stack.enter_context(MetricsWriter(folder, tensorboard=True))
+        metrics.log(1, {"loss": 1.0})
+        if not fails_at_once:
+            (events,) = folder.tensorboard.iterdir()
+            stack.enter_context(files_of_at_most(events.stat().st_size + 5))
+        for step in range(2, 30):  # more than its queue holds
+            metrics.log(step, {"loss": 1.0, "tokens": 1.0})
+    said = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("tensorboard/ cannot be written: ")
+    ]
+    assert len(said) == 1
+    if fails_at_once:
+        assert [line["step"] for line in lines(folder)] == list(range(1, 30))
