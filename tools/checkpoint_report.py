@@ -23,6 +23,8 @@ from griffin.trainer.checkpoint.manifest import Manifest, check, read_manifest, 
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
 COMPARED_ELEMENTS = 2**20  # at a time, in float64
+# Sections of a config that say where and how a training runs and what it writes: not what it computes.
+INFORMATIVE = ("parallel", "log", "checkpoint")
 
 
 def step_folders(path: Path) -> list[Path]:
@@ -95,6 +97,8 @@ def show(path: Path, as_json: bool) -> None:
         print(f"{name:<10} {getattr(manifest, name)}")
     print(f"layout     {_words(manifest.layout)}")
     print(f"optimizer  {_words(manifest.optimizer) if manifest.optimizer else 'none: weights only'}")
+    for source in manifest.sources:
+        print(f"mean of    {source}")
     for section, settings in manifest.config.items():
         print(f"\n[{section}]")
         for key, value in settings.items():
@@ -208,11 +212,12 @@ def _difference(name: str, a: np.ndarray, b: np.ndarray) -> Difference:
 def diff(a_path: Path, b_path: Path, workers: Workers, *, weights_only: bool = False) -> int:
     """Print in what two checkpoints differ: scalars, settings, and array by array. Returns 1 if they do, else 0.
 
+    What does not count for the result is printed too: attempt, date, layout, and the settings of INFORMATIVE sections.
     With `weights_only`, the model's weights alone are looked at. A worker has a few chunks in memory.
     """
     a, b = open_step(resolve(a_path)), open_step(resolve(b_path))
     print(f"a: {a.path}\nb: {b.path}")
-    lines = [] if weights_only else _differing_settings(a.manifest, b.manifest)
+    lines, uncounted = ([], []) if weights_only else _differing_settings(a.manifest, b.manifest)
     wanted = [name for name in dict(a.arrays) | dict(b.arrays) if not weights_only or name.startswith(f"{MODEL}.")]
     both = []
     for name in wanted:
@@ -226,7 +231,7 @@ def diff(a_path: Path, b_path: Path, workers: Workers, *, weights_only: bool = F
     found = _compare_arrays(a, b, both, workers)
     for name in both:
         lines += _described(found[name], a.manifest.arrays[name], b.manifest.arrays[name])
-    for line in lines:
+    for line in (*lines, *(f"{line} (does not count)" for line in uncounted)):
         print(line)
     equal = sum(
         found[name].differing == 0 and a.manifest.arrays[name].dtype == b.manifest.arrays[name].dtype for name in both
@@ -266,21 +271,27 @@ def _described(found: Difference, a: ArraySpec, b: ArraySpec) -> list[str]:
     ]
 
 
-def _differing_settings(a: Manifest, b: Manifest) -> list[str]:
-    """Of everything that a training continues from, and of the config; not of when and in what layout it was saved."""
-    lines = [
-        f"{name}: {getattr(a, name)} in a, {getattr(b, name)} in b"
-        for name in ("step", "samples", "optimizer")
-        if getattr(a, name) != getattr(b, name)
-    ]
+def _differing_settings(a: Manifest, b: Manifest) -> tuple[list[str], list[str]]:
+    """In what a training continues from, and in its settings; and, apart, in how it was run and saved."""
+    counted, uncounted = (
+        _differing({name: getattr(a, name) for name in names}, {name: getattr(b, name) for name in names})
+        for names in (("step", "samples", "optimizer"), ("attempt", "created", "sources"))
+    )
     if a.random != b.random:
-        lines.append("random state: differs")
-    x, y = _flat(a.config), _flat(b.config)
-    return lines + [
-        f"{key}: {json.dumps(x[key]) if key in x else 'not set'} in a, "
-        f"{json.dumps(y[key]) if key in y else 'not set'} in b"
-        for key in sorted(x.keys() | y.keys())
-        if key not in x or key not in y or x[key] != y[key]
+        counted.append("random state: differs")
+    uncounted += _differing(_flat({"layout": a.layout}), _flat({"layout": b.layout}))
+    for section in sorted(a.config.keys() | b.config.keys()):
+        x, y = (_flat({section: one.config.get(section, {})}) for one in (a, b))
+        (uncounted if section in INFORMATIVE else counted).extend(_differing(x, y))
+    return counted, uncounted
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key}: {json.dumps(a[key]) if key in a else 'not set'} in a, "
+        f"{json.dumps(b[key]) if key in b else 'not set'} in b"
+        for key in dict(a) | dict(b)
+        if key not in a or key not in b or a[key] != b[key]
     ]
 
 

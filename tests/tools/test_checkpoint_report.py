@@ -3,15 +3,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from griffin.parallel.config import ParallelConfig
 from griffin.tools.cli import main
 from griffin.trainer.checkpoint.arrays import GlobalTensor
-from griffin.trainer.checkpoint.manifest import read_manifest
+from griffin.trainer.checkpoint.manifest import Manifest, commit, read_manifest
 from tests.checkpoints import TENSORS, config_json, make_checkpoint, small_chunks
 
 FEW = [TENSORS[0], GlobalTensor(name="blocks.0.mlp.down.weight", shape=(8, 24), axis=1, atoms=24), TENSORS[-1]]
@@ -156,6 +158,15 @@ def test_verify_refuses_no_workers(run: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "griffin: error: --workers 0: must be at least 1\n"
 
 
+def write_step(target: Path, manifest: Manifest, arrays: Path) -> None:
+    """The step at `arrays` with another manifest."""
+    tmp = target.with_name(f"{target.name}.tmp")
+    shutil.copytree(arrays, tmp, ignore=shutil.ignore_patterns("manifest.json"))
+    (tmp / "zarr.json").unlink()
+    files = read_manifest(arrays).files
+    commit(tmp, replace(manifest, files={name: files[name] for name in manifest.chunk_files()}))
+
+
 def diff(*words: object) -> int:
     return main(["checkpoint", "diff", *map(str, words), "--workers", "1"])
 
@@ -168,6 +179,42 @@ def test_diff_of_equal_checkpoints_with_other_chunks(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.splitlines()[2:] == ["9 of 9 arrays are equal bit by bit"]
 
 
+def test_diff_of_equal_checkpoints_of_other_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where and when a training ran is told, and makes no other checkpoint."""
+    config = config_json(parallel=ParallelConfig(tensor=2))
+    config["log"]["interval"] = 7
+    config["checkpoint"]["interval"] = 8
+    make_checkpoint(tmp_path / "a", tensors=FEW)
+    make_checkpoint(tmp_path / "b", tensors=FEW, config=config)
+    later = replace(
+        read_manifest(tmp_path / "b"), attempt=3, created="2026-01-03", layout={"tensor": 2}, sources=("c",), files={}
+    )
+    write_step(tmp_path / "later", later, tmp_path / "b")
+    assert diff(tmp_path / "a", tmp_path / "later") == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        *(
+            f"{line} (does not count)"
+            for line in (
+                "attempt: 2 in a, 3 in b",
+                'created: "2026-01-02T03:04:05+0000" in a, "2026-01-03" in b',
+                'sources: [] in a, ["c"] in b',
+                "layout.tensor: 1 in a, 2 in b",
+                "layout.pipeline: 1 in a, not set in b",
+                "layout.virtual_pipeline: 1 in a, not set in b",
+                "layout.sequence_parallel: false in a, not set in b",
+                "layout.data: 1 in a, not set in b",
+                "checkpoint.interval: 1000 in a, 8 in b",
+                "log.interval: 10 in a, 7 in b",
+                "parallel.tensor: 1 in a, 2 in b",
+            )
+        ),
+        "9 of 9 arrays are equal bit by bit",
+    ]
+    config["optimizer"]["weight_decay"] = 0.5
+    make_checkpoint(tmp_path / "c", tensors=FEW, config=config)
+    assert diff(tmp_path / "later", tmp_path / "c") == 1
+
+
 def test_diff_counts_and_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Against what is known of two checkpoints; the last chunk's elements count as all others do."""
     a = make_checkpoint(tmp_path / "a", tensors=FEW, dtype="bfloat16", seed=1)
@@ -177,7 +224,7 @@ def test_diff_counts_and_measures(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert lines[:3] == [
         "step: 100 in a, 101 in b",
         "samples: 400 in a, 404 in b",
-        "optimizer: {'name': 'adamw', 'step': 100} in a, {'name': 'adamw', 'step': 101} in b",
+        'optimizer: {"name": "adamw", "step": 100} in a, {"name": "adamw", "step": 101} in b',
     ]
     assert lines[-1] == "3 of 12 arrays are equal bit by bit"  # the second moments, all zero
     assert len(lines) == 3 + 9 + 1
