@@ -22,6 +22,7 @@ import numpy as np
 
 from griffin.trainer.checkpoint.child import ROWS, Alive, Begun, Ended, Order, Ready, Setup
 from griffin.trainer.checkpoint.coordinator import Target, standing
+from griffin.trainer.checkpoint.memory import Request, memory_left, shortages
 from griffin.trainer.checkpoint.plan import SavePlan
 
 START_SECONDS = 60.0  # patience with a saving process that starts; it takes below one
@@ -79,18 +80,16 @@ class Saver:
 
         `lock` is the (path, token) of the run folder's lock, without which rank 0 commits nothing; None for no check.
         `timeout`, in seconds, is that of every wait for another process or a file. MemoryError, on every rank, where
-        one machine has no memory for the staged state.
+        a machine, or a control group, has no memory for the staged state of all its ranks.
         """
         self._rank, self._host, self._timeout, self._all_gather = rank, host, timeout, all_gather
-        size, error = max(1, ROWS * plan.elements * 4), None
-        try:
-            self._memory, mapped = _shared_memory(size)
-        except MemoryError as caught:
-            error = f"rank {rank} on {host}: {caught}"
-        answers = all_gather((secrets.token_bytes(32) if rank == 0 else b"", error))
-        errors = [answer for _, answer in answers if answer is not None]
-        if errors:
-            raise MemoryError("; ".join(errors))
+        size = max(1, ROWS * plan.elements * 4)
+        request = Request(rank=rank, host=host, size=size, left=memory_left())
+        answers = all_gather((secrets.token_bytes(32) if rank == 0 else b"", request))
+        problems = shortages([request for _, request in answers])
+        if problems:
+            raise MemoryError("; ".join(problems))
+        self._memory, mapped = self._allocate(size)
         self.staging = np.frombuffer(mapped, np.float32, count=ROWS * plan.elements).reshape(ROWS, plan.elements)
         target = Target(root=root, arrays=plan.arrays, keep_last=keep_last, keep_every=keep_every, lock=lock)
         setup = Setup(
@@ -112,6 +111,21 @@ class Saver:
         self._process: subprocess.Popen | None = None
         self._port: int | None = None  # of the process, once it is ready
         self._launch()
+
+    def _allocate(self, size: int) -> tuple[int, mmap.mmap]:
+        """Shared memory, as a file and mapped. MemoryError on every rank where one gets none."""
+        memory, error = None, None
+        try:
+            memory = _shared_memory(size)
+        except MemoryError as caught:
+            error = f"rank {self._rank} on {self._host}: {caught}"
+        errors = [error for error in self._all_gather(error) if error is not None]
+        if errors:
+            if memory is not None:
+                os.close(memory[0])
+            raise MemoryError("; ".join(errors))
+        assert memory is not None
+        return memory
 
     def wait(self) -> Outcome | None:
         """The outcome of the save under way once it has ended; None if there is none, or poll has returned it.
@@ -248,14 +262,10 @@ class Saver:
 def _shared_memory(size: int) -> tuple[int, mmap.mmap]:
     """A file without a name in memory, and all of it mapped. MemoryError if there is not enough."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-        if size > available:
-            raise MemoryError(f"{available / 2**30:.2f} GiB are available")
         memory = os.memfd_create("griffin staged state")
         os.posix_fallocate(memory, 0, size)
         return memory, mmap.mmap(memory, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    except (OSError, MemoryError) as error:
+    except OSError as error:
         raise MemoryError(
             f"no memory for {size / 2**30:.2f} GiB of staged state, which checkpoints are saved from: {error}"
         ) from error
