@@ -80,7 +80,8 @@ def write_config(folder: Path) -> Path:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """Every line that is complete."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 
 def series(run_dir: Path, key: str) -> dict[int, float]:
@@ -102,8 +103,8 @@ def snapshot(path: Path) -> dict[Path, tuple[int, bytes]]:
     return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.rglob("*") if file.is_file()}
 
 
-def wait_for(what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
+def wait_for(what: Callable[[], object], seconds: float = PATIENCE) -> None:
+    deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
@@ -246,9 +247,9 @@ def die_once_saved(run_dir: Path, step: int) -> None:
 
 def die_amid_save(run_dir: Path, step: int) -> None:
     """Once some chunks of it are written."""
-    folder = RunFolder(run_dir).checkpoints / f"{step_name(step)}.tmp"
-    wait_for(lambda: len(list(folder.glob("*/c*"))) > 3)
-    assert not (folder / "manifest.json").exists()
+    root, name = RunFolder(run_dir).checkpoints, f"{step_name(step)}.*.tmp"
+    wait_for(lambda: len(list(root.glob(f"{name}/*/c*"))) > 3)
+    assert not list(root.glob(f"{name}/manifest.json"))
     kill_this_process()
 
 
