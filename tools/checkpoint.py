@@ -55,10 +55,20 @@ def add_parser(subparsers: Any) -> None:
     command.add_argument("source", metavar="SRC", type=Path, help=NEWEST_HELP)
     command.add_argument("target", metavar="DST", type=Path, help="step folder to make; must not exist")
     command.add_argument(
-        "--tensor", type=int, metavar="T", help="tensor-parallel size (with no layout stated: chunks as training saves)"
+        "--tensor",
+        type=int,
+        metavar="T",
+        help="tensor-parallel size: every tensor that is sharded is cut in T parts (with no layout stated: chunks as "
+        "training saves)",
     )
-    command.add_argument("--pipeline", type=int, metavar="P", help="pipeline-parallel size")
-    command.add_argument("--virtual", type=int, metavar="V", help="stages of each pipeline rank")
+    command.add_argument(
+        "--pipeline",
+        type=int,
+        metavar="P",
+        help="pipeline-parallel size, which matters for --rank-files; else it is only recorded: each array is of one "
+        "block, so that stages cut none",
+    )
+    command.add_argument("--virtual", type=int, metavar="V", help="stages of each pipeline rank; as --pipeline")
     command.add_argument("--weights-only", action="store_true", help="leave the optimizer's state out")
     _add_dtype(command, "of the weights, rounded from the master weights where there are any")
     command.add_argument(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from griffin.parallel.config import ParallelConfig
 from griffin.tools import rank_files
-from griffin.tools.checkpoint_write import Made, check_files, refuse_existing, write_ranks, write_step
+from griffin.tools.checkpoint_write import Made, check_files, refuse_target, write_ranks, write_step
 from griffin.tools.stored_arrays import Source, StoredArray, open_step
 from griffin.tools.workers import Workers
 from griffin.trainer.checkpoint.arrays import (
@@ -44,7 +44,7 @@ def reshard(
     the model's in the result; its weights are rounded from the master weights where there are any. Raises ValueError,
     and CheckpointError naming the file for what is damaged; then nothing is left at `target`.
     """
-    refuse_existing(target)
+    refuse_target(target)
     if from_ranks:
         source, files = rank_files.open_rank_folder(path)
     elif (path / rank_files.INDEX).exists():
@@ -61,7 +61,10 @@ def reshard(
         layout = layout or ParallelConfig()
     tensors = _tensors(manifest)
     cuts = layout.tensor if layout else default_cuts(tensors)
-    made = _converted(source, {tensor.name: chunk_shape(tensor, cuts) for tensor in tensors}, dtype, weights_only)
+    # For a stated layout tensors of any size are cut: a rank is to read nothing that it does not hold.
+    whole_bytes = 0 if layout else None
+    chunks = {tensor.name: chunk_shape(tensor, cuts, whole_bytes=whole_bytes) for tensor in tensors}
+    made = _converted(source, chunks, dtype, weights_only)
     manifest = _described(manifest, made, weights_only)
     if layout:
         cut = {name: getattr(layout, name) for name in ("tensor", "pipeline", "virtual_pipeline")}
@@ -80,7 +83,7 @@ def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str
     default that of the newest of them). The result has weights only; all else it has from the newest, and in
     layout["average_of"] what it was made from. Raises as `reshard` does.
     """
-    refuse_existing(target)
+    refuse_target(target)
     if len(paths) < 2:
         raise ValueError("average: needs at least two checkpoints SRC... and, last, DST")
     sources = [open_step(resolve(path)) for path in paths]
@@ -96,8 +99,8 @@ def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str
         if newest.manifest.arrays[name].kind == MODEL
     ]
     manifest = _described(newest.manifest, made, weights_only=True)
-    layout = manifest.layout | {"average_of": [str(source.path) for source in sources]}
-    write_step(target, replace(manifest, layout=layout), made, workers)
+    manifest = replace(manifest, sources=tuple(str(source.path) for source in sources))
+    write_step(target, manifest, made, workers)
 
 
 def _tensors(manifest: Manifest) -> list[GlobalTensor]:

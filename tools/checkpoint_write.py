@@ -6,7 +6,7 @@ and compares what the file then holds with what was meant.
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +23,10 @@ from griffin.tools.rank_files import RankFile, Slice
 from griffin.tools.stored_arrays import StoredArray, opened, same_bits, shape_of
 from griffin.tools.workers import Workers
 from griffin.trainer.checkpoint.arrays import CHUNK_BYTES, ArraySpec, Box, numpy_dtype
-from griffin.trainer.checkpoint.manifest import Manifest, commit
+from griffin.trainer.checkpoint.manifest import Manifest, commit, sync_folder
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord, create_array
+
+_OF_A_RUN = re.compile(r"step-\d{8,}(\..*)?")  # names that a run gives to its steps, and to what is left of them
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,21 @@ def _rounded(values: np.ndarray, spec: ArraySpec) -> np.ndarray:
     return rounded
 
 
-def refuse_existing(target: Path) -> None:
-    """Raise ValueError unless `target` can be made: it is not there, and the folder that it is to be in is."""
+def refuse_target(target: Path) -> None:
+    """Raise ValueError unless `target` can be made: it is not there, the folder that it is to be in is, and a run does
+    not take it for its own."""
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target}: exists, and is not overwritten")
     if not target.absolute().parent.is_dir():
         raise ValueError(f"{target}: must be a new folder in one that is there; {target.absolute().parent} is not")
+    name, parent = target.name, target.absolute().parent
+    if _OF_A_RUN.fullmatch(name):
+        for folder in (parent, parent.resolve()):
+            if folder.name == "checkpoints" and (folder.parent / "config.toml").exists():
+                raise ValueError(
+                    f"{target}: must not be among the steps of a run ({folder.parent}), which resumes from its steps "
+                    "and removes them; choose a name that is not step-NUMBER, or another folder"
+                )
     if (tmp := _aside(target)).exists():
         raise ValueError(f"{tmp}: exists; it is being written, or was left by what was killed: then remove it")
 
@@ -244,19 +255,10 @@ def write_ranks(
             for file, arrays in checksums.items()
         }
         rank_files.write_index(tmp, manifest, stages, files, in_order)
-        _sync(tmp)
+        sync_folder(tmp)
         tmp.rename(target)
-        _sync(tmp.parent)
+        sync_folder(tmp.parent)
     _summarize(target, len(made), files=len(files), size=sum(file.size for file in files), begun=begun)
-
-
-def _sync(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _bar(name: str, size: int) -> tqdm:

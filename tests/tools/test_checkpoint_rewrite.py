@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from griffin.tools.cli import main
-from griffin.trainer.checkpoint.arrays import GlobalTensor, chunk_shape
+from griffin.trainer.checkpoint.arrays import GlobalTensor
 from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from tests.checkpoints import FEW, assert_equal_arrays, config_json, make_checkpoint, read_arrays, reshard, small_chunks
 
@@ -57,14 +57,16 @@ def test_chunks_are_those_of_the_layout(
     manifest, old = verify(target), read_manifest(source)
     assert_equal_arrays(read_arrays(target), values)
     for spec in manifest.arrays.values():
-        assert spec.chunks == chunk_shape(spec.tensor, tensor)
-        if spec.tensor.axis is not None and spec.tensor.elements * 4 > 256:
-            for rank in range(tensor):  # a chunk is a rank's or not: never a part of it
-                held = spec.tensor.part(rank, tensor)[spec.tensor.axis]
-                for index in spec.indices():
-                    part = spec.box(index)[spec.tensor.axis]
-                    is_apart = part.stop <= held.start or held.stop <= part.start
-                    assert is_apart or held.start <= part.start < part.stop <= held.stop
+        axis = spec.tensor.axis
+        if axis is None:
+            assert spec.chunks == spec.shape
+            continue
+        held = [spec.tensor.part(rank, tensor)[axis] for rank in range(tensor)]
+        for index in spec.indices():  # each chunk lies within one rank's part, however small the tensor
+            part = spec.box(index)[axis]
+            assert sum(some.start <= part.start < part.stop <= some.stop for some in held) == 1
+    sizes = {spec.tensor.elements * 4 for spec in manifest.arrays.values() if spec.tensor.axis is not None}
+    assert min(sizes) <= 256 < max(sizes)  # training would leave the smaller ones whole
     assert manifest.layout == {
         "tensor": tensor,
         "pipeline": 2,
@@ -219,6 +221,34 @@ def test_nothing_is_overwritten(
 
 
 @pytest.mark.parametrize("flags", [[], ["--rank-files"]])
+@pytest.mark.parametrize("name", ["step-00000100", "step-123456789", "step-00000100.tmp", "step-00000100.deleted"])
+def test_a_runs_own_steps_are_not_written(
+    float32: tuple[Path, Any], tmp_path: Path, name: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    checkpoints = run / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (run / "config.toml").touch()
+    (tmp_path / "link").symlink_to(checkpoints)
+    for parent in (checkpoints, tmp_path / "link"):
+        assert reshard(float32[0], parent / name, *flags) == 2
+        error = refused(capsys, checkpoints)
+        assert f"{parent / name}: must not be among the steps of a run ({run})" in error
+        assert "choose a name that is not step-NUMBER, or another folder" in error
+    assert main(["checkpoint", "average", str(float32[0]), str(float32[0]), str(checkpoints / name)]) == 2
+    assert "must not be among the steps of a run" in refused(capsys, checkpoints)
+
+
+def test_other_names_and_folders_are_written(float32: tuple[Path, Any], tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.toml").touch()
+    (tmp_path / "elsewhere/checkpoints").mkdir(parents=True)
+    for name in ("run/checkpoints/resharded", "run/step-00000100", "elsewhere/checkpoints/step-00000100"):
+        assert reshard(float32[0], tmp_path / name, "--weights-only") == 0
+        verify(tmp_path / name)
+
+
+@pytest.mark.parametrize("flags", [[], ["--rank-files"]])
 @pytest.mark.parametrize(
     ("damage", "workers"),
     [
@@ -250,7 +280,9 @@ def average(*words: object) -> int:
     return main(["checkpoint", "average", *map(str, words), "--workers", "1"])
 
 
-def test_average(bfloat16: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
+def test_average(
+    bfloat16: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of master weights, where there are any, in float64; stored as the newest stores its weights."""
     a = bfloat16[1]
     b = make_checkpoint(tmp_path / "b", tensors=FEW, seed=2, step=300, dtype="bfloat16", cuts=2)
@@ -272,7 +304,14 @@ def test_average(bfloat16: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -
     )
     manifest = verify(tmp_path / "mean")
     assert (manifest.step, manifest.samples, manifest.optimizer, manifest.random) == (300, 1200, None, {})
-    assert manifest.layout["average_of"] == [str(bfloat16[0]), str(tmp_path / "b"), str(tmp_path / "c")]
+    assert manifest.sources == (str(bfloat16[0]), str(tmp_path / "b"), str(tmp_path / "c"))
+    assert manifest.layout == read_manifest(tmp_path / "b").layout
+    assert main(["checkpoint", "inspect", str(tmp_path / "mean")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in shown if line.startswith("mean of ")] == list(manifest.sources)
+    assert reshard(tmp_path / "mean", tmp_path / "ranks", "--rank-files") == 0
+    assert reshard(tmp_path / "ranks", tmp_path / "again", "--from-ranks") == 0
+    assert read_manifest(tmp_path / "again").sources == manifest.sources
     assert average(bfloat16[0], tmp_path / "b", tmp_path / "c", tmp_path / "fp32", "--dtype", "fp32") == 0
     assert_equal_arrays(read_arrays(tmp_path / "fp32"), means)
 

@@ -75,13 +75,14 @@ def default_cuts(tensors: Iterable[GlobalTensor]) -> int:
     return math.lcm(*(size for size in range(1, COVERED_TENSOR_SIZE + 1) if atoms % size == 0))
 
 
-def chunk_shape(tensor: GlobalTensor, cuts: int) -> tuple[int, ...]:
+def chunk_shape(tensor: GlobalTensor, cuts: int, *, whole_bytes: int | None = None) -> tuple[int, ...]:
     """Shape of a tensor's chunks: its axis in `cuts` parts, further cut by rows (of dimension 0) to CHUNK_BYTES.
 
-    Small tensors are one chunk. Bytes are those of float32, so that all arrays of a tensor have the same chunks.
+    Tensors up to `whole_bytes` (default: WHOLE_BYTES) are one chunk. Bytes are those of float32, so that all arrays of
+    a tensor have the same chunks.
     """
     chunk = list(tensor.shape)
-    if tensor.elements * 4 <= WHOLE_BYTES:
+    if tensor.elements * 4 <= (WHOLE_BYTES if whole_bytes is None else whole_bytes):
         return tuple(chunk)
     if tensor.axis is not None:
         assert tensor.axis_size % cuts == 0, (tensor.name, tensor.axis_size, cuts)
