@@ -116,7 +116,11 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", host.group())
 
 
-def _mpi(environment: Mapping[str, str]) -> Ranks:
+def mpi_world(environment: Mapping[str, str]) -> Any:
+    """mpi4py's communicator of all ranks that mpiexec started.
+
+    Raises ValueError where mpi4py cannot be used, or counts other ranks than mpiexec does.
+    """
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # mpi4py raises RuntimeError where it finds no MPI library
@@ -131,6 +135,13 @@ def _mpi(environment: Mapping[str, str]) -> Ranks:
                 f"{name} = {environment[name]} but mpi4py sees a world of {world.size}: mpi4py uses another MPI than "
                 "the mpiexec that started it"
             )
+    return world
+
+
+def _mpi(environment: Mapping[str, str]) -> Ranks:
+    world = mpi_world(environment)
+    from mpi4py import MPI
+
     if world.size == 1 and int(environment.get("SLURM_NTASKS", 1)) > 1:
         raise ValueError(f"SLURM_NTASKS = {environment['SLURM_NTASKS']} but mpi4py sees a world of 1")
     node: Any = world.Split_type(MPI.COMM_TYPE_SHARED)

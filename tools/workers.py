@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from griffin.launch.local import cores
+from griffin.launch.ranks import mpi_world
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -112,21 +113,7 @@ def _end_with_parent() -> None:
 
 def _mpi_world() -> Any:
     """mpi4py's communicator of the processes that mpiexec started together with this one; None where it is alone."""
-    sizes = {name: int(os.environ[name]) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if name in os.environ}
-    if not sizes and "PMIX_RANK" not in os.environ:
+    if not any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
         return None
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # mpi4py raises RuntimeError where it finds no MPI library
-        raise ValueError(
-            f"started by mpiexec, but mpi4py cannot be used ({str(error).splitlines()[0]}): install "
-            "griffin-megatron[mpi] and the MPI that mpiexec belongs to"
-        ) from None
-    world: Any = MPI.COMM_WORLD
-    for name, size in sizes.items():
-        if size != world.size:  # each process would do all the work
-            raise ValueError(
-                f"{name} = {size} but mpi4py sees a world of {world.size}: mpi4py uses another MPI than the mpiexec "
-                "that started it"
-            )
+    world = mpi_world(os.environ)
     return world if world.size > 1 else None
