@@ -7,6 +7,7 @@ import re
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from griffin.parallel.ranks import Ranks
@@ -37,8 +38,9 @@ def discover() -> Ranks | None:
 def leave(code: int) -> NoReturn:
     """End this rank at once, so that its launcher ends the others: on the usual way out, destructors and MPI's
     finalisation would wait for them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # a full disk, or a reader that is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
