@@ -113,7 +113,7 @@ def test_a_run_that_lost_its_lock_commits_nothing(tmp_path: Path) -> None:
         for outcome in outcomes:
             assert outcome is not None
             assert outcome.path is None
-            assert outcome.error == f"{lock} is no longer this run's: another run has taken the folder over"
+            assert outcome.error == f"{lock} is gone; without it another run may write the folder as well"
     assert not root.exists()
 
 
