@@ -142,13 +142,9 @@ def session(number: int) -> list[int]:
 @pytest.mark.slow
 def test_killed_twice_and_stopped_once_from_the_command_line(config_path: Path, tmp_path: Path) -> None:
     """Everything is killed at one moment, then the launcher alone amid a save; then it is stopped by SIGTERM."""
-    settings = [
-        "--train.steps=60",
-        "--checkpoint.interval=6",
-        "--log.interval=1",
-        "--data.workers=1",
-        "--parallel.pipeline=2",
-    ]
+    settings = ["--train.steps=36", "--train.micro_batch=4", "--checkpoint.interval=4", "--log.interval=1"]
+    settings += ["--data.workers=1", "--parallel.pipeline=2"]
+    patience = 300.0  # seconds; from importing torch to the last step takes 15 on an idle machine
     command = [sys.executable, "-m", "griffin.tools.cli", "train", str(config_path), "--ranks", "2", *settings]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run_dir, other = tmp_path / "run", tmp_path / "uninterrupted"
@@ -165,9 +161,9 @@ def test_killed_twice_and_stopped_once_from_the_command_line(config_path: Path, 
     def end(moment: Callable[[], object], deed: Callable[[int], None], code: int) -> None:
         process = start()
         try:
-            wait_for(moment)
+            wait_for(moment, patience)
             deed(process.pid)
-            assert process.wait(60) == code
+            assert process.wait(patience) == code
             wait_for(lambda: not session(process.pid))  # none outlives its launcher
         finally:
             for pid in session(process.pid):
@@ -188,15 +184,15 @@ def test_killed_twice_and_stopped_once_from_the_command_line(config_path: Path, 
     def stop(launcher: int) -> None:
         os.kill(launcher, signal.SIGTERM)
 
-    end(lambda: has_made(15), kill_all, -signal.SIGKILL)
-    end(lambda: has_made(26) and list(checkpoints.glob("*.tmp/*/c*")), kill_launcher, -signal.SIGKILL)
-    end(lambda: has_made(40), stop, STOPPED)
+    end(lambda: has_made(9), kill_all, -signal.SIGKILL)
+    end(lambda: has_made(14) and list(checkpoints.glob("*.tmp/*/c*")), kill_launcher, -signal.SIGKILL)
+    end(lambda: has_made(21), stop, STOPPED)
     assert saved_steps(run_dir)[-1] == max(series(run_dir, "loss"))
-    assert subprocess.run([*command, "--run-dir", str(run_dir)], env=environment, timeout=120).returncode == 0
-    assert subprocess.run([*command, "--run-dir", str(other)], env=environment, timeout=120).returncode == 0
+    assert subprocess.run([*command, "--run-dir", str(run_dir)], env=environment, timeout=patience).returncode == 0
+    assert subprocess.run([*command, "--run-dir", str(other)], env=environment, timeout=patience).returncode == 0
     expected = series(other, "loss")
     assert {line["attempt"] for line in metrics(run_dir)} == {1, 2, 3, 4}
     for line in metrics(run_dir):
         assert "loss" not in line or line["loss"] == expected[line["step"]]
     assert series(run_dir, "loss").keys() == expected.keys()
-    assert saved_files(run_dir, 60) == saved_files(other, 60)
+    assert saved_files(run_dir, 36) == saved_files(other, 36)
