@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,11 +14,20 @@ from tests.ranks import RankPool
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
+MEMORY = Path("/dev/shm")
+MEMORY_BYTES = 4 * 2**30  # what the tests keep at a time is far less
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Ranks and layouts are compared on CPUs, also where there are GPUs; `-m gpu` runs the tests that need one."""
+    """Ranks and layouts are compared on CPUs, also where there are GPUs; `-m gpu` runs the tests that need one.
+
+    Temporary folders lie in memory where it can hold them: thousands of small files are synchronised, which takes
+    minutes on a slow disk.
+    """
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > MEMORY_BYTES:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# Python's own operations on files. Chunks are written elsewhere, but each is opened here once it is on disk.
+# Python's own operations on files.
 _OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree"}
 
 
@@ -42,6 +42,9 @@ def install(controls: str) -> None:
         path = str(arguments[0])
         # Removed are files of a checkpoint only, by names within their folders.
         if not path.startswith(root) and event not in ("os.remove", "os.rmdir"):
+            return
+        # Which of several ranks creates an array is a matter of chance, and the count must be the same in every save.
+        if (event == "os.mkdir" and not path.endswith(".tmp")) or os.path.basename(path).startswith("zarr.json."):
             return
         thread.is_in_hook = True
         try:

@@ -23,7 +23,7 @@ from griffin.tools.rank_files import RankFile, Slice
 from griffin.tools.stored_arrays import StoredArray, opened, same_bits, shape_of
 from griffin.tools.workers import Workers
 from griffin.trainer.checkpoint.arrays import CHUNK_BYTES, ArraySpec, Box, numpy_dtype
-from griffin.trainer.checkpoint.manifest import Manifest, commit, sync_folder
+from griffin.trainer.checkpoint.manifest import Manifest, commit, synchronise
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord, create_array
 
 _OF_A_RUN = re.compile(r"step-\d{8,}(\..*)?")  # names that a run gives to its steps, and to what is left of them
@@ -255,9 +255,9 @@ def write_ranks(
             for file, arrays in checksums.items()
         }
         rank_files.write_index(tmp, manifest, stages, files, in_order)
-        sync_folder(tmp)
+        synchronise(tmp)
         tmp.rename(target)
-        sync_folder(tmp.parent)
+        synchronise(tmp.parent)
     _summarize(target, len(made), files=len(files), size=sum(file.size for file in files), begun=begun)
 
 

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,13 +31,16 @@ from griffin.trainer.checkpoint.coordinator import SIGN_OF_LIFE_SECONDS, Target,
 from griffin.trainer.checkpoint.exchange import CONTROL, VALUES, Channel, Exchange, Listener
 from griffin.trainer.checkpoint.plan import ChunkPlan, SavePlan, Segment
 from griffin.trainer.checkpoint.regions import put, take
-from griffin.trainer.checkpoint.zarr_io import Array, FileRecord, create_array
+from griffin.trainer.checkpoint.zarr_io import SYNCS, Array, FileRecord, Write, create_array
 
 NICENESS = 10
 GLANCE_SECONDS = 0.2  # between two looks whether the rank's process is there
-WRITERS = 4  # chunks being written at a time, of at most 64 MiB each (and as much again in tensorstore)
+WRITERS = 4  # chunks being written at a time, of at most 64 MiB each
+OPEN_FILES = 128  # chunks that are written and not yet durable, at most
 LEAVE_SECONDS = 30.0  # patience with the writes under way of a save that has failed
 ROWS = 3  # of the staged state: master, exp_avg, exp_avg_sq
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +113,10 @@ class Share:
         self._running, self._has_failed = 2, False
         self._lock = threading.Lock()
         self._given_up = threading.Event()
-        self._pool = ThreadPoolExecutor(WRITERS)
-        self._writes: deque[Future[tuple[str, FileRecord]]] = deque()  # under way, at most WRITERS
+        self._writers, self._syncers = ThreadPoolExecutor(WRITERS), ThreadPoolExecutor(SYNCS)
+        self._writes: deque[Future[tuple[str, Write]]] = deque()  # under way, at most WRITERS
+        self._written: list[tuple[str, Write]] = []  # not yet durable
+        self._syncs: deque[Future[tuple[str, FileRecord]]] = deque()  # under way
         self._threads = [
             threading.Thread(target=self._run, args=(task,), daemon=True) for task in (self._send, self._write)
         ]
@@ -132,8 +137,10 @@ class Share:
             thread.join(max(0, deadline - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
             return False
-        _, running = wait(self._writes, max(0, deadline - time.monotonic()))
-        self._pool.shutdown(wait=False)
+        under_way: list[Future[Any]] = [*self._writes, *self._syncs]
+        _, running = wait(under_way, max(0, deadline - time.monotonic()))
+        for pool in (self._writers, self._syncers):
+            pool.shutdown(wait=False)
         return not running
 
     def _run(self, task: Callable[[], None]) -> None:
@@ -173,36 +180,53 @@ class Share:
                 for spec in self._arrays_of(chunk, row):
                     if len(self._writes) >= WRITERS:
                         self._finish()
-                    self._writes.append(self._pool.submit(self._write_chunk, spec, chunk.index, values))
+                    self._writes.append(self._writers.submit(self._write_chunk, spec, chunk.index, values))
         while self._writes:
             self._finish()
+        self._synchronise()
 
     def _finish(self) -> None:
-        """Wait for the first of the writes under way, which stays among them if it does not end."""
+        """Wait for the first of the writes under way."""
+        self._written.append(self._first(self._writes))
+        if len(self._written) == OPEN_FILES:
+            self._synchronise()
+
+    def _synchronise(self) -> None:
+        """Wait until what is written is durable."""
+        self._syncs.extend(self._syncers.submit(self._sync, name, write) for name, write in self._written)
+        self._written.clear()
+        while self._syncs:
+            name, record = self._first(self._syncs)
+            assert name not in self._files, f"{name} is written twice"
+            self._files[name] = record
+
+    def _first(self, futures: deque[Future[T]]) -> T:
+        """The result of the first, which stays among them if it does not end."""
         try:
-            name, record = self._writes[0].result(self._timeout)
+            result = futures[0].result(self._timeout)
         except TimeoutError as error:
             raise TimeoutError(f"{self._folder}: a write has not ended within {self._timeout:g} s") from error
-        self._writes.popleft()
-        assert name not in self._files, f"{name} is written twice"
-        self._files[name] = record
+        futures.popleft()
+        return result
+
+    def _sync(self, name: str, write: Write) -> tuple[str, FileRecord]:
+        self._go_on()
+        return name, write.result()
 
     def _go_on(self) -> None:
         if self._given_up.is_set():
             raise ConnectionError("the save was given up")
 
-    def _write_chunk(self, spec: ArraySpec, index: tuple[int, ...], values: np.ndarray) -> tuple[str, FileRecord]:
+    def _write_chunk(self, spec: ArraySpec, index: tuple[int, ...], values: np.ndarray) -> tuple[str, Write]:
         self._go_on()
         with self._lock:
             array = self._arrays.get(spec.name)
-        if array is None:  # it may be made twice; its metadata is the same
-            array = create_array(self._folder, spec)
-            with self._lock:
-                self._arrays[spec.name] = array
+            if array is None:
+                array = self._arrays[spec.name] = create_array(self._folder, spec)
         shape = tuple(extent.stop - extent.start for extent in spec.box(index))
         # Rounds to nearest even where the array is of fewer bits.
         values = values.astype(numpy_dtype(spec.dtype), copy=False).reshape(shape)
-        return spec.file(index), array.write(index, values).result()
+        return spec.file(index), array.write(index, values)
 
     def _arrays_of(self, chunk: ChunkPlan, row: int) -> list[ArraySpec]:
         """The arrays that are written from a row of the staged state."""

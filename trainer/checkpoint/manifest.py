@@ -14,13 +14,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from griffin.trainer.checkpoint.arrays import ArraySpec
-from griffin.trainer.checkpoint.zarr_io import Array, CheckpointError, FileRecord, io_context, open_array
+from griffin.trainer.checkpoint.zarr_io import SYNCS, Array, CheckpointError, FileRecord, naming, open_array
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -59,18 +59,9 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from None
-
-
-def sync_folder(path: Path) -> None:
-    """Make a folder's entries durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def synchronise(path: Path) -> None:
+    """Make a file's content, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -78,20 +69,20 @@ def sync_folder(path: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    with _naming(path), open(path, "x", encoding="utf-8") as file:
+    with naming(path), open(path, "x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
 def _read_json(path: Path) -> Any:
-    with _naming(path):
+    with naming(path):
         return json.loads(path.read_bytes())
 
 
 def _record(path: Path) -> FileRecord:
     """The record of a small file, which is read whole."""
-    with _naming(path):
+    with naming(path):
         content = path.read_bytes()
     return FileRecord(len(content), f"sha256:{hashlib.sha256(content).hexdigest()}")
 
@@ -114,10 +105,10 @@ def begin(root: Path, step: int, owner: str = "") -> Path:
             writes to another folder than the one that has taken it over. "" makes it `root/step-00000100.tmp`.
     """
     folder = root / ".".join(part for part in (step_name(step), owner, "tmp") if part)
-    with _naming(folder):
+    with naming(folder):
         if not root.exists():
             root.mkdir(exist_ok=True)
-            sync_folder(root.parent)
+            synchronise(root.parent)
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
@@ -144,7 +135,8 @@ def commit(tmp: Path, manifest: Manifest, final: Path | None = None) -> Path:
     assert len(expected) == len(set(expected)), "two chunks with one file"
     assert manifest.files.keys() == set(expected), sorted(manifest.files.keys() ^ set(expected))[:_SHOWN]
     # A copy of the arrays' metadata, as zarr-python consolidates it: opening the group reads one file, not thousands.
-    consolidated = {array.name: _read_json(tmp / array.metadata_file) for array in manifest.arrays.values()}
+    with ThreadPoolExecutor(SYNCS) as pool:
+        consolidated = dict(pool.map(partial(_finish, tmp), manifest.arrays.values()))
     group = {
         "zarr_format": 3,
         "node_type": "group",
@@ -155,21 +147,27 @@ def commit(tmp: Path, manifest: Manifest, final: Path | None = None) -> Path:
     metadata = {name: _record(tmp / name) for name in manifest.metadata_files()}
     manifest = replace(manifest, files=metadata | manifest.files)
     _refuse(_mismatches(tmp, manifest))
-    for array in manifest.arrays.values():
-        open_array(tmp, array)
-        with _naming(tmp / array.name):
-            sync_folder(tmp / array.name)
     _write(tmp / MANIFEST, _to_text(manifest))
 
     final = final or tmp.with_name(tmp.name.removesuffix(".tmp"))
-    with _naming(final):
-        sync_folder(tmp)
+    with naming(final):
+        synchronise(tmp)
         if final.exists():
             aside = (final.with_name(f"{final.name}.damaged-{count}") for count in itertools.count(1))
             final.rename(next(path for path in aside if not path.exists()))
         tmp.rename(final)
-        sync_folder(final.parent)
+        synchronise(final.parent)
     return final
+
+
+def _finish(tmp: Path, array: ArraySpec) -> tuple[str, dict[str, Any]]:
+    """Check an array's metadata, and make it and the array's folder durable. Its name and the metadata."""
+    path = tmp / array.metadata_file
+    open_array(tmp, array)
+    with naming(path):
+        synchronise(path)
+        synchronise(path.parent)
+    return array.name, _read_json(path)
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
@@ -203,7 +201,7 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: it is missing, cannot be read, was edited or is of another format.
     """
     path = folder / MANIFEST
-    with _naming(path):
+    with naming(path):
         text = path.read_bytes()
     try:
         values = json.loads(text)
@@ -230,7 +228,7 @@ def _mismatches(folder: Path, manifest: Manifest) -> list[str]:
         expected.setdefault(where, {})[name] = record.size
     problems = []
     for where, sizes in expected.items():
-        with _naming(folder / where):
+        with naming(folder / where):
             try:
                 with os.scandir(folder / where) as entries:
                     found = {entry.name: entry.stat().st_size for entry in entries if entry.name in sizes}
@@ -277,16 +275,14 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None, worker
         file = spec.metadata_file
         if _record(folder / file) != manifest.files[file]:
             raise CheckpointError(f"{folder / file} was changed")
-        array = open_array(folder, spec, context)
+        array = open_array(folder, spec)
         report(manifest.files[file].size)
         return array
 
     def read(array: Array, index: tuple[int, ...]) -> int:
-        file = array.spec.file(index)
-        array.read(array.spec.box(index))  # fails unless the content matches the checksum that it ends with
-        if array.record(index) != manifest.files[file]:
-            raise CheckpointError(f"{folder / file} is not the chunk that was saved")
-        return manifest.files[file].size
+        record = manifest.files[array.spec.file(index)]
+        array.read_chunk(index, record)
+        return record.size
 
     def finish(futures: Iterable[Future[int]]) -> None:
         for future in futures:
@@ -295,7 +291,6 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None, worker
             except CheckpointError as error:
                 problems.append(str(error))
 
-    context = io_context(copies=workers, files=workers)
     with ThreadPoolExecutor(workers) as pool:
         running: set[Future[int]] = set()
         for spec in manifest.arrays.values():
@@ -319,7 +314,7 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None, worker
 
 def steps(root: Path) -> list[tuple[int, Path]]:
     """The steps in a checkpoints folder by their names, ascending; none if there is no such folder."""
-    with _naming(root):
+    with naming(root):
         try:
             found = [(match, entry) for entry in root.iterdir() if (match := _STEP.fullmatch(entry.name))]
         except FileNotFoundError:
@@ -394,11 +389,11 @@ def _can_go_on_from(folder: Path) -> bool:
 
 def _remove(folder: Path) -> None:
     doomed = folder.with_name(f"{folder.name}.deleted")
-    with _naming(folder):
+    with naming(folder):
         if doomed.exists():
             shutil.rmtree(doomed)
         folder.rename(doomed)  # at once: a step that is half removed must not carry a step's name
-        sync_folder(folder.parent)
+        synchronise(folder.parent)
         shutil.rmtree(doomed)
 
 
@@ -407,7 +402,7 @@ def clean(root: Path) -> list[Path]:
 
     What cannot be removed stays: no name of it is that of a step.
     """
-    with _naming(root):
+    with naming(root):
         try:
             leftovers = [path for path in root.iterdir() if _LEFTOVER.fullmatch(path.name)]
         except FileNotFoundError:

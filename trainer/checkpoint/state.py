@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,18 @@ from griffin.trainer.checkpoint.arrays import (
     state_arrays,
 )
 from griffin.trainer.checkpoint.manifest import Manifest
-from griffin.trainer.checkpoint.plan import ChunkPlan, Member, Parameter, PlacedTensor, SavePlan, Shard, plan_chunks
+from griffin.trainer.checkpoint.plan import (
+    ChunkPlan,
+    Member,
+    Parameter,
+    PlacedTensor,
+    SavePlan,
+    Segment,
+    Shard,
+    plan_chunks,
+)
 from griffin.trainer.checkpoint.regions import put, take
-from griffin.trainer.checkpoint.zarr_io import Array, CheckpointError, open_array
+from griffin.trainer.checkpoint.zarr_io import Array, open_array
 from griffin.trainer.step import Training
 
 ROUND_ELEMENTS = 64 * 2**20  # a rank reads and hands on this many at a time when it loads
@@ -44,9 +54,10 @@ class ShardedState:
         self._is_owned = [not getattr(parameter, "shared", False) for parameter in self._parameters]
         self._layouts = [parameter_layout(parameter) for parameter in self._parameters]
         ranges = [training.shard_range(parameter) for parameter in self._parameters]
+        virtual = [number for number, stage in enumerate(training.stages) for _ in stage.parameters()]
         owned = [
-            placed.tensor
-            for layout, is_owned in zip(self._layouts, self._is_owned, strict=True)
+            ((number, grid.pipeline_rank), placed.tensor)
+            for number, layout, is_owned in zip(virtual, self._layouts, self._is_owned, strict=True)
             for placed in layout.tensors
             if is_owned and grid.data_rank == 0 and grid.tensor_rank == 0
         ]
@@ -56,7 +67,9 @@ class ShardedState:
             for rank, (pipeline_rank, tensor_rank, ranges, _) in enumerate(everyone)
             if pipeline_rank == grid.pipeline_rank
         ]
-        self.tensors: list[GlobalTensor] = [tensor for _, _, _, tensors in everyone for tensor in tensors]
+        # In the model's order, whichever stages hold them: the same checkpoint from any layout.
+        found = sorted(itertools.chain.from_iterable(owned for *_, owned in everyone), key=itemgetter(0))
+        self.tensors: list[GlobalTensor] = [tensor for _, tensor in found]
         assert len({tensor.name for tensor in self.tensors}) == len(self.tensors), "two stages own one tensor"
 
     def save_plan(self) -> SavePlan:
@@ -111,11 +124,17 @@ class ShardedState:
         self._refuse_other_tensors(manifest, kinds)
         members = self._members([True] * len(self._parameters))
         shards = self._shards(members)
-        state = np.zeros((len(kinds), _elements(shards)), np.float32)
+        # Not np.zeros, whose memory comes in small pages: filling those takes longer than reading the files.
+        state = np.empty((len(kinds), _elements(shards)), np.float32)
+        chunks, planned = list[ChunkPlan](), dict[str, tuple[int, ...]]()
         for row, kind in zip(state, kinds, strict=True):
             arrays = {tensor.name: manifest.arrays[f"{kind}.{tensor.name}"] for tensor in self.tensors}
             shapes = {name: array.chunks for name, array in arrays.items()}
-            chunks = plan_chunks(self._layouts, members, self._grid.tensor_size, shapes, replicas=True)
+            if shapes != planned:  # mostly, they are the same for all kinds
+                chunks = plan_chunks(self._layouts, members, self._grid.tensor_size, shapes, replicas=True)
+                planned = shapes
+            if _held(chunks, self._grid.rank) < row.size:
+                row[:] = 0  # the vocabulary's padding is in no chunk
             opened = {
                 chunk.tensor.name: open_array(folder, arrays[chunk.tensor.name])
                 for chunk in chunks
@@ -164,46 +183,56 @@ class ShardedState:
     ) -> None:
         """Read this rank's own of some chunks, and bring all ranks' elements of them to their places in `out`."""
         me, ranks = self._grid.rank, [rank for rank, _, _ in self._stage_ranks]
-
-        def read(chunk: ChunkPlan) -> np.ndarray:
-            array = arrays[chunk.tensor.name]
-            file = array.spec.file(chunk.index)
-            if array.record(chunk.index) != manifest.files[file]:
-                raise CheckpointError(f"{array.folder / file}: is not the chunk that was saved")
-            return array.read(array.spec.box(chunk.index)).astype(np.float32, copy=False).ravel()
-
-        owned = [chunk for chunk in chunks if chunk.owner == me]
-        with ThreadPoolExecutor(READERS) as pool:
-            values = list(pool.map(read, owned))
-        outgoing: dict[int, list[np.ndarray]] = {rank: [] for rank in ranks}
-        for chunk, value in zip(owned, values, strict=True):
+        sent, incoming = dict.fromkeys(ranks, 0), {rank: list[Segment]() for rank in ranks}
+        for chunk in chunks:
             for segment in chunk.segments:
-                outgoing[segment.rank].append(take(value, segment.chunk, segment.first, segment.last))
-        incoming = {
-            rank: [
-                segment for chunk in chunks if chunk.owner == rank for segment in chunk.segments if segment.rank == me
-            ]
-            for rank in ranks
-        }
+                if chunk.owner == me != segment.rank:
+                    sent[segment.rank] += segment.count
+                elif segment.rank == me != chunk.owner:
+                    incoming[chunk.owner].append(segment)
+        sending = np.empty(sum(sent.values()), np.float32)
+        starts = dict(zip(ranks, itertools.accumulate(sent.values(), initial=0), strict=False))
+
+        def sent_from(segment: Segment) -> np.ndarray | None:
+            if segment.rank == me:
+                return None
+            start = starts[segment.rank]
+            starts[segment.rank] += segment.count
+            return sending[start : start + segment.count]
+
+        def keep(segment: Segment, values: np.ndarray) -> None:
+            shard = shards[segment.parameter]
+            held = out[shard.offset : shard.offset + shard.stop - shard.start]
+            put(held, segment.local, segment.first, segment.last, values, origin=shard.start)
+
+        def read(task: tuple[ChunkPlan, list[np.ndarray | None]]) -> None:
+            chunk, places = task
+            array = arrays[chunk.tensor.name]
+            values = array.read_chunk(chunk.index, manifest.files[array.spec.file(chunk.index)])
+            values = values.astype(np.float32, copy=False).reshape(-1)
+            for segment, place in zip(chunk.segments, places, strict=True):
+                part = take(values, segment.chunk, segment.first, segment.last)
+                if place is None:
+                    keep(segment, part)
+                else:
+                    place[:] = part
+
+        owned = [(chunk, [sent_from(segment) for segment in chunk.segments]) for chunk in chunks if chunk.owner == me]
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(read, owned))
         received = self._all_to_all(
-            np.concatenate([np.empty(0, np.float32), *(part for rank in ranks for part in outgoing[rank])]),
-            [sum(part.size for part in outgoing[rank]) for rank in ranks],
-            [sum(segment.count for segment in incoming[rank]) for rank in ranks],
+            sending, list(sent.values()), [sum(segment.count for segment in incoming[rank]) for rank in ranks]
         )
         at = 0
-        for rank in ranks:
-            for segment in incoming[rank]:
-                shard = shards[segment.parameter]
-                place = out[shard.offset : shard.offset + shard.stop - shard.start]
-                part = received[at : at + segment.count]
-                put(place, segment.local, segment.first, segment.last, part, origin=shard.start)
-                at += segment.count
+        for segment in itertools.chain.from_iterable(incoming.values()):
+            keep(segment, received[at : at + segment.count])
+            at += segment.count
 
     def _all_to_all(self, values: np.ndarray, sent: list[int], received: list[int]) -> np.ndarray:
         if len(sent) == 1:
             return values
         device = self._grid.device
-        output = torch.empty(sum(received), dtype=torch.float32, device=device)
+        output = torch.from_numpy(np.empty(sum(received), np.float32)).to(device)
         dist.all_to_all_single(
             output, torch.from_numpy(values).to(device), received, sent, group=self._grid.stage_group
         )
@@ -238,6 +267,10 @@ def shards_in_a_row(ranges: Iterable[tuple[int, int]]) -> tuple[Shard, ...]:
 def _placed(piece: Piece) -> PlacedTensor:
     tensor = GlobalTensor(name=piece.name, shape=piece.shape, axis=piece.axis, atoms=piece.atoms, padded=piece.padded)
     return PlacedTensor(tensor, piece.dim, piece.start)
+
+
+def _held(chunks: Iterable[ChunkPlan], rank: int) -> int:
+    return sum(segment.count for chunk in chunks for segment in chunk.segments if segment.rank == rank)
 
 
 def _elements(shards: Sequence[Shard]) -> int:

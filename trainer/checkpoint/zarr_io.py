@@ -1,20 +1,31 @@
-"""Reading and writing the Zarr v3 arrays of a checkpoint, chunk by chunk, with tensorstore."""
+"""Reading and writing the Zarr v3 arrays of a checkpoint, chunk by chunk.
+
+A chunk's file is its values, little endian and row-major, and their crc32c: Zarr's codecs `bytes` and `crc32c`. Chunks
+at an array's edge are filled up with zeros. All of it is read and written as it is, without a copy.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import os
-import re
+import secrets
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
 
-import ml_dtypes
+import google_crc32c
 import numpy as np
-import tensorstore
 
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box, numpy_dtype
 
+assert sys.byteorder == "little", "values are stored as they lie in memory"
+
+SYNCS = 16  # files that one process makes durable at a time: file systems do many together in few writes of their own
 CRC_BYTES = 4  # a chunk's file ends with the crc32c of what precedes it, little endian
 
 
@@ -33,112 +44,157 @@ class FileRecord:
     checksum: str
 
 
-def io_context(*, copies: int = 2, files: int = 8) -> tensorstore.Context:
-    """Limits of tensorstore: threads that copy and check data, files read or written at once.
-
-    Files are synchronised before a write is done. They are not locked: a chunk has one writer, each file is written
-    under a name of its own and renamed, and there are file systems without locks.
-    """
-    return tensorstore.Context(
-        {
-            "data_copy_concurrency": {"limit": copies},
-            "file_io_concurrency": {"limit": files},
-            "file_io_sync": True,
-            "file_io_locking": {"mode": "none"},
-        }
-    )
-
-
-_CONTEXT = io_context()
-
-
-def _problem(folder: Path, error: Exception) -> CheckpointError:
-    # tensorstore appends the whole specification, and does not always name the file.
-    text = re.sub(r" ?\[tensorstore_spec='.*'\]", "", str(error), flags=re.DOTALL)
-    return CheckpointError(text if str(folder) in text else f"{folder}: {text}")
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn an OSError into a CheckpointError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from None
 
 
 def _metadata(spec: ArraySpec) -> dict[str, Any]:
     tensor = spec.tensor
     return {
+        "zarr_format": 3,
+        "node_type": "array",
         "shape": list(spec.shape),
         # Stock Zarr readers know no bfloat16: array[:].view(ml_dtypes.bfloat16).
         "data_type": "uint16" if spec.dtype == "bfloat16" else spec.dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.chunks)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-        "fill_value": 0,
+        "fill_value": 0 if spec.dtype == "bfloat16" else 0.0,
         "attributes": {"dtype": spec.dtype, "axis": tensor.axis, "atoms": tensor.atoms, "padded": tensor.padded},
     }
 
 
-def _open(folder: Path, spec: ArraySpec, context: tensorstore.Context | None, *, create: bool) -> Array:
-    description = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{folder / spec.name}/"},
-        "metadata": _metadata(spec),
-        "store_data_equal_to_fill_value": True,  # a chunk of zeros is a file as well, so that none can go missing
-        "fill_missing_data_reads": False,
-    }
-    try:
-        store = tensorstore.open(description, context=context or _CONTEXT, open=True, create=create).result()
-    except (ValueError, OSError, NotImplementedError) as error:
-        raise _problem(folder / spec.metadata_file, error) from None
-    return Array(folder, spec, store)
-
-
-def create_array(folder: Path, spec: ArraySpec, context: tensorstore.Context | None = None) -> Array:
+def create_array(folder: Path, spec: ArraySpec) -> Array:
     """Create an array in a step's folder, or open it; several processes may do so at once.
+
+    Its metadata and its folder are durable once the step is committed.
 
     Raises:
         CheckpointError: it cannot be written, or is there with other metadata.
     """
-    return _open(folder, spec, context, create=True)
+    path = folder / spec.metadata_file
+    with naming(path):
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            # Whoever finds the file finds all of it; who else creates it has the same content.
+            aside = path.with_name(f"zarr.json.{secrets.token_hex(8)}")
+            with open(aside, "x", encoding="utf-8") as file:
+                json.dump(_metadata(spec), file, sort_keys=True, separators=(",", ":"))
+                _start_writing(file)
+            aside.replace(path)
+    return open_array(folder, spec)
 
 
-def open_array(folder: Path, spec: ArraySpec, context: tensorstore.Context | None = None) -> Array:
-    """Open an array of a step's folder, for reading.
+def open_array(folder: Path, spec: ArraySpec) -> Array:
+    """Open an array of a step's folder.
 
     Raises:
         CheckpointError: its zarr.json is missing or is not that of `spec`.
     """
-    return _open(folder, spec, context, create=False)
+    path = folder / spec.metadata_file
+    with naming(path):
+        text = path.read_bytes()
+    found: Any = None
+    with suppress(ValueError):
+        found = json.loads(text)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: is no Zarr metadata")
+    expected = _metadata(spec)
+    for key in sorted(expected.keys() | found.keys()):
+        if key not in found or key not in expected or found[key] != expected[key]:
+            there, here = (json.dumps(one[key]) if key in one else "missing" for one in (found, expected))
+            raise CheckpointError(f"{path}: {key} is {there}, must be {here}")
+    return Array(folder, spec)
 
 
 class Array:
-    """An open array; its methods may be called from several threads."""
+    """An array in a step's folder; its methods may be called from several threads."""
 
-    def __init__(self, folder: Path, spec: ArraySpec, store: Any) -> None:
+    def __init__(self, folder: Path, spec: ArraySpec) -> None:
         self.folder = folder
         self.spec = spec
-        self._store = store
 
     def write(self, index: tuple[int, ...], values: np.ndarray) -> Write:
-        """Start to write the whole chunk at `index` of the grid.
+        """Write the whole chunk at `index` of the grid, which has not been written yet.
 
         Args:
             index: the chunk's place in the grid.
-            values: of `spec.dtype` and the shape of `spec.box(index)`; not to be changed until the write is done.
-        """
-        box = self.spec.box(index)
-        assert values.dtype == numpy_dtype(self.spec.dtype), (self.spec.name, values.dtype)
-        assert values.shape == tuple(part.stop - part.start for part in box), (self.spec.name, index, values.shape)
-        if self.spec.dtype == "bfloat16":
-            values = values.view(np.uint16)
-        # Nothing is cached, so that tensorstore lets go of the values when the write is done: no copy is needed.
-        return Write(self, index, self._store[box].write(values, can_reference_source_data_indefinitely=True))
-
-    def read(self, box: Box) -> np.ndarray:
-        """A box of the array, [box's shape] of `spec.dtype` (a new array).
+            values: of `spec.dtype` and the shape of `spec.box(index)`.
 
         Raises:
-            CheckpointError: a chunk in the box is missing, too short or does not match its checksum.
+            CheckpointError: it cannot be written (the disk is full, the folder is gone, ...) or is there already.
         """
-        try:
-            values = self._store[box].read().result()
-        except (ValueError, OSError, NotImplementedError) as error:
-            raise _problem(self.folder / self.spec.name, error) from None
-        return values.view(ml_dtypes.bfloat16) if self.spec.dtype == "bfloat16" else values
+        spec = self.spec
+        shape = _shape(spec.box(index))
+        assert values.dtype == numpy_dtype(spec.dtype), (spec.name, values.dtype)
+        assert values.shape == shape, (spec.name, index, values.shape)
+        if shape != spec.chunks:
+            whole = np.zeros(spec.chunks, values.dtype)
+            whole[tuple(slice(size) for size in shape)] = values
+            values = whole
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        crc = _crc32c(data)
+        path = self.folder / spec.file(index)
+        with naming(path):
+            file = open(path, "xb")  # noqa: SIM115 (Write.result closes it)
+            try:
+                file.write(memoryview(data))  # type: ignore[arg-type]
+                file.write(crc.to_bytes(CRC_BYTES, "little"))
+                _start_writing(file)
+            except BaseException:
+                path.unlink()
+                with suppress(OSError):
+                    file.close()
+                raise
+        return Write(index, path, file, _record(data.nbytes, crc))
+
+    def read_chunk(self, index: tuple[int, ...], record: FileRecord | None = None) -> np.ndarray:
+        """The chunk at `index` of the grid, [shape of `spec.box(index)`] of `spec.dtype` (a new array).
+
+        Raises:
+            CheckpointError: it is missing, is not of its size, does not match its checksum, or, where `record` is
+                given, is not the file that it is of.
+        """
+        spec = self.spec
+        path = self.folder / spec.file(index)
+        expected = self._file_bytes
+        with naming(path), open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != expected:
+                raise CheckpointError(f"{path} has {size:,} bytes instead of {expected:,}")
+            data = np.empty(size, np.uint8)
+            _fill(file, data, path)
+        content, stored = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
+        if _crc32c(content) != stored:
+            raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
+        if record is not None and record != _record(content.nbytes, stored):
+            raise CheckpointError(f"{path} is not the chunk that was saved")
+        values = content.view(numpy_dtype(spec.dtype)).reshape(spec.chunks)
+        return values[tuple(slice(size) for size in _shape(spec.box(index)))]
+
+    def read(self, box: Box) -> np.ndarray:
+        """A box of the array, [box's shape] of `spec.dtype` (a new array), with one chunk besides it in memory.
+
+        Raises:
+            CheckpointError: a chunk in the box is missing, is not of its size or does not match its checksum.
+        """
+        places = [
+            range(part.start // chunk, -(-part.stop // chunk))
+            for part, chunk in zip(box, self.spec.chunks, strict=True)
+        ]
+        values = np.empty(_shape(box), numpy_dtype(self.spec.dtype))
+        for index in itertools.product(*places):
+            chunk = self.spec.box(index)
+            if chunk == tuple(box):
+                return self.read_chunk(index)
+            common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(chunk, box, strict=True)]
+            values[_within(common, box)] = self.read_chunk(index)[_within(common, chunk)]
+        return values
 
     def record(self, index: tuple[int, ...]) -> FileRecord:
         """The size and the checksum of a chunk's file as it is stored, from the file's end: data is not read.
@@ -147,36 +203,67 @@ class Array:
             CheckpointError: the file is missing, cannot be read or is not of its size.
         """
         path = self.folder / self.spec.file(index)
-        expected = math.prod(self.spec.chunks) * numpy_dtype(self.spec.dtype).itemsize + CRC_BYTES
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != expected:
-                    raise CheckpointError(f"{path} has {size:,} bytes instead of {expected:,}")
-                file.seek(-CRC_BYTES, os.SEEK_END)
-                crc = int.from_bytes(file.read(CRC_BYTES), "little")
-        except OSError as error:
-            raise CheckpointError(str(error)) from None
-        return FileRecord(size, f"crc32c:{crc:08x}")
+        expected = self._file_bytes
+        with naming(path), open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != expected:
+                raise CheckpointError(f"{path} has {size:,} bytes instead of {expected:,}")
+            file.seek(-CRC_BYTES, os.SEEK_END)
+            return _record(size - CRC_BYTES, int.from_bytes(file.read(CRC_BYTES), "little"))
+
+    @property
+    def _file_bytes(self) -> int:
+        return math.prod(self.spec.chunks) * numpy_dtype(self.spec.dtype).itemsize + CRC_BYTES
 
 
 class Write:
-    """A chunk being written."""
+    """A chunk that the system is writing. Wait for many of them together: for each alone, it takes far longer."""
 
-    def __init__(self, array: Array, index: tuple[int, ...], futures: Any) -> None:
-        self.array = array
+    def __init__(self, index: tuple[int, ...], path: Path, file: BinaryIO, record: FileRecord) -> None:
         self.index = index
-        self._futures = futures
-        futures.commit.force()  # start now, not when the result is asked for
+        self._path, self._file, self._record = path, file, record
 
     def result(self) -> FileRecord:
-        """Wait until the chunk's file is on disk, synchronised.
+        """Wait until the chunk's file is on disk, synchronised. To be called once.
 
         Raises:
             CheckpointError: it could not be written (the disk is full, the folder is gone, ...).
         """
-        try:
-            self._futures.commit.result()
-        except (ValueError, OSError, NotImplementedError, MemoryError) as error:
-            raise _problem(self.array.folder / self.array.spec.file(self.index), error) from None
-        return self.array.record(self.index)
+        with naming(self._path), self._file as file:
+            os.fsync(file.fileno())
+        return self._record
+
+
+def _record(content: int, crc: int) -> FileRecord:
+    return FileRecord(content + CRC_BYTES, f"crc32c:{crc:08x}")
+
+
+def _start_writing(file: IO[Any]) -> None:
+    """Have the system write a file to the disk from now on, so that little is left to wait for in the end."""
+    file.flush()
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _crc32c(data: np.ndarray) -> int:
+    view = data.view()
+    view.flags.writeable = False  # the library takes nothing else
+    return google_crc32c.value(view)
+
+
+def _fill(file: Any, data: np.ndarray, path: Path) -> None:
+    """Read as many bytes as `data` takes; one call to the system may read less."""
+    view = memoryview(data)  # type: ignore[arg-type]
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise CheckpointError(f"{path} ends {view.nbytes:,} bytes early")
+        view = view[count:]
+
+
+def _shape(box: Box) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in box)
+
+
+def _within(box: Iterable[slice], outer: Box) -> Box:
+    """A box's place in an outer one."""
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, outer, strict=True))

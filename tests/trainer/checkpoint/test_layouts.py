@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,9 +44,13 @@ def world_size(name: str) -> int:
     return RANKS.get(name, 1)
 
 
-def small_chunks() -> None:
+@contextmanager
+def small_chunks() -> Iterator[None]:
     """Many chunks of a small model: of 4 KiB, and whole tensors of 1 KiB only."""
-    arrays.CHUNK_BYTES, arrays.WHOLE_BYTES = 4096, 1024
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "CHUNK_BYTES", 4096)
+        patch.setattr(arrays, "WHOLE_BYTES", 1024)
+        yield
 
 
 def state_of(training: Training, grid: Grid) -> dict[str, torch.Tensor]:
@@ -88,8 +94,7 @@ def source(folder: Path, step: int) -> Source:
 
 
 def train_and_save(ranks: Any, config: Config, root: Path, go_on: int) -> dict[str, Any]:
-    small_chunks()
-    with rank_grid(config.parallel, ranks) as grid:
+    with small_chunks(), rank_grid(config.parallel, ranks) as grid:
         training = Training(config, grid)
         with checkpoints(config, grid, training, root) as saved:
             before = steps(training, grid, 0, SAVED_AFTER)
@@ -102,8 +107,7 @@ def train_and_save(ranks: Any, config: Config, root: Path, go_on: int) -> dict[s
 
 def load_and_save(ranks: Any, config: Config, folders: list[Path], root: Path) -> list[dict[str, torch.Tensor]]:
     """The state after loading each checkpoint; each is saved again below `root`."""
-    small_chunks()
-    with rank_grid(config.parallel, ranks) as grid:
+    with small_chunks(), rank_grid(config.parallel, ranks) as grid:
         training, states = Training(config, grid), []
         for number, folder in enumerate(folders):
             with checkpoints(config, grid, training, root / str(number)) as saved:
@@ -114,8 +118,7 @@ def load_and_save(ranks: Any, config: Config, folders: list[Path], root: Path) -
 
 
 def resume(ranks: Any, config: Config, folder: Path, root: Path) -> dict[str, Any]:
-    small_chunks()
-    with rank_grid(config.parallel, ranks) as grid:
+    with small_chunks(), rank_grid(config.parallel, ranks) as grid:
         training = Training(config, grid)
         with checkpoints(config, grid, training, root) as saved:
             position = saved.load(source(folder, SAVED_AFTER))

@@ -147,7 +147,8 @@ def test_commit_is_durable(root, monkeypatch):
     commit(tmp, manifest)
     at = events.index("rename")
     assert events.count("rename") == 1
-    written = [str(tmp / "zarr.json"), str(tmp / "manifest.json"), *(str(tmp / spec.name) for spec in ARRAYS)]
+    written = [str(tmp / name) for name in ("zarr.json", "manifest.json")]
+    written += [str(tmp / name) for spec in ARRAYS for name in (spec.name, spec.metadata_file)]
     assert sorted(events[: at - 1]) == sorted(written)
     assert events[at - 1] == str(tmp)
     assert events[at + 1 :] == [str(root)]
