@@ -36,7 +36,6 @@ class Grid:
     data_rank: int
     data_size: int
     tensor_group: dist.ProcessGroup
-    stage_group: dist.ProcessGroup  # the ranks that hold the same pipeline stages
     device: torch.device
     store: dist.Store
 
@@ -174,7 +173,6 @@ def _read(device: torch.device, store: dist.Store) -> Grid:
         parallel_state.get_pipeline_model_parallel_group(),
     )
     data = parallel_state.get_data_parallel_group()
-    stage = parallel_state.get_tensor_and_data_parallel_group()
     return Grid(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -185,7 +183,6 @@ def _read(device: torch.device, store: dist.Store) -> Grid:
         data_rank=data.rank(),
         data_size=data.size(),
         tensor_group=tensor,
-        stage_group=stage,
         device=device,
         store=store,
     )

@@ -66,7 +66,7 @@ class Layout:
                 shards.append(Shard(start, stop, offset))
                 offset += stop - start
             members.append(Member(rank, rank % tensor_size, tuple(shards)))
-        chunks = plan_chunks(self.parameters, members, tensor_size, CHUNKS, replicas=False)
+        chunks = plan_chunks(self.parameters, members, tensor_size, CHUNKS)
         kinds = (MODEL, EXP_AVG, EXP_AVG_SQ) if dtype == "float32" else (MODEL, MASTER, EXP_AVG, EXP_AVG_SQ)
         self.arrays = tuple(
             ArraySpec(kind=kind, tensor=tensor, dtype=dtype if kind == MODEL else "float32", chunks=CHUNKS[tensor.name])

@@ -12,6 +12,8 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from griffin.tools import bench_checkpoint
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,6 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     step.add_argument("--repeats", type=int, default=15, metavar="N", help="timed rounds (default: 15)")
     step.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="default: all cores")
     step.set_defaults(run=run_step)
+    bench_checkpoint.add_parser(kinds)
 
 
 def run_step(args: argparse.Namespace) -> int:
@@ -67,7 +70,7 @@ def run_step(args: argparse.Namespace) -> int:
         logit_soft_cap=30.0,
     )
     print(
-        f"{time.strftime('%Y-%m-%d')}; {_processor()}, {args.threads} threads; python {platform.python_version()}, "
+        f"{time.strftime('%Y-%m-%d')}; {processor()}, {args.threads} threads; python {platform.python_version()}, "
         f"torch {torch.__version__}, megatron-core {version('megatron-core')}, "
         f"transformers {transformers.__version__}\n"
         f"float32, batch 1, sequence {args.sequence}, D = R = {args.width}, vocabulary {model.vocabulary}, "
@@ -80,7 +83,7 @@ def run_step(args: argparse.Namespace) -> int:
     return 0
 
 
-def _processor() -> str:
+def processor() -> str:
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         for line in file:
             if line.startswith("model name"):

@@ -131,7 +131,7 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
         stages=tuple(
             StagePlan(
                 members=tuple(members),
-                chunks=tuple(plan_chunks(layouts, members, tensor_size, shapes, replicas=False)),
+                chunks=tuple(plan_chunks(layouts, members, tensor_size, shapes)),
             )
             for layouts, members in stages
         ),

@@ -149,7 +149,11 @@ class Training:
         main.copy_(master)
         if moments is not None:
             state = optimizer.optimizer.state[main]
-            state["exp_avg"], state["exp_avg_sq"] = (moment.to(main.device, copy=True) for moment in moments)
+            for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+                if name in state:
+                    state[name].copy_(moment)
+                else:  # Adam makes them at its first step
+                    state[name] = moment.to(main.device, copy=True)
 
     def spread_weights(self) -> None:
         """Bring the master weights to the model of every data-parallel rank, as after a step. A collective."""

@@ -118,7 +118,7 @@ def test_what_ranks_write_and_exchange() -> None:
         Member(0, 0, (Shard(0, 5, 0), Shard(0, 0, 5))),
         Member(1, 0, (Shard(5, 8, 0), Shard(0, 16, 3))),
     )
-    chunks = plan_chunks(parameters, members, 1, {"first": (8,), "second": (16,)}, replicas=False)
+    chunks = plan_chunks(parameters, members, 1, {"first": (8,), "second": (16,)})
     plan = CheckpointPlan(
         arrays=tuple(state_arrays([first, second], "bfloat16", 1)),
         stages=(StagePlan(members=members, chunks=tuple(chunks)),),

@@ -1,8 +1,8 @@
-"""Who writes, and who reads, each chunk of a checkpoint, and which ranks hold its elements.
+"""Which ranks hold the elements of each chunk of a checkpoint, and who writes it.
 
 The distributed optimizer cuts its float32 state by flat ranges that know nothing of tensors or chunks. The plan finds
-every range's part of every chunk, and names one owner per chunk: the one that writes it on saving, with what the others
-send it, and that reads it on loading and sends them what they hold.
+every range's part of every chunk, and names one owner per chunk, who writes it on saving with what the others send it.
+On loading, each rank reads the chunks that it holds a part of.
 """
 
 from __future__ import annotations
@@ -90,6 +90,15 @@ class ChunkPlan:
         return self.owner == rank or any(segment.rank == rank for segment in self.segments)
 
 
+@dataclass(frozen=True)
+class ChunkPart:
+    """What one rank holds of a chunk, in memory that is all of one parameter."""
+
+    tensor: GlobalTensor
+    index: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SavePlan:
     """One rank's part in every save."""
@@ -107,14 +116,11 @@ def plan_chunks(
     members: Sequence[Member],
     tensor_size: int,
     chunk_shapes: Mapping[str, tuple[int, ...]],
-    *,
-    replicas: bool,
 ) -> list[ChunkPlan]:
-    """The chunks of all tensors in `parameters`, the same list on every rank that is given the same arguments.
+    """To save: the chunks of all tensors in `parameters`, the same list on every rank with the same arguments.
 
-    `chunk_shapes` are those of the tensors, by name.
-    Without `replicas` (to save), each element of a chunk is in exactly one segment: of tensors that every tensor rank
-    holds, that of one, in turns. With them (to load), each rank that holds an element has it in a segment.
+    `chunk_shapes` are those of the tensors, by name. Each element of a chunk is in exactly one segment: of tensors that
+    every tensor rank holds, that of one, in turns.
     """
     load = {member.rank: 0 for member in members}
     plans = []
@@ -123,8 +129,7 @@ def plan_chunks(
         for placed in parameter.tensors:
             tensor = placed.tensor
             chunks = chunk_shapes[tensor.name]
-            replicated = tensor.axis is None
-            tensor_ranks = [number % tensor_size] if replicated and not replicas else range(tensor_size)
+            tensor_ranks = [number % tensor_size] if tensor.axis is None else range(tensor_size)
             array = ArraySpec(kind="", tensor=tensor, dtype="float32", chunks=chunks)
             for index in array.indices():
                 box = array.box(index)
@@ -136,8 +141,7 @@ def plan_chunks(
                         parameter, number, placed, box, tensor_rank, tensor_size, holders[tensor_rank]
                     )
                 ]
-                found = sum(segment.count for segment in segments)
-                assert found == size * (tensor_size if replicas and replicated else 1), (tensor.name, index, found)
+                assert sum(segment.count for segment in segments) == size, (tensor.name, index, segments)
                 owner = _owner(segments, size, load)
                 segments.sort(key=lambda segment: segment.rank)
                 plans.append(
@@ -147,6 +151,26 @@ def plan_chunks(
                 )
     assert len({(plan.tensor.name, plan.index) for plan in plans}) == len(plans), "a chunk has two owners"
     return plans
+
+
+def plan_parts(
+    parameter: Parameter,
+    number: int,
+    member: Member,
+    tensor_size: int,
+    chunk_shapes: Mapping[str, tuple[int, ...]],
+) -> list[ChunkPart]:
+    """To load: what a rank holds of the chunks of the tensors in its parameter number `number`."""
+    holders = _holders([member], number, member.tensor_rank)
+    parts = []
+    for placed in parameter.tensors:
+        tensor = placed.tensor
+        array = ArraySpec(kind="", tensor=tensor, dtype="float32", chunks=chunk_shapes[tensor.name])
+        for index in array.indices():
+            segments = _segments(parameter, number, placed, array.box(index), member.tensor_rank, tensor_size, holders)
+            if found := tuple(segments):
+                parts.append(ChunkPart(tensor, index, found))
+    return parts
 
 
 @dataclass(frozen=True)

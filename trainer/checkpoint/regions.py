@@ -66,6 +66,21 @@ def put(buffer: np.ndarray, region: Region, first: int, last: int, values: np.nd
         part[...] = values[place : place + part.size].reshape(part.shape)
 
 
+def move(
+    source: np.ndarray, inside: Region, target: np.ndarray, local: Region, first: int, last: int, origin: int
+) -> None:
+    """Copy elements [first, last) of a region of `source` [n] to those of a region of `target` [m] of as many elements.
+
+    `target` holds the addresses from `origin` on.
+    """
+    for part, place in _parts(source, inside, first, last, 0):
+        if local.rows == 1:  # rows that lie one after the other in the target: no copy between
+            at = local.base + first + place - origin
+            target[at : at + part.size].reshape(part.shape)[...] = part
+        else:
+            put(target, local, first + place, first + place + part.size, part.reshape(-1), origin)
+
+
 def _parts(buffer: np.ndarray, region: Region, first: int, last: int, origin: int) -> list[tuple[np.ndarray, int]]:
     """Views of `buffer` that are the elements [first, last) in order, each with its place among them.
 

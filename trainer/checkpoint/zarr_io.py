@@ -26,6 +26,7 @@ from griffin.trainer.checkpoint.arrays import ArraySpec, Box, numpy_dtype
 assert sys.byteorder == "little", "values are stored as they lie in memory"
 
 SYNCS = 16  # files that one process makes durable at a time: file systems do many together in few writes of their own
+BLOCK_BYTES = 2**20  # read or written, and added to the checksum, while it is in the processor's cache
 CRC_BYTES = 4  # a chunk's file ends with the crc32c of what precedes it, little endian
 
 
@@ -138,12 +139,13 @@ class Array:
             whole[tuple(slice(size) for size in shape)] = values
             values = whole
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        crc = _crc32c(data)
-        path = self.folder / spec.file(index)
+        path, crc = self.folder / spec.file(index), 0
         with naming(path):
             file = open(path, "xb")  # noqa: SIM115 (Write.result closes it)
             try:
-                file.write(memoryview(data))  # type: ignore[arg-type]
+                for block in _blocks(data):
+                    crc = _crc32c(crc, block)
+                    file.write(memoryview(block))  # type: ignore[arg-type]
                 file.write(crc.to_bytes(CRC_BYTES, "little"))
                 _start_writing(file)
             except BaseException:
@@ -153,24 +155,36 @@ class Array:
                 raise
         return Write(index, path, file, _record(data.nbytes, crc))
 
-    def read_chunk(self, index: tuple[int, ...], record: FileRecord | None = None) -> np.ndarray:
-        """The chunk at `index` of the grid, [shape of `spec.box(index)`] of `spec.dtype` (a new array).
+    def read_chunk(
+        self, index: tuple[int, ...], record: FileRecord | None = None, *, buffer: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The chunk at `index` of the grid, [shape of `spec.box(index)`] of `spec.dtype`.
+
+        Args:
+            index: the chunk's place in the grid.
+            record: what its file must be.
+            buffer: uint8 [at least `file_bytes`], whose memory the result takes; a new one by default.
 
         Raises:
-            CheckpointError: it is missing, is not of its size, does not match its checksum, or, where `record` is
-                given, is not the file that it is of.
+            CheckpointError: it is missing, is not of its size, does not match its checksum, or is not the file that
+                `record` is of.
         """
         spec = self.spec
         path = self.folder / spec.file(index)
-        expected = self._file_bytes
+        expected = self.file_bytes
         with naming(path), open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size != expected:
                 raise CheckpointError(f"{path} has {size:,} bytes instead of {expected:,}")
-            data = np.empty(size, np.uint8)
-            _fill(file, data, path)
-        content, stored = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:].tobytes(), "little")
-        if _crc32c(content) != stored:
+            content = (np.empty(size, np.uint8) if buffer is None else buffer)[: size - CRC_BYTES]
+            crc = 0
+            for block in _blocks(content):
+                _fill(file, block, path)
+                crc = _crc32c(crc, block)
+            end = np.empty(CRC_BYTES, np.uint8)
+            _fill(file, end, path)
+        stored = int.from_bytes(end.tobytes(), "little")
+        if crc != stored:
             raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
         if record is not None and record != _record(content.nbytes, stored):
             raise CheckpointError(f"{path} is not the chunk that was saved")
@@ -203,7 +217,7 @@ class Array:
             CheckpointError: the file is missing, cannot be read or is not of its size.
         """
         path = self.folder / self.spec.file(index)
-        expected = self._file_bytes
+        expected = self.file_bytes
         with naming(path), open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size != expected:
@@ -212,7 +226,8 @@ class Array:
             return _record(size - CRC_BYTES, int.from_bytes(file.read(CRC_BYTES), "little"))
 
     @property
-    def _file_bytes(self) -> int:
+    def file_bytes(self) -> int:
+        """The size of each chunk's file."""
         return math.prod(self.spec.chunks) * numpy_dtype(self.spec.dtype).itemsize + CRC_BYTES
 
 
@@ -244,10 +259,15 @@ def _start_writing(file: IO[Any]) -> None:
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _crc32c(data: np.ndarray) -> int:
+def _blocks(data: np.ndarray) -> Iterator[np.ndarray]:
+    return (data[start : start + BLOCK_BYTES] for start in range(0, data.size, BLOCK_BYTES))
+
+
+def _crc32c(crc: int, data: np.ndarray) -> int:
+    """The checksum of what `crc` is the checksum of, and `data` after it."""
     view = data.view()
     view.flags.writeable = False  # the library takes nothing else
-    return google_crc32c.value(view)
+    return google_crc32c.extend(crc, view)
 
 
 def _fill(file: Any, data: np.ndarray, path: Path) -> None:
