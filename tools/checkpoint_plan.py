@@ -108,14 +108,16 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
     size of megatron-core's buckets and so on the shards.
     """
     from griffin.parallel.grid import absent_grid
+    from griffin.trainer.checkpoint.state import in_model_order
 
     model_ranks, tensor_size = config.parallel.model_ranks, config.parallel.tensor
     data_size = world_size // model_ranks
     stages: list[tuple[list[Parameter], list[Member]]] = []
+    placed_in: list[tuple[tuple[int, int], GlobalTensor]] = []
     for pipeline_rank in range(config.parallel.pipeline):
         first_rank = pipeline_rank * tensor_size * data_size
         with absent_grid(config.parallel, world_size, first_rank) as grid:
-            layouts, shards = _shards(config, grid)
+            numbers, layouts, shards = _shards(config, grid)
         # Tensor ranks hold parameters of equal shapes, and so equal shards.
         members = [
             Member(first_rank + data_rank * tensor_size + tensor_rank, tensor_rank, shards[data_rank])
@@ -123,7 +125,12 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
             for tensor_rank in range(tensor_size)
         ]
         stages.append((layouts, members))
-    tensors = [placed.tensor for layouts, _ in stages for layout in layouts for placed in layout.tensors]
+        placed_in += [
+            ((number, pipeline_rank), placed.tensor)
+            for number, layout in zip(numbers, layouts, strict=True)
+            for placed in layout.tensors
+        ]
+    tensors = in_model_order(placed_in)
     cuts = default_cuts(tensors)
     shapes = {tensor.name: chunk_shape(tensor, cuts) for tensor in tensors}
     return CheckpointPlan(
@@ -138,8 +145,9 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
     )
 
 
-def _shards(config: Config, grid: Grid) -> tuple[list[Parameter], list[tuple[Shard, ...]]]:
-    """The parameters that the ranks of this rank's stages save, and every data-parallel rank's shard of each."""
+def _shards(config: Config, grid: Grid) -> tuple[list[int], list[Parameter], list[tuple[Shard, ...]]]:
+    """The parameters that the ranks of this rank's stages save: each one's stage among them, its layout, and every
+    data-parallel rank's shards."""
     import torch
 
     from griffin.parallel import host
@@ -157,16 +165,16 @@ def _shards(config: Config, grid: Grid) -> tuple[list[Parameter], list[tuple[Sha
         )
         chunks = in_buffers(stages, overlaps(config, grid.data_size, on_gpu=True))
     saved = [
-        parameter
-        for stage in stages
+        (number, parameter)
+        for number, stage in enumerate(stages)
         for parameter in stage.parameters()
         if not getattr(parameter, "shared", False)  # the second copy of the tied embedding
     ]
     shards = []
     for data_rank in range(grid.data_size):
         ranges = _ranges(chunks, data_rank, grid.data_size)
-        shards.append(shards_in_a_row(ranges.get(parameter, (0, 0)) for parameter in saved))
-    return [parameter_layout(parameter) for parameter in saved], shards
+        shards.append(shards_in_a_row(ranges.get(parameter, (0, 0)) for _, parameter in saved))
+    return [number for number, _ in saved], [parameter_layout(parameter) for _, parameter in saved], shards
 
 
 def _ranges(chunks: Sequence[DistributedDataParallel], data_rank: int, data_size: int) -> dict[nn.Parameter, Range]:

@@ -67,9 +67,7 @@ class ShardedState:
             for rank, (pipeline_rank, tensor_rank, ranges, _) in enumerate(everyone)
             if pipeline_rank == grid.pipeline_rank
         ]
-        # In the model's order, whichever stages hold them: the same checkpoint from any layout.
-        found = sorted(itertools.chain.from_iterable(owned for *_, owned in everyone), key=itemgetter(0))
-        self.tensors: list[GlobalTensor] = [tensor for _, tensor in found]
+        self.tensors = in_model_order(itertools.chain.from_iterable(owned for *_, owned in everyone))
         assert len({tensor.name for tensor in self.tensors}) == len(self.tensors), "two stages own one tensor"
 
     def save_plan(self) -> SavePlan:
@@ -215,6 +213,11 @@ class ShardedState:
             shown = "; ".join(differences[:20])
             more = f"; and {len(differences) - 20} more" if len(differences) > 20 else ""
             raise ValueError(f"the checkpoint of step {manifest.step} is of another model: {shown}{more}")
+
+
+def in_model_order(tensors: Iterable[tuple[tuple[int, int], GlobalTensor]]) -> list[GlobalTensor]:
+    """Tensors by (a stage's number on its rank, pipeline rank), so that a checkpoint is the same from any layout."""
+    return [tensor for _, tensor in sorted(tensors, key=itemgetter(0))]
 
 
 def parameter_layout(parameter: nn.Parameter) -> Parameter:
