@@ -21,6 +21,7 @@ from griffin.trainer.checkpoint.arrays import (
     KINDS,
     MODEL,
     ArraySpec,
+    GlobalTensor,
     chunk_shape,
     default_cuts,
     numpy_dtype,
