@@ -48,8 +48,8 @@ def bits(values: np.ndarray) -> np.ndarray:
 
 def write_array(folder: Path, spec: ArraySpec, values: np.ndarray) -> dict[str, FileRecord]:
     array = create_array(folder, spec)
-    writes = [array.write(index, values[spec.box(index)]) for index in spec.indices()]
-    return {spec.file(write.index): write.result() for write in writes}
+    writes = {spec.file(index): array.write(index, values[spec.box(index)]) for index in spec.indices()}
+    return {file: write.result() for file, write in writes.items()}
 
 
 def make_manifest(step: int, arrays: Iterable[ArraySpec], files: dict[str, FileRecord], **changes: Any) -> Manifest:

@@ -372,7 +372,7 @@ def _remove(grid: Grid, *folders: Path) -> None:
     """Remove folders, in time of no side: the disk is at rest on return. A collective."""
     import torch.distributed as dist
 
-    from griffin.trainer.checkpoint.manifest import synchronise
+    from griffin.trainer.checkpoint.zarr_io import synchronise
 
     if grid.is_first_rank:
         for folder in folders:

@@ -20,11 +20,11 @@ from tqdm import tqdm
 from griffin.parallel.config import ParallelConfig
 from griffin.tools import rank_files
 from griffin.tools.rank_files import RankFile, Slice
-from griffin.tools.stored_arrays import StoredArray, opened, same_bits, shape_of
+from griffin.tools.stored_arrays import StoredArray, opened, same_bits
 from griffin.tools.workers import Workers
-from griffin.trainer.checkpoint.arrays import CHUNK_BYTES, ArraySpec, Box, numpy_dtype
-from griffin.trainer.checkpoint.manifest import Manifest, commit, synchronise
-from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord, create_array
+from griffin.trainer.checkpoint.arrays import CHUNK_BYTES, ArraySpec, Box, numpy_dtype, shape_of
+from griffin.trainer.checkpoint.manifest import Manifest, commit
+from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord, create_array, synchronise
 
 _OF_A_RUN = re.compile(r"step-\d{8,}(\..*)?")  # names that a run gives to its steps, and to what is left of them
 

@@ -23,8 +23,8 @@ import numpy as np
 
 from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.parallel.cost import split_blocks
-from griffin.tools.stored_arrays import Source, intersection, shape_of, within
-from griffin.trainer.checkpoint.arrays import ArraySpec, Box, numpy_dtype
+from griffin.tools.stored_arrays import Source
+from griffin.trainer.checkpoint.arrays import ArraySpec, Box, intersection, numpy_dtype, shape_of, within
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 

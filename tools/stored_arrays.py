@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from griffin.trainer.checkpoint.arrays import ArraySpec, Box, numpy_dtype
+from griffin.trainer.checkpoint.arrays import ArraySpec, Box
 from griffin.trainer.checkpoint.manifest import Manifest, check
-from griffin.trainer.checkpoint.zarr_io import Array, CheckpointError, FileRecord, open_array
+from griffin.trainer.checkpoint.zarr_io import Array, FileRecord, open_array
 
 
 class StoredArray(Protocol):
@@ -46,14 +45,7 @@ class ZarrArray:
 
     def read(self, box: Box) -> np.ndarray:
         """As `StoredArray.read`, with one chunk besides the result in memory."""
-        array = opened(self.folder, self.spec)
-        values = np.empty(shape_of(box), numpy_dtype(self.spec.dtype))
-        for index in chunks_of(self.spec, box):
-            common = intersection(self.spec.box(index), box)
-            values[within(common, box)] = array.read(common)
-            if array.record(index) != self.records[index]:
-                raise CheckpointError(f"{self.folder / self.spec.file(index)} is not the chunk that was saved")
-        return values
+        return opened(self.folder, self.spec).read(box, self.records)
 
 
 def open_step(folder: Path) -> Source:
@@ -70,26 +62,6 @@ def open_step(folder: Path) -> Source:
 def opened(folder: Path, spec: ArraySpec) -> Array:
     """The open array, which a worker uses for many chunks."""
     return open_array(folder, spec)
-
-
-def chunks_of(spec: ArraySpec, box: Box) -> Iterator[tuple[int, ...]]:
-    """Places of the chunks that a box touches."""
-    return itertools.product(
-        *(range(part.start // chunk, -(-part.stop // chunk)) for part, chunk in zip(box, spec.chunks, strict=True))
-    )
-
-
-def intersection(a: Box, b: Box) -> Box:
-    return tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
-
-
-def within(box: Box, outer: Box) -> Box:
-    """A box's place in an outer one."""
-    return tuple(slice(x.start - y.start, x.stop - y.start) for x, y in zip(box, outer, strict=True))
-
-
-def shape_of(box: Sequence[slice]) -> tuple[int, ...]:
-    return tuple(part.stop - part.start for part in box)
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

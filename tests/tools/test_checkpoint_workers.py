@@ -24,6 +24,7 @@ from griffin.trainer.checkpoint.arrays import GlobalTensor
 from griffin.trainer.checkpoint.manifest import verify
 from griffin.trainer.checkpoint.zarr_io import Array
 from tests.checkpoints import FEW, assert_equal_arrays, make_checkpoint, read_arrays, reshard, small_chunks
+from tests.small_runs import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +86,7 @@ def test_a_killed_worker_ends_all(
                 assert (tmp_path / "out.tmp").exists()
                 killed.extend(multiprocessing.active_children())
                 killed[0].kill()
+                wait_for(lambda: self._executor._broken)  # else the other might do all of the rest before
 
         run(self, function, tasks, kill)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,3 +178,16 @@ def state_arrays(tensors: Iterable[GlobalTensor], dtype: str, cuts: int) -> list
         for tensor in tensors
         for kind in dtypes
     ]
+
+
+def shape_of(box: Sequence[slice]) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in box)
+
+
+def intersection(a: Box, b: Box) -> Box:
+    return tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
+
+
+def within(box: Box, outer: Box) -> Box:
+    """A box's place in an outer one."""
+    return tuple(slice(x.start - y.start, x.stop - y.start) for x, y in zip(box, outer, strict=True))

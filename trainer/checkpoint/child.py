@@ -36,7 +36,9 @@ from griffin.trainer.checkpoint.zarr_io import SYNCS, Array, FileRecord, Write, 
 NICENESS = 10
 GLANCE_SECONDS = 0.2  # between two looks whether the rank's process is there
 WRITERS = 4  # chunks being written at a time, of at most 64 MiB each
-OPEN_FILES = 128  # chunks that are written and not yet durable, at most
+# Chunks that are written are made durable together, when they are as many or as large (and WRITERS more).
+OPEN_FILES = 128
+OPEN_BYTES = 2**30
 LEAVE_SECONDS = 30.0  # patience with the writes under way of a save that has failed
 ROWS = 3  # of the staged state: master, exp_avg, exp_avg_sq
 
@@ -111,12 +113,13 @@ class Share:
         self._arrays: dict[str, Array] = {}
         self._files: dict[str, FileRecord] = {}
         self._running, self._has_failed = 2, False
-        self._lock = threading.Lock()
+        self._lock, self._creation = threading.Lock(), threading.Lock()
         self._given_up = threading.Event()
         self._writers, self._syncers = ThreadPoolExecutor(WRITERS), ThreadPoolExecutor(SYNCS)
         self._writes: deque[Future[tuple[str, Write]]] = deque()  # under way, at most WRITERS
         self._written: list[tuple[str, Write]] = []  # not yet durable
-        self._syncs: deque[Future[tuple[str, FileRecord]]] = deque()  # under way
+        self._syncs: deque[Future[tuple[str, FileRecord]]] = deque()  # under way, of chunks
+        self._ends: deque[Future[None]] = deque()  # and of the arrays' metadata and folders, last of all
         self._threads = [
             threading.Thread(target=self._run, args=(task,), daemon=True) for task in (self._send, self._write)
         ]
@@ -137,18 +140,23 @@ class Share:
             thread.join(max(0, deadline - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
             return False
-        under_way: list[Future[Any]] = [*self._writes, *self._syncs]
+        under_way: list[Future[Any]] = [*self._writes, *self._syncs, *self._ends]
         _, running = wait(under_way, max(0, deadline - time.monotonic()))
         for pool in (self._writers, self._syncers):
             pool.shutdown(wait=False)
-        return not running
+        if running:
+            return False
+        # An open file that is removed keeps its space.
+        for _, write in [*self._written, *(future.result() for future in self._writes if not future.exception())]:
+            write.close()
+        return True
 
     def _run(self, task: Callable[[], None]) -> None:
-        error: Exception | None = None
+        error: str | None = None
         try:
             task()
         except Exception as caught:
-            error = caught
+            error = describe(caught)
         with self._lock:
             self._running -= 1
             is_last_word = not self._has_failed and (error is not None or self._running == 0)
@@ -156,7 +164,7 @@ class Share:
         if error is not None:
             self.give_up()
         if is_last_word and error is not None:
-            self._report({"error": f"{self._name}: {describe(error)}"})
+            self._report({"error": f"{self._name}: {error}"})
         elif is_last_word:
             self._report({"files": {name: [record.size, record.checksum] for name, record in self._files.items()}})
 
@@ -184,11 +192,15 @@ class Share:
         while self._writes:
             self._finish()
         self._synchronise()
+        self._ends.extend(self._syncers.submit(array.synchronise) for array in self._arrays.values())
+        while self._ends:
+            self._first(self._ends)
 
     def _finish(self) -> None:
         """Wait for the first of the writes under way."""
         self._written.append(self._first(self._writes))
-        if len(self._written) == OPEN_FILES:
+        size = sum(write.size for _, write in self._written)
+        if len(self._written) >= OPEN_FILES or size >= OPEN_BYTES:
             self._synchronise()
 
     def _synchronise(self) -> None:
@@ -210,7 +222,11 @@ class Share:
         return result
 
     def _sync(self, name: str, write: Write) -> tuple[str, FileRecord]:
-        self._go_on()
+        try:
+            self._go_on()
+        except ConnectionError:
+            write.close()
+            raise
         return name, write.result()
 
     def _go_on(self) -> None:
@@ -219,7 +235,7 @@ class Share:
 
     def _write_chunk(self, spec: ArraySpec, index: tuple[int, ...], values: np.ndarray) -> tuple[str, Write]:
         self._go_on()
-        with self._lock:
+        with self._creation:
             array = self._arrays.get(spec.name)
             if array is None:
                 array = self._arrays[spec.name] = create_array(self._folder, spec)

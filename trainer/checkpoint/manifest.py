@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from griffin.trainer.checkpoint.arrays import ArraySpec
-from griffin.trainer.checkpoint.zarr_io import SYNCS, Array, CheckpointError, FileRecord, naming, open_array
+from griffin.trainer.checkpoint.zarr_io import (
+    SYNCS,
+    Array,
+    CheckpointError,
+    FileRecord,
+    naming,
+    open_array,
+    synchronise,
+)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -57,15 +65,6 @@ class Manifest:
 
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def synchronise(path: Path) -> None:
-    """Make a file's content, or a folder's entries, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(path: Path, text: str) -> None:
@@ -162,12 +161,8 @@ def commit(tmp: Path, manifest: Manifest, final: Path | None = None) -> Path:
 
 def _finish(tmp: Path, array: ArraySpec) -> tuple[str, dict[str, Any]]:
     """Check an array's metadata, and make it and the array's folder durable. Its name and the metadata."""
-    path = tmp / array.metadata_file
-    open_array(tmp, array)
-    with naming(path):
-        synchronise(path)
-        synchronise(path.parent)
-    return array.name, _read_json(path)
+    open_array(tmp, array).synchronise()
+    return array.name, _read_json(tmp / array.metadata_file)
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
@@ -261,7 +256,7 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None, worker
 
     Args:
         progress: called with a number of bytes that have just been read; they add up to the sizes of all files.
-        workers: threads, each with a few copies of a chunk in memory.
+        workers: threads, each with a chunk in memory.
 
     Raises:
         CheckpointError: the message names the damaged files.

@@ -119,8 +119,8 @@ class ShardedState:
         """Fill in the weights, and with `everything` Adam's state, from a checkpoint of any layout. A collective.
 
         Each rank reads the chunks that it holds a part of; the weights then reach all data-parallel ranks as they do
-        after an optimizer step. Raises ValueError where the checkpoint is of
-        another model, before anything is changed, and CheckpointError naming the file where a chunk is damaged.
+        after an optimizer step. Raises ValueError where the checkpoint is of another model, before anything is
+        changed, and CheckpointError naming the file where a chunk is damaged.
         """
         kinds = [MASTER if f"{MASTER}.{self.tensors[0].name}" in manifest.arrays else MODEL]
         kinds += [EXP_AVG, EXP_AVG_SQ] if everything else []
@@ -179,6 +179,7 @@ class ShardedState:
                 parts = plan_parts(layout, number, member, self._grid.tensor_size, shapes)
                 planned = shapes
             if sum(segment.count for part in parts for segment in part.segments) < row.size:
+                assert any(spec.tensor.padded is not None for spec in specs.values()), f"{list(specs)} are not whole"
                 row[:] = 0  # the vocabulary's padding is in no chunk
             arrays = {name: open_array(folder, specs[name]) for name in {part.tensor.name for part in parts}}
             reads += [pool.submit(read, row, arrays[part.tensor.name], part) for part in parts]

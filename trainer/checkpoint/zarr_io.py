@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import IO, Any, BinaryIO
 import google_crc32c
 import numpy as np
 
-from griffin.trainer.checkpoint.arrays import ArraySpec, Box, numpy_dtype
+from griffin.trainer.checkpoint.arrays import ArraySpec, Box, intersection, numpy_dtype, shape_of, within
 
 assert sys.byteorder == "little", "values are stored as they lie in memory"
 
@@ -73,7 +73,7 @@ def _metadata(spec: ArraySpec) -> dict[str, Any]:
 def create_array(folder: Path, spec: ArraySpec) -> Array:
     """Create an array in a step's folder, or open it; several processes may do so at once.
 
-    Its metadata and its folder are durable once the step is committed.
+    What this machine has made of it is durable after `Array.synchronise`.
 
     Raises:
         CheckpointError: it cannot be written, or is there with other metadata.
@@ -120,6 +120,17 @@ class Array:
         self.folder = folder
         self.spec = spec
 
+    def synchronise(self) -> None:
+        """Make its metadata and its folder's entries durable, as far as this machine has written them.
+
+        Raises:
+            CheckpointError: they could not be written.
+        """
+        path = self.folder / self.spec.metadata_file
+        with naming(path):
+            synchronise(path)
+            synchronise(path.parent)
+
     def write(self, index: tuple[int, ...], values: np.ndarray) -> Write:
         """Write the whole chunk at `index` of the grid, which has not been written yet.
 
@@ -131,7 +142,7 @@ class Array:
             CheckpointError: it cannot be written (the disk is full, the folder is gone, ...) or is there already.
         """
         spec = self.spec
-        shape = _shape(spec.box(index))
+        shape = shape_of(spec.box(index))
         assert values.dtype == numpy_dtype(spec.dtype), (spec.name, values.dtype)
         assert values.shape == shape, (spec.name, index, values.shape)
         if shape != spec.chunks:
@@ -149,11 +160,12 @@ class Array:
                 file.write(crc.to_bytes(CRC_BYTES, "little"))
                 _start_writing(file)
             except BaseException:
-                path.unlink()
                 with suppress(OSError):
                     file.close()
+                with suppress(OSError):
+                    path.unlink()
                 raise
-        return Write(index, path, file, _record(data.nbytes, crc))
+        return Write(path, file, _record(data.nbytes, crc))
 
     def read_chunk(
         self, index: tuple[int, ...], record: FileRecord | None = None, *, buffer: np.ndarray | None = None
@@ -189,25 +201,25 @@ class Array:
         if record is not None and record != _record(content.nbytes, stored):
             raise CheckpointError(f"{path} is not the chunk that was saved")
         values = content.view(numpy_dtype(spec.dtype)).reshape(spec.chunks)
-        return values[tuple(slice(size) for size in _shape(spec.box(index)))]
+        return values[tuple(slice(size) for size in shape_of(spec.box(index)))]
 
-    def read(self, box: Box) -> np.ndarray:
+    def read(self, box: Box, records: Mapping[tuple[int, ...], FileRecord] | None = None) -> np.ndarray:
         """A box of the array, [box's shape] of `spec.dtype` (a new array), with one chunk besides it in memory.
 
         Raises:
-            CheckpointError: a chunk in the box is missing, is not of its size or does not match its checksum.
+            CheckpointError: a chunk in the box is missing, is not of its size, does not match its checksum, or is not
+                the one that `records` has at its place in the grid.
         """
         places = [
             range(part.start // chunk, -(-part.stop // chunk))
             for part, chunk in zip(box, self.spec.chunks, strict=True)
         ]
-        values = np.empty(_shape(box), numpy_dtype(self.spec.dtype))
+        values = np.empty(shape_of(box), numpy_dtype(self.spec.dtype))
         for index in itertools.product(*places):
             chunk = self.spec.box(index)
-            if chunk == tuple(box):
-                return self.read_chunk(index)
-            common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(chunk, box, strict=True)]
-            values[_within(common, box)] = self.read_chunk(index)[_within(common, chunk)]
+            common = intersection(chunk, box)
+            read = self.read_chunk(index, None if records is None else records[index])
+            values[within(common, box)] = read[within(common, chunk)]
         return values
 
     def record(self, index: tuple[int, ...]) -> FileRecord:
@@ -234,8 +246,8 @@ class Array:
 class Write:
     """A chunk that the system is writing. Wait for many of them together: for each alone, it takes far longer."""
 
-    def __init__(self, index: tuple[int, ...], path: Path, file: BinaryIO, record: FileRecord) -> None:
-        self.index = index
+    def __init__(self, path: Path, file: BinaryIO, record: FileRecord) -> None:
+        self.size = record.size
         self._path, self._file, self._record = path, file, record
 
     def result(self) -> FileRecord:
@@ -248,13 +260,30 @@ class Write:
             os.fsync(file.fileno())
         return self._record
 
+    def close(self) -> None:
+        """Do without the result: what is on disk is not waited for."""
+        with suppress(OSError):
+            self._file.close()
+
+
+def synchronise(path: Path) -> None:
+    """Make a file's content, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
 
 def _record(content: int, crc: int) -> FileRecord:
     return FileRecord(content + CRC_BYTES, f"crc32c:{crc:08x}")
 
 
 def _start_writing(file: IO[Any]) -> None:
-    """Have the system write a file to the disk from now on, so that little is left to wait for in the end."""
+    """Have the system write a file to the disk from now on, so that little is left to wait for in the end.
+
+    What Linux is told not to keep, it begins to write at once.
+    """
     file.flush()
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -278,12 +307,3 @@ def _fill(file: Any, data: np.ndarray, path: Path) -> None:
         if not count:
             raise CheckpointError(f"{path} ends {view.nbytes:,} bytes early")
         view = view[count:]
-
-
-def _shape(box: Box) -> tuple[int, ...]:
-    return tuple(part.stop - part.start for part in box)
-
-
-def _within(box: Iterable[slice], outer: Box) -> Box:
-    """A box's place in an outer one."""
-    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, outer, strict=True))

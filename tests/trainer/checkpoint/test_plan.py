@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from griffin.trainer.checkpoint import arrays
 from griffin.trainer.checkpoint.arrays import ArraySpec, GlobalTensor, chunk_shape, default_cuts
 from griffin.trainer.checkpoint.plan import Member, Parameter, PlacedTensor, Shard, plan_chunks, plan_parts
-from griffin.trainer.checkpoint.regions import Region, put, take
+from griffin.trainer.checkpoint.regions import Region, move, put, take
 
 
 @st.composite
@@ -153,8 +153,7 @@ def test_every_element_of_every_chunk_comes_from_where_it_is(
                 read = values[piece.tensor.name][grids[piece.tensor.name].box(piece.index)].ravel()
                 assert piece.segments
                 for segment in piece.segments:
-                    elements = take(read, segment.chunk, segment.first, segment.last)
-                    put(out, segment.local, segment.first, segment.last, elements, origin=shard.start)
+                    move(read, segment.chunk, out, segment.local, segment.first, segment.last, shard.start)
         np.testing.assert_array_equal(received, flats[member.rank])
 
 

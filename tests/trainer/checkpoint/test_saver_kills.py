@@ -277,6 +277,21 @@ def test_a_write_that_hangs(folder: Path, rank: int) -> None:
         assert team.pid(rank) != process  # that one is in the call still
 
 
+def test_making_an_array_that_hangs(folder: Path) -> None:
+    layout = Layout(1, 2)
+    (rank,) = {chunk.owner for chunk in layout.plans[0].chunks if chunk.tensor.name == "norm"}
+    with Team(layout, folder / "checkpoints", timeout=2) as team:
+        team.save(1, random_state(1))
+        (folder / "slow").write_text("60 model.norm/zarr.json")
+        begun = time.monotonic()
+        outcomes = team.save(2, random_state(2))
+        assert time.monotonic() - begun < 15
+        (folder / "slow").unlink()
+        assert_failed(outcomes, f"rank {rank} on 127.0.0.1: {team.root}", "a write has not ended within 2 s")
+        assert_newest(team.root, 1, random_state(1))
+        assert_saves(team, 3)
+
+
 def test_a_failed_save_is_not_written_to_its_end(folder: Path) -> None:
     layout = Layout(1, 2)
     with Team(layout, folder / "checkpoints") as team:
