@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import os
 import resource
 import shutil
@@ -84,7 +83,7 @@ def test_a_killed_worker_ends_all(
             done(result)
             if not killed:
                 assert (tmp_path / "out.tmp").exists()
-                killed.extend(multiprocessing.active_children())
+                killed.extend(self._executor._processes.values())
                 killed[0].kill()
                 wait_for(lambda: self._executor._broken)  # else the other might do all of the rest before
 
