@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from griffin.tools.stored_arrays import StoredArray, opened, same_bits
 from griffin.tools.workers import Workers
 from griffin.trainer.checkpoint.arrays import CHUNK_BYTES, ArraySpec, Box, numpy_dtype, shape_of
 from griffin.trainer.checkpoint.manifest import Manifest, commit
-from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord, create_array, synchronise
+from griffin.trainer.checkpoint.zarr_io import SYNCS, Array, CheckpointError, FileRecord, create_array, synchronise
 
 _OF_A_RUN = re.compile(r"step-\d{8,}(\..*)?")  # names that a run gives to its steps, and to what is left of them
 
@@ -131,8 +132,7 @@ def write_step(target: Path, manifest: Manifest, made: Sequence[Made], workers: 
     begun = time.monotonic()
     files: dict[str, FileRecord] = {}
     with _new_folder(target) as tmp:
-        for one in made:
-            create_array(tmp, one.spec)
+        arrays = [create_array(tmp, one.spec) for one in made]
         tasks = (_ChunkTask(one, tmp, index) for one in made for index in one.spec.indices())
         with _bar(target.name, sum(one.spec.nbytes for one in made)) as bar:
 
@@ -141,6 +141,8 @@ def write_step(target: Path, manifest: Manifest, made: Sequence[Made], workers: 
                 bar.update(size)
 
             workers.run(_write_chunk, tasks, done)
+        with ThreadPoolExecutor(SYNCS) as pool:
+            list(pool.map(Array.synchronise, arrays))
         commit(tmp, replace(manifest, files=files))
     _summarize(target, len(made), files=len(files), size=sum(one.spec.nbytes for one in made), begun=begun)
 

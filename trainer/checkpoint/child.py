@@ -113,7 +113,8 @@ class Share:
         self._arrays: dict[str, Array] = {}
         self._files: dict[str, FileRecord] = {}
         self._running, self._has_failed = 2, False
-        self._lock, self._creation = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
+        self._creations: dict[str, threading.Lock] = {}  # by array
         self._given_up = threading.Event()
         self._writers, self._syncers = ThreadPoolExecutor(WRITERS), ThreadPoolExecutor(SYNCS)
         self._writes: deque[Future[tuple[str, Write]]] = deque()  # under way, at most WRITERS
@@ -235,7 +236,9 @@ class Share:
 
     def _write_chunk(self, spec: ArraySpec, index: tuple[int, ...], values: np.ndarray) -> tuple[str, Write]:
         self._go_on()
-        with self._creation:
+        with self._lock:
+            creation = self._creations.setdefault(spec.name, threading.Lock())
+        with creation:
             array = self._arrays.get(spec.name)
             if array is None:
                 array = self._arrays[spec.name] = create_array(self._folder, spec)

@@ -15,13 +15,11 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from griffin.trainer.checkpoint.arrays import ArraySpec
 from griffin.trainer.checkpoint.zarr_io import (
-    SYNCS,
     Array,
     CheckpointError,
     FileRecord,
@@ -120,7 +118,7 @@ def commit(tmp: Path, manifest: Manifest, final: Path | None = None) -> Path:
     A folder that has the name already (one that was found damaged and passed over) is kept as `step-....damaged-1`.
 
     Args:
-        tmp: the folder beside it in which every array was created and every chunk was written and synchronised.
+        tmp: the folder beside it in which every array was created, every chunk was written, and both synchronised.
         manifest: `files` holds one record of every chunk; those of the zarr.json files are added here.
         final: the step's folder; by default `tmp` without its suffix.
 
@@ -134,8 +132,9 @@ def commit(tmp: Path, manifest: Manifest, final: Path | None = None) -> Path:
     assert len(expected) == len(set(expected)), "two chunks with one file"
     assert manifest.files.keys() == set(expected), sorted(manifest.files.keys() ^ set(expected))[:_SHOWN]
     # A copy of the arrays' metadata, as zarr-python consolidates it: opening the group reads one file, not thousands.
-    with ThreadPoolExecutor(SYNCS) as pool:
-        consolidated = dict(pool.map(partial(_finish, tmp), manifest.arrays.values()))
+    for array in manifest.arrays.values():
+        open_array(tmp, array)
+    consolidated = {array.name: _read_json(tmp / array.metadata_file) for array in manifest.arrays.values()}
     group = {
         "zarr_format": 3,
         "node_type": "group",
@@ -157,12 +156,6 @@ def commit(tmp: Path, manifest: Manifest, final: Path | None = None) -> Path:
         tmp.rename(final)
         synchronise(final.parent)
     return final
-
-
-def _finish(tmp: Path, array: ArraySpec) -> tuple[str, dict[str, Any]]:
-    """Check an array's metadata, and make it and the array's folder durable. Its name and the metadata."""
-    open_array(tmp, array).synchronise()
-    return array.name, _read_json(tmp / array.metadata_file)
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
