@@ -279,7 +279,11 @@ def time_saves(grid: Grid, bench: Bench, training: Training, state: dict[str, An
 
 
 def time_stalls(grid: Grid, bench: Bench, training: Training, state: dict[str, Any]) -> None:
-    """Time how long an asynchronous save takes to return; each has ended before the next begins."""
+    """Time how long an asynchronous save takes to return; each has ended before the next begins.
+
+    For orientation, also one copy of as many bytes from memory to memory.
+    """
+    import torch
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
     from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -297,12 +301,16 @@ def time_stalls(grid: Grid, bench: Bench, training: Training, state: dict[str, A
         "dcp thread, kept": {"async_checkpointer_type": thread, "async_stager": stager},
         "dcp process": {"async_checkpointer_type": process},
     }
+    source, copied = torch.ones(2, bench.size // 4 // grid.world_size)
     with _checkpoints(bench, grid, training, ours) as checkpoints:
         for step in range(1, bench.rounds + 2):
             _remove(grid, ours)
             seconds = checkpoints.save(Position(step=step))
             checkpoints.finish(Position(step=step))
             watch.add("griffin", seconds)
+            begun = time.perf_counter()
+            copied.copy_(source)
+            watch.add("memory copy", time.perf_counter() - begun)
             for side, options in peers.items():
                 _remove(grid, theirs)
                 begun = time.perf_counter()
@@ -372,11 +380,9 @@ def _remove(grid: Grid, *folders: Path) -> None:
     """Remove folders, in time of no side: the disk is at rest on return. A collective."""
     import torch.distributed as dist
 
-    from griffin.trainer.checkpoint.zarr_io import synchronise
-
     if grid.is_first_rank:
         for folder in folders:
             if folder.exists():
                 shutil.rmtree(folder)
-        synchronise(folders[0].parent)
+        os.sync()
     dist.barrier()
