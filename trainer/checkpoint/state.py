@@ -40,7 +40,7 @@ from griffin.trainer.checkpoint.regions import move
 from griffin.trainer.checkpoint.zarr_io import Array, open_array
 from griffin.trainer.step import Training
 
-READERS = 4  # chunks that a rank reads at a time
+READERS = 4  # chunks that a rank reads at a time, where it has as many cores
 
 
 class ShardedState:
@@ -126,9 +126,10 @@ class ShardedState:
             (len(kinds), max((shard.stop - shard.start for shard in member.shards), default=0)), np.float32
         )
         buffers = SimpleQueue[np.ndarray]()
-        for _ in range(READERS):
+        readers = min(READERS, max(2, torch.get_num_threads()))
+        for _ in range(readers):
             buffers.put(np.empty(0, np.uint8))
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(readers) as pool:
             for number, (parameter, shard) in enumerate(zip(self._parameters, member.shards, strict=True)):
                 if shard.stop == shard.start:
                     continue
@@ -154,8 +155,8 @@ class ShardedState:
         """Read this rank's shard of a parameter: float32 [kinds, elements]."""
         layout, start = self._layouts[number], member.shards[number].start
 
-        def read(row: np.ndarray, array: Array, part: ChunkPart) -> None:
-            buffer = buffers.get()
+        def read(row: np.ndarray, opened: Future[Array], part: ChunkPart) -> None:
+            array, buffer = opened.result(), buffers.get()
             try:
                 if buffer.size < array.file_bytes:
                     buffer = np.empty(array.file_bytes, np.uint8)
@@ -176,7 +177,10 @@ class ShardedState:
             if sum(segment.count for part in parts for segment in part.segments) < row.size:
                 assert any(spec.tensor.padded is not None for spec in specs.values()), f"{list(specs)} are not whole"
                 row[:] = 0  # the vocabulary's padding is in no chunk
-            arrays = {name: open_array(folder, specs[name]) for name in {part.tensor.name for part in parts}}
+            # Before what reads them: a thread that waits for one waits for another thread.
+            arrays = {
+                name: pool.submit(open_array, folder, specs[name]) for name in {part.tensor.name for part in parts}
+            }
             reads += [pool.submit(read, row, arrays[part.tensor.name], part) for part in parts]
         for future in reads:
             future.result()
