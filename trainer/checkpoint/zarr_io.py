@@ -1,7 +1,7 @@
 """Reading and writing the Zarr v3 arrays of a checkpoint, chunk by chunk.
 
 A chunk's file is its values, little endian and row-major, and their crc32c: Zarr's codecs `bytes` and `crc32c`. Chunks
-at an array's edge are filled up with zeros. All of it is read and written as it is, without a copy.
+at an array's edge are filled up with zeros.
 """
 
 from __future__ import annotations
@@ -221,21 +221,6 @@ class Array:
             read = self.read_chunk(index, None if records is None else records[index])
             values[within(common, box)] = read[within(common, chunk)]
         return values
-
-    def record(self, index: tuple[int, ...]) -> FileRecord:
-        """The size and the checksum of a chunk's file as it is stored, from the file's end: data is not read.
-
-        Raises:
-            CheckpointError: the file is missing, cannot be read or is not of its size.
-        """
-        path = self.folder / self.spec.file(index)
-        expected = self.file_bytes
-        with naming(path), open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != expected:
-                raise CheckpointError(f"{path} has {size:,} bytes instead of {expected:,}")
-            file.seek(-CRC_BYTES, os.SEEK_END)
-            return _record(size - CRC_BYTES, int.from_bytes(file.read(CRC_BYTES), "little"))
 
     @property
     def file_bytes(self) -> int:
