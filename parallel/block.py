@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
         self.mixer_norm = RMSNorm(f"{name}.mixer_norm", context)
         self.mixer: RecurrentMixer | AttentionMixer
         if mixer == RECURRENT:
-            self.mixer = RecurrentMixer(f"{name}.recurrent", context)
+            self.mixer = RecurrentMixer(f"{name}.recurrent", context, save_states=recompute != "states")
         else:
             window = context.model.window if mixer == ATTENTION else None
             self.mixer = AttentionMixer(f"{name}.attention", context, window)

@@ -10,8 +10,9 @@ ATTENTION = "attention"
 GLOBAL_ATTENTION = "global_attention"
 MIXERS = (RECURRENT, ATTENTION, GLOBAL_ATTENTION)
 INITS = ("jax", "torch")
-# What a block runs again in its backward pass instead of keeping it ("none" keeps everything).
-RECOMPUTES = ("none", "mixer", "mlp", "block")
+# What a block runs again in its backward pass instead of keeping it ("none" keeps everything); "states" are the
+# recurrence's.
+RECOMPUTES = ("none", "states", "mixer", "mlp", "block")
 
 CONV_WIDTH = 4
 VOCABULARY_MULTIPLE = 128

@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from griffin.kernels.backends import AUTO
 from griffin.kernels.local_attention import AttentionMask, attention_mask
 from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.parallel.grid import Grid
@@ -22,6 +23,7 @@ class Context:
     grid: Grid
     megatron: TransformerConfig
     device: torch.device  # of the parameters; meta where only their shapes are asked for
+    kernels: str = AUTO  # backend of convolution and recurrence
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter of that shape on this rank."""

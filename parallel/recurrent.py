@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from griffin.kernels.conv1d import causal_conv1d
 from griffin.kernels.rglru import rglru
@@ -14,6 +14,48 @@ from griffin.parallel.config import CONV_WIDTH
 from griffin.parallel.context import Context, Documents
 from griffin.parallel.mlp import fused_column_linear, row_linear
 from griffin.parallel.sharding import Piece, decay, describe, normal, zeros
+
+
+class _BlockDiagonal(torch.autograd.Function):
+    """x [T, B, R] times weight [N, w, 2 w], plus bias [N, 2 w], block by block: two results [T, B, R], R = N w.
+
+    A batched product of its own accord writes each block apart, to be copied together again. Here products read and
+    write blocks where they lie among the channels.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        N, width, _ = weight.shape
+        x = x.contiguous()
+        gates = torch.empty_like(x), torch.empty_like(x)
+        for gate, half in zip(gates, (slice(width), slice(width, None)), strict=True):
+            torch.baddbmm(bias[:, None, half], _blocks(x, N), weight[..., half], out=_blocks(gate, N))
+        ctx.save_for_backward(x, weight)
+        return gates
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, weight = ctx.saved_tensors
+        N, width, _ = weight.shape
+        x_NKw = _blocks(x, N)
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+        grad_bias = weight.new_empty(N, 2 * width)
+        for place, grad in enumerate(grads):
+            half = slice(place * width, (place + 1) * width)
+            grad_NKw = _blocks(grad.contiguous(), N)
+            # beta 0 leaves what the sum is not yet aside
+            torch.baddbmm(
+                _blocks(grad_x, N), grad_NKw, weight[..., half].mT, beta=min(place, 1), out=_blocks(grad_x, N)
+            )
+            torch.bmm(x_NKw.mT, grad_NKw, out=grad_weight[..., half])
+            grad_bias[:, half] = grad_NKw.sum(1)
+        return grad_x, grad_weight, grad_bias
+
+
+def _blocks(x: Tensor, blocks: int) -> Tensor:
+    """[blocks, T B, R / blocks], a view of contiguous x [T, B, R]."""
+    return x.view(-1, blocks, x.shape[-1] // blocks).transpose(0, 1)
 
 
 class BlockDiagonalGates(nn.Module):
@@ -54,12 +96,7 @@ class BlockDiagonalGates(nn.Module):
             )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        T, B, R = x.shape
-        blocks, width, _ = self.weight.shape
-        x_NTK = x.reshape(T * B, blocks, width).transpose(0, 1)
-        gates = torch.baddbmm(self.bias.unsqueeze(1), x_NTK, self.weight)  # [blocks, T B, 2 width]
-        gates = gates.view(blocks, T, B, 2, width).permute(3, 1, 2, 0, 4).reshape(2, T, B, R)
-        return gates[0], gates[1]
+        return _BlockDiagonal.apply(x, self.weight, self.bias)
 
 
 class RecurrentMixer(nn.Module):
@@ -69,8 +106,9 @@ class RecurrentMixer(nn.Module):
     computes its channels alone, and the mixer communicates exactly what an MLP does.
     """
 
-    def __init__(self, name: str, context: Context):
+    def __init__(self, name: str, context: Context, *, save_states: bool = True):
         super().__init__()
+        self.kernels, self.save_states = context.kernels, save_states
         model = context.model
         R, blocks = model.recurrent_width, model.gate_blocks
         self.lin_xy = fused_column_linear(
@@ -106,8 +144,17 @@ class RecurrentMixer(nn.Module):
         )
 
     def forward(self, u: Tensor, documents: Documents) -> Tensor:
-        x, y = self.lin_xy(u)[0].chunk(2, dim=-1)
-        x = causal_conv1d(x, self.conv_weight, self.conv_bias, starts=documents.starts)
+        x, branch = self.lin_xy(u)[0].chunk(2, dim=-1)
+        x = causal_conv1d(x, self.conv_weight, self.conv_bias, starts=documents.starts, backend=self.kernels)
         input_gate, recurrence_gate = self.gates(x)
-        h, _ = rglru(x, input_gate, recurrence_gate, self.decay, starts=documents.starts)
-        return self.out(h * F.gelu(y, approximate="tanh"))[0]
+        y, _ = rglru(
+            x,
+            input_gate,
+            recurrence_gate,
+            self.decay,
+            branch=branch,
+            starts=documents.starts,
+            backend=self.kernels,
+            save_states=self.save_states,
+        )
+        return self.out(y)[0]

@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from griffin.kernels.backends import AUTO
 from griffin.parallel import host
 from griffin.parallel.block import ResidualBlock
 from griffin.parallel.config import ModelConfig, ParallelConfig, axis_atoms
@@ -171,6 +172,7 @@ def build_stages(
     dtype: torch.dtype,
     sequence: int,
     recompute: str = "none",
+    kernels: str = AUTO,
     device: torch.device | None = None,
 ) -> list[Stage]:
     """The stages that this rank holds, first to last, with uninitialised weights (see `sharding.initialize`).
@@ -179,7 +181,11 @@ def build_stages(
     """
     device = device or grid.device
     context = Context(
-        model=model, grid=grid, megatron=megatron_config(model, layout, dtype, grid.device), device=device
+        model=model,
+        grid=grid,
+        megatron=megatron_config(model, layout, dtype, grid.device),
+        device=device,
+        kernels=kernels,
     )
     sizes = stage_blocks(model, layout, sequence)
     assert len(sizes) == layout.pipeline * layout.virtual_pipeline, sizes

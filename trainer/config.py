@@ -13,6 +13,7 @@ from typing import Any
 
 import tomli_w
 
+from griffin.kernels.backends import AUTO
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
 from griffin.trainer.data.prefix import DataInfo, read_blend
 from griffin.trainer.presets import PRESETS, preset
@@ -59,6 +60,7 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "bfloat16"  # of parameters and activations; master weights and gradients are float32
     recompute: str = "none"  # what each block computes again in its backward pass
+    kernels: str = AUTO  # what computes convolution and recurrence
     overlap: str = "auto"  # data-parallel communication behind computation; auto: where there is a GPU
     eval_interval: int = 500  # optimizer steps between evaluations; 0 is never
     eval_batches: int = 10  # global batches per evaluation

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from griffin.kernels import local_attention, rglru
+from griffin.kernels import local_attention
+from griffin.kernels.backends import resolve_backend
 from griffin.parallel.grid import Grid, rank_grid
 from griffin.parallel.norm import apex_rms_norm
 from griffin.parallel.ranks import Ranks
@@ -42,7 +43,7 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
 
         def open_folder() -> None:
             nonlocal opened
-            environment = describe_environment(config, ranks, _device_name(grid), implementations(grid.device))
+            environment = describe_environment(config, ranks, _device_name(grid), implementations(config, grid.device))
             opened = _open_folder(config, run_dir, init_from, environment, stack)
 
         grid.first_rank_does("run folder", open_folder)
@@ -131,13 +132,14 @@ def _run(
     return False
 
 
-def implementations(device: torch.device) -> dict[str, str]:
-    """What computes the parts that have more than one implementation."""
+def implementations(config: Config, device: torch.device) -> dict[str, str]:
+    """What computes the parts that have more than one implementation. ValueError for one that cannot run here."""
+    dtype = getattr(torch, config.train.dtype)
     return {
         "optimizer": optimizer_name(),
         "norm": "torch rms_norm" if apex_rms_norm() is None else "apex mixed_dtype_fused_rms_norm_affine",
         "attention": local_attention.select_backend(device),
-        "scan": rglru.select_backend(device),
+        "recurrence": resolve_backend(config.train.kernels, device, dtype, "train.kernels"),
     }
 
 

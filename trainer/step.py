@@ -59,6 +59,7 @@ class Training:
             dtype=self.dtype,
             sequence=config.data.sequence_length,
             recompute=config.train.recompute,
+            kernels=config.train.kernels,
         )
         initialize(stages, grid, config.train.seed)
         self.stages: list[Stage] = stages

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any, NoReturn
 
+from griffin.kernels.backends import AUTO, BACKENDS
 from griffin.parallel.config import (
     ATTENTION,
     GLOBAL_ATTENTION,
@@ -65,6 +66,7 @@ CHOICES = {
     "optimizer.wsd_decay": WSD_DECAYS,
     "train.dtype": DTYPES,
     "train.recompute": RECOMPUTES,
+    "train.kernels": (AUTO, *BACKENDS),
     "train.overlap": OVERLAPS,
 }
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from griffin.kernels.layout import accumulation_dtype
 
-def causal_conv1d_reference(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> Tensor:
+
+def causal_conv1d_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, window: Tensor | None
+) -> Tensor:
     """Convolution of time-major x; arguments as `griffin.kernels.conv1d.causal_conv1d`. Float64 where x is."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    steps, batch, _ = x.shape
-    x_wide, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    dtype = accumulation_dtype(x)
+    steps, batch, width = x.shape
+    before = len(weight) - 1
+    window = x.new_zeros(before, batch, width, dtype=dtype) if window is None else window.to(dtype)
+    inputs = torch.cat([window, x.to(dtype)])  # position t at before + t
+    weight, bias = weight.to(dtype), bias.to(dtype)
     outputs = []
     for t in range(steps):
-        y = bias.expand_as(x_wide[t])
+        y = bias.expand(batch, width)
         reached = torch.ones(batch, dtype=torch.bool, device=x.device)  # taps that are still in t's document
         for offset, tap in enumerate(weight.flip(0)):
-            if offset > t:
-                break
-            y = y + torch.where(reached[:, None], tap * x_wide[t - offset], 0)
-            if starts is not None:
+            y = y + torch.where(reached[:, None], tap * inputs[before + t - offset], 0)
+            if starts is not None and t >= offset:
                 reached = reached & ~starts[t - offset]
         outputs.append(y)
     return torch.stack(outputs).to(x.dtype)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from griffin.kernels.layout import accumulation_dtype
+
 GATE_SCALE = 8.0  # c of log a = -c * sigmoid(recurrence_gate) * softplus(p); section 2.4
 MIN_SQRT_ARGUMENT = 1e-6 / 4  # below it sqrt'(x) is taken there: at most 1 / sqrt(1e-6) = 1000
 
@@ -29,6 +31,7 @@ def rglru_reference(
     input_gate: Tensor,
     recurrence_gate: Tensor,
     decay: Tensor,
+    branch: Tensor | None,
     starts: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -36,7 +39,7 @@ def rglru_reference(
 
     Arithmetic is float32, or float64 where x is.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x)
     steps, batch, width = x.shape
     if starts is None:
         starts = torch.zeros(steps, batch, dtype=torch.bool, device=x.device)
@@ -53,4 +56,7 @@ def rglru_reference(
     for a_t, b_t in zip(a, b, strict=True):
         h = a_t * h + b_t
         states.append(h)
-    return torch.stack(states).to(x.dtype), h
+    y = torch.stack(states)
+    if branch is not None:
+        y = y * F.gelu(branch.to(dtype), approximate="tanh")
+    return y.to(x.dtype), h

@@ -175,7 +175,7 @@ def test_recomputation_changes_nothing_but_memory(grid: Grid, recompute: str) ->
     assert kept["gradients"].keys() == again["gradients"].keys()
     for name, gradient in kept["gradients"].items():
         assert torch.equal(gradient, again["gradients"][name]), name
-    twice = {"none": (), "block": (*PARTS["mixer"], *PARTS["mlp"]), **PARTS}[recompute]
+    twice = {"none": (), "states": (), "block": (*PARTS["mixer"], *PARTS["mlp"]), **PARTS}[recompute]
     assert again["calls"] == {
         name: MODEL.blocks * (2 if name in twice else 1) for part in PARTS.values() for name in part
     }
@@ -186,6 +186,8 @@ def test_recomputation_saves_memory(grid: Grid) -> None:
     kept = {recompute: run(grid, recompute)["kept"] for recompute in RECOMPUTES}
     assert kept["block"] < kept["mixer"] < kept["none"]
     assert kept["block"] < kept["mlp"] < kept["none"]
+    recurrences = MODEL.pattern.count("recurrent")
+    assert kept["none"] - kept["states"] == recurrences * T * B * MODEL.recurrent_width * 4
     # What is left of a block is its input, and of the stage the embedding, the final norm and the logits.
     inputs = MODEL.blocks * T * B * MODEL.width * 4
     assert kept["block"] - inputs < kept["none"] / 4
@@ -221,7 +223,8 @@ def test_a_rank_of_nothing_but_padding(rank_pool: RankPool, grid: Grid) -> None:
     # float32 sums in another order.
     torch.testing.assert_close(found[..., :V], logits[..., :V], rtol=0, atol=1e-5)
     gradient = torch.cat([answer["embedding"] for answer in answers])
-    torch.testing.assert_close(gradient, stage.embedding.weight.grad, rtol=1e-4, atol=1e-5)
+    largest = stage.embedding.weight.grad.abs().max().item()  # 2e-6 of it was seen
+    torch.testing.assert_close(gradient, stage.embedding.weight.grad, rtol=0, atol=1e-5 * largest)
     assert not gradient[V:].any()
     for answer in answers:
         torch.testing.assert_close(answer["losses"], losses.detach(), rtol=1e-5, atol=0)

@@ -1,0 +1,68 @@
+"""The causal convolution as custom operators: what autograd, activation recomputation and torch.compile see of it."""
+
+# No postponed annotations: the operators' schemas are read from them.
+
+import torch
+from torch import Tensor
+
+from griffin.kernels.conv1d import cpu
+from griffin.kernels.layout import accumulation_dtype, like
+
+
+def _implementation(backend: str):
+    if backend == "cpu":
+        return cpu
+    from griffin.kernels.conv1d import triton  # Triton takes a second to import, and is not everywhere
+
+    return triton
+
+
+@torch.library.custom_op("griffin::causal_conv1d", mutates_args=())
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, window: Tensor | None, backend: str
+) -> Tensor:
+    """y [T, B, R] of x [T, B, R], weight [K, R], bias [R], starts [T, B] and window [K - 1, B, R]."""
+    return _implementation(backend).forward(x, weight, bias, starts, window)
+
+
+@forward.register_fake
+def _(x, weight, bias, starts, window, backend):
+    return like(x)
+
+
+@torch.library.custom_op("griffin::causal_conv1d_backward", mutates_args=())
+def backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, starts: Tensor | None, window: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, in float32 (float64 where x is) of weight and bias, and of window, empty without one."""
+    *grads, grad_window = _implementation(backend).backward(grad_y, x, weight, starts, window)
+    return (*grads, x.new_empty(0) if grad_window is None else grad_window)
+
+
+@backward.register_fake
+def _(grad_y, x, weight, starts, window, backend):
+    dtype = accumulation_dtype(x)
+    grad_window = x.new_empty(0) if window is None else x.new_empty(window.shape, dtype=dtype)
+    return like(x), x.new_empty(weight.shape, dtype=dtype), x.new_empty(x.shape[2], dtype=dtype), grad_window
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, starts, window, backend = inputs
+    ctx.save_for_backward(x, weight, starts, window)
+    ctx.bias_dtype, ctx.backend = bias.dtype, backend
+
+
+def _backward(ctx, grad_y):
+    x, weight, starts, window = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias, grad_window = backward(grad_y, x, weight, starts, window, ctx.backend)
+    return (
+        grad_x,
+        grad_weight.to(weight.dtype),
+        grad_bias.to(ctx.bias_dtype),
+        None,
+        None if window is None else grad_window.to(window.dtype),
+        None,
+    )
+
+
+forward.register_autograd(_backward, setup_context=_save)

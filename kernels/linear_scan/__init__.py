@@ -1,0 +1,65 @@
+"""A diagonal linear recurrence with terms of one's own, for mixers like Hawk's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from griffin.kernels.arguments import FLOATING, check_argument, check_sequences
+from griffin.kernels.backends import AUTO, resolve_backend
+from griffin.kernels.linear_scan import ops
+from griffin.kernels.linear_scan.reference import linear_scan_reference
+
+__all__ = ["linear_scan"]
+
+
+def linear_scan(
+    a: Tensor,
+    b: Tensor,
+    *,
+    starts: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    batch_first: bool = False,
+    backend: str = AUTO,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = a_t h_{t-1} + b_t, channel by channel; at a document's first token a = 0 whatever it holds.
+
+    States and sums are float32, or float64 where b is; h is rounded once. Gradients flow to a, b and initial_state,
+    from both results; the same inputs give the same bits.
+
+    Args:
+        a, b: [T, B, R], of any strides and one dtype: bfloat16, float16, float32 or float64. Where channels adjoin,
+            nothing is copied.
+        starts: [T, B] bool, True at each document's first token. None: each sequence is one document, which begins at
+            position 0 unless `initial_state` is given. Given: a position 0 that is no start and has no `initial_state`
+            continues from a zero state.
+        initial_state: [B, R], floating point; the state before position 0.
+        batch_first: a, b, `starts` and h have the batch axis before the time axis.
+        backend: "reference" (a loop, differentiated by autograd), "cpu", "triton", or "auto" for what
+            `griffin.kernels.backends.select_backend` says.
+        chunk: how Triton's programs cut time; see `griffin.kernels.linear_scan.plan.select_plan`.
+
+    Returns:
+        h, with shape and dtype of b, and the state after the last position, [B, R] in float32 (float64 where b is).
+
+    Raises:
+        ValueError: an argument's shape, dtype or device does not fit b, or the backend is unknown or cannot run.
+    """
+    check_sequences("b", b)
+    batch, width = b.shape[0 if batch_first else 1], b.shape[2]
+    for name, tensor, shape, dtypes in (
+        ("a", a, b.shape, (b.dtype,)),
+        ("starts", starts, b.shape[:2], (torch.bool,)),
+        ("initial_state", initial_state, (batch, width), FLOATING),
+    ):
+        check_argument(name, tensor, shape, dtypes, "b", b)
+    backend = resolve_backend(backend, b.device, b.dtype)
+    if batch_first:
+        a, b = a.transpose(0, 1), b.transpose(0, 1)
+        starts = None if starts is None else starts.transpose(0, 1)
+    if backend == "reference":
+        h, last_state = linear_scan_reference(a, b, starts, initial_state)
+    else:
+        h, last_state = ops.forward(a, b, starts, initial_state, chunk, backend)
+    return h.transpose(0, 1) if batch_first else h, last_state

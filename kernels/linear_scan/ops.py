@@ -1,0 +1,72 @@
+"""A diagonal linear recurrence as custom operators: what autograd, recomputation and torch.compile see of it."""
+
+# No postponed annotations: the operators' schemas are read from them.
+
+import torch
+from torch import Tensor
+
+from griffin.kernels.layout import accumulation_dtype, like
+from griffin.kernels.linear_scan import cpu
+
+
+def _implementation(backend: str):
+    if backend == "cpu":
+        return cpu
+    from griffin.kernels.linear_scan import triton  # Triton takes a second to import, and is not everywhere
+
+    return triton
+
+
+@torch.library.custom_op("griffin::linear_scan", mutates_args=())
+def forward(
+    a: Tensor, b: Tensor, starts: Tensor | None, initial_state: Tensor | None, chunk: int | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """h [T, B, R] and the last state [B, R]."""
+    return _implementation(backend).forward(a, b, starts, initial_state, chunk)
+
+
+@forward.register_fake
+def _(a, b, starts, initial_state, chunk, backend):
+    return like(b), b.new_empty(b.shape[1:], dtype=accumulation_dtype(b))
+
+
+@torch.library.custom_op("griffin::linear_scan_backward", mutates_args=())
+def backward(
+    grad_h: Tensor,
+    grad_last: Tensor,
+    a: Tensor,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    h: Tensor,
+    chunk: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, b and the initial state."""
+    return _implementation(backend).backward(grad_h, grad_last, a, starts, initial_state, h, chunk)
+
+
+@backward.register_fake
+def _(grad_h, grad_last, a, starts, initial_state, h, chunk, backend):
+    return like(a), like(h), h.new_empty(h.shape[1:], dtype=accumulation_dtype(h))
+
+
+def _save(ctx, inputs, output):
+    a, _, starts, initial_state, chunk, backend = inputs
+    ctx.save_for_backward(a, starts, initial_state, output[0])
+    ctx.chunk, ctx.backend = chunk, backend
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_h, grad_last):
+    a, starts, initial_state, h = ctx.saved_tensors
+    if grad_h is None:
+        grad_h = torch.zeros_like(h)
+    if grad_last is None:
+        grad_last = h.new_zeros(h.shape[1:], dtype=accumulation_dtype(h))
+    grad_a, grad_b, grad_initial = backward(grad_h, grad_last, a, starts, initial_state, h, ctx.chunk, ctx.backend)
+    if initial_state is not None:
+        grad_initial = grad_initial.to(initial_state.dtype)
+    return grad_a, grad_b, None, None if initial_state is None else grad_initial, None, None
+
+
+forward.register_autograd(_backward, setup_context=_save)

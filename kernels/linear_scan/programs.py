@@ -1,0 +1,355 @@
+"""Triton programs of the diagonal linear recurrence h_t = a_t h_{t-1} + b_t, its terms given or made by RG-LRU gates.
+
+A program walks one chunk of time for a block of channels of one sequence, states in registers. `scan_forward` and
+`scan_backward` are all that a recurrence in one chunk needs. Cut into several, each chunk is first summed up by
+(product of a, end state from a zero state), which `chunk_summaries` computes side by side; `chunk_carries` chains these
+into the state each chunk begins with. Backward the same happens in reverse to the gradient that flows through time.
+
+With GATED, `term` is the RG-LRU's x, the gates are those before their sigmoid, and `rate` is -8 softplus(decay):
+    log a = rate sigmoid(gate)    b = sqrt(1 - a^2) sigmoid(input_gate) term
+else `term` is b and `gate` is a. At a document's first token a = 0, and the square root 1.
+
+Tensors [T, B, R] have any strides *_t and *_b and adjoining channels; states [chunks, B, R], or [B, R] for a single
+chunk, are contiguous. In place of an optional tensor that is not there a program gets another, which it leaves alone.
+Arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from griffin.kernels.rglru.reference import MIN_SQRT_ARGUMENT
+from griffin.kernels.walk import CHANGING, at, flag, flags, place, row, wide
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+AT_START = tl.constexpr(-1000.0)  # added to log2 a: exp2 gives exactly 0
+# 1 - a^2 = -expm1(2 log a) as a polynomial in w = log2 a, where a is near 1 and the difference would cancel: 4e-8 of it
+# are left out at NEAR.
+NEAR = tl.constexpr(-0.2 / math.log(2))
+SERIES_1, SERIES_2, SERIES_3, SERIES_4, SERIES_5, SERIES_6, SERIES_7 = (
+    tl.constexpr(-((2 * math.log(2)) ** k) / math.factorial(k)) for k in range(1, 8)
+)
+TINY = tl.constexpr(1e-30)
+STEEPEST = tl.constexpr(MIN_SQRT_ARGUMENT**-0.5)  # bound of 1 / sqrt(1 - a^2) in the derivative
+GELU_LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
+GELU_CUBIC = tl.constexpr(0.044715)
+
+
+# A warp has a quarter of its time for each element: exp2 and rsqrt are one instruction on a GPU, where exp and division
+# are five to eight, to be right for denormal numbers.
+@triton.jit
+def _sigmoid(z):
+    root = tl.rsqrt(tl.exp2(z * -LOG2_E) + 1.0)
+    return root * root
+
+
+@triton.jit
+def _gelu(z):
+    """gelu_tanh(z) and its derivative; (1 + tanh(s / 2)) / 2 is sigmoid(s)."""
+    square = z * z
+    sigmoid = _sigmoid(z * (square * GELU_CUBIC + 1.0) * GELU_LINEAR)
+    slope = (square * GELU_CUBIC * 3.0 + 1.0) * GELU_LINEAR
+    return z * sigmoid, sigmoid + z * sigmoid * (1.0 - sigmoid) * slope
+
+
+@triton.jit
+def _decay(gate, rate, at_start):
+    """r, a, m = sqrt(1 - a^2) and 1 / m bounded, for the gate before its sigmoid."""
+    r = _sigmoid(gate)
+    w = r * rate + at_start * AT_START
+    a = tl.exp2(w)
+    series = w * SERIES_7 + SERIES_6
+    series = w * series + SERIES_5
+    series = w * series + SERIES_4
+    series = w * series + SERIES_3
+    series = w * series + SERIES_2
+    series = w * series + SERIES_1
+    square = tl.where(w > NEAR, w * series, 1.0 - a * a)
+    inverse = tl.rsqrt(tl.maximum(square, TINY))
+    return r, a, square * inverse, tl.minimum(inverse, STEEPEST)
+
+
+@triton.jit
+def _given_decay(p_gate, at_start, mask):
+    return tl.where(at_start > 0, 0.0, row(p_gate, mask))
+
+
+@triton.jit
+def _terms(p_term, p_input, p_gate, at_start, mask, rate, GATED: tl.constexpr):
+    """a_t and b_t."""
+    if GATED:
+        _, a, m, _ = _decay(row(p_gate, mask), rate, at_start)
+        return a, m * (_sigmoid(row(p_input, mask)) * row(p_term, mask))
+    else:
+        return _given_decay(p_gate, at_start, mask), row(p_term, mask)
+
+
+@triton.jit
+def _sum_up(
+    p_term, p_input, p_gate, p_branch, p_grad, at_start, mask, rate, product, end,
+    GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """One step of `chunk_summaries`."""
+    if REVERSE:
+        if GATED:
+            _, a, _, _ = _decay(row(p_gate, mask), rate, at_start)
+        else:
+            a = _given_decay(p_gate, at_start, mask)
+        grad = row(p_grad, mask)
+        if HAS_BRANCH:
+            gelu, _ = _gelu(row(p_branch, mask))
+            grad *= gelu
+        return product * a, a * (grad + end)
+    else:
+        a, b = _terms(p_term, p_input, p_gate, at_start, mask, rate, GATED)
+        return product * a, a * end + b
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def chunk_summaries(
+    term, input_gate, gate, rate, branch, starts, grad_y, product, end,
+    first_is_start, T, B, R, L,
+    term_t, term_b, input_t, input_b, gate_t, gate_b, branch_t, branch_b, starts_t, starts_b, grad_t, grad_b,
+    REVERSE: tl.constexpr, GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """product [chunks, B, R] of a over each chunk, and its end from zero [chunks, B, R].
+
+    The end is the state after the chunk's last step; with REVERSE, a_t dL/dh_t at its first step.
+    """
+    o_r, mask, b, c, lo, hi = place(T, B, R, L, BLOCK)
+    STEP: tl.constexpr = -1 if REVERSE else 1
+    begin = hi - 1 if REVERSE else lo
+    rates = row(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
+    p_term, p_input = at(term, term_t, term_b, begin, b, o_r), at(input_gate, input_t, input_b, begin, b, o_r)
+    p_gate, p_branch = at(gate, gate_t, gate_b, begin, b, o_r), at(branch, branch_t, branch_b, begin, b, o_r)
+    p_grad, p_starts = at(grad_y, grad_t, grad_b, begin, b, o_r), at(starts, starts_t, starts_b, 0, b, 0)
+    term_t, input_t, gate_t = (
+        STEP * tl.cast(term_t, tl.int64),
+        STEP * tl.cast(input_t, tl.int64),
+        STEP * tl.cast(gate_t, tl.int64),
+    )
+    branch_t, grad_t, starts_t = (
+        STEP * tl.cast(branch_t, tl.int64),
+        STEP * tl.cast(grad_t, tl.int64),
+        tl.cast(starts_t, tl.int64),
+    )
+
+    full = (hi - lo) // UNROLL * UNROLL
+    products = tl.full([BLOCK], 1.0, tl.float32)
+    ends = tl.zeros([BLOCK], tl.float32)
+    bits = flags(p_starts, first_is_start, begin, starts_t, lo, hi, HAS_STARTS, UNROLL, STEP)
+    for k in tl.range(0, full, UNROLL, num_stages=STAGES):
+        # Read one round ahead: nothing hides the latency of so small a load.
+        ahead = flags(p_starts, first_is_start, begin + STEP * (k + UNROLL), starts_t, lo, hi, HAS_STARTS, UNROLL, STEP)
+        for u in tl.static_range(UNROLL):
+            products, ends = _sum_up(
+                p_term, p_input, p_gate, p_branch, p_grad, flag(bits, u), mask, rates, products, ends,
+                GATED, HAS_BRANCH, REVERSE,
+            )  # fmt: skip
+            p_term, p_input = p_term + term_t, p_input + input_t
+            p_gate, p_branch = p_gate + gate_t, p_branch + branch_t
+            p_grad += grad_t
+        bits = ahead
+    for k in tl.range(full, hi - lo, num_stages=1):
+        products, ends = _sum_up(
+            p_term, p_input, p_gate, p_branch, p_grad, flag(bits, k - full), mask, rates, products, ends,
+            GATED, HAS_BRANCH, REVERSE,
+        )  # fmt: skip
+        p_term, p_input = p_term + term_t, p_input + input_t
+        p_gate, p_branch = p_gate + gate_t, p_branch + branch_t
+        p_grad += grad_t
+    o_state = (c * B + b) * R + o_r
+    tl.store(product + o_state, products, mask=mask)
+    tl.store(end + o_state, ends, mask=mask)
+
+
+@triton.jit(do_not_specialize=["B", "chunks"])
+def chunk_carries(
+    product, end, first, carries, B, R, chunks, REVERSE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
+    """carries [chunks, B, R], with which each chunk begins; the first one begins with `first` [B, R].
+
+    REVERSE goes from the last chunk to the first. What comes out of the chunk met last is not asked for.
+    """
+    o_r, mask, b, _, _, _ = place(1, B, R, 1, BLOCK)
+    o_state = b * R + o_r
+    stride_c = tl.cast(B, tl.int64) * R
+    carry = row(first + o_state, mask)
+    for k in tl.range(0, chunks - 1, num_stages=STAGES):
+        c = chunks - 1 - k if REVERSE else k
+        o_chunk = c * stride_c + o_state
+        tl.store(carries + o_chunk, carry, mask=mask)
+        carry = row(product + o_chunk, mask) * carry + row(end + o_chunk, mask)
+    last = 0 if REVERSE else chunks - 1
+    tl.store(carries + last * stride_c + o_state, carry, mask=mask)
+
+
+@triton.jit
+def _advance(
+    p_term, p_input, p_gate, p_branch, p_y, p_states, at_start, mask, rate, h,
+    GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STATES: tl.constexpr,
+):  # fmt: skip
+    """One step of `scan_forward`."""
+    a, b = _terms(p_term, p_input, p_gate, at_start, mask, rate, GATED)
+    h = a * h + b
+    y = h
+    if HAS_BRANCH:
+        gelu, _ = _gelu(row(p_branch, mask))
+        y = h * gelu
+    tl.store(p_y, y, mask=mask)
+    if HAS_STATES:
+        tl.store(p_states, h, mask=mask)
+    return h
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def scan_forward(
+    term, input_gate, gate, rate, branch, starts, first_states, y, states, last_state,
+    first_is_start, T, B, R, L,
+    term_t, term_b, input_t, input_b, gate_t, gate_b, branch_t, branch_b, starts_t, starts_b,
+    y_t, y_b, states_t, states_b,
+    GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_STATES: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y [T, B, R] = h, or h gelu(branch) with h in `states`; last_state [B, R], from first_states [chunks, B, R]."""
+    o_r, mask, b, c, lo, hi = place(T, B, R, L, BLOCK)
+    rates = row(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
+    p_term, p_input = at(term, term_t, term_b, lo, b, o_r), at(input_gate, input_t, input_b, lo, b, o_r)
+    p_gate, p_branch = at(gate, gate_t, gate_b, lo, b, o_r), at(branch, branch_t, branch_b, lo, b, o_r)
+    p_y, p_states = at(y, y_t, y_b, lo, b, o_r), at(states, states_t, states_b, lo, b, o_r)
+    p_starts = at(starts, starts_t, starts_b, 0, b, 0)
+    term_t, input_t, gate_t = wide(term_t, input_t, gate_t)
+    branch_t, y_t, states_t = wide(branch_t, y_t, states_t)
+
+    full = lo + (hi - lo) // UNROLL * UNROLL
+    h = row(first_states + (c * B + b) * R + o_r, mask)
+    bits = flags(p_starts, first_is_start, lo, starts_t, lo, hi, HAS_STARTS, UNROLL, 1)
+    for t in tl.range(lo, full, UNROLL, num_stages=STAGES):
+        ahead = flags(p_starts, first_is_start, t + UNROLL, starts_t, lo, hi, HAS_STARTS, UNROLL, 1)
+        for u in tl.static_range(UNROLL):
+            h = _advance(
+                p_term, p_input, p_gate, p_branch, p_y, p_states, flag(bits, u), mask, rates, h,
+                GATED, HAS_BRANCH, HAS_STATES,
+            )  # fmt: skip
+            p_term, p_input, p_gate = p_term + term_t, p_input + input_t, p_gate + gate_t
+            p_branch, p_y, p_states = p_branch + branch_t, p_y + y_t, p_states + states_t
+        bits = ahead
+    for t in tl.range(full, hi, num_stages=1):
+        h = _advance(
+            p_term, p_input, p_gate, p_branch, p_y, p_states, flag(bits, t - full), mask, rates, h,
+            GATED, HAS_BRANCH, HAS_STATES,
+        )  # fmt: skip
+        p_term, p_input, p_gate = p_term + term_t, p_input + input_t, p_gate + gate_t
+        p_branch, p_y, p_states = p_branch + branch_t, p_y + y_t, p_states + states_t
+    if hi == T:
+        tl.store(last_state + b * R + o_r, h, mask=mask)
+
+
+@triton.jit
+def _retreat(
+    p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
+    at_start, mask, rate, slope, before, h, carry, grad_rate,
+    GATED: tl.constexpr, HAS_BRANCH: tl.constexpr,
+):  # fmt: skip
+    """One step of `scan_backward`, from h_{t-1} and h_t: a_t dL/dh_t and the sum for the rate."""
+    grad = row(p_grad, mask)
+    if HAS_BRANCH:
+        gelu, gelu_slope = _gelu(row(p_branch, mask))
+        tl.store(p_grad_branch, grad * h * gelu_slope, mask=mask)
+        grad *= gelu
+    grad += carry
+    if GATED:
+        r, a, m, inverse_m = _decay(row(p_gate, mask), rate, at_start)
+        i = _sigmoid(row(p_input, mask))
+        x = row(p_term, mask)
+        ix = i * x
+        grad_log_r = a * grad * (before - ix * a * inverse_m) * r  # but for the rate
+        grad_rate += grad_log_r
+        grad_i = grad * m * i
+        tl.store(p_grad_term, grad_i, mask=mask)
+        tl.store(p_grad_input, grad_i * (x - ix), mask=mask)
+        tl.store(p_grad_gate, grad_log_r * (slope - slope * r), mask=mask)
+    else:
+        a = _given_decay(p_gate, at_start, mask)
+        tl.store(p_grad_term, grad, mask=mask)
+        tl.store(p_grad_gate, tl.where(at_start > 0, 0.0, grad * before), mask=mask)
+    return a * grad, grad_rate
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def scan_backward(
+    term, input_gate, gate, rate, branch, starts, initial_state, states, grad_y, first_carries,
+    grad_term, grad_input_gate, grad_gate, grad_branch, grad_rates, grad_initial_state,
+    first_is_start, T, B, R, L,
+    term_t, term_b, input_t, input_b, gate_t, gate_b, branch_t, branch_b, starts_t, starts_b,
+    states_t, states_b, grad_t, grad_b, grad_term_t, grad_term_b, grad_input_t, grad_input_b,
+    grad_gate_t, grad_gate_b, grad_branch_t, grad_branch_b,
+    GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of all inputs; of the rate, the sum over each chunk, [chunks, B, R].
+
+    first_carries [chunks, B, R] is the gradient that reaches each chunk's last state from later steps.
+    """
+    o_r, mask, b, c, lo, hi = place(T, B, R, L, BLOCK)
+    last = hi - 1
+    rates = row(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
+    p_term, p_input = at(term, term_t, term_b, last, b, o_r), at(input_gate, input_t, input_b, last, b, o_r)
+    p_gate, p_branch = at(gate, gate_t, gate_b, last, b, o_r), at(branch, branch_t, branch_b, last, b, o_r)
+    p_states, p_grad = at(states, states_t, states_b, last, b, o_r), at(grad_y, grad_t, grad_b, last, b, o_r)
+    p_grad_term = at(grad_term, grad_term_t, grad_term_b, last, b, o_r)
+    p_grad_input = at(grad_input_gate, grad_input_t, grad_input_b, last, b, o_r)
+    p_grad_gate = at(grad_gate, grad_gate_t, grad_gate_b, last, b, o_r)
+    p_grad_branch = at(grad_branch, grad_branch_t, grad_branch_b, last, b, o_r)
+    p_starts = at(starts, starts_t, starts_b, 0, b, 0)
+    term_t, input_t, gate_t = wide(term_t, input_t, gate_t)
+    branch_t, states_t, grad_t = wide(branch_t, states_t, grad_t)
+    grad_term_t, grad_input_t, grad_gate_t = wide(grad_term_t, grad_input_t, grad_gate_t)
+    grad_branch_t, _, _ = wide(grad_branch_t, 0, 0)
+
+    # Position 0, which follows no stored state, is left to the loop below.
+    full = (hi - lo - tl.where(lo == 0, 1, 0)) // UNROLL * UNROLL
+    o_state = (c * B + b) * R + o_r
+    slopes = rates / LOG2_E  # d log a / d r
+    carry = row(first_carries + o_state, mask)
+    grad_rate = tl.zeros([BLOCK], tl.float32)
+    h = row(p_states, mask)
+    bits = flags(p_starts, first_is_start, last, starts_t, lo, hi, HAS_STARTS, UNROLL, -1)
+    for k in tl.range(0, full, UNROLL, num_stages=STAGES):
+        ahead = flags(p_starts, first_is_start, last - (k + UNROLL), starts_t, lo, hi, HAS_STARTS, UNROLL, -1)
+        for u in tl.static_range(UNROLL):
+            p_states -= states_t
+            before = row(p_states, mask)
+            carry, grad_rate = _retreat(
+                p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
+                flag(bits, u), mask, rates, slopes, before, h, carry, grad_rate, GATED, HAS_BRANCH,
+            )  # fmt: skip
+            h = before
+            p_term, p_input, p_gate = p_term - term_t, p_input - input_t, p_gate - gate_t
+            p_branch, p_grad, p_grad_term = p_branch - branch_t, p_grad - grad_t, p_grad_term - grad_term_t
+            p_grad_input, p_grad_gate = p_grad_input - grad_input_t, p_grad_gate - grad_gate_t
+            p_grad_branch -= grad_branch_t
+        bits = ahead
+    for k in tl.range(full, hi - lo, num_stages=1):
+        if last - k > 0:
+            p_states -= states_t
+            before = row(p_states, mask)
+        else:
+            before = row(initial_state + b * R + o_r, mask)
+        carry, grad_rate = _retreat(
+            p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
+            flag(bits, k - full), mask, rates, slopes, before, h, carry, grad_rate, GATED, HAS_BRANCH,
+        )  # fmt: skip
+        h = before
+        p_term, p_input, p_gate = p_term - term_t, p_input - input_t, p_gate - gate_t
+        p_branch, p_grad, p_grad_term = p_branch - branch_t, p_grad - grad_t, p_grad_term - grad_term_t
+        p_grad_input, p_grad_gate = p_grad_input - grad_input_t, p_grad_gate - grad_gate_t
+        p_grad_branch -= grad_branch_t
+    if GATED:
+        tl.store(grad_rates + o_state, grad_rate, mask=mask)
+    if lo == 0:
+        tl.store(grad_initial_state + b * R + o_r, carry, mask=mask)

@@ -1,0 +1,32 @@
+"""A diagonal linear recurrence by Triton programs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from griffin.kernels.linear_scan import launch
+
+
+def forward(
+    a: Tensor, b: Tensor, starts: Tensor | None, initial_state: Tensor | None, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """As `griffin.kernels.linear_scan.ops.forward`."""
+    inputs = launch.Inputs.of(b, a, starts=starts, initial_state=initial_state, chunk=chunk)
+    h, _, last_state = launch.forward(inputs, launch.first_states(inputs), keep_states=False)
+    return h, last_state
+
+
+def backward(
+    grad_h: Tensor,
+    grad_last: Tensor,
+    a: Tensor,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    h: Tensor,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `griffin.kernels.linear_scan.ops.backward`."""
+    # Nothing reads b backward, and h is like it.
+    inputs = launch.Inputs.of(h, a, starts=starts, initial_state=initial_state, chunk=chunk)
+    grads = launch.backward(inputs, h, grad_h, grad_last)
+    return grads.gate, grads.term, grads.initial_state

@@ -1,0 +1,144 @@
+"""The RG-LRU as custom operators: what autograd, activation recomputation and torch.compile see of it.
+
+Both have no notion of what happens inside. Optional results are tensors without elements where they are not there.
+"""
+
+# No postponed annotations: the operators' schemas are read from them.
+
+import torch
+from torch import Tensor
+
+from griffin.kernels.launch import multiprocessors
+from griffin.kernels.layout import accumulation_dtype, like
+from griffin.kernels.linear_scan.plan import select_plan
+from griffin.kernels.rglru import cpu
+
+
+def _implementation(backend: str):
+    if backend == "cpu":
+        return cpu
+    from griffin.kernels.rglru import triton  # Triton takes a second to import, and is not everywhere
+
+    return triton
+
+
+def _or_empty(tensor: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if tensor is None else tensor
+
+
+def _or_none(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
+
+
+@torch.library.custom_op("griffin::rglru", mutates_args=())
+def forward(
+    x: Tensor,
+    input_gate: Tensor,
+    recurrence_gate: Tensor,
+    decay: Tensor,
+    branch: Tensor | None,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    save_states: bool,
+    chunk: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y [T, B, R] and the last state [B, R]; then for the backward
+
+    with `save_states` the states [T, B, R] in the dtype of y, empty where they are y itself for lack of a branch;
+    without, the states that chunks of time begin with, [chunks, B, R], empty where there are none or one.
+    """
+    y, last_state, states, first_states = _implementation(backend).forward(
+        x, input_gate, recurrence_gate, decay, branch, starts, initial_state, save_states, chunk
+    )
+    return y, last_state, _or_empty(states, x), _or_empty(first_states, x)
+
+
+@forward.register_fake
+def _(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, save_states, chunk, backend):
+    steps, batch, width = x.shape
+    dtype = accumulation_dtype(x)
+    states = like(x) if save_states and branch is not None else x.new_empty(0)
+    first_states = x.new_empty(0)
+    if backend == "triton" and not save_states:
+        chunks = select_plan(steps, batch, width, multiprocessors(x.device), chunk).chunks
+        if chunks > 1:
+            first_states = x.new_empty(chunks, batch, width, dtype=dtype)
+    return like(x), x.new_empty(batch, width, dtype=dtype), states, first_states
+
+
+@torch.library.custom_op("griffin::rglru_backward", mutates_args=())
+def backward(
+    grad_y: Tensor,
+    grad_last: Tensor,
+    x: Tensor,
+    input_gate: Tensor,
+    recurrence_gate: Tensor,
+    decay: Tensor,
+    branch: Tensor | None,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    states: Tensor | None,
+    first_states: Tensor | None,
+    chunk: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gates, decay, branch (empty without one) and initial state; `states` None recomputes them."""
+    *grads, grad_branch, grad_initial = _implementation(backend).backward(
+        grad_y, grad_last, x, input_gate, recurrence_gate, decay, branch, starts, initial_state, states, first_states,
+        chunk,
+    )  # fmt: skip
+    return (*grads, _or_empty(grad_branch, x), grad_initial)
+
+
+@backward.register_fake
+def _(
+    grad_y, grad_last, x, input_gate, recurrence_gate, decay, branch, starts, initial_state, states, first_states,
+    chunk, backend,
+):  # fmt: skip
+    dtype = accumulation_dtype(x)
+    return (
+        like(x),
+        like(input_gate),
+        like(recurrence_gate),
+        decay.new_empty(decay.shape, dtype=dtype),
+        x.new_empty(0) if branch is None else like(branch),
+        x.new_empty(x.shape[1:], dtype=dtype),
+    )
+
+
+def _save(ctx, inputs, output):
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, save_states, chunk, backend = inputs
+    y, _, states, first_states = output
+    kept = None if not save_states else y if branch is None else states
+    ctx.save_for_backward(
+        x, input_gate, recurrence_gate, decay, branch, starts, initial_state, kept, _or_none(first_states)
+    )
+    ctx.chunk, ctx.backend = chunk, backend
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(states, first_states)
+
+
+def _backward(ctx, grad_y, grad_last, *_):
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, *kept = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = torch.zeros_like(x)
+    if grad_last is None:
+        grad_last = x.new_zeros(x.shape[1:], dtype=accumulation_dtype(x))
+    *grads, grad_decay, grad_branch, grad_initial = backward(
+        grad_y, grad_last, x, input_gate, recurrence_gate, decay, branch, starts, initial_state, *kept,
+        ctx.chunk, ctx.backend,
+    )  # fmt: skip
+    return (
+        *grads,
+        grad_decay.to(decay.dtype),
+        None if branch is None else grad_branch,
+        None,
+        None if initial_state is None else grad_initial.to(initial_state.dtype),
+        None,
+        None,
+        None,
+    )
+
+
+forward.register_autograd(_backward, setup_context=_save)
