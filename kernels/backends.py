@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -10,13 +9,15 @@ import torch
 AUTO = "auto"
 BACKENDS = ("reference", "cpu", "triton")
 
+HAS_TRITON = find_spec("triton") is not None
+
 
 def select_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """What "auto" is: "triton" for tensors on a GPU where Triton is installed, else "cpu", which runs on any device.
 
     Triton's programs compute in float32, so that float64 tensors are left to "cpu".
     """
-    return "triton" if device.type == "cuda" and dtype != torch.float64 and _has_triton() else "cpu"
+    return "triton" if device.type == "cuda" and dtype != torch.float64 and HAS_TRITON else "cpu"
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, setting: str = "backend") -> str:
@@ -30,7 +31,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, sett
     if backend not in BACKENDS:
         raise ValueError(f"{setting}: {backend!r}; accepted: {', '.join(map(repr, (AUTO, *BACKENDS)))}")
     if backend == "triton":
-        if not _has_triton():
+        if not HAS_TRITON:
             raise ValueError(f"{setting}: 'triton'; accepted where the package triton is installed")
         if dtype == torch.float64:
             raise ValueError(f"{setting}: 'triton' for torch.float64; accepted: bfloat16, float16 and float32")
@@ -39,12 +40,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, sett
     return backend
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-@cache
+@torch.compiler.assume_constant_result
 def _is_interpreted() -> bool:
     """Whether Triton's interpreter runs programs on the CPU; it is decided when they are defined."""
     import triton

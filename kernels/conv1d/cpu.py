@@ -45,8 +45,9 @@ def _from_window_on(x: Tensor, starts: Tensor | None, window: Tensor) -> tuple[T
 def forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, window: Tensor | None) -> Tensor:
     """As `griffin.kernels.conv1d.ops.forward`; any device and number of taps, made for CPUs."""
     if window is not None:
-        x, starts = _from_window_on(x, starts, window)
-        return forward(x, weight, bias, starts, None)[len(window) :].clone()
+        y = like(x)
+        longer, starts = _from_window_on(x, starts, window)
+        return y.copy_(forward(longer, weight, bias, starts, None)[len(window) :])
     dtype = accumulation_dtype(x)
     taps = weight.to(dtype).flip(0)  # taps[0] multiplies the current token
     cut_off = None if starts is None else _cut_off(starts, len(taps))
@@ -70,11 +71,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As `griffin.kernels.conv1d.ops.backward`."""
     if window is not None:
-        steps = len(window)
-        x, starts = _from_window_on(x, starts, window)
+        grad_x = like(x)
+        longer, starts = _from_window_on(x, starts, window)
         grad_y = torch.cat([grad_y.new_zeros(window.shape), grad_y])
-        grad_x, grad_weight, grad_bias, _ = backward(grad_y, x, weight, starts, None)
-        return grad_x[steps:].clone(), grad_weight, grad_bias, grad_x[:steps].to(accumulation_dtype(x), copy=True)
+        grad_longer, grad_weight, grad_bias, _ = backward(grad_y, longer, weight, starts, None)
+        before, after = grad_longer.tensor_split([len(window)])
+        return grad_x.copy_(after), grad_weight, grad_bias, before.to(accumulation_dtype(x), copy=True)
     dtype = accumulation_dtype(x)
     taps = weight.to(dtype).flip(0)
     cut_off = None if starts is None else _cut_off(starts, len(taps))
