@@ -52,8 +52,8 @@ def block_cost(model: ModelConfig, mixer: str, sequence: int) -> Cost:
     norms = Cost(0.0, 2 * 10.0 * D)  # read, write, and the residual sum
     mlp = Cost(2.0 * 3 * D * F, 6.0 * F)
     if mixer == RECURRENT:
-        # conv 4, gates and scan 8, GeLU branch 6 bytes per element
-        mix = Cost(2.0 * (3 * D * R + 2 * R * model.gate_block_width), 18.0 * R)
+        # conv 4, gates, scan and GeLU branch 12 bytes per element
+        mix = Cost(2.0 * (3 * D * R + 2 * R * model.gate_block_width), 16.0 * R)
     else:
         assert mixer in (ATTENTION, GLOBAL_ATTENTION), mixer
         keys = mean_keys(sequence, model.window if mixer == ATTENTION else None)

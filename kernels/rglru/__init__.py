@@ -8,7 +8,7 @@ from torch import Tensor
 from griffin.kernels.arguments import FLOATING, check_argument, check_sequences
 from griffin.kernels.backends import AUTO, resolve_backend
 from griffin.kernels.rglru import ops
-from griffin.kernels.rglru.reference import rglru_reference
+from griffin.kernels.rglru.reference import Given, rglru_reference
 
 __all__ = ["rglru"]
 
@@ -74,10 +74,9 @@ def rglru(
     if batch_first:
         x, input_gate, recurrence_gate = (tensor.transpose(0, 1) for tensor in (x, input_gate, recurrence_gate))
         branch, starts = (None if tensor is None else tensor.transpose(0, 1) for tensor in (branch, starts))
+    given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
     if backend == "reference":
-        y, last_state = rglru_reference(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+        y, last_state = rglru_reference(given)
     else:
-        y, last_state, _, _ = ops.forward(
-            x, input_gate, recurrence_gate, decay, branch, starts, initial_state, save_states, chunk, backend
-        )
+        y, last_state, _, _ = ops.forward(*given, save_states, chunk, backend)
     return y.transpose(0, 1) if batch_first else y, last_state

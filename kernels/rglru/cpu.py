@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from griffin.kernels.layout import accumulation_dtype, like
 from griffin.kernels.linear_scan.cpu import Tiling, or_at_0, part, scan_
-from griffin.kernels.rglru.reference import GATE_SCALE, MIN_SQRT_ARGUMENT
+from griffin.kernels.rglru.reference import GATE_SCALE, MIN_SQRT_ARGUMENT, Given
 
 MIN_MULTIPLIER = math.sqrt(MIN_SQRT_ARGUMENT)
 
@@ -48,18 +48,9 @@ class _Workspace:
         self.a[steps:] = 1
 
 
-def forward(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    decay: Tensor,
-    branch: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-    save_states: bool,
-    chunk: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, None]:
+def forward(given: Given, save_states: bool, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """As `griffin.kernels.rglru.ops.forward`; any device, made for CPUs. `chunk` is Triton's."""
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = given
     starts = or_at_0(starts, initial_state, x)
     tiling = Tiling.of(x)
     work = _Workspace(x, decay, tiling, extra=0)
@@ -83,22 +74,17 @@ def forward(
 
 
 def backward(
+    given: Given,
+    states: Tensor | None,
+    first_states: Tensor | None,
     grad_y: Tensor,
     grad_last: Tensor,
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    decay: Tensor,
-    branch: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-    states: Tensor | None,
-    first_states: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """As `griffin.kernels.rglru.ops.backward`. Gates, decays and multipliers are computed again."""
     if states is None:
-        states = forward(x, input_gate, recurrence_gate, decay, None, starts, initial_state, False)[0]
+        states = forward(given._replace(branch=None), save_states=False)[0]
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = given
     starts = or_at_0(starts, initial_state, x)
     tiling = Tiling.of(x)
     work = _Workspace(x, decay, tiling, extra=3)

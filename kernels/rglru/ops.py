@@ -12,6 +12,7 @@ from griffin.kernels.launch import multiprocessors
 from griffin.kernels.layout import accumulation_dtype, like
 from griffin.kernels.linear_scan.plan import select_plan
 from griffin.kernels.rglru import cpu
+from griffin.kernels.rglru.reference import Given
 
 
 def _implementation(backend: str):
@@ -48,9 +49,8 @@ def forward(
     with `save_states` the states [T, B, R] in the dtype of y, empty where they are y itself for lack of a branch;
     without, the states that chunks of time begin with, [chunks, B, R], empty where there are none or one.
     """
-    y, last_state, states, first_states = _implementation(backend).forward(
-        x, input_gate, recurrence_gate, decay, branch, starts, initial_state, save_states, chunk
-    )
+    given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+    y, last_state, states, first_states = _implementation(backend).forward(given, save_states, chunk)
     return y, last_state, _or_empty(states, x), _or_empty(first_states, x)
 
 
@@ -69,8 +69,6 @@ def _(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, save
 
 @torch.library.custom_op("griffin::rglru_backward", mutates_args=())
 def backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
     x: Tensor,
     input_gate: Tensor,
     recurrence_gate: Tensor,
@@ -80,20 +78,22 @@ def backward(
     initial_state: Tensor | None,
     states: Tensor | None,
     first_states: Tensor | None,
+    grad_y: Tensor,
+    grad_last: Tensor,
     chunk: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, decay, branch (empty without one) and initial state; `states` None recomputes them."""
+    given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
     *grads, grad_branch, grad_initial = _implementation(backend).backward(
-        grad_y, grad_last, x, input_gate, recurrence_gate, decay, branch, starts, initial_state, states, first_states,
-        chunk,
-    )  # fmt: skip
+        given, states, first_states, grad_y, grad_last, chunk
+    )
     return (*grads, _or_empty(grad_branch, x), grad_initial)
 
 
 @backward.register_fake
 def _(
-    grad_y, grad_last, x, input_gate, recurrence_gate, decay, branch, starts, initial_state, states, first_states,
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, states, first_states, grad_y, grad_last,
     chunk, backend,
 ):  # fmt: skip
     dtype = accumulation_dtype(x)
@@ -108,33 +108,32 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, save_states, chunk, backend = inputs
+    *given, save_states, chunk, backend = inputs
     y, _, states, first_states = output
+    branch = Given(*given).branch
     kept = None if not save_states else y if branch is None else states
-    ctx.save_for_backward(
-        x, input_gate, recurrence_gate, decay, branch, starts, initial_state, kept, _or_none(first_states)
-    )
+    ctx.save_for_backward(*given, kept, _or_none(first_states))
     ctx.chunk, ctx.backend = chunk, backend
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(states, first_states)
 
 
 def _backward(ctx, grad_y, grad_last, *_):
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, *kept = ctx.saved_tensors
+    *saved, states, first_states = ctx.saved_tensors
+    given = Given(*saved)
     if grad_y is None:
-        grad_y = torch.zeros_like(x)
+        grad_y = torch.zeros_like(given.x)
     if grad_last is None:
-        grad_last = x.new_zeros(x.shape[1:], dtype=accumulation_dtype(x))
+        grad_last = given.x.new_zeros(given.x.shape[1:], dtype=accumulation_dtype(given.x))
     *grads, grad_decay, grad_branch, grad_initial = backward(
-        grad_y, grad_last, x, input_gate, recurrence_gate, decay, branch, starts, initial_state, *kept,
-        ctx.chunk, ctx.backend,
-    )  # fmt: skip
+        *given, states, first_states, grad_y, grad_last, ctx.chunk, ctx.backend
+    )
     return (
         *grads,
-        grad_decay.to(decay.dtype),
-        None if branch is None else grad_branch,
+        grad_decay.to(given.decay.dtype),
+        None if given.branch is None else grad_branch,
         None,
-        None if initial_state is None else grad_initial.to(initial_state.dtype),
+        None if given.initial_state is None else grad_initial.to(given.initial_state.dtype),
         None,
         None,
         None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +12,18 @@ from griffin.kernels.layout import accumulation_dtype
 
 GATE_SCALE = 8.0  # c of log a = -c * sigmoid(recurrence_gate) * softplus(p); section 2.4
 MIN_SQRT_ARGUMENT = 1e-6 / 4  # below it sqrt'(x) is taken there: at most 1 / sqrt(1e-6) = 1000
+
+
+class Given(NamedTuple):
+    """The differentiable arguments of `griffin.kernels.rglru.rglru`, and document starts; time-major."""
+
+    x: Tensor
+    input_gate: Tensor
+    recurrence_gate: Tensor
+    decay: Tensor
+    branch: Tensor | None
+    starts: Tensor | None
+    initial_state: Tensor | None
 
 
 class _BoundedSqrt(torch.autograd.Function):
@@ -26,19 +40,9 @@ class _BoundedSqrt(torch.autograd.Function):
         return grad / (4 * x.clamp(min=MIN_SQRT_ARGUMENT)).sqrt()
 
 
-def rglru_reference(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    decay: Tensor,
-    branch: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """RG-LRU of time-major tensors, differentiated by autograd; arguments as `griffin.kernels.rglru.rglru`.
-
-    Arithmetic is float32, or float64 where x is.
-    """
+def rglru_reference(given: Given) -> tuple[Tensor, Tensor]:
+    """y and the last state, differentiated by autograd. Arithmetic is float32, or float64 where x is."""
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = given
     dtype = accumulation_dtype(x)
     steps, batch, width = x.shape
     if starts is None:

@@ -9,70 +9,45 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.kernels.linear_scan import launch
-from griffin.kernels.rglru.reference import GATE_SCALE
+from griffin.kernels.rglru.reference import GATE_SCALE, Given
 
 
-def _inputs(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    decay: Tensor,
-    branch: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-    chunk: int | None,
-) -> launch.Inputs:
+def _inputs(given: Given, chunk: int | None) -> launch.Inputs:
     return launch.Inputs.of(
-        x,
-        recurrence_gate,
-        input_gate=input_gate,
-        rate=-GATE_SCALE * F.softplus(decay.float()),
-        branch=branch,
-        starts=starts,
-        initial_state=initial_state,
+        given.x,
+        given.recurrence_gate,
+        input_gate=given.input_gate,
+        rate=-GATE_SCALE * F.softplus(given.decay.float()),
+        branch=given.branch,
+        starts=given.starts,
+        initial_state=given.initial_state,
         chunk=chunk,
     )
 
 
-def forward(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    decay: Tensor,
-    branch: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-    save_states: bool,
-    chunk: int | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def forward(given: Given, save_states: bool, chunk: int | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """As `griffin.kernels.rglru.ops.forward`."""
-    inputs = _inputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, chunk)
+    inputs = _inputs(given, chunk)
     firsts = launch.first_states(inputs)
     y, states, last_state = launch.forward(inputs, firsts, keep_states=save_states)
     return y, last_state, states, None if save_states or inputs.plan.chunks == 1 else firsts
 
 
 def backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    decay: Tensor,
-    branch: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
+    given: Given,
     states: Tensor | None,
     first_states: Tensor | None,
+    grad_y: Tensor,
+    grad_last: Tensor,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """As `griffin.kernels.rglru.ops.backward`."""
-    inputs = _inputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, chunk)
+    inputs = _inputs(given, chunk)
     if states is None:
         firsts = inputs.initial_state if first_states is None else first_states
         states, _, _ = launch.forward(replace(inputs, branch=None), firsts, keep_states=False)
     grads = launch.backward(inputs, states, grad_y, grad_last)
     assert grads.rate is not None
     assert grads.input_gate is not None
-    grad_decay = grads.rate * (-GATE_SCALE * torch.sigmoid(decay.float()))
+    grad_decay = grads.rate * (-GATE_SCALE * torch.sigmoid(given.decay.float()))
     return grads.term, grads.input_gate, grads.gate, grad_decay, grads.branch, grads.initial_state

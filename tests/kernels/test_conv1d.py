@@ -278,17 +278,3 @@ def test_saves_x_only():
 def test_refuses(name, value):
     with pytest.raises(ValueError, match=rf"^{name}: "):
         causal_conv1d(**(make(4, 2, 3) | {"backend": "triton"} | {name: value}))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_gpu():
-    inputs = make(301, 3, 65, dtype=torch.float64)
-    starts = torch.rand(301, 3, generator=torch.Generator().manual_seed(2)) < 0.05
-    there = {name: leaf.detach().cuda().requires_grad_() for name, leaf in inputs.items()}
-    y = causal_conv1d(**there, starts=starts.cuda())
-    expected_y = causal_conv1d(**inputs, starts=starts)
-    found = torch.autograd.grad(y.square().sum(), list(there.values()))
-    expected = torch.autograd.grad(expected_y.square().sum(), list(inputs.values()))
-    for ours, theirs in zip((y, *found), (expected_y, *expected), strict=True):
-        torch.testing.assert_close(ours.cpu(), theirs, rtol=0.0, atol=FLOAT64 * theirs.abs().max().item())

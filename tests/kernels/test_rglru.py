@@ -548,20 +548,3 @@ def test_refuses_triton_where_it_cannot_run():
     ):
         rglru(**make(4, 2, 3), backend="triton")
     assert rglru(**inputs)[0].dtype == torch.float64
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_gpu():
-    inputs = make(301, 3, 65, state=True)
-    starts = torch.rand(301, 3, generator=torch.Generator().manual_seed(2)) < 0.02
-    there = {name: leaf.detach().cuda().requires_grad_() for name, leaf in inputs.items()}
-    y, final = rglru(**there, starts=starts.cuda())
-    expected_y, expected_final = rglru(**as_float64(inputs), starts=starts, backend="reference")
-    assert_close({"y": y.cpu(), "final": final.cpu()}, {"y": expected_y, "final": expected_final}, FLOAT32)
-    grads = torch.autograd.grad(y.sum() + final.sum(), list(there.values()))
-    wide = as_float64(inputs)
-    expected_y, expected_final = rglru(**wide, starts=starts, backend="reference")
-    expected = torch.autograd.grad(expected_y.sum() + expected_final.sum(), list(wide.values()))
-    found = {name: grad.cpu() for name, grad in zip(LEAVES, grads, strict=True)}
-    assert_close(found, dict(zip(LEAVES, expected, strict=True)), FLOAT32)

@@ -104,3 +104,40 @@ def test_a_gpu_saves_and_loads_its_state(dtype: str, tmp_path: Path) -> None:
     losses, resumed = answer["loss"]
     # Sums by atomic additions may come in another order: float32 rounding over 7 steps, of bfloat16 activations.
     assert resumed == pytest.approx(losses, rel=1e-4 if dtype == "float32" else 3e-2)
+
+
+REAL_SIZES = """
+import dataclasses, json, sys
+import torch
+from griffin.parallel.config import ATTENTION, RECURRENT, ParallelConfig
+from griffin.parallel.grid import single_rank_grid
+from griffin.trainer.step import Training
+from tests.parallel.test_layouts import make_config
+
+made = make_config("griffin", ParallelConfig(), dtype=sys.argv[1], kernels=sys.argv[2], global_batch=4, steps=3)
+model = dataclasses.replace(
+    made.model, pattern=(RECURRENT, RECURRENT, ATTENTION), width=768, recurrent_width=1024, heads=6, head_dim=128,
+    gate_blocks=16, window=1024, vocabulary=1000,
+)
+config = dataclasses.replace(made, model=model, data=dataclasses.replace(made.data, sequence_length=2048))
+generator = torch.Generator().manual_seed(0)
+tokens = torch.randint(0, 1000, (2, 2049), generator=generator)
+batch = {
+    "tokens": tokens[:, :-1], "labels": tokens[:, 1:].contiguous(), "positions": torch.arange(2048).repeat(2, 1) % 777,
+    "loss_mask": torch.ones(2, 2048),
+}
+with single_rank_grid() as grid:
+    training = Training(config, grid)
+    losses = [training.step(iter([batch, batch])).loss for _ in range(3)]
+print(json.dumps({"device": grid.device.type, "loss": losses}))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 3e-2)])  # as above
+def test_triton_trains_as_pytorch_does(dtype: str, tolerance: float) -> None:
+    """The recurrent blocks of griffin-100m, 2048 tokens of three documents."""
+    expected = run_on("cuda", REAL_SIZES, dtype, "cpu")["loss"]
+    assert expected[-1] < expected[0]
+    assert run_on("cuda", REAL_SIZES, dtype, "triton")["loss"] == pytest.approx(expected, rel=tolerance)

@@ -1,0 +1,140 @@
+"""Triton's programs on a GPU at real sizes, against the same operations by PyTorch in float64 on the same GPU."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from griffin.kernels.conv1d import causal_conv1d
+from griffin.kernels.linear_scan import linear_scan
+from griffin.kernels.rglru import rglru
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# Sequential, chunked, and widths that are no multiple of a program's 64 channels or of 16.
+SHAPES = [(2048, 8, 4096), (8192, 1, 1024), (5001, 2, 2560), (3000, 3, 1001), (1, 4, 512)]
+DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # relative to each tensor's largest value
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
+
+
+def make_starts(steps: int, batch: int) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(9)
+    return torch.rand(steps, batch, generator=generator, device="cuda") < 0.002
+
+
+def operation(name: str, steps: int, batch: int, width: int, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
+    """A function of the backend and its differentiable arguments, and these."""
+    starts = make_starts(steps, batch)
+    if name == "conv1d":
+        leaves = {
+            "x": random(steps, batch, width, seed=1, dtype=dtype),
+            "weight": random(4, width, seed=2),
+            "bias": random(width, seed=3),
+            "initial_window": random(3, batch, width, seed=4, dtype=dtype),
+        }
+        return lambda backend, **given: (causal_conv1d(**given, starts=starts, backend=backend),), leaves
+    state = random(batch, width, seed=8)
+    if name == "linear_scan":
+        a = torch.rand(steps, batch, width, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+        leaves = {"a": a.to(dtype), "b": random(steps, batch, width, seed=2, dtype=dtype), "initial_state": state}
+        return lambda backend, **given: linear_scan(**given, starts=starts, backend=backend), leaves
+    wide = random(steps, batch, 2 * width, seed=5, dtype=dtype)  # a branch and x that are halves of one tensor
+    leaves = {
+        "x": wide[..., :width],
+        "branch": wide[..., width:],
+        "input_gate": random(steps, batch, width, seed=6, dtype=dtype, scale=2.0),
+        "recurrence_gate": random(steps, batch, width, seed=7, dtype=dtype, scale=2.0),
+        "decay": torch.linspace(-9, -2, width, device="cuda"),
+        "initial_state": state,
+    }
+    if name == "rglru":
+        del leaves["branch"]
+    return lambda backend, **given: rglru(**given, starts=starts, backend=backend), leaves
+
+
+def run(function: Any, leaves: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    given = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    results = function(backend, **given)
+    grads = [random(*result.shape, seed=20 + i).to(result.dtype) for i, result in enumerate(results)]
+    found = torch.autograd.grad(results, list(given.values()), grads)
+    return {f"result {i}": r.detach() for i, r in enumerate(results)} | dict(zip(given, found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["rglru", "rglru with branch", "linear_scan", "conv1d"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("steps", "batch", "width"), SHAPES)
+def test_equals_float64_and_itself(name: str, dtype: torch.dtype, steps: int, batch: int, width: int) -> None:
+    function, leaves = operation(name, steps, batch, width, dtype)
+    found = run(function, leaves, "triton")
+    again = run(function, leaves, "triton")
+    for key, value in found.items():
+        assert torch.equal(value, again[key]), f"{key}: two runs differ"
+    del again
+    wide = {key: leaf.double() for key, leaf in leaves.items()}
+    expected = run(function, wide, "cpu")
+    for key, value in found.items():
+        largest = expected[key].abs().max()
+        if key in ("decay", "weight", "bias"):  # sums over T and B of terms of both signs
+            largest = largest.clamp(min=(steps * batch) ** 0.5)
+        error = ((value.double() - expected[key]).abs().max() / largest).item()
+        assert error <= DTYPES[dtype], f"{key}: {error:.1e}"
+
+
+@pytest.mark.parametrize("chunk", [0, 4096])
+def test_more_than_2_31_elements(chunk: int) -> None:
+    """The last channels of the last sequence, whose offsets need 64 bits."""
+    steps, batch, width = 65_664, 4, 8192
+    assert steps * batch * width > 2**31
+    needed = 12 * steps * batch * width * 2
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    given = [torch.empty(steps, batch, width, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(3)]
+    decay = torch.linspace(-9, -2, width, device="cuda")
+    given = [tensor.requires_grad_() for tensor in given]
+    y, last = rglru(*given, decay, chunk=chunk)
+    grads = torch.autograd.grad(y, given, given[0].detach())
+    part = [tensor.detach()[:, -1:, -32:].double().requires_grad_() for tensor in given]
+    expected, expected_last = rglru(*part, decay[-32:].double(), backend="cpu")
+    expected_grads = torch.autograd.grad(expected, part, part[0].detach())
+    for found, wide in zip((y, last[None], *grads), (expected, expected_last[None], *expected_grads), strict=True):
+        error = (found[:, -1:, -32:].double() - wide).abs().max() / wide.abs().max()
+        assert error <= 2**-7
+    x = given[0].detach()
+    weight, bias = random(4, width, seed=1), random(width, seed=2)
+    convolved = causal_conv1d(x, weight, bias)[:, -1:, -32:]
+    expected = causal_conv1d(part[0].detach(), weight[:, -32:].double(), bias[-32:].double(), backend="cpu")
+    assert (convolved.double() - expected).abs().max() <= 2**-8 * expected.abs().max()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_no_length_is_slow_at_first(batch_first: bool) -> None:
+    """What was compiled for one length serves all: compiling takes seconds, and these calls milliseconds."""
+    decay = torch.linspace(-9, -2, 1024, device="cuda")
+    weight, bias = random(4, 1024, seed=1), random(1024, seed=2)
+
+    def call(steps: int) -> float:
+        shape = (2, steps, 1024) if batch_first else (steps, 2, 1024)
+        x, gate = (random(*shape, seed=seed, dtype=torch.bfloat16).requires_grad_() for seed in (1, 2))
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        convolved = causal_conv1d(x, weight, bias, batch_first=batch_first)
+        y, _ = rglru(convolved, gate, gate, decay, branch=x, batch_first=batch_first)
+        torch.autograd.grad(y.sum(), (x, gate))
+        torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    call(2048)  # compiles
+    usual = min(call(2048) for _ in range(5))
+    for steps in (2049, 2063, 3333, 4095, 1500):
+        assert call(steps) < 0.25 + 4 * usual, steps
