@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,16 +14,21 @@ WARPS = 1
 MULTIPROCESSORS = 132  # an H100's, where there is no device to ask
 
 
-def launch(program: Any, grid: int, arguments: dict[str, Any], stand_in: Tensor) -> None:
-    """Start a program on the device of its tensors, with those of the arguments that it has.
+def launch(
+    program: Any, spans: int, arguments: dict[str, Any], like: Tensor, *, block: int = BLOCK, warps: int = WARPS
+) -> None:
+    """Start a program for so many spans of time, with those of the arguments that it has.
 
-    Of an argument that is None the program gets `stand_in`. Every launch passes here.
+    `like` [T, B, R] tells device, sequences and channels, and is what the program gets for arguments that are None.
+    Every launch passes here.
     """
+    _, batch, width = like.shape
+    grid = math.ceil(width / block) * batch * spans
     chosen = {name: arguments[name] for name in program.arg_names if name in arguments}
-    chosen = {name: stand_in if value is None else value for name, value in chosen.items()}
-    with torch.cuda.device(stand_in.device) if stand_in.is_cuda else nullcontext():
+    chosen = {name: like if value is None else value for name, value in chosen.items()}
+    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
         # Fused multiply-adds are what rounding is tested with; Triton's default for them changes.
-        program[(grid,)](**chosen, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)
+        program[(grid,)](**chosen, BLOCK=block, num_warps=warps, enable_fp_fusion=True)
 
 
 def multiprocessors(device: torch.device) -> int:

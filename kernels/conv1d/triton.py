@@ -30,10 +30,9 @@ def _launch(program: Any, tensors: dict[str, Tensor | None], others: dict[str, A
     assert x is not None
     steps, batch, width = x.shape
     chunk = _chunk(x)
-    grid = math.ceil(width / BLOCK) * batch * math.ceil(steps / chunk)
     sizes = {"T": steps, "B": batch, "R": width, "L": chunk, "UNROLL": UNROLL, "STAGES": STAGES}
     present = {f"HAS_{name.upper()}": tensors[name] is not None for name in ("starts", "window")}
-    launch(program, grid, {**tensors, **others, **sizes, **present, **strides(tensors)}, x)
+    launch(program, math.ceil(steps / chunk), {**tensors, **others, **sizes, **present, **strides(tensors)}, x)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, window: Tensor | None) -> Tensor:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from griffin.kernels.launch import BLOCK, launch, multiprocessors
+from griffin.kernels.launch import launch, multiprocessors
 from griffin.kernels.layout import like, rows, strides
 from griffin.kernels.linear_scan import programs
-from griffin.kernels.linear_scan.plan import Plan, loop, select_plan
+from griffin.kernels.linear_scan.plan import (
+    CARRIES_BLOCK,
+    CARRIES_CHUNKS,
+    CARRIES_WARPS,
+    Plan,
+    loop,
+    select_plan,
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Inputs:
     def launch(self, program: Any, spans: int, **outputs: Any) -> None:
         """Run a program for so many spans of time; tensors among its arguments may be None."""
         steps, batch, width = self.term.shape
+        unroll, stages = loop(program.__name__, self.term.element_size())
         tensors = {
             "term": self.term,
             "gate": self.gate,
@@ -84,11 +91,11 @@ class Inputs:
             "GATED": self.input_gate is not None,
             "HAS_BRANCH": self.branch is not None,
             "HAS_STARTS": self.starts is not None,
+            "UNROLL": unroll,
+            "STAGES": stages,
             **outputs,
         }
-        grid = math.ceil(width / BLOCK) * batch * spans
-        unroll, stages = loop(program.__name__, self.term.element_size())
-        launch(program, grid, arguments | {"UNROLL": unroll, "STAGES": stages}, self.term)
+        launch(program, spans, arguments, self.term)
 
     def new_states(self, chunks: int) -> Tensor:
         return self.term.new_empty((chunks, *self.term.shape[1:]), dtype=torch.float32)
@@ -113,16 +120,9 @@ def _carries(inputs: Inputs, first: Tensor, grad_y: Tensor | None) -> Tensor:
         REVERSE=reverse,
         **strides({"grad": grad_y}),
     )
-    inputs.launch(
-        programs.chunk_carries,
-        1,
-        product=product,
-        end=end,
-        first=first,
-        carries=carries,
-        chunks=chunks,
-        REVERSE=reverse,
-    )
+    chained = {"product": product, "end": end, "first": first, "carries": carries, "chunks": chunks}
+    chained |= {"B": inputs.term.shape[1], "R": inputs.term.shape[2], "REVERSE": reverse, "CHUNKS": CARRIES_CHUNKS}
+    launch(programs.chunk_carries, 1, chained, inputs.term, block=CARRIES_BLOCK, warps=CARRIES_WARPS)
     return carries
 
 

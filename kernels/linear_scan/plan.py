@@ -17,12 +17,12 @@ def loop(program: str, element_size: int) -> tuple[int, int]:
     3 rounds x 8 steps x 3 rows x 128 bytes = 9 KB each, of which one round is being worked on. The backward reads and
     keeps more per step: shorter rounds hold its registers and its code down.
     """
-    if program == "chunk_carries":
-        return 1, 4
     if element_size > 2 or program == "scan_backward":
         return 4, 5
     return UNROLL, 4
 
+
+CARRIES_BLOCK, CARRIES_CHUNKS, CARRIES_WARPS = 16, 64, 4  # a tile of states at chunk ends that is chained at a time
 
 FULL = 3  # programs for each multiprocessor, which has four schedulers, that the sequential path needs
 SPREAD = 8  # that the chunked path aims at: two for each scheduler hide the arithmetic's latency

@@ -167,25 +167,36 @@ def chunk_summaries(
     tl.store(end + o_state, ends, mask=mask)
 
 
+@triton.jit
+def _then(a, b, next_a, next_b):
+    return a * next_a, next_a * b + next_b
+
+
 @triton.jit(do_not_specialize=["B", "chunks"])
 def chunk_carries(
-    product, end, first, carries, B, R, chunks, REVERSE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+    product, end, first, carries, B, R, chunks, REVERSE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
 ):
     """carries [chunks, B, R], with which each chunk begins; the first one begins with `first` [B, R].
 
-    REVERSE goes from the last chunk to the first. What comes out of the chunk met last is not asked for.
+    REVERSE goes from the last chunk to the first. What comes out of the chunk met last is not asked for. CHUNKS of them
+    are chained at a time by an associative scan: one after another they would take longer than the chunks themselves.
     """
     o_r, mask, b, _, _, _ = place(1, B, R, 1, BLOCK)
-    o_state = b * R + o_r
-    stride_c = tl.cast(B, tl.int64) * R
+    o_state, stride_c = b * R + o_r, tl.cast(B, tl.int64) * R
+    STEP: tl.constexpr = -1 if REVERSE else 1
+    begin = chunks - 1 if REVERSE else 0
     carry = row(first + o_state, mask)
-    for k in tl.range(0, chunks - 1, num_stages=STAGES):
-        c = chunks - 1 - k if REVERSE else k
-        o_chunk = c * stride_c + o_state
-        tl.store(carries + o_chunk, carry, mask=mask)
-        carry = row(product + o_chunk, mask) * carry + row(end + o_chunk, mask)
-    last = 0 if REVERSE else chunks - 1
-    tl.store(carries + last * stride_c + o_state, carry, mask=mask)
+    tl.store(carries + begin * stride_c + o_state, carry, mask=mask)
+    o_k = tl.arange(0, CHUNKS)
+    for k in tl.range(0, chunks - 1, CHUNKS, num_stages=1):
+        o_chunk = ((begin + STEP * (k + o_k)).to(tl.int64) * stride_c)[:, None] + o_state[None, :]  # [CHUNKS, BLOCK]
+        there = (k + o_k < chunks - 1)[:, None] & mask[None, :]
+        products = tl.load(product + o_chunk, mask=there, other=1.0)
+        ends = tl.load(end + o_chunk, mask=there, other=0.0)
+        products, ends = tl.associative_scan((products, ends), 0, _then)
+        states = products * carry[None, :] + ends
+        tl.store(carries + o_chunk + STEP * stride_c, states, mask=there)
+        carry = tl.sum(tl.where((o_k == CHUNKS - 1)[:, None], states, 0.0), axis=0)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin.kernels.linear_scan import cpu, linear_scan, ops
+from griffin.kernels.linear_scan import cpu, launch, linear_scan, ops
 from griffin.kernels.linear_scan.plan import UNROLL, select_plan
 
 LEAVES = ("a", "b", "initial_state")
@@ -86,6 +86,13 @@ def test_any_shape_and_starts(steps, batch, width, chunk, tile, starts, state, b
     assert_close(run(inputs, backend="triton", chunk=chunk, **options), expected, FLOAT32)
     with mock.patch.multiple(cpu, TILE_ELEMENTS=tile, STEP_ELEMENTS=tile // 3 + 1):
         assert_close(run(inputs, backend="cpu", **options), expected, FLOAT32)
+
+
+def test_more_chunks_than_are_chained_at_a_time():
+    inputs = make(75, 2, 3, state=True)
+    with mock.patch.object(launch, "CARRIES_CHUNKS", 4):
+        found = run(inputs, backend="triton", chunk=8)  # ten chunks
+    assert_close(found, oracle(inputs), FLOAT32)
 
 
 @BACKENDS
