@@ -127,16 +127,8 @@ def chunk_summaries(
     p_term, p_input = at(term, term_t, term_b, begin, b, o_r), at(input_gate, input_t, input_b, begin, b, o_r)
     p_gate, p_branch = at(gate, gate_t, gate_b, begin, b, o_r), at(branch, branch_t, branch_b, begin, b, o_r)
     p_grad, p_starts = at(grad_y, grad_t, grad_b, begin, b, o_r), at(starts, starts_t, starts_b, 0, b, 0)
-    term_t, input_t, gate_t = (
-        STEP * tl.cast(term_t, tl.int64),
-        STEP * tl.cast(input_t, tl.int64),
-        STEP * tl.cast(gate_t, tl.int64),
-    )
-    branch_t, grad_t, starts_t = (
-        STEP * tl.cast(branch_t, tl.int64),
-        STEP * tl.cast(grad_t, tl.int64),
-        tl.cast(starts_t, tl.int64),
-    )
+    term_t, input_t, gate_t = wide(STEP * term_t, STEP * input_t, STEP * gate_t)
+    branch_t, grad_t, starts_t = wide(STEP * branch_t, STEP * grad_t, starts_t)
 
     full = (hi - lo) // UNROLL * UNROLL
     products = tl.full([BLOCK], 1.0, tl.float32)
