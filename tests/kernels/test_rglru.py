@@ -167,7 +167,7 @@ TRITON_SHAPES = given(
     chunk=st.sampled_from([0, 8, 16]),
     **SHAPES,
 )
-test_any_shape_on_triton = settings(max_examples=15)(TRITON_SHAPES(triton_shape))
+test_any_shape_on_triton = settings(max_examples=10)(TRITON_SHAPES(triton_shape))
 test_many_shapes_on_triton = pytest.mark.slow(settings(max_examples=200)(TRITON_SHAPES(triton_shape)))
 
 
