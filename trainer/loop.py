@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from griffin.kernels import local_attention
-from griffin.kernels.backends import resolve_backend
+from griffin.kernels.selection import resolve_backend
 from griffin.parallel.grid import Grid, rank_grid
 from griffin.parallel.norm import apex_rms_norm
 from griffin.parallel.ranks import Ranks

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.arguments import FLOATING, check_argument, check_sequences
-from griffin.kernels.backends import AUTO, resolve_backend
+from griffin.kernels.backends import AUTO
 from griffin.kernels.conv1d import ops
 from griffin.kernels.conv1d.reference import causal_conv1d_reference
+from griffin.kernels.selection import resolve_backend
 
 __all__ = ["causal_conv1d"]
 
@@ -41,7 +42,7 @@ def causal_conv1d(
         initial_window: [K - 1, B, R], floating point; the inputs before position 0, the last one nearest. None: zeros.
         batch_first: x, `starts`, `initial_window` and y have the batch axis before the time axis.
         backend: "reference" (a loop, differentiated by autograd), "cpu", "triton" (width 4 only), or "auto" for what
-            `griffin.kernels.backends.select_backend` says.
+            `griffin.kernels.selection.select_backend` says.
 
     Returns:
         y, with shape and dtype of x.

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.arguments import FLOATING, check_argument, check_sequences
-from griffin.kernels.backends import AUTO, resolve_backend
+from griffin.kernels.backends import AUTO
 from griffin.kernels.linear_scan import ops
 from griffin.kernels.linear_scan.reference import linear_scan_reference
+from griffin.kernels.selection import resolve_backend
 
 __all__ = ["linear_scan"]
 
@@ -37,7 +38,7 @@ def linear_scan(
         initial_state: [B, R], floating point; the state before position 0.
         batch_first: a, b, `starts` and h have the batch axis before the time axis.
         backend: "reference" (a loop, differentiated by autograd), "cpu", "triton", or "auto" for what
-            `griffin.kernels.backends.select_backend` says.
+            `griffin.kernels.selection.select_backend` says.
         chunk: how Triton's programs cut time; see `griffin.kernels.linear_scan.plan.select_plan`.
 
     Returns:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.arguments import FLOATING, check_argument, check_sequences
-from griffin.kernels.backends import AUTO, resolve_backend
+from griffin.kernels.backends import AUTO
 from griffin.kernels.rglru import ops
 from griffin.kernels.rglru.reference import Given, rglru_reference
+from griffin.kernels.selection import resolve_backend
 
 __all__ = ["rglru"]
 
@@ -48,7 +49,7 @@ def rglru(
         initial_state: [B, R], floating point; the state before position 0.
         batch_first: x, the gates, `branch`, `starts` and y have the batch axis before the time axis.
         backend: "reference" (a loop, differentiated by autograd), "cpu", "triton", or "auto" for what
-            `griffin.kernels.backends.select_backend` says.
+            `griffin.kernels.selection.select_backend` says.
         save_states: keep h for the backward, or compute it again there: with a branch that saves an array as large as
             x, and costs about a third of a forward and backward.
         chunk: how Triton's programs cut time; see `griffin.kernels.linear_scan.plan.select_plan`.

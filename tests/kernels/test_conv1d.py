@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -51,7 +52,7 @@ def gradients(y: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def oracle(inputs: dict[str, Tensor], starts: Tensor | None) -> dict[str, Tensor]:
-    wide = {name: leaf.detach().double().requires_grad_() for name, leaf in inputs.items()}
+    wide: dict[str, Any] = {name: leaf.detach().double().requires_grad_() for name, leaf in inputs.items()}
     return gradients(causal_conv1d(**wide, starts=starts, backend="reference"), wide)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -38,7 +39,7 @@ def make(steps: int, batch: int, width: int, *, seed: int = 0, dtype=torch.float
     return {name: value.requires_grad_() for name, value in zip(LEAVES, values, strict=False)}
 
 
-def run(inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
+def run(inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
     h, last = linear_scan(**inputs, **options)
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (h, last)]

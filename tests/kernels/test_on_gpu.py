@@ -99,20 +99,20 @@ def test_more_than_2_31_elements(chunk: int) -> None:
     needed = 12 * steps * batch * width * 2
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
-    given = [torch.empty(steps, batch, width, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(3)]
+    shape = (steps, batch, width)
+    tensors = (torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(3))
     decay = torch.linspace(-9, -2, width, device="cuda")
-    given = [tensor.requires_grad_() for tensor in given]
-    y, last = rglru(*given, decay, chunk=chunk)
-    grads = torch.autograd.grad(y, given, given[0].detach())
+    x, input_gate, recurrence_gate = given = [tensor.requires_grad_() for tensor in tensors]
+    y, last = rglru(x, input_gate, recurrence_gate, decay, chunk=chunk)
+    grads = torch.autograd.grad(y, given, x.detach())
     part = [tensor.detach()[:, -1:, -32:].double().requires_grad_() for tensor in given]
-    expected, expected_last = rglru(*part, decay[-32:].double(), backend="cpu")
+    expected, expected_last = rglru(part[0], part[1], part[2], decay[-32:].double(), backend="cpu")
     expected_grads = torch.autograd.grad(expected, part, part[0].detach())
     for found, wide in zip((y, last[None], *grads), (expected, expected_last[None], *expected_grads), strict=True):
         error = (found[:, -1:, -32:].double() - wide).abs().max() / wide.abs().max()
         assert error <= 2**-7
-    x = given[0].detach()
     weight, bias = random(4, width, seed=1), random(width, seed=2)
-    convolved = causal_conv1d(x, weight, bias)[:, -1:, -32:]
+    convolved = causal_conv1d(x.detach(), weight, bias)[:, -1:, -32:]
     expected = causal_conv1d(part[0].detach(), weight[:, -32:].double(), bias[-32:].double(), backend="cpu")
     assert (convolved.double() - expected).abs().max() <= 2**-8 * expected.abs().max()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
-from griffin.kernels import backends
+from griffin.kernels import selection
 from griffin.kernels.linear_scan import cpu as scan_cpu
 from griffin.kernels.linear_scan.cpu import Tiling
 from griffin.kernels.linear_scan.launch import Inputs
@@ -543,7 +543,7 @@ def test_refuses_triton_where_it_cannot_run():
     with pytest.raises(ValueError, match=r"^backend: 'triton' for torch.float64"):
         rglru(**inputs, backend="triton")
     with (
-        mock.patch.object(backends, "_is_interpreted", return_value=False),
+        mock.patch.object(selection, "_is_interpreted", return_value=False),
         pytest.raises(ValueError, match=r"^backend: 'triton' on cpu; accepted on a GPU"),
     ):
         rglru(**make(4, 2, 3), backend="triton")
