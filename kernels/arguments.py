@@ -32,5 +32,10 @@ def check_argument(
         raise ValueError(f"{name}: on {tensor.device}; {x_name} is on {x.device}")
 
 
+def check_chunk(chunk: int | None) -> None:
+    if chunk is not None and chunk < 0:
+        raise ValueError(f"chunk: {chunk}; accepted: None, 0 (sequential) or a number of steps")
+
+
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(map(str, dtypes))

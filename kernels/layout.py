@@ -13,17 +13,17 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where its channels adjoin, as programs read them, else a copy."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
-
-
 def like(tensor: Tensor) -> Tensor:
     """An uninitialised dense tensor of the same shape, dtype and device, time-major or batch-major as this one."""
     steps, batch, width = tensor.shape
-    if tensor.stride(0) < tensor.stride(1):
+    if steps > 1 and batch > 1 and tensor.stride(0) < tensor.stride(1):
         return tensor.new_empty(batch, steps, width).transpose(0, 1)
     return tensor.new_empty(steps, batch, width)
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where its channels adjoin, as programs read them, else a copy."""
+    return tensor if tensor.stride(2) == 1 else like(tensor).copy_(tensor)
 
 
 def strides(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What changes from call to call must not compile anew; whether strides and R are multiples of 16 must be known, so
-# that loads become asynchronous copies.
-CHANGING = ["T", "B", "L", "first_is_start"]
+# What changes from call to call must not compile anew; whether other strides and R are multiples of 16 must be known,
+# so that loads become asynchronous copies.
+CHANGING = ["T", "B", "L", "first_is_start", "starts_t", "starts_b"]
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from griffin.kernels.backends import AUTO
 from griffin.launch.ranks import discover, leave, slurm_tasks_unused
 from griffin.parallel.ranks import STOPPED, Ranks
 from griffin.tools.cli import USER_ERRORS, report
@@ -79,6 +80,7 @@ def _check(args: argparse.Namespace, world_size: int, makes_folder: bool) -> tup
     config = load_config(args.config, args.overrides)
     validate(config, world_size)
     validate_data(config)
+    _check_kernels(config)
     run_dir = args.run_dir or default_run_folder(args.config, config)
     init_from = InitFrom(path=args.init_from, everything=args.init_what == "all") if args.init_from else None
     if makes_folder:  # other ranks may look when it has been made
@@ -87,6 +89,17 @@ def _check(args: argparse.Namespace, world_size: int, makes_folder: bool) -> tup
         if source.path and source.config:
             refuse_other_model(config.model, source.config["model"], source.path)
     return config, run_dir, init_from
+
+
+def _check_kernels(config: Config) -> None:
+    """ValueError where this machine cannot run what computes the recurrence."""
+    if config.train.kernels != AUTO:
+        import torch
+
+        from griffin.kernels.selection import resolve_backend
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        resolve_backend(config.train.kernels, device, getattr(torch, config.train.dtype), "train.kernels")
 
 
 def train_rank(ranks: Ranks, config: Config, run_dir: Path, init_from: InitFrom | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from griffin.kernels.arguments import FLOATING, check_argument, check_sequences
+from griffin.kernels.arguments import FLOATING, check_argument, check_chunk, check_sequences
 from griffin.kernels.backends import AUTO
 from griffin.kernels.linear_scan import ops
 from griffin.kernels.linear_scan.reference import linear_scan_reference
@@ -24,7 +24,9 @@ def linear_scan(
     backend: str = AUTO,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = a_t h_{t-1} + b_t, channel by channel; at a document's first token a = 0 whatever it holds.
+    """h_t = a_t h_{t-1} + b_t, channel by channel; at a document's first token a is taken as 0 whatever it holds.
+
+    A state that is not finite stays so, also over a document's start: 0 times it is NaN.
 
     States and sums are float32, or float64 where b is; h is rounded once. Gradients flow to a, b and initial_state,
     from both results; the same inputs give the same bits.
@@ -39,7 +41,8 @@ def linear_scan(
         batch_first: a, b, `starts` and h have the batch axis before the time axis.
         backend: "reference" (a loop, differentiated by autograd), "cpu", "triton", or "auto" for what
             `griffin.kernels.selection.select_backend` says.
-        chunk: how Triton's programs cut time; see `griffin.kernels.linear_scan.plan.select_plan`.
+        chunk: how Triton's programs cut time; see `griffin.kernels.linear_scan.plan.select_plan`. Where products of
+            a over some hundred steps overflow, 0: chunks are chained by their products.
 
     Returns:
         h, with shape and dtype of b, and the state after the last position, [B, R] in float32 (float64 where b is).
@@ -55,6 +58,7 @@ def linear_scan(
         ("initial_state", initial_state, (batch, width), FLOATING),
     ):
         check_argument(name, tensor, shape, dtypes, "b", b)
+    check_chunk(chunk)
     backend = resolve_backend(backend, b.device, b.dtype)
     if batch_first:
         a, b = a.transpose(0, 1), b.transpose(0, 1)

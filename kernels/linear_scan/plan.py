@@ -48,13 +48,9 @@ def select_plan(steps: int, batch: int, width: int, multiprocessors: int, chunk:
     Sequential where batch and channels alone occupy the device, else time is cut into chunks of a multiple of UNROLL
     steps, as many as occupy it. `chunk` overrides: 0 is sequential, else the steps of a chunk, rounded up to a multiple
     of UNROLL.
-
-    Raises:
-        ValueError: chunk is negative.
     """
     if chunk is not None:
-        if chunk < 0:
-            raise ValueError(f"chunk: {chunk}; accepted: None, 0 (sequential) or a number of steps")
+        assert chunk >= 0, chunk
         length = _rounded(chunk) if chunk else steps
         return Plan(steps, min(length, steps), "as asked for")
     rows = batch * math.ceil(width / BLOCK)

@@ -17,12 +17,12 @@ def linear_scan_reference(
     """
     dtype = accumulation_dtype(b)
     h = b.new_zeros(b.shape[1:], dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    a = a.to(dtype)
+    if starts is not None:
+        a = a.masked_fill(starts[..., None], 0)
     states = []
-    for t, (a_t, b_t) in enumerate(zip(a.to(dtype), b.to(dtype), strict=True)):
-        if starts is not None:
-            h = torch.where(starts[t, :, None], 0, a_t * h)
-        elif t > 0 or initial_state is not None:
-            h = a_t * h
-        h = h + b_t
+    for t, (a_t, b_t) in enumerate(zip(a, b.to(dtype), strict=True)):
+        # Without starts or a state to go on from, position 0 starts a document.
+        h = b_t if t == 0 and starts is None and initial_state is None else a_t * h + b_t
         states.append(h)
     return torch.stack(states).to(b.dtype), h

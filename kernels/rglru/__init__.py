@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from griffin.kernels.arguments import FLOATING, check_argument, check_sequences
+from griffin.kernels.arguments import FLOATING, check_argument, check_chunk, check_sequences
 from griffin.kernels.backends import AUTO
 from griffin.kernels.rglru import ops
 from griffin.kernels.rglru.reference import Given, rglru_reference
@@ -71,6 +71,7 @@ def rglru(
         ("initial_state", initial_state, (batch, width), FLOATING),
     ):
         check_argument(name, tensor, shape, dtypes, "x", x)
+    check_chunk(chunk)
     backend = resolve_backend(backend, x.device, x.dtype)
     if batch_first:
         x, input_gate, recurrence_gate = (tensor.transpose(0, 1) for tensor in (x, input_gate, recurrence_gate))

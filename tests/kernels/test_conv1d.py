@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin.kernels.conv1d import causal_conv1d, cpu, ops, triton
+from griffin.kernels.conv1d import causal_conv1d, cpu, ops
+from tests.kernels.interpreter import BACKENDS, needs_interpreter
 
 LEAVES = ("x", "weight", "bias", "initial_window")
-BACKENDS = pytest.mark.parametrize("backend", ["cpu", "triton"])
 STEPS = {"cpu": 200, "triton": 40}  # Triton's interpreter takes some milliseconds a step
 FLOAT32 = 1e-5  # sums of at most some hundred float32 terms; the largest error seen is 1e-6
 FLOAT64 = 1e-12  # the same algebra in another order
@@ -96,10 +96,16 @@ def test_any_shape_taps_tiling_and_starts(steps, batch, width, taps, tile, start
     assert_close(found, oracle(inputs, flags), FLOAT32)
 
 
+def chunks_of(steps):
+    from griffin.kernels.conv1d import triton
+
+    return mock.patch.multiple(triton, SHORTEST_CHUNK=steps, LONGEST_CHUNK=steps)
+
+
 def triton_shape(steps, batch, width, chunk, starts, window, seed):
     inputs = make(steps, batch, width, seed=seed, window=window)
     flags = flags_at(starts, steps, batch)
-    with mock.patch.multiple(triton, SHORTEST_CHUNK=chunk, LONGEST_CHUNK=chunk):
+    with chunks_of(chunk):
         found = gradients(causal_conv1d(**inputs, starts=flags, backend="triton"), inputs)
     assert_close(found, oracle(inputs, flags), FLOAT32)
 
@@ -114,8 +120,10 @@ TRITON_SHAPES = given(
     window=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-test_any_shape_on_triton = settings(max_examples=12)(TRITON_SHAPES(triton_shape))
-test_many_shapes_on_triton = pytest.mark.slow(settings(max_examples=200)(TRITON_SHAPES(triton_shape)))
+test_any_shape_on_triton = needs_interpreter(settings(max_examples=12)(TRITON_SHAPES(triton_shape)))
+test_many_shapes_on_triton = needs_interpreter(
+    pytest.mark.slow(settings(max_examples=200)(TRITON_SHAPES(triton_shape)))
+)
 
 
 def test_default_tiling():
@@ -123,6 +131,17 @@ def test_default_tiling():
     assert len(list(cpu._spans(inputs["x"]))) > 1
     starts = torch.rand(170, 1, generator=torch.Generator().manual_seed(2)) < 0.05
     assert_close(gradients(causal_conv1d(**inputs, starts=starts), inputs), oracle(inputs, starts), FLOAT64)
+
+
+@needs_interpreter
+def test_starts_at_every_place_around_a_chunk():
+    """A sequence for each place of a start, before, at and after the first step of a chunk and of a round."""
+    steps = 20
+    inputs = make(steps, steps, 2, window=True)
+    starts = torch.eye(steps, dtype=torch.bool)
+    with chunks_of(8):
+        found = gradients(causal_conv1d(**inputs, starts=starts, backend="triton"), inputs)
+    assert_close(found, oracle(inputs, starts), FLOAT32)
 
 
 @BACKENDS
@@ -257,6 +276,12 @@ def test_saves_x_only():
     assert [tensor.dtype for tensor in saved if tensor.numel() == 64 * 2 * 16] == [torch.bfloat16]
 
 
+@needs_interpreter
+def test_refuses_other_widths_on_triton():
+    with pytest.raises(ValueError, match=r"^weight: 3 taps; backend 'triton' has 4"):
+        causal_conv1d(**make(4, 2, 3, taps=3), backend="triton")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -266,7 +291,6 @@ def test_saves_x_only():
         ("weight", torch.zeros(3, 4)),
         ("weight", torch.zeros(3, 1, 4)),
         ("weight", torch.zeros(4, 3, dtype=torch.int32)),
-        ("weight", torch.zeros(3, 3)),  # Triton's has four taps
         ("bias", torch.zeros(4)),
         ("bias", torch.zeros(3, device="meta")),
         ("starts", torch.zeros(2, 4, dtype=torch.bool)),
@@ -278,4 +302,4 @@ def test_saves_x_only():
 )
 def test_refuses(name, value):
     with pytest.raises(ValueError, match=rf"^{name}: "):
-        causal_conv1d(**(make(4, 2, 3) | {"backend": "triton"} | {name: value}))
+        causal_conv1d(**(make(4, 2, 3) | {name: value}))

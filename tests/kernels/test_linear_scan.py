@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin.kernels.linear_scan import cpu, launch, linear_scan, ops
+from griffin.kernels.linear_scan import cpu, linear_scan, ops
 from griffin.kernels.linear_scan.plan import UNROLL, select_plan
+from tests.kernels.interpreter import BACKENDS, needs_interpreter
 
 LEAVES = ("a", "b", "initial_state")
-BACKENDS = pytest.mark.parametrize("backend", ["cpu", "triton"])
 FLOAT32 = 1e-5  # sums of some ten float32 terms against float64; the largest error seen is 5e-7
 
 
@@ -62,7 +62,8 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert error <= tolerance, f"{name}: relative error {error:.1e} > {tolerance:.0e}"
 
 
-@settings(max_examples=15)
+@needs_interpreter
+@settings(max_examples=10)
 @given(
     steps=st.integers(1, 42),
     batch=st.integers(1, 2),
@@ -89,8 +90,11 @@ def test_any_shape_and_starts(steps, batch, width, chunk, tile, starts, state, b
         assert_close(run(inputs, backend="cpu", **options), expected, FLOAT32)
 
 
+@needs_interpreter
 def test_more_chunks_than_are_chained_at_a_time():
     inputs = make(75, 2, 3, state=True)
+    from griffin.kernels.linear_scan import launch
+
     with mock.patch.object(launch, "CARRIES_CHUNKS", 4):
         found = run(inputs, backend="triton", chunk=8)  # ten chunks
     assert_close(found, oracle(inputs), FLOAT32)
@@ -146,7 +150,8 @@ def test_gradcheck():
 def test_operators_are_what_they_claim(backend):
     inputs = make(9, 2, 3, state=True)
     starts = torch.arange(18).view(9, 2) % 7 == 3
-    arguments = (inputs["a"], inputs["b"], starts, inputs["initial_state"], 8, backend)
+    apart = inputs["b"].detach().permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_()  # channels apart
+    arguments = (inputs["a"], apart, starts, inputs["initial_state"], 8, backend)
     torch.library.opcheck(
         ops.forward, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static")
     )
@@ -167,7 +172,7 @@ def test_operators_are_what_they_claim(backend):
 )
 def test_refuses(name, value):
     with pytest.raises(ValueError, match=rf"^{name}: "):
-        linear_scan(**(make(4, 2, 3) | {"backend": "triton"} | {name: value}))
+        linear_scan(**(make(4, 2, 3) | {name: value}))
 
 
 @pytest.mark.parametrize("steps", [1, 100, 2048, 8192, 32768])

@@ -20,7 +20,9 @@ pytestmark = [
 
 # Sequential, chunked, and widths that are no multiple of a program's 64 channels or of 16.
 SHAPES = [(2048, 8, 4096), (8192, 1, 1024), (5001, 2, 2560), (3000, 3, 1001), (1, 4, 512)]
-DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # relative to each tensor's largest value
+# Relative to each tensor's largest value: rounding in half precision; in float32, channels here remember some thousand
+# steps, over which errors of a decay in its last bits add up.
+DTYPES = {torch.float32: 1e-3, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -128,8 +130,9 @@ def test_no_length_is_slow_at_first(batch_first: bool) -> None:
         x, gate = (random(*shape, seed=seed, dtype=torch.bfloat16).requires_grad_() for seed in (1, 2))
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        convolved = causal_conv1d(x, weight, bias, batch_first=batch_first)
-        y, _ = rglru(convolved, gate, gate, decay, branch=x, batch_first=batch_first)
+        starts = make_starts(*shape[:2])
+        convolved = causal_conv1d(x, weight, bias, starts=starts, batch_first=batch_first)
+        y, _ = rglru(convolved, gate, gate, decay, branch=x, starts=starts, batch_first=batch_first)
         torch.autograd.grad(y.sum(), (x, gate))
         torch.cuda.synchronize()
         return time.perf_counter() - begun

@@ -19,6 +19,7 @@ from griffin.kernels.linear_scan import cpu as scan_cpu
 from griffin.kernels.linear_scan.cpu import Tiling
 from griffin.kernels.linear_scan.launch import Inputs
 from griffin.kernels.rglru import ops, rglru
+from tests.kernels.interpreter import BACKENDS, needs_interpreter
 
 Leaves = dict[str, Any]  # by the names below; None for a branch or an initial state that is not given
 LEAVES = ("x", "input_gate", "recurrence_gate", "decay", "branch", "initial_state")
@@ -28,7 +29,6 @@ FLOAT32 = 1e-5
 # The same algebra in another order in float64.
 FLOAT64 = 1e-11
 
-BACKENDS = pytest.mark.parametrize("backend", ["cpu", "triton"])
 STEPS = {"cpu": 300, "triton": 45}  # Triton's interpreter takes 10 ms a step
 
 
@@ -167,8 +167,10 @@ TRITON_SHAPES = given(
     chunk=st.sampled_from([0, 8, 16]),
     **SHAPES,
 )
-test_any_shape_on_triton = settings(max_examples=10)(TRITON_SHAPES(triton_shape))
-test_many_shapes_on_triton = pytest.mark.slow(settings(max_examples=200)(TRITON_SHAPES(triton_shape)))
+test_any_shape_on_triton = needs_interpreter(settings(max_examples=10)(TRITON_SHAPES(triton_shape)))
+test_many_shapes_on_triton = needs_interpreter(
+    pytest.mark.slow(settings(max_examples=200)(TRITON_SHAPES(triton_shape)))
+)
 
 
 @pytest.mark.parametrize(("steps", "batch", "width"), [(701, 1, 257), (150, 3, 1001)])
@@ -203,20 +205,17 @@ def test_extreme_decays(backend, decay_range, gate_scale):
     assert_close(found, run(as_float64(inputs), starts=starts, backend="reference"), 5e-5)
 
 
-def test_bounded_derivative():
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_interpreter), "reference"])
+def test_bounded_derivative(backend):
     """One channel with a = 1 - 1e-9: dy/dlog a = x m' a state-free step, with m' at most 1000 * 2 a^2."""
     decay = torch.full((1,), -19.0, dtype=torch.float64).requires_grad_()
-    x = torch.ones(1, 1, 1, dtype=torch.float64)
+    x = torch.ones(1, 1, 1, dtype=torch.float32 if backend == "triton" else torch.float64)
     gate = torch.zeros_like(x)
     expected = 0.5 * 2000 * 8 * 0.5 * decay.detach().sigmoid()  # i x, m', and d(-log a) = 8 r softplus'
     starts = torch.zeros(1, 1, dtype=torch.bool)
-    for backend in ("reference", "cpu"):
-        y, _ = rglru(x, gate, gate, decay, starts=starts, backend=backend)
-        (grad,) = torch.autograd.grad(y, decay)
-        torch.testing.assert_close(grad, expected, rtol=1e-6, atol=0.0)  # a^2 is 1 to 1e-8
-    y, _ = rglru(x.float(), gate.float(), gate.float(), decay, starts=starts, backend="triton")
+    y, _ = rglru(x, gate, gate, decay, starts=starts, backend=backend)
     (grad,) = torch.autograd.grad(y, decay)
-    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=0.0)  # a^2 is 1 to 1e-8
 
 
 @BACKENDS
@@ -232,7 +231,7 @@ def test_first_token_of_a_document_forgets_exactly(backend):
     assert grads[1].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_interpreter), "reference"])
 def test_position_0_without_starts(backend):
     """One document: it starts at position 0 exactly if there is no state to go on from."""
     inputs = make(4, 2, 3)
@@ -275,6 +274,7 @@ def test_strides_change_nothing(backend):
     assert y_batch_major.is_contiguous()
 
 
+@needs_interpreter
 def test_nothing_is_copied_where_channels_adjoin():
     """What Triton's programs are given are the tensors themselves: time-major, batch-major, halves of wider ones."""
     wide = torch.randn(6, 2, 10)
@@ -361,6 +361,16 @@ def test_a_sequence_in_two_parts_equals_one(backend):
 
 
 @BACKENDS
+def test_starts_at_every_place_around_a_chunk(backend):
+    """A sequence for each place of a start, before, at and after the first step of a chunk and of a round."""
+    steps = 18
+    inputs = make(steps, steps, 2, state=True, branch=True)
+    starts = torch.eye(steps, dtype=torch.bool)
+    found = run(inputs, starts=starts, backend=backend, chunk=8)
+    assert_close(found, run(as_float64(inputs), starts=starts, backend="reference"), FLOAT32)
+
+
+@BACKENDS
 def test_packed_documents_equal_documents_apart(backend):
     lengths = (1, 2, 3, 20, 1, 9)
     inputs = make(sum(lengths), 2, 5)
@@ -435,7 +445,8 @@ def test_recomputation_and_repeated_backward_are_bitwise(backend):
 def test_operators_are_what_they_claim(backend, save_states):
     """Fake implementations, autograd and mutation, as torch.library.opcheck sees them."""
     inputs = make(9, 2, 3, state=True, branch=True, dtype=torch.bfloat16)
-    inputs["x"] = inputs["x"].detach().transpose(0, 1).contiguous().transpose(0, 1)
+    inputs["x"] = inputs["x"].detach().transpose(0, 1).contiguous().transpose(0, 1)  # batch-major
+    inputs["branch"] = inputs["branch"].detach().permute(1, 2, 0).contiguous().permute(2, 0, 1)  # channels apart
     starts = torch.arange(18).view(9, 2) % 7 == 3
     leaves = [inputs[name] for name in LEAVES[:5]]
     torch.library.opcheck(ops.forward, (*leaves, starts, inputs["initial_state"], save_states, 8, backend))
@@ -533,11 +544,12 @@ def test_inputs_without_gradient():
     ],
 )
 def test_refuses(name, value):
-    arguments = make(4, 2, 3, state=True) | {"backend": "triton"} | {name: value}
+    arguments = make(4, 2, 3, state=True) | {name: value}
     with pytest.raises(ValueError, match=rf"^{name}: "):
         rglru(**arguments)
 
 
+@needs_interpreter
 def test_refuses_triton_where_it_cannot_run():
     inputs = make(4, 2, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"^backend: 'triton' for torch.float64"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import griffin.kernels.selection
 import griffin.launch.local
 import griffin.tools.train
 from griffin.parallel.ranks import Ranks
@@ -122,6 +123,16 @@ def test_refused_before_anything_starts(
     assert error.count("\n") == 1
     assert started == []
     assert sorted(folder.rglob("*")) == before
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_starts(
+    folder: Path, started: list, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(griffin.kernels.selection, "_is_interpreted", lambda: False)
+    assert main([*TRAIN, "--ranks", "2", "--train.kernels", "triton"]) == 2
+    accepted = "accepted on a GPU, or with TRITON_INTERPRET=1"
+    assert capsys.readouterr().err == f"griffin: error: train.kernels: 'triton' on cpu; {accepted}\n"
+    assert started == []
 
 
 @pytest.fixture

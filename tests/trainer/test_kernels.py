@@ -12,6 +12,7 @@ from griffin.parallel.config import ATTENTION, RECURRENT, ParallelConfig
 from griffin.parallel.grid import rank_grid
 from griffin.trainer.config import Config
 from griffin.trainer.step import Training
+from tests.kernels.interpreter import needs_interpreter
 from tests.parallel.test_layouts import global_batch, make_config
 from tests.ranks import RankPool
 
@@ -54,6 +55,7 @@ def expected(rank_pool: RankPool) -> list[tuple[float, float]]:
     return found
 
 
+@needs_interpreter
 @pytest.mark.parametrize("layout", [pytest.param(n, marks=[] if n == "tp2-pp2" else pytest.mark.slow) for n in LAYOUTS])
 def test_triton_trains_as_the_reference_does(
     rank_pool: RankPool, expected: list[tuple[float, float]], layout: str
@@ -63,6 +65,7 @@ def test_triton_trains_as_the_reference_does(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+@needs_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["states", "block"])
 def test_recomputation_changes_no_bit(rank_pool: RankPool, recompute: str) -> None:

@@ -1,0 +1,38 @@
+"""Where Triton's interpreter can run, which the tests of its programs on CPUs need."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+def _missing() -> str | None:
+    """Why a program of three lines does not run. Releases of Triton differ in which of NumPy they can work with."""
+    if triton is None:
+        return "needs the package triton"
+
+    @triton.jit
+    def count(out, n):
+        total = n * 0
+        for k in tl.range(0, n // 2):
+            total += k
+        tl.store(out, total)
+
+    out = torch.zeros(1, dtype=torch.int32)
+    try:
+        count[(1,)](out, 8)
+    except Exception as error:
+        return f"Triton {triton.__version__}'s interpreter does not run here: {str(error).splitlines()[0][:100]}"
+    assert out.item() == 6
+    return None
+
+
+_reason = _missing()
+needs_interpreter = pytest.mark.skipif(_reason is not None, reason=_reason or "")
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_interpreter)])
