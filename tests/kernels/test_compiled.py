@@ -1,0 +1,213 @@
+"""What the Triton programs become for GPUs that are not there: spills, registers, shared memory, asynchronous copies.
+
+Every configuration that the selector can pick is compiled by `tests.kernels.compiled`, in processes of its own: here
+Triton's programs are interpreted. The quick part is training's main configuration on an H100.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from griffin.kernels.linear_scan.plan import SPREAD
+
+ROOT = Path(__file__).parents[2]
+PROCESSES = 2
+WIDTH_KNOWN = 16  # channels must be a multiple of it for the compiler to know that rows are aligned
+FEW = tuple(f"{what} bfloat16 half 4096x2x1024 starts" for what in ("rglru", "rglru branch", "conv1d"))
+ALL = "all"
+
+Entry = dict[str, Any]
+
+
+def _needs_tools() -> None:
+    spec = find_spec("triton")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs the package triton")
+    folder = Path(spec.submodule_search_locations[0], "backends", "nvidia", "bin")
+    for tool in ("ptxas", "cuobjdump"):
+        if not (folder / tool).is_file():
+            pytest.skip(f"needs {tool}, which this build of triton does not come with")
+
+
+def _run(cache: Path, timeout: float, *arguments: str) -> Any:
+    _needs_tools()
+    # Compiled, not interpreted, by the tools that Triton comes with, and nothing taken from an earlier run.
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernels.compiled", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module", params=["few", pytest.param(ALL, marks=pytest.mark.slow)])
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the processes found, the same launches each, with the compiled programs of all of them."""
+    cache = tmp_path_factory.mktemp("triton")
+    chosen = () if request.param == ALL else ("--target", "sm_90", *(word for name in FEW for word in ("--only", name)))
+    timeout = 1200 if request.param == ALL else 240
+
+    def share(number: int) -> Any:
+        return _run(cache, timeout, "measure", *chosen, "--share", str(number), str(PROCESSES))
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        found = list(pool.map(share, range(PROCESSES)))
+    return found[0] | {"compiled": [entry for one in found for entry in one["compiled"]], "part": request.param}
+
+
+def _is_aligned(entry: Entry) -> bool:
+    return entry["width"] % WIDTH_KNOWN == 0
+
+
+def _is_half(entry: Entry) -> bool:
+    return entry["dtype"] != "float32"
+
+
+def _is_nvidia(entry: Entry) -> bool:
+    return entry["target"].startswith("sm_")
+
+
+def _name(entry: Entry, *facts: str) -> str:
+    flags = " ".join(name for name, value in entry["constants"].items() if value is True)
+    what = ", ".join(f"{fact} {entry[fact]}" for fact in facts)
+    return f"{entry['target']} {entry['program']} {flags} ({entry['case']}): {what}"
+
+
+def _assert_none(entries: Iterable[Entry], *facts: str) -> None:
+    assert not [_name(entry, *facts) for entry in entries]
+
+
+def test_every_program_is_compiled_and_both_paths(measured):
+    compiled = measured["compiled"]
+    assert {entry["program"] for entry in compiled} == set(measured["kernels"])
+    launched = measured["launched"].values()
+    assert any(
+        {"chunk_summaries", "chunk_carries", "scan_forward", "scan_backward"} <= set(names) for names in launched
+    )
+    reverse = [entry["constants"]["REVERSE"] for entry in compiled if entry["program"] == "chunk_carries"]
+    assert set(reverse) == {True, False}
+    if measured["part"] == ALL:
+        assert any(names == ["scan_forward", "scan_backward"] for names in launched)
+        assert {entry["target"] for entry in compiled} == {"sm_80", "sm_90", "gfx942"}
+        assert {entry["dtype"] for entry in compiled} == {"bfloat16", "float16", "float32"}
+        assert any(not _is_aligned(entry) for entry in compiled)
+        # Every combination of what a program can be asked for, in each dtype that models train in.
+        for dtype in ("bfloat16", "float32"):
+            flags = {
+                (entry["program"], *sorted(name for name, value in entry["constants"].items() if value is True))
+                for entry in compiled
+                if entry["dtype"] == dtype and entry["program"].startswith("scan_")
+            }
+            # With and without starts: given terms, gates, gates and a branch; forward, states with a branch besides.
+            assert len(flags) == 2 * 4 + 2 * 3
+
+
+def test_nothing_is_spilled(measured):
+    """No value of a step is put away in memory.
+
+    Where the compiler does not know that rows are aligned it may put away a few on the way into the loop: twice 4 bytes
+    in several thousand steps. Of AMD's scalar registers, addresses for the most part, as many may be kept in lanes of
+    vector registers as three have.
+    """
+    compiled = measured["compiled"]
+    _assert_none((e for e in compiled if e["spills"] and (_is_aligned(e) or not _is_nvidia(e))), "spills")
+    _assert_none((e for e in compiled if e.get("spills_in_loops")), "spills_in_loops")
+    _assert_none((e for e in compiled if e["local"]), "local")
+    _assert_none((e for e in compiled if e.get("scalar_spills", 0) > 3 * 64), "scalar_spills")
+
+
+def _warps(entry: Entry) -> int:
+    """That a multiprocessor must have the registers for: forward twice as many as the chunked path gives it.
+
+    Backward, which keeps more, half as many again; and only that many in float32, which is for comparisons, on AMD and
+    where rows are not known to be aligned.
+    """
+    if "backward" not in entry["program"]:
+        return 2 * SPREAD
+    is_last_resort = not _is_half(entry) and not (_is_nvidia(entry) and _is_aligned(entry))
+    return SPREAD if is_last_resort else SPREAD * 3 // 2
+
+
+def test_registers_leave_room_for_enough_programs(measured):
+    def room(entry: Entry) -> int:
+        if _is_nvidia(entry):  # 65,536 registers, given to warps of 32 lanes by 8 a lane
+            return 65536 // (-(-entry["registers"] // 8) * 8 * 32)
+        return 4 * (512 // (-(-entry["registers"] // 8) * 8))  # four units of 512 for each lane
+
+    _assert_none((e for e in measured["compiled"] if room(e) < _warps(e)), "registers")
+
+
+KILOBYTES = {"sm_80": 164, "sm_90": 228, "gfx942": 64}  # of shared memory, a multiprocessor's
+
+
+def test_shared_memory_leaves_room_for_enough_programs(measured):
+    """In 16 bits twice as many as the chunked path gives it, on an A100 half as many again; in float32 half of that."""
+
+    def is_over(entry: Entry) -> bool:
+        reserved = 1024 if _is_nvidia(entry) else 0  # for each program
+        programs = KILOBYTES[entry["target"]] * 1024 // (entry["shared"] + reserved or 1)
+        wanted = 2 * SPREAD if entry["target"] != "sm_80" else SPREAD * 3 // 2
+        return programs * entry["warps"] < wanted // (1 if _is_half(entry) else 2)
+
+    _assert_none((e for e in measured["compiled"] if is_over(e)), "shared")
+
+
+def _rows(program: str, constants: dict[str, Any]) -> int:
+    """[T, B, R] tensors that a step reads."""
+    gated, branch = constants.get("GATED", False), constants.get("HAS_BRANCH", False)
+    if program == "chunk_summaries":
+        return 2 + branch if constants["REVERSE"] else 2 + gated
+    return {
+        "scan_forward": 2 + gated + branch,  # term and gate
+        "scan_backward": 3 + 2 * gated + branch,  # gate, states and gradient; gates also read term and input gate
+        "conv_forward": 1,
+        "conv_backward": 2,
+    }[program]
+
+
+def test_rows_are_copied_asynchronously(measured):
+    """What several rounds ahead are on the way hides the latency of memory, which one warp cannot."""
+    seen = set()
+    for entry in measured["compiled"]:
+        program, constants = entry["program"], entry["constants"]
+        if not _is_nvidia(entry) or not _is_aligned(entry) or program == "chunk_carries":
+            continue
+        seen.add((program, _is_half(entry)))
+        assert entry["async_copies"] >= constants["UNROLL"] * _rows(program, constants), _name(entry, "async_copies")
+    sizes = (True, False) if measured["part"] == ALL else (True,)
+    assert seen == {(program, size) for program in set(measured["kernels"]) - {"chunk_carries"} for size in sizes}
+
+
+# An H200 copies 4.3 TB/s by 132 multiprocessors of 4 schedulers at 1.7 GHz: while the memory moves the 8 bytes that the
+# forward needs for each element and the 16 of the backward, a scheduler issues 53 and 107 instructions for 32 elements.
+# Some of that must be left over for waiting.
+BUDGET = {"scan_forward": 50, "scan_backward": 85}
+
+
+def test_arithmetic_takes_less_time_than_memory(measured):
+    checked = [
+        entry
+        for entry in measured["compiled"]
+        if entry["program"] in BUDGET
+        and (entry["target"], entry["dtype"]) == ("sm_90", "bfloat16")
+        and _is_aligned(entry)
+        and not entry["constants"]["HAS_BRANCH"]
+    ]
+    assert {entry["program"] for entry in checked} == set(BUDGET)
+    _assert_none((e for e in checked if not 1 < e["per_element"] <= BUDGET[e["program"]]), "per_element")
+
+
+def test_other_lengths_compile_nothing_anew(tmp_path):
+    for found in _run(tmp_path, 120, "keys"):
+        first, *others = found["keys"].values()
+        assert first
+        assert all(keys == first for keys in others), found["case"]
