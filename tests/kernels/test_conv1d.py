@@ -14,18 +14,12 @@ from torch import Tensor
 from griffin.kernels.conv1d import causal_conv1d, cpu, ops
 from tests.kernels.interpreter import BACKENDS, needs_interpreter
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 LEAVES = ("x", "weight", "bias", "initial_window")
 STEPS = {"cpu": 200, "triton": 40}  # Triton's interpreter takes some milliseconds a step
 FLOAT32 = 1e-5  # sums of at most some hundred float32 terms; the largest error seen is 1e-6
 FLOAT64 = 1e-12  # the same algebra in another order
-
-
-@pytest.fixture(autouse=True)
-def _poison_empty_tensors():
-    """In deterministic mode torch.empty is filled with NaN: a buffer read before it is written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(

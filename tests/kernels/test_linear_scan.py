@@ -15,16 +15,10 @@ from griffin.kernels.linear_scan import cpu, linear_scan, ops
 from griffin.kernels.linear_scan.plan import UNROLL, select_plan
 from tests.kernels.interpreter import BACKENDS, needs_interpreter
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 LEAVES = ("a", "b", "initial_state")
 FLOAT32 = 1e-5  # sums of some ten float32 terms against float64; the largest error seen is 5e-7
-
-
-@pytest.fixture(autouse=True)
-def _poison_empty_tensors():
-    """In deterministic mode torch.empty is filled with NaN: a buffer read before it is written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(steps: int, batch: int, width: int, *, seed: int = 0, dtype=torch.float32, state: bool = False):

@@ -7,102 +7,29 @@ from unittest import mock
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch.utils.checkpoint import checkpoint
 
-from griffin.kernels import selection
 from griffin.kernels.linear_scan import cpu as scan_cpu
 from griffin.kernels.linear_scan.cpu import Tiling
-from griffin.kernels.linear_scan.launch import Inputs
-from griffin.kernels.rglru import ops, rglru
+from griffin.kernels.rglru import rglru
 from tests.kernels.interpreter import BACKENDS, needs_interpreter
+from tests.kernels.rglru_inputs import (
+    FLOAT32,
+    LEAVES,
+    SEQUENCES,
+    Leaves,
+    as_float64,
+    assert_close,
+    decay_terms,
+    make,
+    run,
+)
 
-Leaves = dict[str, Any]  # by the names below; None for a branch or an initial state that is not given
-LEAVES = ("x", "input_gate", "recurrence_gate", "decay", "branch", "initial_state")
-SEQUENCES = ("x", "input_gate", "recurrence_gate", "branch")  # [T, B, R]
-# float32 sums of some hundred terms against float64; the largest error seen is 1e-6.
-FLOAT32 = 1e-5
-# The same algebra in another order in float64.
-FLOAT64 = 1e-11
+pytestmark = pytest.mark.usefixtures("poisoned")
 
+FLOAT64 = 1e-11  # the same algebra in another order in float64
 STEPS = {"cpu": 300, "triton": 45}  # Triton's interpreter takes 10 ms a step
-
-
-@pytest.fixture(autouse=True)
-def _poison_empty_tensors():
-    """In deterministic mode torch.empty is filled with NaN: a buffer read before it is written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def make(
-    steps: int,
-    batch: int,
-    width: int,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    decay_range: tuple[float, float] = (-9.0, -2.0),
-    gate_scale: float = 2.0,
-    state: bool = False,
-    branch: bool = False,
-) -> Leaves:
-    """Random inputs as leaves. Decays in the default range give a between .3 and 1."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(steps, batch, width, generator=generator, dtype=torch.float64)
-    gates = torch.randn(2, steps, batch, width, generator=generator, dtype=torch.float64) * gate_scale
-    low, high = decay_range
-    decay = torch.rand(width, generator=generator, dtype=torch.float64) * (high - low) + low
-    initial = torch.randn(batch, width, generator=generator, dtype=torch.float64)
-    z = torch.randn(steps, batch, width, generator=generator, dtype=torch.float64) * 2
-    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
-    values = (
-        x.to(dtype),
-        *gates.to(dtype),
-        decay.to(accumulation),
-        z.to(dtype) if branch else None,
-        initial.to(accumulation) if state else None,
-    )
-    return {
-        name: value if value is None else value.requires_grad_() for name, value in zip(LEAVES, values, strict=True)
-    }
-
-
-def run(inputs: Leaves, *, starts: Tensor | None = None, seed: int = 1, **options) -> dict[str, Tensor]:
-    """Both results and the gradient of every leaf, for random gradients of both results."""
-    y, final = rglru(**inputs, starts=starts, **options)
-    generator = torch.Generator().manual_seed(seed)
-    grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (y, final)]
-    leaves = {name: leaf for name, leaf in inputs.items() if leaf is not None}
-    found = torch.autograd.grad((y, final), list(leaves.values()), grads)
-    return {"y": y.detach(), "final": final.detach(), **dict(zip(leaves, found, strict=True))}
-
-
-def as_float64(inputs: Leaves) -> Leaves:
-    return {k: None if v is None else v.detach().double().requires_grad_() for k, v in inputs.items()}
-
-
-def assert_close(
-    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, scales: dict[str, Tensor] | None = None
-) -> None:
-    """Largest error of each tensor relative to its largest value, or to what `scales` says."""
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        scale = (scales or {}).get(name, expected[name]).abs().max().clamp(min=1e-30)
-        error = (value.double() - expected[name].double()).abs().max() / scale
-        assert error <= tolerance, f"{name}: relative error {error:.1e} > {tolerance:.0e}"
-
-
-def decay_terms(inputs: Leaves, grads: dict[str, Tensor]) -> Tensor:
-    """[R], the sizes of the terms of decay's gradient, summed: with few channels the terms may all but cancel."""
-    closed = 1 - inputs["recurrence_gate"].sigmoid()
-    terms = grads["recurrence_gate"].abs() / closed
-    return terms.sum((0, 1)) * inputs["decay"].sigmoid() / torch.nn.functional.softplus(inputs["decay"])
 
 
 def compare_with_reference(
@@ -274,19 +201,6 @@ def test_strides_change_nothing(backend):
     assert y_batch_major.is_contiguous()
 
 
-@needs_interpreter
-def test_nothing_is_copied_where_channels_adjoin():
-    """What Triton's programs are given are the tensors themselves: time-major, batch-major, halves of wider ones."""
-    wide = torch.randn(6, 2, 10)
-    given = {"term": wide[..., :5], "gate": wide[..., 5:], "input_gate": torch.randn(2, 6, 5).transpose(0, 1)}
-    inputs = Inputs.of(**given, rate=torch.zeros(5), starts=None, initial_state=None, chunk=None)
-    for name, tensor in given.items():
-        assert getattr(inputs, name) is tensor
-    assert Inputs.of(
-        **given | {"term": wide[..., ::2]}, starts=None, initial_state=None, chunk=None
-    ).term.is_contiguous()
-
-
 @pytest.mark.parametrize(("dtype", "epsilon"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 @pytest.mark.parametrize("branch", [False, True], ids=["", "branch"])
 @BACKENDS
@@ -419,144 +333,3 @@ def test_agrees_with_transformers():
         results.append({"y": output, "final": last, **dict(zip(weights, grads, strict=True))})
     # They take 1 - a^2 from a rounded a^2: its relative error is 1e-7 over the smallest 1 - a^2 here, about 1e-2.
     assert_close(*results, 5e-5)
-
-
-@BACKENDS
-def test_recomputation_and_repeated_backward_are_bitwise(backend):
-    inputs = make(30, 2, 5, state=True, branch=True)
-    options = {"backend": backend, "chunk": 8}
-    expected = run(inputs, **options)
-    assert_close(run(inputs, **options), expected, 0.0)
-    assert_close(run(inputs, save_states=False, **options), expected, 0.0)
-
-    y, _ = checkpoint(lambda **leaves: rglru(**leaves, **options), **inputs, use_reentrant=False)
-    kept, _ = rglru(**inputs, **options)
-    leaves = list(inputs.values())
-    once = torch.autograd.grad(kept.sum(), leaves, retain_graph=True)
-    twice = torch.autograd.grad(kept.sum(), leaves)
-    recomputed = torch.autograd.grad(y.sum(), leaves)
-    for first, second, third in zip(once, twice, recomputed, strict=True):
-        assert torch.equal(first, second)
-        assert torch.equal(first, third)
-
-
-@BACKENDS
-@pytest.mark.parametrize("save_states", [True, False])
-def test_operators_are_what_they_claim(backend, save_states):
-    """Fake implementations, autograd and mutation, as torch.library.opcheck sees them."""
-    inputs = make(9, 2, 3, state=True, branch=True, dtype=torch.bfloat16)
-    inputs["x"] = inputs["x"].detach().transpose(0, 1).contiguous().transpose(0, 1)  # batch-major
-    inputs["branch"] = inputs["branch"].detach().permute(1, 2, 0).contiguous().permute(2, 0, 1)  # channels apart
-    starts = torch.arange(18).view(9, 2) % 7 == 3
-    leaves = [inputs[name] for name in LEAVES[:5]]
-    torch.library.opcheck(ops.forward, (*leaves, starts, inputs["initial_state"], save_states, 8, backend))
-    few = {"test_utils": ("test_faketensor", "test_aot_dispatch_static")}
-    torch.library.opcheck(ops.forward, (*leaves[:4], None, None, None, save_states, None, backend), **few)
-
-
-@BACKENDS
-def test_compiles_as_one_graph(backend):
-    """torch.compile sees one operation, forward and backward, whatever the length."""
-    graphs = []
-
-    def count(graph, example_inputs):
-        graphs.append(graph)
-        return make_boxed_func(graph)
-
-    def mix(x, gate, decay, branch, starts):
-        return rglru(x * 2, gate, gate, decay, branch=branch, starts=starts, backend=backend)
-
-    compiled = torch.compile(mix, backend=aot_autograd(fw_compiler=count), fullgraph=True, dynamic=True)
-    for steps in (12, 21):
-        inputs = make(steps, 2, 3, branch=True)
-        leaves = [inputs[name] for name in ("x", "input_gate", "decay", "branch")]
-        starts = torch.rand(steps, 2, generator=torch.Generator().manual_seed(0)) < 0.1
-        results = []
-        for function in (mix, compiled):
-            y, last = function(*leaves, starts)
-            results.append((y, last, *torch.autograd.grad(y.square().sum() + last.sum(), leaves)))
-        for expected, found in zip(*results, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    assert len(graphs) == 2  # one forward and one backward
-
-
-def test_second_derivative_is_refused():
-    inputs = make(4, 1, 2)
-    (grad,) = torch.autograd.grad(rglru(**inputs)[0].square().sum(), inputs["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        grad.sum().backward()
-
-
-@BACKENDS
-@pytest.mark.parametrize(
-    ("branch", "save_states", "kept"),
-    [
-        (False, True, 4),  # x, the two gates and y
-        (False, False, 3),
-        (True, True, 5),  # x, the two gates, the branch and the states
-        (True, False, 4),
-    ],
-)
-def test_saves(backend, branch, save_states, kept):
-    """Nothing else that grows with T but the starts of documents and, to compute states again, those of chunks."""
-    inputs = make(64, 2, 16, dtype=torch.bfloat16, state=True, branch=branch)
-    starts = torch.zeros(64, 2, dtype=torch.bool)
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        rglru(**inputs, starts=starts, backend=backend, save_states=save_states, chunk=32)
-    activations = [tensor for tensor in saved if tensor.numel() == 64 * 2 * 16]
-    assert [tensor.dtype for tensor in activations] == [torch.bfloat16] * kept
-    chunk_states = 2 * 2 * 16 if backend == "triton" and not save_states else 0
-    others = 64 * 2 + 2 * 16 + 16 + chunk_states
-    assert sum(tensor.numel() for tensor in saved) == kept * 64 * 2 * 16 + others
-
-
-def test_inputs_without_gradient():
-    inputs = {k: v.detach() for k, v in make(9, 2, 3, state=True, branch=True).items()}
-    y, final = rglru(**inputs)
-    assert not y.requires_grad
-    assert not final.requires_grad
-    inputs["decay"].requires_grad_()
-    rglru(**inputs)[1].sum().backward()
-    assert inputs["decay"].grad.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("x", torch.zeros(4, 3)),
-        ("x", torch.zeros(0, 2, 3)),
-        ("x", torch.zeros(4, 2, 3, dtype=torch.int32)),
-        ("input_gate", torch.zeros(4, 2, 1)),
-        ("input_gate", torch.zeros(4, 2, 3, dtype=torch.bfloat16)),
-        ("recurrence_gate", torch.zeros(2, 4, 3)),
-        ("recurrence_gate", torch.zeros(4, 2, 3, device="meta")),
-        ("decay", torch.zeros(1)),
-        ("decay", torch.zeros(3, dtype=torch.int64)),
-        ("branch", torch.zeros(4, 2, 6)),
-        ("branch", torch.zeros(4, 2, 3, dtype=torch.float16)),
-        ("starts", torch.zeros(2, 4, dtype=torch.bool)),
-        ("starts", torch.zeros(4, 2, dtype=torch.int64)),
-        ("initial_state", torch.zeros(3)),
-        ("initial_state", torch.zeros(2, 3, device="meta")),
-        ("backend", "cuda"),
-        ("chunk", -1),
-    ],
-)
-def test_refuses(name, value):
-    arguments = make(4, 2, 3, state=True) | {name: value}
-    with pytest.raises(ValueError, match=rf"^{name}: "):
-        rglru(**arguments)
-
-
-@needs_interpreter
-def test_refuses_triton_where_it_cannot_run():
-    inputs = make(4, 2, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"^backend: 'triton' for torch.float64"):
-        rglru(**inputs, backend="triton")
-    with (
-        mock.patch.object(selection, "_is_interpreted", return_value=False),
-        pytest.raises(ValueError, match=r"^backend: 'triton' on cpu; accepted on a GPU"),
-    ):
-        rglru(**make(4, 2, 3), backend="triton")
-    assert rglru(**inputs)[0].dtype == torch.float64
