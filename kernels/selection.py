@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
@@ -37,6 +39,11 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, sett
         if device.type not in ("cuda", "meta") and not _is_interpreted():
             raise ValueError(f"{setting}: 'triton' on {device}; accepted on a GPU, or with TRITON_INTERPRET=1")
     return backend
+
+
+def implementation(operation: str, backend: str) -> ModuleType:
+    """The module with an operation's forward and backward, imported when asked for: Triton is not everywhere."""
+    return import_module(f"griffin.kernels.{operation}.{backend}")
 
 
 @torch.compiler.assume_constant_result

@@ -44,7 +44,7 @@ class _BlockDiagonal(torch.autograd.Function):
         for place, grad in enumerate(grads):
             half = slice(place * width, (place + 1) * width)
             grad_NKw = _blocks(grad.contiguous(), N)
-            # beta 0 leaves what the sum is not yet aside
+            # With beta 0 the first product overwrites grad_x, whatever it holds; the second is added.
             torch.baddbmm(
                 _blocks(grad_x, N), grad_NKw, weight[..., half].mT, beta=min(place, 1), out=_blocks(grad_x, N)
             )

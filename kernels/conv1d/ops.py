@@ -5,16 +5,8 @@
 import torch
 from torch import Tensor
 
-from griffin.kernels.conv1d import cpu
 from griffin.kernels.layout import accumulation_dtype, like
-
-
-def _implementation(backend: str):
-    if backend == "cpu":
-        return cpu
-    from griffin.kernels.conv1d import triton  # Triton takes a second to import, and is not everywhere
-
-    return triton
+from griffin.kernels.selection import implementation
 
 
 @torch.library.custom_op("griffin::causal_conv1d", mutates_args=())
@@ -22,7 +14,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, window: Tensor | None, backend: str
 ) -> Tensor:
     """y [T, B, R] of x [T, B, R], weight [K, R], bias [R], starts [T, B] and window [K - 1, B, R]."""
-    return _implementation(backend).forward(x, weight, bias, starts, window)
+    return implementation("conv1d", backend).forward(x, weight, bias, starts, window)
 
 
 @forward.register_fake
@@ -35,7 +27,7 @@ def backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, starts: Tensor | None, window: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, in float32 (float64 where x is) of weight and bias, and of window, empty without one."""
-    *grads, grad_window = _implementation(backend).backward(grad_y, x, weight, starts, window)
+    *grads, grad_window = implementation("conv1d", backend).backward(grad_y, x, weight, starts, window)
     return (*grads, x.new_empty(0) if grad_window is None else grad_window)
 
 

@@ -49,7 +49,7 @@ def backward(
     """As `griffin.kernels.conv1d.ops.backward`."""
     window = None if window is None else rows(window)
     grad_y, grad_x = rows(grad_y), like(x)
-    grad_window = None if window is None else torch.empty_like(window, dtype=torch.float32).contiguous()
+    grad_window = None if window is None else window.new_empty(window.shape, dtype=torch.float32)
     sums = x.new_empty((math.ceil(len(x) / _chunk(x)), x.shape[1], programs.WIDTH + 1, x.shape[2]), dtype=torch.float32)
     tensors = {"x": rows(x), "starts": starts, "window": window, "grad": grad_y, "grad_x": grad_x}
     others = {"weight": weight.contiguous(), "grad_y": grad_y, "grad_window": grad_window, "grad_sums": sums}

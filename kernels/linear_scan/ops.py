@@ -6,15 +6,7 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.layout import accumulation_dtype, like
-from griffin.kernels.linear_scan import cpu
-
-
-def _implementation(backend: str):
-    if backend == "cpu":
-        return cpu
-    from griffin.kernels.linear_scan import triton  # Triton takes a second to import, and is not everywhere
-
-    return triton
+from griffin.kernels.selection import implementation
 
 
 @torch.library.custom_op("griffin::linear_scan", mutates_args=())
@@ -22,7 +14,7 @@ def forward(
     a: Tensor, b: Tensor, starts: Tensor | None, initial_state: Tensor | None, chunk: int | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """h [T, B, R] and the last state [B, R]."""
-    return _implementation(backend).forward(a, b, starts, initial_state, chunk)
+    return implementation("linear_scan", backend).forward(a, b, starts, initial_state, chunk)
 
 
 @forward.register_fake
@@ -42,7 +34,7 @@ def backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, b and the initial state."""
-    return _implementation(backend).backward(grad_h, grad_last, a, starts, initial_state, h, chunk)
+    return implementation("linear_scan", backend).backward(grad_h, grad_last, a, starts, initial_state, h, chunk)
 
 
 @backward.register_fake

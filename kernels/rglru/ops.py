@@ -11,16 +11,8 @@ from torch import Tensor
 from griffin.kernels.launch import multiprocessors
 from griffin.kernels.layout import accumulation_dtype, like
 from griffin.kernels.linear_scan.plan import select_plan
-from griffin.kernels.rglru import cpu
 from griffin.kernels.rglru.reference import Given
-
-
-def _implementation(backend: str):
-    if backend == "cpu":
-        return cpu
-    from griffin.kernels.rglru import triton  # Triton takes a second to import, and is not everywhere
-
-    return triton
+from griffin.kernels.selection import implementation
 
 
 def _or_empty(tensor: Tensor | None, x: Tensor) -> Tensor:
@@ -50,7 +42,7 @@ def forward(
     without, the states that chunks of time begin with, [chunks, B, R], empty where there are none or one.
     """
     given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
-    y, last_state, states, first_states = _implementation(backend).forward(given, save_states, chunk)
+    y, last_state, states, first_states = implementation("rglru", backend).forward(given, save_states, chunk)
     return y, last_state, _or_empty(states, x), _or_empty(first_states, x)
 
 
@@ -85,7 +77,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, decay, branch (empty without one) and initial state; `states` None recomputes them."""
     given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
-    *grads, grad_branch, grad_initial = _implementation(backend).backward(
+    *grads, grad_branch, grad_initial = implementation("rglru", backend).backward(
         given, states, first_states, grad_y, grad_last, chunk
     )
     return (*grads, _or_empty(grad_branch, x), grad_initial)
