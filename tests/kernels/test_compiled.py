@@ -187,10 +187,10 @@ def test_rows_are_copied_asynchronously(measured):
     assert seen == {(program, size) for program in set(measured["kernels"]) - {"chunk_carries"} for size in sizes}
 
 
-# An H200 copies 4.3 TB/s by 132 multiprocessors of 4 schedulers at 1.7 GHz: while the memory moves the 8 bytes that the
-# forward needs for each element and the 16 of the backward, with a branch 12 and 20, a scheduler issues 53 and 107, 80
-# and 133 instructions for 32 elements. Some of that must be left over for waiting. By program, and whether there is one.
-BUDGET = {
+# An H200 copies 4.3 TB/s by 132 multiprocessors of 4 schedulers at 1.7 GHz. While the memory moves the 8 bytes that the
+# forward needs for each element and the 16 of the backward, or 12 and 20 with a branch, a scheduler issues 53 and 107,
+# or 80 and 133 instructions for 32 elements. Some of that must be left over for waiting.
+BUDGET = {  # by program, and whether there is a branch
     ("scan_forward", False): 50,
     ("scan_backward", False): 85,
     ("scan_forward", True): 70,
