@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
@@ -12,6 +13,18 @@ from griffin.kernels.local_attention import multi_query_attention, rotary
 from griffin.parallel.context import Context, Documents
 from griffin.parallel.mlp import row_linear
 from griffin.parallel.sharding import Piece, describe, normal
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """What an attention mixer keeps of the tokens so far of B sequences.
+
+    Of a position t (counted alike for all sequences) keys and values lie in slot t mod S. With a window of W keys S is
+    W; for global attention S bounds the length of sequences.
+    """
+
+    keys: Tensor  # [B, S, hd], rotated
+    values: Tensor  # [B, S, hd]
 
 
 class AttentionMixer(nn.Module):
@@ -61,6 +74,16 @@ class AttentionMixer(nn.Module):
         )
 
     def forward(self, u: Tensor, documents: Documents) -> Tensor:
+        return self._attend(u, documents)[0]
+
+    def prefill(self, u: Tensor, documents: Documents, longest: int) -> tuple[Tensor, AttentionState]:
+        """As `forward`, and the state from which sequences go on; with no window, to `longest` tokens at most."""
+        attended, keys, values = self._attend(u, documents)
+        slots = longest if self.window is None else self.window
+        return attended, AttentionState(_in_slots(keys, slots), _in_slots(values, slots))
+
+    def _attend(self, u: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
+        """The mixer's output, and its keys and values [T, B, hd]."""
         # One product for q, k and v: the input is gathered, and its gradient reduced, once.
         qkv = linear_with_grad_accumulation_and_async_allreduce(
             u,
@@ -74,4 +97,13 @@ class AttentionMixer(nn.Module):
         q, k, v = qkv.split((self.heads * self.head_dim, self.head_dim, self.head_dim), dim=-1)
         q = rotary(q.unflatten(-1, (self.heads, self.head_dim)), documents.positions)
         k = rotary(k, documents.positions)
-        return self.out(multi_query_attention(q, k, v, documents.mask(self.window)))[0]
+        return self.out(multi_query_attention(q, k, v, documents.mask(self.window)))[0], k, v
+
+
+def _in_slots(x: Tensor, slots: int) -> Tensor:
+    """[B, slots, hd] of x [T, B, hd]: the last positions, position t in slot t mod slots; zeros where none is."""
+    length, batch, head_dim = x.shape
+    first = max(0, length - slots)
+    held = x.new_zeros(batch, slots, head_dim)
+    held[:, torch.arange(first, length, device=x.device) % slots] = x[first:].transpose(0, 1)
+    return held

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from griffin.parallel.attention import AttentionMixer
+from griffin.parallel.attention import AttentionMixer, AttentionState
 from griffin.parallel.config import ATTENTION, RECOMPUTES, RECURRENT
 from griffin.parallel.context import Context, Documents
 from griffin.parallel.mlp import MLP
 from griffin.parallel.norm import RMSNorm
-from griffin.parallel.recurrent import RecurrentMixer
+from griffin.parallel.recurrent import RecurrentMixer, RecurrentState
 
 
 class ResidualBlock(nn.Module):
@@ -38,6 +38,17 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         return self._run("block", self._block, x, documents)
+
+    def prefill(self, x: Tensor, documents: Documents, longest: int) -> tuple[Tensor, RecurrentState | AttentionState]:
+        """As `forward`, and the mixer's state, from which its sequences go on to at most `longest` tokens."""
+        u = self.mixer_norm(x)
+        state: RecurrentState | AttentionState
+        if isinstance(self.mixer, RecurrentMixer):
+            mixed, state = self.mixer.prefill(u, documents)
+        else:
+            mixed, state = self.mixer.prefill(u, documents, longest)
+        x = x + mixed
+        return x + self._mlp(x), state
 
     def _block(self, x: Tensor, documents: Documents) -> Tensor:
         x = x + self._run("mixer", self._mix, x, documents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,14 @@ class BlockDiagonalGates(nn.Module):
         return _BlockDiagonal.apply(x, self.weight, self.bias)
 
 
+@dataclass(frozen=True)
+class RecurrentState:
+    """What a recurrent mixer keeps of the tokens so far of B sequences: on a tensor rank, of its R/t channels."""
+
+    recurrence: Tensor  # [R/t, B], float32
+    window: Tensor  # [CONV_WIDTH - 1, R/t, B], the convolution's last inputs, the oldest first
+
+
 class RecurrentMixer(nn.Module):
     """`out(RGLRU(conv(lin_x(u))) * gelu(lin_y(u)))` on u [T, B, D].
 
@@ -144,10 +153,25 @@ class RecurrentMixer(nn.Module):
         )
 
     def forward(self, u: Tensor, documents: Documents) -> Tensor:
-        x, branch = self.lin_xy(u)[0].chunk(2, dim=-1)
-        x = causal_conv1d(x, self.conv_weight, self.conv_bias, starts=documents.starts, backend=self.kernels)
+        return self._mix(u, documents)[0]
+
+    def prefill(self, u: Tensor, documents: Documents) -> tuple[Tensor, RecurrentState]:
+        """As `forward`, and the state from which the last document of each sequence goes on."""
+        mixed, before, last = self._mix(u, documents)
+        length = min(CONV_WIDTH - 1, len(u))
+        window = before.new_zeros(CONV_WIDTH - 1, before.shape[2], before.shape[1])
+        window[-length:] = before[-length:].mT
+        # Of inputs, those that a document before the last one holds are not seen.
+        distance = torch.arange(CONV_WIDTH - 2, -1, -1, device=u.device)[:, None]
+        window.masked_fill_((distance > documents.positions[-1])[:, None], 0)
+        return mixed, RecurrentState(last.t().contiguous(), window)
+
+    def _mix(self, u: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
+        """The mixer's output, the convolution's input and the recurrence's last state."""
+        before, branch = self.lin_xy(u)[0].chunk(2, dim=-1)
+        x = causal_conv1d(before, self.conv_weight, self.conv_bias, starts=documents.starts, backend=self.kernels)
         input_gate, recurrence_gate = self.gates(x)
-        y, _ = rglru(
+        y, last = rglru(
             x,
             input_gate,
             recurrence_gate,
@@ -157,4 +181,4 @@ class RecurrentMixer(nn.Module):
             backend=self.kernels,
             save_states=self.save_states,
         )
-        return self.out(y)[0]
+        return self.out(y)[0], before, last

@@ -70,19 +70,29 @@ class Stage(MegatronModule):
         return self.logits.weight if self.post_process else None
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        documents = Documents(batch["positions"])
-        x = self._embed(batch["tokens"]) if self.pre_process else self._input
-        assert x is not None, "the stage before sent nothing"
-        for block in self.blocks:
-            x = block(x, documents)
+        x = self.hidden(batch)
         if not self.post_process:
             return x
-        logits = self.logits(self.final_norm(x), self.shared_embedding_or_output_weight())
+        logits = self.head(x)
         if "labels" not in batch:
             return logits
         return vocab_parallel_cross_entropy(logits, batch["labels"].t().contiguous())
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the stage's last block gives, [T, B, D] as `forward` says."""
+        documents = Documents(batch["positions"])
+        x = self.embed(batch["tokens"]) if self.pre_process else self._input
+        assert x is not None, "the stage before sent nothing"
+        for block in self.blocks:
+            x = block(x, documents)
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        """This rank's part of the logits of the last stage's x [T, B, D]; see `Logits`."""
+        return self.logits(self.final_norm(x), self.shared_embedding_or_output_weight())
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first block is given for tokens [B, T]: [T, B, D], or [T/t, B, D] with sequence parallelism."""
         x = self.embedding(tokens)  # [B, T, D], or [T/t, B, D] with sequence parallelism
         if not self.config.sequence_parallel:
             x = x.transpose(0, 1).contiguous()
@@ -119,7 +129,12 @@ class Logits(nn.Module):
             allreduce_dgrad=self.context.grid.tensor_size > 1 and not sequence_parallel,
             sequence_parallel=sequence_parallel,
             tp_group=self.context.grid.tensor_group,
-        ).float()
+        )
+        return self.capped(logits)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """What products with the table become: float32, soft-capped, -inf at the vocabulary's padding."""
+        logits = logits.float()
         if (cap := self.context.model.logit_soft_cap) > 0:
             logits = cap * torch.tanh(logits / cap)
         if self.valid_rows < self.rows:

@@ -34,13 +34,22 @@ def rotary(x: Tensor, positions: Tensor) -> Tensor:
         )
     if positions.device != x.device:
         raise ValueError(f"positions: on {positions.device}; x is on {x.device}")
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rotated = x.shape[-1] // 2
-    exponents = torch.arange(0, rotated, 2, device=x.device, dtype=dtype) / rotated
-    angles = positions.to(dtype).unsqueeze(-1) * BASE**-exponents  # [T, B, hd / 4]
-    if x.ndim == 4:
-        angles = angles.unsqueeze(2)
-    cos, sin = angles.cos(), angles.sin()
-    first, second, rest = x.split((rotated // 2, rotated // 2, x.shape[-1] - rotated), dim=-1)
+    angles = rotation(positions, x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return turn(x, angles) if x.ndim == 4 else turn(x.unsqueeze(2), angles).squeeze(2)
+
+
+def rotation(positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles by which heads at these positions turn: [..., hd / 4] for positions [...]."""
+    rotated = head_dim // 2
+    exponents = torch.arange(0, rotated, 2, device=positions.device, dtype=dtype) / rotated
+    angles = positions.to(dtype).unsqueeze(-1) * BASE**-exponents
+    return angles.cos(), angles.sin()
+
+
+def turn(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Heads x [..., H, hd] turned by angles [..., hd / 4] that they share; see `rotary`."""
+    cos, sin = (part.unsqueeze(-2) for part in rotation)
+    quarter = cos.shape[-1]
+    first, second, rest = x.split((quarter, quarter, x.shape[-1] - 2 * quarter), dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat((*(part.to(x.dtype) for part in turned), rest), dim=-1)

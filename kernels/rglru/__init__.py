@@ -9,9 +9,10 @@ from griffin.kernels.arguments import FLOATING, check_argument, check_chunk, che
 from griffin.kernels.backends import AUTO
 from griffin.kernels.rglru import ops
 from griffin.kernels.rglru.reference import Given, rglru_reference
+from griffin.kernels.rglru.step import rglru_step
 from griffin.kernels.selection import resolve_backend
 
-__all__ = ["rglru"]
+__all__ = ["rglru", "rglru_step"]
 
 
 def rglru(

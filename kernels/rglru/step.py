@@ -1,0 +1,48 @@
+"""One position of the RG-LRU at a time, for generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from griffin.kernels.layout import accumulation_dtype
+from griffin.kernels.rglru import ops
+from griffin.kernels.rglru.reference import GATE_SCALE
+
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def rglru_step(decay: Tensor, backend: str) -> Step:
+    """A function that takes one more position of `griffin.kernels.rglru.rglru` in, without gradients.
+
+    It is called as step(x, input_gate, recurrence_gate, branch, state), with tensors [B, R] of one dtype, of any
+    strides, and the state [B, R] in float32 (float64 where x is); it returns y, like x, and changes the state in place.
+
+    Args:
+        decay: [R].
+        backend: what runs: "triton" is one program, all others a dozen operations on tensors of any device.
+    """
+    if backend == "triton":
+
+        def fused(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, branch: Tensor, state: Tensor) -> Tensor:
+            y, last, _, _ = ops.forward(
+                x[None], input_gate[None], recurrence_gate[None], decay, branch[None], None, state, False, 0, backend
+            )
+            state.copy_(last)
+            return y[0]
+
+        return fused
+
+    dtype = accumulation_dtype(decay)
+    rate = -GATE_SCALE * F.softplus(decay.to(dtype))
+
+    def step(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, branch: Tensor, state: Tensor) -> Tensor:
+        log_a = recurrence_gate.to(dtype).sigmoid() * rate
+        gated = (input_gate.to(dtype).sigmoid() * x).mul_((2 * log_a).expm1_().neg_().sqrt_())
+        torch.addcmul(gated, log_a.exp_(), state, out=state)
+        return F.gelu(branch.to(dtype), approximate="tanh").mul_(state).to(x.dtype)
+
+    return step

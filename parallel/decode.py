@@ -1,0 +1,223 @@
+"""One token at a time: the same weights as in training, with a state in the place of the tokens before.
+
+Shapes: B sequences, D model width, H = heads/t query heads of hd, R/t channels in N gate blocks of w. A rank holds all
+blocks; tensor ranks share each, as in training, and communicate where training does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from griffin.kernels.local_attention import rotation, turn
+from griffin.kernels.rglru import rglru_step
+from griffin.kernels.selection import resolve_backend
+from griffin.parallel.attention import AttentionMixer, AttentionState
+from griffin.parallel.block import ResidualBlock
+from griffin.parallel.context import Documents
+from griffin.parallel.mlp import MLP
+from griffin.parallel.norm import EPSILON, RMSNorm
+from griffin.parallel.recurrent import RecurrentMixer, RecurrentState
+from griffin.parallel.stage import Stage
+
+BlockState = RecurrentState | AttentionState
+Linear = Callable[[Tensor], Tensor]
+
+
+class State:
+    """What a model keeps of B sequences of tokens, whose last tokens lie at one time: shorter ones begin later.
+
+    blocks: each block's. `nbytes` does not change while sequences grow.
+    """
+
+    def __init__(self, blocks: list[BlockState], starts: Tensor, time: int) -> None:
+        self.blocks = blocks
+        self.time = time  # of the tokens that come next
+        self.starts = starts  # int64 [B]: the time of each sequence's first token
+        self.latest_start = int(starts.max())
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [value for block in self.blocks for value in vars(block).values()]
+        return sum(tensor.nbytes for tensor in (*tensors, self.starts))
+
+
+@dataclass(frozen=True)
+class _Now:
+    """What all blocks ask of a token's time."""
+
+    state: State
+    turn: tuple[Tensor, Tensor]  # of the rotary embedding
+
+    def slot(self, slots: int) -> int:
+        return self.state.time % slots
+
+    def filled(self, slots: int) -> int:
+        return min(self.state.time + 1, slots)
+
+    def hidden(self, slots: int) -> Tensor | None:
+        """Mask [B, 1, 1, filled slots], False where a slot holds what is before the sequence; None where none does."""
+        time, filled = self.state.time, self.filled(slots)
+        if self.state.latest_start <= time + 1 - filled:
+            return None
+        places = torch.arange(filled, device=self.state.starts.device)
+        times = places + (time - places) // slots * slots  # the latest that falls on each slot
+        return (times >= self.state.starts[:, None])[:, None, None]
+
+
+class Decoder:
+    """A whole model that goes on with sequences. `stage` is the only one of a layout without pipeline parallelism."""
+
+    def __init__(self, stage: Stage) -> None:
+        assert stage.pre_process, "a part of the model"
+        assert stage.post_process, "a part of the model"
+        assert not stage.config.sequence_parallel, "a token is not cut"
+        self._stage = stage
+        self._final_norm = _norm(stage.final_norm)
+        self._steps = [_BlockStep(block) for block in stage.blocks if isinstance(block, ResidualBlock)]
+
+    @torch.inference_mode()
+    def prefill(self, prompts: list[Tensor], longest: int) -> tuple[Tensor, State]:
+        """Take prompts in, all in one pass.
+
+        Args:
+            prompts: int64 [its length] each, at least one token; of any lengths.
+            longest: tokens that a sequence may come to have, its prompt's included: bounds global attention's memory.
+
+        Returns:
+            This rank's part of the logits that follow each prompt, float32 [B, padded vocabulary / t], and the state.
+        """
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        width = int(lengths.max())
+        device = self._stage.embedding.weight.device
+        tokens, starts = torch.zeros(len(prompts), width, dtype=torch.int64), width - lengths
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[width - len(prompt) :] = prompt
+        # What fills a row up in front of a prompt is a document of its own, which the prompt does not see.
+        positions = torch.arange(width).expand(len(prompts), -1)
+        positions = torch.where(positions < starts[:, None], positions, positions - starts[:, None]).to(device)
+        x, documents = self._stage.embed(tokens.to(device)), Documents(positions)
+        states: list[BlockState] = []
+        for block in self._stage.blocks:
+            x, state = block.prefill(x, documents, longest)
+            states.append(state)
+        return self._stage.head(x[-1:])[0], State(states, starts.to(device), width)
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """Take the next token of every sequence in, int64 [B], and change the state.
+
+        Returns this rank's part of the logits that follow, float32 [B, padded vocabulary / t].
+        """
+        x = self._stage.embed(tokens[:, None])[0].t().contiguous()  # [D, B]
+        now = _Now(state, rotation(state.time - state.starts, self._stage.model.head_dim))
+        for step, block in zip(self._steps, state.blocks, strict=True):
+            x = step(x, block, now)
+        state.time += 1
+        weight = self._stage.shared_embedding_or_output_weight()
+        assert weight is not None
+        return self._stage.logits.capped(torch.mm(weight, self._final_norm(x)).t())
+
+
+class _BlockStep:
+    """`griffin.parallel.block.ResidualBlock` for x [D, B]: channels by sequences, so that products of a few sequences
+    read weights as they lie."""
+
+    def __init__(self, block: ResidualBlock) -> None:
+        self._mixer_norm, self._mlp_norm = _norm(block.mixer_norm), _norm(block.mlp_norm)
+        self._mixer: _RecurrentStep | _AttentionStep
+        if isinstance(block.mixer, RecurrentMixer):
+            self._mixer = _RecurrentStep(block.mixer)
+        else:
+            self._mixer = _AttentionStep(block.mixer)
+        self._mlp = _mlp(block.mlp)
+
+    def __call__(self, x: Tensor, state: BlockState, now: _Now) -> Tensor:
+        x = x + self._mixer(self._mixer_norm(x), state, now)
+        return x + self._mlp(self._mlp_norm(x))
+
+
+class _RecurrentStep:
+    def __init__(self, mixer: RecurrentMixer) -> None:
+        self._lin_xy, self._out = _column(mixer.lin_xy), _row(mixer.out)
+        self._taps, self._conv_bias = mixer.conv_weight[..., None], mixer.conv_bias[:, None]
+        weight, bias = mixer.gates.weight.mT, mixer.gates.bias[..., None]  # [N, 2 w, w], [N, 2 w, 1]
+        self._gates = tuple(zip(bias.chunk(2, dim=1), weight.chunk(2, dim=1), strict=True))
+        self._recur = rglru_step(mixer.decay, resolve_backend(mixer.kernels, mixer.decay.device, mixer.decay.dtype))
+
+    def __call__(self, u: Tensor, state: BlockState, now: _Now) -> Tensor:
+        assert isinstance(state, RecurrentState)
+        x, branch = self._lin_xy(u).chunk(2)
+        inputs = torch.cat((state.window, x[None]))
+        state.window.copy_(inputs[1:])
+        x = (inputs.float() * self._taps).sum(0).add_(self._conv_bias).to(u.dtype)
+        blocks = x.view(len(self._gates[0][0]), -1, x.shape[1])  # [N, w, B]
+        input_gate, recurrence_gate = (torch.baddbmm(bias, weight, blocks).view_as(x) for bias, weight in self._gates)
+        y = self._recur(x.t(), input_gate.t(), recurrence_gate.t(), branch.t(), state.recurrence.t())
+        return self._out(y.t())
+
+
+class _AttentionStep:
+    def __init__(self, mixer: AttentionMixer) -> None:
+        self._heads, self._head_dim = mixer.heads, mixer.head_dim
+        self._qkv = torch.cat((mixer.query, mixer.key_value))
+        self._out = _row(mixer.out)
+
+    def __call__(self, u: Tensor, state: BlockState, now: _Now) -> Tensor:
+        assert isinstance(state, AttentionState)
+        qkv = torch.mm(self._qkv, u).t().unflatten(-1, (-1, self._head_dim))  # [B, H + 2, hd]
+        q, k = turn(qkv[:, :-1], now.turn).split((self._heads, 1), dim=1)
+        slots = state.keys.shape[1]
+        state.keys[:, now.slot(slots)] = k[:, 0]
+        state.values[:, now.slot(slots)] = qkv[:, -1]
+        filled = now.filled(slots)
+        # All heads are queries of the one key/value head.
+        attended = F.scaled_dot_product_attention(
+            q[:, None], state.keys[:, None, :filled], state.values[:, None, :filled], attn_mask=now.hidden(slots)
+        )  # [B, 1, H, hd]
+        return self._out(attended.flatten(1).t())
+
+
+def _mlp(mlp: MLP) -> Linear:
+    gate_up, down = _column(mlp.gate_up), _row(mlp.down)
+
+    def run(x: Tensor) -> Tensor:
+        gate, up = gate_up(x).chunk(2)
+        return down(F.gelu(gate, approximate="tanh").mul_(up))
+
+    return run
+
+
+def _norm(norm: RMSNorm) -> Linear:
+    scale = (1.0 + norm.weight.float())[:, None]
+
+    def run(x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * wide.square().mean(0).add_(EPSILON).rsqrt_()).mul_(scale).to(x.dtype)
+
+    return run
+
+
+def _column(linear: nn.Module) -> Linear:
+    """Of a column-parallel linear: this rank's part of the result."""
+    weight, bias = linear.weight, linear.bias[:, None]
+    return lambda x: torch.addmm(bias, weight, x)
+
+
+def _row(linear: nn.Module) -> Linear:
+    """Of a row-parallel linear: the sum over tensor ranks."""
+    weight, bias, group = linear.weight, linear.bias[:, None], linear.tp_group
+    if group.size() == 1:
+        return _column(linear)
+
+    def run(x: Tensor) -> Tensor:
+        y = torch.mm(weight, x)
+        dist.all_reduce(y, group=group)
+        return y.add_(bias)
+
+    return run
