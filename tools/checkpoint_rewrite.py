@@ -54,7 +54,7 @@ def reshard(
     manifest = source.manifest
     if dtype == "float16" and not weights_only and manifest.optimizer is not None:
         raise ValueError("--dtype fp16: needs --weights-only; training goes on in bfloat16 or float32")
-    _check_layout(manifest, layout)
+    check_layout(manifest, layout)
     if files:
         check_files(path, files, workers)
     if to_ranks:
@@ -148,7 +148,8 @@ def _described(manifest: Manifest, made: Sequence[Made], weights_only: bool) -> 
     return replace(manifest, optimizer=None, random={}) if weights_only else manifest
 
 
-def _check_layout(manifest: Manifest, layout: ParallelConfig | None) -> None:
+def check_layout(manifest: Manifest, layout: ParallelConfig | None) -> None:
+    """Raise ValueError where a checkpoint's model cannot be cut for a layout; names the option."""
     if layout is None:
         return
     sharded = [tensor for tensor in _tensors(manifest) if tensor.axis is not None]

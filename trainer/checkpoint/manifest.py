@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from griffin.parallel.config import ModelConfig
 from griffin.trainer.checkpoint.arrays import ArraySpec
 from griffin.trainer.checkpoint.zarr_io import (
     Array,
@@ -51,6 +52,12 @@ class Manifest:
     sources: tuple[str, ...] = ()  # the checkpoints that weights are the mean of
     arrays: dict[str, ArraySpec]  # by their names
     files: dict[str, FileRecord]  # by their paths in the step's folder
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture."""
+        settings = self.config["model"]
+        return ModelConfig(**settings | {"pattern": tuple(settings["pattern"])})
 
     def chunk_files(self) -> Iterator[str]:
         """The path of every chunk of every array."""

@@ -22,11 +22,16 @@ class Tokenizer(ABC):
     spec: str  # "bytes", or the absolute path of the tokenizer's file
     vocabulary: int
     eod: int  # id of the end-of-document token
+    bos: int | None = None  # id of the token that begins a prompt, where the file names one; training knows none
     sha256: str | None = None  # of the tokenizer's file
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, int32 [tokens], without any special token: the name of one in the text is plain text."""
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """As `encode`, but the name of a special token in the text is that token: prompts speak of turns, for instance."""
+        return self.encode(text)
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -76,6 +81,13 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        self._backend.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._backend.encode_special_tokens = True
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=False)
 
@@ -95,6 +107,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.spec = str(path.absolute())
         self.sha256 = _sha256(path)
         self.vocabulary = self._backend.vocab_size()
+        self.bos = self._backend.bos_id() if self._backend.bos_id() >= 0 else None
         if eod is None and self._backend.eos_id() >= 0:
             self.eod = self._backend.eos_id()
         else:

@@ -1,0 +1,105 @@
+"""A checkpoint's model as tools run it: checked, started on tensor-parallel ranks, and loaded there."""
+
+from __future__ import annotations
+
+import argparse
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from griffin.launch.local import run_local
+from griffin.launch.ranks import discover, leave
+from griffin.parallel.config import ModelConfig, ParallelConfig
+from griffin.parallel.grid import Grid, rank_grid, single_rank_grid
+from griffin.parallel.ranks import Ranks
+from griffin.parallel.stage import Stage, build_stages
+from griffin.tools.checkpoint import DTYPES
+from griffin.tools.checkpoint_rewrite import check_layout
+from griffin.trainer.checkpoint.arrays import MODEL
+from griffin.trainer.checkpoint.manifest import Manifest, check, resolve
+from griffin.trainer.checkpoint.weights import load_weights
+
+PRELOAD = ("griffin.tools.generation",)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete step that is to be run on `tensor` ranks in `dtype`. Travels by pickle."""
+
+    folder: Path
+    manifest: Manifest
+    tensor: int
+    dtype: str  # "float32", "float16" or "bfloat16"
+
+    @classmethod
+    def find(cls, args: argparse.Namespace) -> Checkpoint:
+        """What the arguments `checkpoint`, `tensor` and `dtype` say.
+
+        Raises CheckpointError where it is not complete, and ValueError where the model cannot be cut so.
+        """
+        folder = resolve(args.checkpoint)
+        manifest = check(folder)
+        if args.tensor < 1:
+            raise ValueError(f"--tensor {args.tensor}: must be at least 1")
+        check_layout(manifest, ParallelConfig(tensor=args.tensor))
+        dtype = DTYPES.get(args.dtype) or manifest.arrays[f"{MODEL}.embedding.weight"].dtype
+        return cls(folder, manifest, args.tensor, dtype)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model, of which this rank holds its part."""
+
+    stage: Stage
+    grid: Grid
+    config: ModelConfig
+
+    def gathered(self, logits: Tensor) -> Tensor:
+        """All logits [..., vocabulary] of this rank's part of them. A collective of tensor ranks."""
+        if self.grid.tensor_size > 1:
+            parts = [torch.empty_like(logits) for _ in range(self.grid.tensor_size)]
+            dist.all_gather(parts, logits.contiguous(), group=self.grid.tensor_group)
+            logits = torch.cat(parts, dim=-1)
+        return logits[..., : self.config.vocabulary]
+
+
+@contextmanager
+def loaded(checkpoint: Checkpoint, ranks: Ranks | None) -> Iterator[Model]:
+    """The model on this rank; `ranks` as `run_on_ranks` gives it."""
+    layout = ParallelConfig(tensor=checkpoint.tensor)
+    config = checkpoint.manifest.model
+    with single_rank_grid() if ranks is None else rank_grid(layout, ranks) as grid:
+        stages = build_stages(config, layout, grid, dtype=getattr(torch, checkpoint.dtype), sequence=1)
+        load_weights(stages, grid, checkpoint.folder, checkpoint.manifest)
+        yield Model(stages[0].eval(), grid, config)
+
+
+def run_on_ranks(function: Callable[..., None], tensor: int, args: Sequence[Any]) -> int:
+    """Call `function(ranks, *args)` on so many ranks: those of a launcher that started this process, or processes here.
+
+    `ranks` is None where there is only this process. Returns the exit code. Raises ValueError where the launcher started
+    another number of ranks, or this machine has too few GPUs.
+    """
+    ranks = discover()
+    if ranks is not None and ranks.world_size > 1:
+        if ranks.world_size != tensor:
+            raise ValueError(f"--tensor {tensor}: must be {ranks.world_size}, the ranks that {ranks.source} started")
+        try:
+            function(ranks, *args)
+        except Exception:
+            traceback.print_exc()
+            leave(1)
+        return 0
+    if tensor == 1:
+        function(None, *args)
+        return 0
+    if 0 < torch.cuda.device_count() < tensor:
+        raise ValueError(f"--tensor {tensor}: must be at most {torch.cuda.device_count()}, the number of GPUs here")
+    return run_local(function, tensor, args, preload=PRELOAD)
