@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from griffin.parallel.config import ParallelConfig
-from griffin.tools import rank_files
+from griffin.tools import rank_files, safetensors_files
 from griffin.tools.rank_files import RankFile, Slice
 from griffin.tools.stored_arrays import StoredArray, opened, same_bits
 from griffin.tools.workers import Workers
@@ -192,17 +192,16 @@ def _write_slices(task: _SliceTask) -> _Written:
         if 0 not in shape_of(one.box):  # else padding only
             array[tuple(slice(size) for size in shape_of(one.box))] = made.read(one.box)
         values.append((one, array))
-    rank_files.write_slices(task.path, values)
+    safetensors_files.write_values(task.path, [(one.offset, array) for one, array in values])
     for one, array in values:
-        if rank_files.read_bytes(task.path, one.offset, one.nbytes).tobytes() != array.tobytes():
-            raise CheckpointError(f"{task.path} does not hold what was written to it")
+        safetensors_files.require_written(task.path, one.offset, array)
     checksums = tuple((one.part.spec.name, one.first, rank_files.checksum(array)) for one, array in values)
     return _Written(task.path.name, checksums, task.nbytes)
 
 
 def _check_slices(task: _SliceTask) -> int:
     for one, expected in zip(task.slices, task.checksums, strict=True):
-        if rank_files.checksum(rank_files.read_bytes(task.path, one.offset, one.nbytes)) != expected:
+        if rank_files.checksum(safetensors_files.read_bytes(task.path, one.offset, one.nbytes)) != expected:
             raise CheckpointError(
                 f"{task.path} is damaged: {one.part.spec.name} does not match its checksum in {rank_files.INDEX}"
             )
@@ -238,7 +237,7 @@ def write_ranks(
     }
     with _new_folder(target) as tmp:
         for file in files:
-            rank_files.create_file(tmp, file)
+            safetensors_files.create_file(tmp / file.name, file.header, file.size)
         tasks = (
             _SliceTask(tmp / file.name, tuple(batch), tuple(by_name[one.part.spec.name] for one in batch), ())
             for file in files
