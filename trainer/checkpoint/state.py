@@ -234,9 +234,13 @@ def shards_in_a_row(ranges: Iterable[tuple[int, int]]) -> tuple[Shard, ...]:
     return tuple(shards)
 
 
+def global_tensor(piece: Piece) -> GlobalTensor:
+    """The tensor that a piece is, whatever parameter it lies in."""
+    return GlobalTensor(name=piece.name, shape=piece.shape, axis=piece.axis, atoms=piece.atoms, padded=piece.padded)
+
+
 def _placed(piece: Piece) -> PlacedTensor:
-    tensor = GlobalTensor(name=piece.name, shape=piece.shape, axis=piece.axis, atoms=piece.atoms, padded=piece.padded)
-    return PlacedTensor(tensor, piece.dim, piece.start)
+    return PlacedTensor(global_tensor(piece), piece.dim, piece.start)
 
 
 def _elements(shards: Sequence[Shard]) -> int:
