@@ -126,12 +126,12 @@ def _write_chunk(task: _ChunkTask) -> tuple[str, FileRecord, int]:
 
 
 def write_step(
-    target: Path, manifest: Manifest, made: Sequence[Made], workers: Workers, carried: Sequence[Path] = ()
+    target: Path, manifest: Manifest, made: Sequence[Made], workers: Workers, carried: Mapping[str, Path] | None = None
 ) -> None:
     """Write a Zarr checkpoint of these arrays, which are the manifest's, to the new folder `target`.
 
-    Files of `carried` are copied to its subfolder SOURCE. Raises CheckpointError where a file cannot be read or
-    written; then nothing is left.
+    Files of `carried` are copied to its subfolder SOURCE, by the names that they get. Raises CheckpointError where a
+    file cannot be read or written; then nothing is left.
     """
     begun = time.monotonic()
     files: dict[str, FileRecord] = {}

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from griffin.tools.carried_files import files_of
 from griffin.tools.checkpoint_write import refuse_target
+from griffin.tools.foreign_arrays import FileArray, foreign_spec
 from griffin.tools.imported import model_tensors, require_tensors, write_imported
 from griffin.tools.safetensors_files import Entry, read_bytes
 from griffin.tools.stored_arrays import StoredArray
 from griffin.tools.transformers_config import model_of_config
-from griffin.tools.transformers_folder import SafetensorsArray, TransformersFolder, open_transformers_folder
+from griffin.tools.transformers_folder import TransformersFolder, open_transformers_folder
 from griffin.tools.transformers_names import transformers_axes, transformers_name
 from griffin.tools.workers import Workers
-from griffin.trainer.checkpoint.arrays import CHUNK_BYTES, MODEL, ArraySpec, GlobalTensor
+from griffin.trainer.checkpoint.arrays import CHUNK_BYTES, GlobalTensor
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -50,9 +51,7 @@ def planned_arrays(folder: TransformersFolder, tensors: list[GlobalTensor]) -> d
     arrays: dict[str, StoredArray] = {}
     for tensor in tensors:
         path, entry = folder.tensors[transformers_name(tensor.name)]
-        # Foreign files have no chunks.
-        spec = ArraySpec(kind=MODEL, tensor=tensor, dtype=entry.dtype, chunks=tensor.shape)
-        arrays[tensor.name] = SafetensorsArray(path, entry, axes[tensor.name], spec)
+        arrays[tensor.name] = FileArray(path, entry, axes[tensor.name], foreign_spec(tensor, entry.dtype))
     return arrays
 
 

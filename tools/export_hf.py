@@ -76,9 +76,6 @@ def export_transformers(
         for name, values in companions.written.items():
             _write_json(tmp / name, values)
         copy_files(companions.files, tmp)
-        for file_name, copied in companions.renamed.items():
-            copy_files([copied], tmp)
-            (tmp / copied.name).rename(tmp / file_name)
         synchronise(tmp)
         tmp.rename(target)
         synchronise(tmp.parent)

@@ -8,13 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.carried_files import CONFIG, SOURCE, TOKENIZER_FILES, TOKENIZER_MODEL, files_of
+from griffin.tools.carried_files import (
+    CONFIG,
+    SOURCE,
+    TOKENIZER_FILES,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    files_of,
+    tokenizer_text,
+)
 from griffin.tools.stored_arrays import Source
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 from griffin.trainer.data.prefix import DataInfo, read_blend
 from griffin.trainer.data.tokenizer import BYTES
 
-TOKENIZER_JSON = "tokenizer.json"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -24,8 +31,7 @@ class Companions:
 
     config: Mapping[str, Any]
     text: str  # what was found, for people
-    files: tuple[Path, ...] = ()  # to copy
-    renamed: Mapping[str, Path] = field(default_factory=dict)  # to copy, by the names that they get
+    files: Mapping[str, Path] = field(default_factory=dict)  # to copy, by the names that they get
     written: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # to write as JSON, by their names
 
 
@@ -35,19 +41,31 @@ def find_companions(source: Source, tokenizer: Path | None) -> Companions:
     Raises ValueError where `tokenizer` holds none.
     """
     carried = source.path / SOURCE
-    folder = tokenizer or carried
-    files = [path for path in files_of(folder) if path.name != CONFIG]
-    names = [path.name for path in files if path.name in TOKENIZER_FILES]
-    if tokenizer is not None and not names:
+    files = files_of(tokenizer or carried)
+    if tokenizer is not None and not any(name in TOKENIZER_FILES for name in files):
         raise ValueError(f"--tokenizer {tokenizer}: must be a folder with one of {', '.join(TOKENIZER_FILES)}")
     if tokenizer is None and not carried.is_dir():
         return _of_training(source)
-    config = _read_config(carried)
-    if tokenizer is not None:
-        theirs = _read_config(tokenizer)
+    config: dict[str, Any] = dict.fromkeys(_IDS) | _read_config(carried)
+    if CONFIG in files:
+        theirs = _read_config(tokenizer or carried)
         config |= {key: theirs[key] for key in _IDS if key in theirs}
-    text = f"tokenizer files: {', '.join(names)}" if names else "no tokenizer files"
-    return Companions(dict.fromkeys(_IDS) | config, text, tuple(files))
+    elif TOKENIZER_MODEL in files:
+        config |= _sentencepiece_ids(files[TOKENIZER_MODEL])
+    files.pop(CONFIG, None)
+    return Companions(config, tokenizer_text(files), files)
+
+
+def _sentencepiece_ids(path: Path) -> dict[str, int | None]:
+    """The token ids that a SentencePiece model has of its own. Raises ValueError where it is none."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path}: not a SentencePiece model ({error})") from None
+    ids = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id(), "pad_token_id": model.pad_id()}
+    return {name: number if number >= 0 else None for name, number in ids.items()}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -82,7 +100,7 @@ def _of_file(info: DataInfo, ids: dict[str, Any]) -> Companions:
     info.load_tokenizer()
     path = Path(info.tokenizer_spec)
     if path.suffix == ".model":
-        return Companions(ids, f"tokenizer files: {TOKENIZER_MODEL} ({path})", renamed={TOKENIZER_MODEL: path})
+        return Companions(ids, f"tokenizer files: {TOKENIZER_MODEL} ({path})", files={TOKENIZER_MODEL: path})
     from tokenizers import Tokenizer
 
     described = {
@@ -91,4 +109,4 @@ def _of_file(info: DataInfo, ids: dict[str, Any]) -> Companions:
     }
     written = {"tokenizer_config.json": described}
     text = f"tokenizer files: {TOKENIZER_JSON} ({path}), {', '.join(written)}"
-    return Companions(ids, text, renamed={TOKENIZER_JSON: path}, written=written)
+    return Companions(ids, text, files={TOKENIZER_JSON: path}, written=written)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import tomli_w
 
 from griffin.parallel.config import ModelConfig, ParallelConfig
-from griffin.tools.carried_files import TOKENIZER_FILES
+from griffin.tools.carried_files import tokenizer_text
 from griffin.tools.checkpoint_write import Made, write_step
 from griffin.tools.stored_arrays import StoredArray
 from griffin.tools.workers import Workers
@@ -56,15 +56,15 @@ def write_imported(
     arrays: Mapping[str, StoredArray],
     workers: Workers,
     *,
-    dtype: str | None = None,
-    carried: Sequence[Path] = (),
+    dtype: str | None,
+    carried: Mapping[str, Path],
 ) -> None:
     """Write a checkpoint of weights only to the new folder `target`, and print what was made.
 
     Args:
         source: what the weights are taken from.
         arrays: the weights by canonical name, in the model's order; each stays in its dtype unless `dtype` is given.
-        carried: files to take along.
+        carried: files to take along, by the names that they get.
 
     Raises CheckpointError where a file cannot be read or written, and ValueError for a value that does not fit
     `dtype`; then nothing is left.
@@ -90,13 +90,8 @@ def write_imported(
     )
     del manifest.layout["stages"]  # as training records it
     write_step(target, manifest, made, workers, carried)
-    print(f"{sum(array.spec.tensor.elements for array in arrays.values()):,} parameters; {carried_text(carried)}")
+    print(f"{sum(array.spec.tensor.elements for array in arrays.values()):,} parameters; {tokenizer_text(carried)}")
     print(f"To train it, a config needs:\n\n{model_section(model)}")
-
-
-def carried_text(carried: Sequence[Path]) -> str:
-    tokenizer = [path.name for path in carried if path.name in TOKENIZER_FILES]
-    return f"tokenizer files: {', '.join(tokenizer)}" if tokenizer else "no tokenizer files"
 
 
 def model_section(model: ModelConfig) -> str:

@@ -8,12 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from griffin.tools.carried_files import CONFIG
-from griffin.tools.foreign_axes import Axes
-from griffin.tools.safetensors_files import Entry, read_box, read_entries
-from griffin.trainer.checkpoint.arrays import ArraySpec, Box
+from griffin.tools.safetensors_files import Entry, read_entries
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -27,20 +23,6 @@ class TransformersFolder:
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, tuple[Path, Entry]]
-
-
-@dataclass(frozen=True)
-class SafetensorsArray:
-    """A tensor of a safetensors file as one of ours."""
-
-    path: Path
-    entry: Entry
-    axes: Axes
-    spec: ArraySpec
-
-    def read(self, box: Box) -> np.ndarray:
-        """As `StoredArray.read`."""
-        return self.axes.ours(read_box(self.path, self.entry, self.axes.foreign_box(box)))
 
 
 def open_transformers_folder(path: Path) -> TransformersFolder:
