@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import pickle
 import warnings
 import zipfile
@@ -131,6 +132,7 @@ def _orbax(path: Path, what: str) -> Iterator[Any]:
             f"{path}: is a folder, which orbax-checkpoint reads; pip install 'griffin-megatron[orbax]'"
         ) from None
     jax.config.update("jax_platforms", "cpu")
+    logging.getLogger("absl").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -85,7 +85,8 @@ def _check_rope(values: Mapping[str, Any]) -> None:
     for prefix, group in groups.items():
         if not isinstance(group, Mapping):
             _refuse(prefix[:-1], group, "must be a table")
-        for key, only in _ONLY_ROPE.items():
+        # An older name of rope_type.
+        for key, only in (_ONLY_ROPE | ({"type": "default"} if prefix else {})).items():
             if (found := group.get(key, only)) != only:
                 _refuse(prefix + key, found, f"must be {only!r}, or left out")
 
