@@ -98,7 +98,7 @@ def show(path: Path, as_json: bool) -> None:
     print(f"layout     {_words(manifest.layout)}")
     print(f"optimizer  {_words(manifest.optimizer) if manifest.optimizer else 'none: weights only'}")
     for source in manifest.sources:
-        print(f"mean of    {source}")
+        print(f"made from  {source}")
     for section, settings in manifest.config.items():
         print(f"\n[{section}]")
         for key, value in settings.items():

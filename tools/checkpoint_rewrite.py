@@ -10,6 +10,7 @@ from pathlib import Path
 
 from griffin.parallel.config import ParallelConfig
 from griffin.tools import rank_files
+from griffin.tools.carried_files import carried_files
 from griffin.tools.checkpoint_write import Made, check_files, refuse_target, write_ranks, write_step
 from griffin.tools.stored_arrays import Source, StoredArray, open_step
 from griffin.tools.workers import Workers
@@ -73,7 +74,7 @@ def reshard(
         assert layout is not None
         write_ranks(target, manifest, made, layout, workers)
     else:
-        write_step(target, manifest, made, workers)
+        write_step(target, manifest, made, workers, carried_files(source.path))
 
 
 def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str | None = None) -> None:
@@ -93,21 +94,21 @@ def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str
     made = [
         Made(
             replace(newest.manifest.arrays[name], dtype=dtype or newest.manifest.arrays[name].dtype),
-            tuple(_weights(source)[name] for source in sources),
+            tuple(best_weights(source)[name] for source in sources),
         )
         for name in newest.arrays
         if newest.manifest.arrays[name].kind == MODEL
     ]
     manifest = _described(newest.manifest, made, weights_only=True)
     manifest = replace(manifest, sources=tuple(str(source.path) for source in sources))
-    write_step(target, manifest, made, workers)
+    write_step(target, manifest, made, workers, carried_files(newest.path))
 
 
 def _tensors(manifest: Manifest) -> list[GlobalTensor]:
     return [spec.tensor for spec in manifest.arrays.values() if spec.kind == MODEL]
 
 
-def _weights(source: Source) -> dict[str, StoredArray]:
+def best_weights(source: Source) -> dict[str, StoredArray]:
     """The weights in the best precision that there is, by the model's arrays' names."""
     best = {}
     for tensor in _tensors(source.manifest):
@@ -120,7 +121,7 @@ def _converted(
     source: Source, chunks: Mapping[str, tuple[int, ...]], dtype: str | None, weights_only: bool
 ) -> list[Made]:
     """The arrays of the result: those of the source, with master weights where the model's are not float32."""
-    best, made = _weights(source), []
+    best, made = best_weights(source), []
     for tensor in _tensors(source.manifest):
         model = source.arrays[f"{MODEL}.{tensor.name}"]
         wanted = dtype or model.spec.dtype

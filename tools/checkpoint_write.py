@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from griffin.parallel.config import ParallelConfig
-from griffin.tools import rank_files
+from griffin.tools import rank_files, safetensors_files
+from griffin.tools.carried_files import SOURCE, copy_files
 from griffin.tools.rank_files import RankFile, Slice
 from griffin.tools.stored_arrays import StoredArray, opened, same_bits
 from griffin.tools.workers import Workers
@@ -87,7 +88,7 @@ def _aside(target: Path) -> Path:
 
 
 @contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """A folder to write to, which the caller gives its name in the end; on any failure it is removed."""
     tmp = _aside(target)
     try:
@@ -124,17 +125,20 @@ def _write_chunk(task: _ChunkTask) -> tuple[str, FileRecord, int]:
     return spec.file(task.index), record, values.nbytes
 
 
-def write_step(target: Path, manifest: Manifest, made: Sequence[Made], workers: Workers) -> None:
+def write_step(
+    target: Path, manifest: Manifest, made: Sequence[Made], workers: Workers, carried: Mapping[str, Path] | None = None
+) -> None:
     """Write a Zarr checkpoint of these arrays, which are the manifest's, to the new folder `target`.
 
-    Raises CheckpointError where a file cannot be read or written; then nothing is left.
+    Files of `carried` are copied to its subfolder SOURCE, by the names that they get. Raises CheckpointError where a
+    file cannot be read or written; then nothing is left.
     """
     begun = time.monotonic()
     files: dict[str, FileRecord] = {}
-    with _new_folder(target) as tmp:
+    with new_folder(target) as tmp:
         arrays = [create_array(tmp, one.spec) for one in made]
         tasks = (_ChunkTask(one, tmp, index) for one in made for index in one.spec.indices())
-        with _bar(target.name, sum(one.spec.nbytes for one in made)) as bar:
+        with progress_bar(target.name, sum(one.spec.nbytes for one in made)) as bar:
 
             def done(result: tuple[str, FileRecord, int]) -> None:
                 file, files[file], size = result
@@ -143,8 +147,11 @@ def write_step(target: Path, manifest: Manifest, made: Sequence[Made], workers: 
             workers.run(_write_chunk, tasks, done)
         with ThreadPoolExecutor(SYNCS) as pool:
             list(pool.map(Array.synchronise, arrays))
+        if carried:
+            (tmp / SOURCE).mkdir()
+            copy_files(carried, tmp / SOURCE)
         commit(tmp, replace(manifest, files=files))
-    _summarize(target, len(made), files=len(files), size=sum(one.spec.nbytes for one in made), begun=begun)
+    summarize(target, len(made), files=len(files), size=sum(one.spec.nbytes for one in made), begun=begun)
 
 
 # Files per rank.
@@ -192,17 +199,16 @@ def _write_slices(task: _SliceTask) -> _Written:
         if 0 not in shape_of(one.box):  # else padding only
             array[tuple(slice(size) for size in shape_of(one.box))] = made.read(one.box)
         values.append((one, array))
-    rank_files.write_slices(task.path, values)
+    safetensors_files.write_values(task.path, [(one.offset, array) for one, array in values])
     for one, array in values:
-        if rank_files.read_bytes(task.path, one.offset, one.nbytes).tobytes() != array.tobytes():
-            raise CheckpointError(f"{task.path} does not hold what was written to it")
+        safetensors_files.require_written(task.path, one.offset, array)
     checksums = tuple((one.part.spec.name, one.first, rank_files.checksum(array)) for one, array in values)
     return _Written(task.path.name, checksums, task.nbytes)
 
 
 def _check_slices(task: _SliceTask) -> int:
     for one, expected in zip(task.slices, task.checksums, strict=True):
-        if rank_files.checksum(rank_files.read_bytes(task.path, one.offset, one.nbytes)) != expected:
+        if rank_files.checksum(safetensors_files.read_bytes(task.path, one.offset, one.nbytes)) != expected:
             raise CheckpointError(
                 f"{task.path} is damaged: {one.part.spec.name} does not match its checksum in {rank_files.INDEX}"
             )
@@ -218,7 +224,7 @@ def check_files(folder: Path, files: Sequence[tuple[RankFile, Mapping[str, Seque
             for batch in _batches(file):
                 yield _SliceTask(folder / file.name, tuple(batch), (), tuple(next(expected) for _ in batch))
 
-    with _bar(f"checking {folder.name}", sum(file.size for file, _ in files)) as bar:
+    with progress_bar(f"checking {folder.name}", sum(file.size for file, _ in files)) as bar:
         workers.run(_check_slices, tasks(), bar.update)
 
 
@@ -236,15 +242,15 @@ def write_ranks(
     checksums: dict[str, dict[str, dict[int, str]]] = {
         file.name: {part.spec.name: {} for part in file.parts} for file in files
     }
-    with _new_folder(target) as tmp:
+    with new_folder(target) as tmp:
         for file in files:
-            rank_files.create_file(tmp, file)
+            safetensors_files.create_file(tmp / file.name, file.header, file.size)
         tasks = (
             _SliceTask(tmp / file.name, tuple(batch), tuple(by_name[one.part.spec.name] for one in batch), ())
             for file in files
             for batch in _batches(file)
         )
-        with _bar(target.name, sum(file.size for file in files)) as bar:
+        with progress_bar(target.name, sum(file.size for file in files)) as bar:
 
             def done(written: _Written) -> None:
                 for array, first, checksum in written.checksums:
@@ -260,15 +266,15 @@ def write_ranks(
         synchronise(tmp)
         tmp.rename(target)
         synchronise(tmp.parent)
-    _summarize(target, len(made), files=len(files), size=sum(file.size for file in files), begun=begun)
+    summarize(target, len(made), files=len(files), size=sum(file.size for file in files), begun=begun)
 
 
-def _bar(name: str, size: int) -> tqdm:
+def progress_bar(name: str, size: int) -> tqdm:
     """A progress bar of bytes, on a terminal only."""
     return tqdm(total=size, desc=name, unit="B", unit_scale=True, disable=None)
 
 
-def _summarize(target: Path, arrays: int, *, files: int, size: int, begun: float) -> None:
+def summarize(target: Path, arrays: int, *, files: int, size: int, begun: float) -> None:
     seconds = time.monotonic() - begun
     print(
         f"{target}: {arrays:,} arrays, {files:,} files, {size:,} bytes in {seconds:.1f} s "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import zlib
@@ -21,18 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from griffin.parallel.config import ModelConfig, ParallelConfig
+from griffin.parallel.config import ParallelConfig
 from griffin.parallel.cost import split_blocks
-from griffin.tools.stored_arrays import Source
+from griffin.tools import safetensors_files
+from griffin.tools.safetensors_files import Entry, read_box, read_bytes
+from griffin.tools.stored_arrays import Source, model_config
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box, intersection, numpy_dtype, shape_of, within
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
 INDEX = "index.json"
 FORMAT = 1
-READ_BYTES = 16 * 2**20  # read at once where only some columns of many rows are wanted
 
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
@@ -55,12 +54,16 @@ class Part:
         return (*tensor.shape[: tensor.axis], held, *tensor.shape[tensor.axis + 1 :])
 
     @property
+    def entry(self) -> Entry:
+        return Entry(self.spec.name, self.spec.dtype, self.shape, self.offset)
+
+    @property
     def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * numpy_dtype(self.spec.dtype).itemsize
+        return self.entry.row_bytes
 
     @property
     def nbytes(self) -> int:
-        return self.shape[0] * self.row_bytes
+        return self.entry.nbytes
 
     def slices(self) -> list[Slice]:
         """All of its rows, as many at a time as the array's chunks have."""
@@ -118,7 +121,7 @@ def stage_blocks(config: Mapping[str, Any], layout: ParallelConfig) -> tuple[int
 
     Raises ValueError where there are fewer blocks than stages.
     """
-    model = ModelConfig(**config["model"] | {"pattern": tuple(config["model"]["pattern"])})
+    model = model_config(config)
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
         raise ValueError(f"--virtual {layout.virtual_pipeline}: must be 1 where --pipeline is 1")
     count = layout.pipeline * layout.virtual_pipeline
@@ -163,53 +166,10 @@ def _lay_out_file(
     name = (
         f"model-tp-{tensor_rank:02d}-of-{layout.tensor:02d}-pp-{pipeline_rank:02d}-of-{layout.pipeline:02d}.safetensors"
     )
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    parts, offset = [], 0
-    for array in arrays:
-        part = Part(array, tensor_rank, layout.tensor, offset)
-        end = offset + part.nbytes
-        entries[array.name] = {
-            "dtype": _DTYPES[array.dtype],
-            "shape": list(part.shape),
-            "data_offsets": [offset, end],
-        }
-        parts.append(part)
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return RankFile(name, header, tuple(replace(part, offset=part.offset + len(header)) for part in parts))
-
-
-def create_file(folder: Path, file: RankFile) -> None:
-    """A file with its header, and the size that it will have."""
-    with open(folder / file.name, "xb") as stream:
-        stream.write(file.header)
-        stream.truncate(file.size)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def write_slices(path: Path, values: Sequence[tuple[Slice, np.ndarray]]) -> None:
-    """Write slices of a file, durably."""
-    with open(path, "r+b", buffering=0) as stream:
-        for slice_, array in values:
-            stream.seek(slice_.offset)
-            rest = np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
-            while rest:
-                rest = rest[stream.write(rest) :]
-        os.fsync(stream.fileno())
-
-
-def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
-    """`count` bytes of a file, uint8. Raises CheckpointError where they are not there."""
-    try:
-        values = np.fromfile(path, np.uint8, count, offset=offset)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    if values.size != count:
-        raise CheckpointError(f"{path} ends {count - values.size:,} bytes too early")
-    return values
+    parts = [Part(array, tensor_rank, layout.tensor, 0) for array in arrays]
+    header, entries = safetensors_files.lay_out((part.spec.name, part.spec.dtype, part.shape) for part in parts)
+    placed = (replace(part, offset=entry.offset) for part, entry in zip(parts, entries, strict=True))
+    return RankFile(name, header, tuple(placed))
 
 
 def checksum(values: np.ndarray) -> str:
@@ -231,12 +191,7 @@ class RankArray:
             held = self.spec.tensor.part(part.tensor_rank, part.tensor_size)
             common = intersection(held, box)
             if all(extent.start < extent.stop for extent in common):
-                out, (rows, *columns) = values[within(common, box)], within(common, held)
-                step = max(1, READ_BYTES // part.row_bytes)
-                for first in range(rows.start, rows.stop, step):
-                    some = Slice(part, first, min(first + step, rows.stop))
-                    read = read_bytes(path, some.offset, some.nbytes).view(values.dtype).reshape(some.shape)
-                    out[some.first - rows.start : some.last - rows.start] = read[(slice(None), *columns)]
+                values[within(common, box)] = read_box(path, part.entry, within(common, held))
         return values
 
 

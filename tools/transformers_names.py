@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig
+from griffin.tools.foreign_axes import Axes, Fixed, same_axes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TOP = {"embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.final_norm.weight"}
 _BLOCK = {
@@ -42,6 +45,13 @@ def transformers_name(name: str) -> str:
     return f"model.layers.{match[1]}.{part}{suffix or ''}"
 
 
+def transformers_axes(name: str, dimensions: int) -> Axes:
+    """How a canonical tensor of so many dimensions lies in the one of transformers."""
+    if name.endswith(".conv.weight"):  # [taps, R] in [R, 1, taps]
+        return Axes((1, Fixed(), 0))
+    return same_axes(dimensions)
+
+
 def from_transformers(tensors: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     """Canonical tensors `names` of a RecurrentGemma state dict (or of its gradients, by the same names)."""
     found = {}
@@ -60,22 +70,35 @@ def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def transformers_settings(model: ModelConfig) -> dict[str, object]:
+def gate_heads(model: ModelConfig) -> int:
+    """The num_attention_heads that transformers has for a model: query heads, and diagonal blocks of its gates.
+
+    Where blocks are more than heads, and a multiple of them, adjacent ones are together a block that is zero outside of
+    them: the same function. Without attention, heads are of no use. Raises ValueError where neither helps.
+    """
+    if RECURRENT not in model.pattern:
+        return model.heads
+    if ATTENTION not in model.pattern:
+        return model.gate_blocks
+    if model.gate_blocks % model.heads:
+        raise ValueError(f"model.gate_blocks = {model.gate_blocks}: must be a multiple of model.heads = {model.heads}")
+    return model.heads
+
+
+def transformers_settings(model: ModelConfig) -> dict[str, Any]:
     """Arguments of transformers' RecurrentGemmaConfig for the same model; ValueError where it has no such model."""
-    if model.gate_blocks != model.heads:
-        raise ValueError(f"model.gate_blocks = {model.gate_blocks}: must be model.heads = {model.heads}")
+    if foreign := set(model.pattern) - {RECURRENT, ATTENTION}:
+        raise ValueError(f"model.pattern = {min(foreign)!r}: must hold {RECURRENT} and {ATTENTION} only")
     if model.logit_soft_cap <= 0:
-        raise ValueError("model.logit_soft_cap = 0: must be above 0")
+        raise ValueError(f"model.logit_soft_cap = {model.logit_soft_cap:g}: must be above 0")
     if not model.scale_embedding:
         raise ValueError("model.scale_embedding = false: must be true")
-    if set(model.pattern) - {RECURRENT, ATTENTION}:
-        raise ValueError(f"model.pattern: must hold {RECURRENT} and {ATTENTION} only")
     return {
         "vocab_size": model.vocabulary,
         "hidden_size": model.width,
         "intermediate_size": 2 * model.mlp_width,  # halved inside
         "num_hidden_layers": model.blocks,
-        "num_attention_heads": model.heads,
+        "num_attention_heads": gate_heads(model),
         "num_key_value_heads": 1,
         "head_dim": model.head_dim,
         "lru_width": model.recurrent_width,

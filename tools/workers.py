@@ -60,8 +60,10 @@ class Workers:
 
 
 @contextmanager
-def start_workers(count: int | None) -> Iterator[Workers | None]:
-    """`count` workers, by default one per core, or the other ranks where mpiexec started this process with several.
+def start_workers(count: int | None, most: int | None = None) -> Iterator[Workers | None]:
+    """`count` workers, or the other ranks where mpiexec started this process with several.
+
+    The default is one per core, but no more than `most`.
 
     There, rank 0 is given the workers; the others are those workers until rank 0 leaves the context, and are given
     None: nothing is left for them to do. Raises ValueError for a count below 1, or one stated under mpiexec.
@@ -77,7 +79,7 @@ def start_workers(count: int | None) -> Iterator[Workers | None]:
         return
     if count is not None and count < 1:
         raise ValueError(f"--workers {count}: must be at least 1")
-    count = count or cores()
+    count = count or min(cores(), most or cores())
     if count == 1:
         yield Workers(_Here(), 1)
         return

@@ -52,7 +52,7 @@ def flags(layout: ParallelConfig) -> list[str]:
 def chunks() -> Iterator[None]:
     with small_chunks(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("griffin.tools.checkpoint_write.CHUNK_BYTES", 2048)
-        patch.setattr("griffin.tools.rank_files.READ_BYTES", 300)
+        patch.setattr("griffin.tools.safetensors_files.READ_BYTES", 300)
         yield
 
 

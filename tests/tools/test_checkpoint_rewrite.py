@@ -308,7 +308,7 @@ def test_average(
     assert manifest.layout == read_manifest(tmp_path / "b").layout
     assert main(["checkpoint", "inspect", str(tmp_path / "mean")]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in shown if line.startswith("mean of ")] == list(manifest.sources)
+    assert [line.split()[-1] for line in shown if line.startswith("made from ")] == list(manifest.sources)
     assert reshard(tmp_path / "mean", tmp_path / "ranks", "--rank-files") == 0
     assert reshard(tmp_path / "ranks", tmp_path / "again", "--from-ranks") == 0
     assert read_manifest(tmp_path / "again").sources == manifest.sources

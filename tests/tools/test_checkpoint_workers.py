@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from griffin.tools import rank_files
+from griffin.tools import safetensors_files
 from griffin.tools.workers import Workers, start_workers
 from griffin.trainer.checkpoint import arrays
 from griffin.trainer.checkpoint.arrays import GlobalTensor
@@ -120,7 +120,7 @@ def test_what_is_stored_wrongly_is_noticed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A bit that changes on its way to the disk, before any checksum is made of it."""
-    write, write_slices = Array.write, rank_files.write_slices
+    write, write_values = Array.write, safetensors_files.write_values
 
     def flipped(values: np.ndarray) -> np.ndarray:
         changed = values.copy()
@@ -129,9 +129,9 @@ def test_what_is_stored_wrongly_is_noticed(
 
     monkeypatch.setattr(Array, "write", lambda self, index, values: write(self, index, flipped(values)))
     monkeypatch.setattr(
-        rank_files,
-        "write_slices",
-        lambda path, values: write_slices(path, [*values[:-1], (values[-1][0], flipped(values[-1][1]))]),
+        safetensors_files,
+        "write_values",
+        lambda path, values: write_values(path, [*values[:-1], (values[-1][0], flipped(values[-1][1]))]),
     )
     assert reshard(float32[0], tmp_path / "out", *flags) == 2
     assert "does not hold what was written to it" in refused(capsys, tmp_path)

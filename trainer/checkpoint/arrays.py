@@ -184,6 +184,11 @@ def shape_of(box: Sequence[slice]) -> tuple[int, ...]:
     return tuple(part.stop - part.start for part in box)
 
 
+def whole(shape: Sequence[int]) -> Box:
+    """The box that is all of an array."""
+    return tuple(slice(0, size) for size in shape)
+
+
 def intersection(a: Box, b: Box) -> Box:
     return tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
 

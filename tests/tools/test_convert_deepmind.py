@@ -1,0 +1,345 @@
+"""DeepMind's files, made here with the names that its code has: the same checkpoint as from transformers."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from griffin.tools.cli import main
+from griffin.trainer.checkpoint.manifest import read_manifest, verify
+from tests.checkpoints import assert_equal_arrays, read_arrays, small_chunks
+from tests.transformers_models import assert_same_bits, convert, export, load_model, make_model, save_model
+
+TOP = {"model.embed_tokens.weight": "embedder.input_embedding", "model.final_norm.weight": "final_norm.scale"}
+RECURRENT = {
+    "linear_x.weight": "linear_x.weight",
+    "linear_x.bias": "linear_x.bias",
+    "linear_y.weight": "linear_y.weight",
+    "linear_y.bias": "linear_y.bias",
+    "linear_out.weight": "linear_out.weight",
+    "linear_out.bias": "linear_out.bias",
+    "conv_1d.bias": "conv_1d.b",
+    "rg_lru.recurrent_param": "rg_lru.a_param",
+    "rg_lru.input_gate_weight": "rg_lru.input_gate.w",
+    "rg_lru.input_gate_bias": "rg_lru.input_gate.b",
+    "rg_lru.recurrent_gate_weight": "rg_lru.a_gate.w",
+    "rg_lru.recurrent_gate_bias": "rg_lru.a_gate.b",
+}
+ATTENTION = {
+    "q_proj.weight": "proj_q.weight",
+    "k_proj.weight": "proj_k.weight",
+    "v_proj.weight": "proj_v.weight",
+    "o_proj.weight": "proj_final.weight",
+    "o_proj.bias": "proj_final.bias",
+}
+
+
+def torch_state(model: Any) -> dict[str, Tensor]:
+    """The state dict that DeepMind's PyTorch code has for a model of transformers."""
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    made = {name: state[theirs] for theirs, name in TOP.items()}
+    for number in range(model.config.num_hidden_layers):
+        layer, block = f"model.layers.{number}.", f"blocks.{number}."
+        made[f"{block}temporal_pre_norm.scale"] = state[f"{layer}temporal_pre_norm.weight"]
+        made[f"{block}channel_pre_norm.scale"] = state[f"{layer}channel_pre_norm.weight"]
+        mixer = f"{layer}temporal_block."
+        if f"{mixer}q_proj.weight" in state:
+            made |= {f"{block}attention_block.{name}": state[mixer + theirs] for theirs, name in ATTENTION.items()}
+        else:
+            made |= {f"{block}recurrent_block.{name}": state[mixer + theirs] for theirs, name in RECURRENT.items()}
+            made[f"{block}recurrent_block.conv_1d.w"] = state[f"{mixer}conv_1d.weight"][:, 0].t().contiguous()
+        up = [f"{layer}mlp_block.{name}_proj" for name in ("gate", "up")]
+        made[f"{block}mlp_block.ffw_up.w"] = torch.stack([state[f"{name}.weight"].t() for name in up])
+        made[f"{block}mlp_block.ffw_up.b"] = torch.stack([state[f"{name}.bias"] for name in up])[:, None, None]
+        for kind in ("weight", "bias"):
+            made[f"{block}mlp_block.ffw_down.{kind}"] = state[f"{layer}mlp_block.down_proj.{kind}"]
+    return made
+
+
+def numpy_of(value: Tensor) -> np.ndarray:
+    if value.dtype == torch.bfloat16:
+        return value.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return value.contiguous().numpy()
+
+
+def flax_tree(model: Any) -> dict[str, Any]:
+    """The parameter tree of DeepMind's JAX code: kernels are transposed, and "blocks.0" is one key."""
+    tree: dict[str, Any] = {}
+    for name, value in torch_state(model).items():
+        if name.endswith(".weight"):
+            name, value = name.removesuffix("weight") + "kernel", value.t()
+        keys = name.split(".")
+        if keys[0] == "blocks":
+            keys[:2] = [".".join(keys[:2])]
+        place = tree
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = numpy_of(value)
+    return tree
+
+
+def save_orbax(tree: dict[str, Any], folder: Path) -> Path:
+    import jax
+    import orbax.checkpoint as orbax
+
+    jax.config.update("jax_platforms", "cpu")
+    with orbax.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder, tree)
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def chunks() -> Iterator[None]:
+    with small_chunks(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("griffin.tools.safetensors_files.READ_BYTES", 300)
+        yield
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float32": {"dtype": torch.float32, "num_attention_heads": 2, "head_dim": 24, "num_hidden_layers": 6},
+    "hawk": {"dtype": torch.float32, "block_types": ["recurrent"], "num_hidden_layers": 2, "head_dim": 8},
+    "attention": {
+        "dtype": torch.bfloat16,
+        "block_types": ["attention"],
+        "num_hidden_layers": 2,
+        "lru_width": 32,
+    },
+}
+
+
+def plain(model: Any, path: Path) -> Path:
+    torch.save(torch_state(model), path)
+    return path
+
+
+def unusual(model: Any, path: Path) -> Path:
+    """Parameters, transposed in memory, in one storage, below "params": as DeepMind's conversion may leave them."""
+    state = torch_state(model)
+    for name, value in state.items():
+        if value.dim() == 2:
+            state[name] = value.t().contiguous().t()
+    pair = torch.stack([state["blocks.0.temporal_pre_norm.scale"], state["blocks.0.channel_pre_norm.scale"]])
+    state["blocks.0.temporal_pre_norm.scale"], state["blocks.0.channel_pre_norm.scale"] = pair
+    torch.save({f"params.{name}": torch.nn.Parameter(value) for name, value in state.items()}, path)
+    return path
+
+
+SAVED: dict[str, Callable[[Any, Path], Path]] = {
+    "torch": plain,
+    "torch-transposed": unusual,
+    "orbax": lambda model, path: save_orbax({"params": flax_tree(model)}, path),
+    "orbax-bare": lambda model, path: save_orbax(flax_tree(model), path),
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "case"),
+    [(how, case) for how in ("torch", "orbax") for case in CASES]
+    + [("torch-transposed", "bfloat16"), ("orbax-bare", "bfloat16")],
+)
+def test_the_same_checkpoint(tmp_path: Path, how: str, case: str) -> None:
+    """As from transformers, bit by bit; its window is one more than DeepMind's number."""
+    model = make_model(**CASES[case])
+    assert convert("hf", save_model(model, tmp_path / "model"), tmp_path / "expected") == 0
+    source = SAVED[how](model, tmp_path / "weights.pt")
+    assert convert("deepmind", source, tmp_path / "step", "--window", 11) == 0
+    assert_equal_arrays(read_arrays(tmp_path / "step"), read_arrays(tmp_path / "expected"))
+    found, expected = verify(tmp_path / "step"), read_manifest(tmp_path / "expected")
+    assert found.config == expected.config
+    assert found.config["model"]["window"] == 12
+    assert found.arrays == expected.arrays
+    assert found.sources == (str(source),)
+
+
+def test_padded_rows_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(torch.bfloat16, num_hidden_layers=1)
+    for rows, words, vocabulary in (
+        (200, [], 200),
+        (200, ["--vocabulary", 150], 150),
+        (256_128, [], 256_000),
+        (256_128, ["--vocabulary", 256_128], 256_128),
+    ):
+        state = torch_state(model)
+        state["embedder.input_embedding"] = torch.randn(rows, 32).to(torch.bfloat16)
+        torch.save(state, tmp_path / "weights.pt")
+        target = tmp_path / f"{rows}-{vocabulary}"
+        with pytest.MonkeyPatch.context() as patch:  # else there are thousands of chunks
+            patch.undo()
+            patch.setattr("griffin.trainer.checkpoint.arrays.WHOLE_BYTES", 2**25)
+            assert convert("deepmind", tmp_path / "weights.pt", target, *words) == 0
+        assert read_manifest(target).config["model"]["vocabulary"] == vocabulary
+        found = read_arrays(target)["model.embedding.weight"]
+        assert found.tobytes() == numpy_of(state["embedder.input_embedding"][:vocabulary]).tobytes()
+    torch.save(torch_state(model), tmp_path / "weights.pt")
+    capsys.readouterr()
+    assert convert("deepmind", tmp_path / "weights.pt", tmp_path / "out", "--vocabulary", 201) == 2
+    assert "--vocabulary 201: must be 1 to 200" in refused(capsys, tmp_path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path) -> str:
+    error = capsys.readouterr().err
+    assert error.startswith("griffin: error: ")
+    assert error.count("\n") == 1
+    assert not list(folder.glob("out*"))
+    return error
+
+
+def test_options(tmp_path: Path) -> None:
+    source = plain(make_model(num_hidden_layers=1), tmp_path / "weights.pt")
+    words = ["--soft-cap", 0, "--no-scale-embedding", "--dtype", "bf16"]
+    assert convert("deepmind", source, tmp_path / "step", *words) == 0
+    manifest = read_manifest(tmp_path / "step")
+    model = manifest.config["model"]
+    assert (model["logit_soft_cap"], model["scale_embedding"], model["window"]) == (0.0, False, 2049)
+    assert {spec.dtype for spec in manifest.arrays.values()} == {"bfloat16"}
+
+
+def test_several_workers(tmp_path: Path) -> None:
+    model = make_model(torch.bfloat16)
+    source = plain(model, tmp_path / "weights.pt")
+    assert convert("deepmind", source, tmp_path / "step", "--window", 11, workers=2) == 0
+    assert export(tmp_path / "step", tmp_path / "back") == 0
+    assert_same_bits(load_model(tmp_path / "back").state_dict(), model.state_dict())
+
+
+EVIL: list[str] = []
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return EVIL.append, ("run",)
+
+
+BLOCK = "blocks.0.recurrent_block"
+
+
+def nested(path: Path) -> None:
+    torch.save({"model": torch.load(path)}, path)
+
+
+def evil(path: Path) -> None:
+    torch.save({**torch.load(path), "other": Evil()}, path)
+
+
+def changed(**changes: Any) -> Callable[[Path], None]:
+    """A change of tensors of a file; None removes one."""
+
+    def change(path: Path) -> None:
+        state = torch.load(path)
+        for name, value in changes.items():
+            if value is None:
+                del state[name]
+            else:
+                state[name] = value(state.get(name))
+        torch.save(state, path)
+
+    return change
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "evil": (evil, "holds more than tensors, or is damaged; no pickled code is run"),
+    "no zip": (lambda path: path.write_bytes(b"\x80\x02" * 100), "is no file of torch.save, is of a format before"),
+    "legacy": (
+        lambda path: torch.save(torch.load(path), path, _use_new_zipfile_serialization=False),
+        "is no file of torch.save, is of a format before PyTorch 1.6, or is cut short",
+    ),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "or is cut short"),
+    "nested": (nested, "must hold tensors by name only; 'model' is a dict"),
+    "list": (lambda path: torch.save([torch.ones(1)], path), "must hold a dictionary of tensors"),
+    "llama": (
+        lambda path: torch.save({"model.embed_tokens.weight": torch.ones(2, 2)}, path),
+        "embedder.input_embedding is missing: these are not the weights of RecurrentGemma",
+    ),
+    "missing": (changed(**{f"{BLOCK}.linear_x.bias": None}), f"{BLOCK}.linear_x.bias is missing"),
+    "no gate": (changed(**{f"{BLOCK}.rg_lru.a_gate.w": None}), f"{BLOCK}.rg_lru.a_gate.w is missing"),
+    "unknown": (changed(other=lambda value: torch.ones(1)), "other is none of this model's tensors"),
+    "shape": (
+        changed(**{f"{BLOCK}.conv_1d.w": lambda value: value.t().contiguous()}),
+        f"{BLOCK}.conv_1d.w is [48, 4], must be [4, 48]",
+    ),
+    "dimensions": (
+        changed(**{"embedder.input_embedding": lambda value: value.flatten()}),
+        "embedder.input_embedding is [6400], must have 2 dimensions",
+    ),
+    "float64": (changed(**{"final_norm.scale": lambda value: value.double()}), "final_norm.scale is of dtype float64"),
+    "part": (
+        changed(**{"final_norm.scale": lambda value: torch.ones(64)[::2]}),
+        "final_norm.scale is a part of a larger tensor",
+    ),
+    "block": (
+        changed(**{"blocks.7.recurrent_block.linear_x.bias": lambda value: torch.ones(1)}),
+        "blocks.2 has no recurrent_block and no attention_block",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_wrong_files(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = plain(make_model(num_hidden_layers=2), tmp_path / "weights.pt")
+    damage, message = DAMAGED[case]
+    damage(source)
+    assert convert("deepmind", source, tmp_path / "out") == 2
+    error = refused(capsys, tmp_path)
+    assert message in error
+    assert str(source) in error
+    assert not EVIL
+
+
+def test_wrong_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = flax_tree(make_model(num_hidden_layers=1))
+    del tree["blocks.0"]["recurrent_block"]["linear_x"]["bias"]
+    source = save_orbax(tree, tmp_path / "weights")
+    assert convert("deepmind", source, tmp_path / "out") == 2
+    assert f"{source}: {BLOCK}.linear_x.bias is missing" in refused(capsys, tmp_path)
+    assert convert("deepmind", source, tmp_path / "out", workers=2) == 2
+    assert "--workers 2: must be 1 for a folder" in refused(capsys, tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert convert("deepmind", tmp_path / "empty", tmp_path / "out") == 2
+    assert f"{tmp_path / 'empty'}: orbax finds no parameters there" in refused(capsys, tmp_path)
+    assert convert("deepmind", tmp_path / "absent", tmp_path / "out") == 2
+    assert "absent: must be a file of torch.save, or an orbax folder" in refused(capsys, tmp_path)
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    assert convert("deepmind", source, tmp_path / "out") == 2
+    assert "which orbax-checkpoint reads; pip install 'griffin-megatron[orbax]'" in refused(capsys, tmp_path)
+
+
+# orbax leaves exceptions of its own tasks unheard.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damaged_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save_orbax(flax_tree(make_model(num_hidden_layers=1)), tmp_path / "weights")
+    for path in source.rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert convert("deepmind", source, tmp_path / "out") == 2
+    assert re.search(rf"{source}: \S+ cannot be read: ", refused(capsys, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--window", 0], "--window 0: must be at least 1"),
+        (["--soft-cap", -1], "--soft-cap -1: must be 0 (off) or more"),
+        (["--soft-cap", "nan"], "--soft-cap nan: must be 0 (off) or more"),
+        (["--vocabulary", 0], "--vocabulary 0: must be 1 to 200"),
+        (["--tokenizer", "/absent"], "--tokenizer /absent: must be a SentencePiece model (.model)"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, words: list[object], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = plain(make_model(num_hidden_layers=1), tmp_path / "weights.pt")
+    assert convert("deepmind", source, tmp_path / "out", *words) == 2
+    assert message in refused(capsys, tmp_path)
+
+
+def test_help_says_what_the_window_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", "deepmind", "--help"])
+    assert "model.window is W + 1" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,144 @@
+"""Converted models compute what transformers computes, at one rank and sharded; and are trained from."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from griffin.parallel import sharding
+from griffin.parallel.config import ParallelConfig
+from griffin.parallel.grid import rank_grid
+from griffin.tools.stored_arrays import model_config
+from griffin.tools.transformers_names import from_transformers
+from griffin.trainer.checkpoint.manifest import check
+from griffin.trainer.checkpoint.source import InitFrom
+from griffin.trainer.checkpoint.state import ShardedState
+from griffin.trainer.config import Config, DataConfig, OptimizerConfig, TrainConfig, load_config
+from griffin.trainer.step import Training
+from tests.closeness import assert_all_close
+from tests.ranks import RankPool
+from tests.small_runs import run, series, write_config
+from tests.transformers_models import convert, logits, make_model, save_model, tokens
+
+BATCH, SEQUENCE = 2, 40
+LAYOUTS = {"1-rank": ParallelConfig(), "tp2": ParallelConfig(tensor=2), "pp2": ParallelConfig(pipeline=2)}
+
+
+def batch(vocabulary: int) -> dict[str, torch.Tensor]:
+    ids = tokens(vocabulary, SEQUENCE + 1, BATCH)
+    return {
+        "tokens": ids[:, :-1],
+        "labels": ids[:, 1:].contiguous(),
+        "positions": torch.arange(SEQUENCE).expand(BATCH, -1).contiguous(),
+        "loss_mask": torch.ones(BATCH, SEQUENCE),
+    }
+
+
+@pytest.fixture(scope="module", params=["12", "6"])
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A model's checkpoint, and the model. Its window, in keys, is shorter than the sequence."""
+    changes = {
+        "12": {},
+        "6": {"attention_window_size": 6, "num_attention_heads": 2, "head_dim": 24, "num_hidden_layers": 4},
+    }[request.param]
+    folder = tmp_path_factory.mktemp("converted")
+    model = make_model(**changes)
+    assert convert("hf", save_model(model, folder / "model"), folder / "step") == 0
+    return folder / "step", model
+
+
+def compute(ranks: Any, layout: ParallelConfig, folder: Path) -> dict[str, Any]:
+    """This rank's part of the logits, if it has one; the loss and all gradients."""
+    manifest = check(folder)
+    model = model_config(manifest.config)
+    config = Config(
+        model=model,
+        parallel=layout,
+        data=DataConfig(sequence_length=SEQUENCE),
+        optimizer=OptimizerConfig(warmup_steps=0, decay_steps=1),
+        train=TrainConfig(steps=1, global_batch=BATCH, micro_batch=BATCH, dtype="float32"),
+    )
+    data = batch(model.vocabulary)
+    with rank_grid(layout, ranks) as grid:
+        training = Training(config, grid)
+        ShardedState(training, grid).load(folder, manifest, everything=False)
+        (stage,) = training.stages
+        found = None
+        with torch.no_grad():
+            if not stage.pre_process:
+                received = torch.empty(SEQUENCE, BATCH, model.width)
+                dist.recv(received, src=0)
+                stage.set_input_tensor([received])
+            output = stage({name: value for name, value in data.items() if name != "labels"})
+            if stage.post_process:
+                found = output
+            else:
+                dist.send(output, dst=1)
+        loss, _ = training.gradients(iter([data]))
+        return {
+            "logits": found,
+            "loss": loss,
+            "gradients": sharding.gather(training.stages, grid, lambda parameter: parameter.main_grad),
+        }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_and_gradients(rank_pool: RankPool, converted: tuple[Path, Any], layout: str) -> None:
+    folder, model = converted
+    data = batch(model.config.vocab_size)
+    expected = logits(model, data["tokens"])
+    assert expected.abs().max() > 5
+    model.zero_grad()
+    loss = torch.nn.functional.cross_entropy(
+        model(data["tokens"], use_cache=False).logits.flatten(0, 1), data["labels"].flatten()
+    )
+    loss.backward()
+    answers = rank_pool.run(compute, LAYOUTS[layout].model_ranks, LAYOUTS[layout], folder)
+    parts = [answer["logits"] for answer in answers if answer["logits"] is not None]
+    found = torch.cat(parts, dim=-1).transpose(0, 1)[..., : model.config.vocab_size]
+    # float32 over 5 blocks, sums in another order: 3e-6 was seen, on logits up to 12.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    names = list(answers[0]["gradients"])
+    for name, gradient in from_transformers(gradients, names).items():
+        scale = gradient.abs().max().item()
+        assert scale > 0, name
+        for answer in answers:
+            assert_all_close({name: answer["gradients"][name]}, {name: gradient}, atol=2e-5 * scale)  # 2e-6 was seen
+    assert len(names) == len(gradients)
+    for answer in answers:
+        torch.testing.assert_close(answer["loss"], loss.item(), rtol=1e-6, atol=0)
+
+
+def test_training_begins_with_converted_weights(
+    rank_pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the section that the conversion prints; the losses are the same whatever the layout."""
+    model = make_model(vocab_size=257)
+    assert convert("hf", save_model(model, tmp_path / "model"), tmp_path / "step") == 0
+    printed = capsys.readouterr().out
+    section = printed[printed.index("[model]") :]
+    path = write_config(tmp_path)
+    text = path.read_text()
+    path.write_text(section + text[text.index("[data]") :])
+    config = load_config(path, ["--train.steps", "3", "--train.eval_interval", "3", "--log.interval", "1"])
+    assert config.model == model_config(check(tmp_path / "step").config)
+    assert tomllib.loads(section).keys() == {"model"}
+    losses = {}
+    for name, layout in {"1": ParallelConfig(), "4": ParallelConfig(tensor=2, pipeline=2)}.items():
+        settings = dataclasses.replace(config, parallel=layout)
+        start = InitFrom(path=tmp_path / "step", everything=False)
+        assert not any(rank_pool.run(run, layout.model_ranks, settings, tmp_path / f"run-{name}", start))
+        losses[name] = series(tmp_path / f"run-{name}", "loss")
+        assert str(tmp_path) in (tmp_path / f"run-{name}/console.log").read_text()
+    assert losses["1"].keys() == {1, 2, 3}
+    for step, loss in losses["1"].items():
+        assert losses["4"][step] == pytest.approx(loss, rel=1e-5)
+    # Drawn weights begin at log(257) = 5.5, the converted ones far above.
+    assert losses["1"][1] > 6.5

@@ -1,0 +1,50 @@
+"""Files that go along with a model's weights from format to format: its tokenizer, and how it is to be used."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from griffin.trainer.checkpoint.zarr_io import naming, synchronise
+
+SOURCE = "source"  # the subfolder of a checkpoint that holds them
+CONFIG = "config.json"
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_MODEL = "tokenizer.model"
+TOKENIZER_FILES = (
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+CARRIED = (*TOKENIZER_FILES, "generation_config.json", CONFIG)
+
+
+def files_of(folder: Path, names: Iterable[str] = CARRIED) -> dict[str, Path]:
+    """Those of `names` that a folder holds, with where they are; none if there is no such folder."""
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def carried_files(checkpoint: Path) -> dict[str, Path]:
+    """What a checkpoint carries along."""
+    return files_of(checkpoint / SOURCE)
+
+
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy files into a folder under new names, durably. Raises CheckpointError naming one that cannot be read."""
+    for name, path in files.items():
+        with naming(path), open(path, "rb") as source, open(folder / name, "xb") as copy:
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+    synchronise(folder)
+
+
+def tokenizer_text(names: Iterable[str]) -> str:
+    """Which of some carried files are a tokenizer's, for people."""
+    found = [name for name in names if name in TOKENIZER_FILES]
+    return f"tokenizer files: {', '.join(found)}" if found else "no tokenizer files"

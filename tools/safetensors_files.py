@@ -1,0 +1,166 @@
+"""Files of the safetensors format: laid out, and written and read a part at a time, without that library.
+
+A file is the length of its header, 8 bytes; the header, JSON with dtype, shape and place of each tensor; and the
+tensors' values, little endian and row-major, one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from griffin.trainer.checkpoint.arrays import Box, numpy_dtype, shape_of
+from griffin.trainer.checkpoint.zarr_io import CheckpointError
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+READ_BYTES = 16 * 2**20  # read at once where only some columns of many rows are wanted
+_NAMES = {short: name for name, short in DTYPES.items()}
+_METADATA = "__metadata__"
+_LENGTH_BYTES = 8
+_MOST_HEADER_BYTES = 100_000_000  # what other readers accept
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor, from byte `offset` of its file on."""
+
+    name: str
+    dtype: str  # a key of DTYPES
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * numpy_dtype(self.dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
+
+
+def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[Entry]]:
+    """A file's header as bytes, and its entries, for (name, dtype, shape) of each tensor in the order of their values.
+
+    All values are aligned where larger dtypes come first.
+    """
+    described: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    placed, end = [], 0
+    for name, dtype, shape in tensors:
+        entry = Entry(name, dtype, shape, end)
+        end += entry.nbytes
+        described[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [entry.offset, end]}
+        placed.append(entry)
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    return header, [Entry(entry.name, entry.dtype, entry.shape, entry.offset + len(header)) for entry in placed]
+
+
+def create_file(path: Path, header: bytes, size: int) -> None:
+    """A file with its header, and the size that it will have."""
+    with open(path, "xb") as stream:
+        stream.write(header)
+        stream.truncate(size)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_values(path: Path, values: Sequence[tuple[int, np.ndarray]]) -> None:
+    """Write arrays at their offsets into a file, durably."""
+    with open(path, "r+b", buffering=0) as stream:
+        for offset, array in values:
+            stream.seek(offset)
+            rest = np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
+            while rest:
+                rest = rest[stream.write(rest) :]
+        os.fsync(stream.fileno())
+
+
+def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
+    """`count` bytes of a file, uint8. Raises CheckpointError where they are not there."""
+    try:
+        values = np.fromfile(path, np.uint8, count, offset=offset)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    if values.size != count:
+        raise CheckpointError(f"{path} ends {count - values.size:,} bytes too early")
+    return values
+
+
+def require_written(path: Path, offset: int, values: np.ndarray) -> None:
+    """Raise CheckpointError unless the file holds `values` at `offset`."""
+    meant = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
+    if not np.array_equal(read_bytes(path, offset, values.nbytes), meant):
+        raise CheckpointError(f"{path} does not hold what was written to it")
+
+
+def read_box(path: Path, entry: Entry, box: Box) -> np.ndarray:
+    """A box of a tensor, [box's shape] of its dtype, with READ_BYTES besides it in memory.
+
+    Raises CheckpointError where the file is missing or too short.
+    """
+    values = np.empty(shape_of(box), numpy_dtype(entry.dtype))
+    rows, *columns = box
+    step = max(1, READ_BYTES // max(1, entry.row_bytes))
+    for first in range(rows.start, rows.stop, step):
+        last = min(first + step, rows.stop)
+        read = read_bytes(path, entry.offset + first * entry.row_bytes, (last - first) * entry.row_bytes)
+        read = read.view(values.dtype).reshape(last - first, *entry.shape[1:])
+        values[first - rows.start : last - rows.start] = read[(slice(None), *columns)]
+    return values
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """The tensors of a file by name; their values are not looked at.
+
+    Raises CheckpointError naming the file where its header is damaged, where the file is not as long as its header
+    says, or where a tensor is of a dtype that is none of DTYPES.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    length = int.from_bytes(read_bytes(path, 0, _LENGTH_BYTES).tobytes(), "little")
+    if not 0 < length <= _MOST_HEADER_BYTES:
+        raise CheckpointError(f"{path}: is no safetensors file, or is damaged: its header would have {length:,} bytes")
+    text = read_bytes(path, _LENGTH_BYTES, length).tobytes()
+    begin = _LENGTH_BYTES + length
+    try:
+        described = json.loads(text)
+        described.pop(_METADATA, None)
+        entries = [_entry(path, name, values, begin) for name, values in described.items()]
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: is damaged: its header is none of a safetensors file") from None
+    end = begin
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset != end:
+            raise CheckpointError(
+                f"{path}: is damaged: {entry.name} begins at byte {entry.offset:,} instead of {end:,}"
+            )
+        end += entry.nbytes
+    if size != end:
+        raise CheckpointError(f"{path} has {size:,} bytes instead of {end:,}")
+    return {entry.name: entry for entry in entries}
+
+
+def _entry(path: Path, name: str, values: Mapping[str, Any], begin: int) -> Entry:
+    if values["dtype"] not in _NAMES:
+        raise CheckpointError(f"{path}: {name} is of dtype {values['dtype']}; must be {', '.join(_NAMES)}")
+    first, last = values["data_offsets"]
+    entry = Entry(name, _NAMES[values["dtype"]], tuple(values["shape"]), begin + first)
+    if not all(type(number) is int and number >= 0 for number in (first, last, *entry.shape)):
+        raise TypeError
+    if last - first != entry.nbytes:
+        raise CheckpointError(
+            f"{path}: is damaged: {name} has {last - first:,} bytes instead of {entry.nbytes:,} for its shape"
+        )
+    return entry

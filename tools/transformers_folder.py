@@ -1,0 +1,74 @@
+"""A folder as transformers saves a model: config.json, and weights in one safetensors file or several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from griffin.tools.carried_files import CONFIG
+from griffin.tools.safetensors_files import Entry, read_entries
+from griffin.trainer.checkpoint.zarr_io import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TransformersFolder:
+    """What a folder holds: config.json as it stands, and its tensors by name, each with its file."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, tuple[Path, Entry]]
+
+
+def open_transformers_folder(path: Path) -> TransformersFolder:
+    """A folder, its files found whole by their headers and sizes. Reads no weights.
+
+    Raises ValueError where it is no such folder, and CheckpointError naming a file that is missing or damaged.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path}: must be a folder with {CONFIG} and {WEIGHTS} or {INDEX}")
+    config = _read_table(path / CONFIG)
+    if (path / INDEX).is_file():
+        return TransformersFolder(path, config, _sharded(path))
+    if not (path / WEIGHTS).is_file():
+        raise CheckpointError(f"{path}: holds neither {WEIGHTS} nor {INDEX}; weights in other files are not read")
+    file = path / WEIGHTS
+    return TransformersFolder(path, config, {name: (file, entry) for name, entry in read_entries(file).items()})
+
+
+def _sharded(path: Path) -> dict[str, tuple[Path, Entry]]:
+    names = _read_table(path / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise CheckpointError(f'{path / INDEX}: is damaged: "weight_map" must name the file of each tensor')
+    files = {}
+    for file in sorted(set(names.values())):
+        if not (path / file).is_file():
+            raise CheckpointError(f"{path / file} is missing; {INDEX} names it")
+        files[file] = read_entries(path / file)
+    tensors = {}
+    for name, file in names.items():
+        if name not in files[file]:
+            raise CheckpointError(f"{path / file}: {name} is missing; {INDEX} says that it is there")
+        tensors[name] = (path / file, files[file][name])
+    for file, entries in files.items():
+        for name in entries:
+            if names.get(name) != file:
+                raise CheckpointError(f"{path / file}: {INDEX} does not say that {name} is there")
+    return tensors
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must be a JSON object")
+    return values
