@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.kernels.local_attention import rotation, turn
@@ -79,7 +80,8 @@ class Decoder:
         assert not stage.config.sequence_parallel, "a token is not cut"
         self._stage = stage
         self._final_norm = _norm(stage.final_norm)
-        self._steps = [_BlockStep(block) for block in stage.blocks if isinstance(block, ResidualBlock)]
+        self._blocks = [block for block in stage.blocks if isinstance(block, ResidualBlock)]
+        self._steps = [_BlockStep(block) for block in self._blocks]
 
     @torch.inference_mode()
     def prefill(self, prompts: list[Tensor], longest: int) -> tuple[Tensor, State]:
@@ -103,7 +105,7 @@ class Decoder:
         positions = torch.where(positions < starts[:, None], positions, positions - starts[:, None]).to(device)
         x, documents = self._stage.embed(tokens.to(device)), Documents(positions)
         states: list[BlockState] = []
-        for block in self._stage.blocks:
+        for block in self._blocks:
             x, state = block.prefill(x, documents, longest)
             states.append(state)
         return self._stage.head(x[-1:])[0], State(states, starts.to(device), width)
@@ -203,13 +205,13 @@ def _norm(norm: RMSNorm) -> Linear:
     return run
 
 
-def _column(linear: nn.Module) -> Linear:
+def _column(linear: ColumnParallelLinear | RowParallelLinear) -> Linear:
     """Of a column-parallel linear: this rank's part of the result."""
     weight, bias = linear.weight, linear.bias[:, None]
     return lambda x: torch.addmm(bias, weight, x)
 
 
-def _row(linear: nn.Module) -> Linear:
+def _row(linear: RowParallelLinear) -> Linear:
     """Of a row-parallel linear: the sum over tensor ranks."""
     weight, bias, group = linear.weight, linear.bias[:, None], linear.tp_group
     if group.size() == 1:

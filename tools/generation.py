@@ -110,8 +110,6 @@ def generate_all(
     for first in range(0, len(prompts), batch):
         numbers = by_length[first : first + batch]
         some = [prompts[number] for number in numbers]
-        answers = generate(
-            model, some, max_tokens=max_tokens, stops=stops, sampling=sampling, numbers=numbers
-        )
+        answers = generate(model, some, max_tokens=max_tokens, stops=stops, sampling=sampling, numbers=numbers)
         found |= dict(zip(numbers, answers, strict=True))
     return [found[number] for number in range(len(prompts))]

@@ -82,10 +82,10 @@ def loaded(checkpoint: Checkpoint, ranks: Ranks | None) -> Iterator[Model]:
 
 
 def run_on_ranks(function: Callable[..., None], tensor: int, args: Sequence[Any]) -> int:
-    """Call `function(ranks, *args)` on so many ranks: those of a launcher that started this process, or processes here.
+    """Call `function(ranks, *args)` on so many ranks: a launcher's, or processes started here.
 
-    `ranks` is None where there is only this process. Returns the exit code. Raises ValueError where the launcher started
-    another number of ranks, or this machine has too few GPUs.
+    `ranks` is None where there is only this process. Returns the exit code. Raises ValueError where the launcher has
+    started another number of ranks, or this machine has too few GPUs.
     """
     ranks = discover()
     if ranks is not None and ranks.world_size > 1:

@@ -1,4 +1,4 @@
-"""Text for and from a checkpoint's model: which tokenizer it has, what a prompt begins with, and what ends an answer."""
+"""Text for and from a checkpoint's model: its tokenizer, what a prompt begins with, and what ends an answer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from griffin.trainer.data.prefix import read_blend
 from griffin.trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+TOKENIZERS = (TOKENIZER_JSON, TOKENIZER_MODEL)
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,13 @@ class Language:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """An answer's text, without the token that ended it."""
-        return self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.stops else ids)
+        """An answer's text, without the token that ended it and those for which the tokenizer has no text.
+
+        A model's vocabulary may be larger than its tokenizer's.
+        """
+        if ids and ids[-1] in self.stops:
+            ids = ids[:-1]
+        return self.tokenizer.decode([token for token in ids if token < self.tokenizer.vocabulary])
 
 
 def find_language(folder: Path, manifest: Manifest, tokenizer: str | None) -> Language:
@@ -69,9 +75,6 @@ def find_language(folder: Path, manifest: Manifest, tokenizer: str | None) -> La
     bos = next((values["bos_token_id"] for values in configs if "bos_token_id" in values), found.bos)
     stops = next((values["eos_token_id"] for values in configs if values.get("eos_token_id") is not None), found.eod)
     return Language(found, bos, frozenset(stops if isinstance(stops, list) else [stops]))
-
-
-TOKENIZERS = (TOKENIZER_JSON, TOKENIZER_MODEL)
 
 
 def _read(path: Path) -> dict[str, Any]:

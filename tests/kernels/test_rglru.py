@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from griffin.kernels.linear_scan import cpu as scan_cpu
 from griffin.kernels.linear_scan.cpu import Tiling
-from griffin.kernels.rglru import rglru
+from griffin.kernels.rglru import rglru, rglru_step
 from tests.kernels.interpreter import BACKENDS, needs_interpreter
 from tests.kernels.rglru_inputs import (
     FLOAT32,
@@ -333,3 +333,19 @@ def test_agrees_with_transformers():
         results.append({"y": output, "final": last, **dict(zip(weights, grads, strict=True))})
     # They take 1 - a^2 from a rounded a^2: its relative error is 1e-7 over the smallest 1 - a^2 here, about 1e-2.
     assert_close(*results, 5e-5)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_position_by_position(backend: str, dtype: torch.dtype) -> None:
+    """Steps are the whole sequence, from a state on; the state stays float32 between them."""
+    inputs = {name: leaf.detach() for name, leaf in make(20, 3, 80, dtype=dtype, state=True, branch=True).items()}
+    y, last = rglru(**inputs)
+    step = rglru_step(inputs["decay"], backend)
+    state = inputs["initial_state"].clone()
+    rows = zip(*(inputs[name] for name in ("x", "input_gate", "recurrence_gate", "branch")), strict=True)
+    found = torch.stack([step(*row, state) for row in rows])
+    # y is rounded once; where float32 sums differ in their last bit, it may be to the neighbour.
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, y, rtol=0 if dtype == torch.float32 else 2**-7, atol=FLOAT32)
+    torch.testing.assert_close(state, last, rtol=0, atol=FLOAT32)

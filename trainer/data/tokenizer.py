@@ -30,7 +30,7 @@ class Tokenizer(ABC):
         """Token ids of `text`, int32 [tokens], without any special token: the name of one in the text is plain text."""
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """As `encode`, but the name of a special token in the text is that token: prompts speak of turns, for instance."""
+        """As `encode`, but the name of a special token in the text is that token, such as one that begins a turn."""
         return self.encode(text)
 
     @abstractmethod
