@@ -28,6 +28,9 @@ from griffin.parallel.stage import Stage
 
 BlockState = RecurrentState | AttentionState
 Linear = Callable[[Tensor], Tensor]
+Rotation = tuple[Tensor, Tensor]  # cosine and sine of rotary embedding, [B, hd / 4]
+
+ROTATIONS = 64  # that are computed at once
 
 
 class State:
@@ -41,6 +44,15 @@ class State:
         self.time = time  # of the tokens that come next
         self.starts = starts  # int64 [B]: the time of each sequence's first token
         self.latest_start = int(starts.max())
+        self._rotations: list[Rotation] = []
+
+    def rotation(self, head_dim: int) -> Rotation:
+        """Of the tokens that come next; computed for some of them at a time."""
+        if not self._rotations:
+            times = torch.arange(self.time, self.time + ROTATIONS, device=self.starts.device)
+            cos, sin = rotation(times[:, None] - self.starts, head_dim)
+            self._rotations = list(zip(cos, sin, strict=True))[::-1]
+        return self._rotations.pop()
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +65,7 @@ class _Now:
     """What all blocks ask of a token's time."""
 
     state: State
-    turn: tuple[Tensor, Tensor]  # of the rotary embedding
+    turn: Rotation
 
     def slot(self, slots: int) -> int:
         return self.state.time % slots
@@ -79,6 +91,10 @@ class Decoder:
         assert stage.post_process, "a part of the model"
         assert not stage.config.sequence_parallel, "a token is not cut"
         self._stage = stage
+        # megatron-core's looks whether the token is among this rank's rows.
+        table = stage.embedding
+        lookup = table if table.tp_group.size() > 1 else lambda tokens: F.embedding(tokens, table.weight)
+        self._embed = lambda tokens: stage.scaled(lookup(tokens))
         self._final_norm = _norm(stage.final_norm)
         self._blocks = [block for block in stage.blocks if isinstance(block, ResidualBlock)]
         self._steps = [_BlockStep(block) for block in self._blocks]
@@ -116,14 +132,12 @@ class Decoder:
 
         Returns this rank's part of the logits that follow, float32 [B, padded vocabulary / t].
         """
-        x = self._stage.embed(tokens[:, None])[0].t().contiguous()  # [D, B]
-        now = _Now(state, rotation(state.time - state.starts, self._stage.model.head_dim))
+        x = self._embed(tokens).t().contiguous()  # [D, B]
+        now = _Now(state, state.rotation(self._stage.model.head_dim))
         for step, block in zip(self._steps, state.blocks, strict=True):
             x = step(x, block, now)
         state.time += 1
-        weight = self._stage.shared_embedding_or_output_weight()
-        assert weight is not None
-        return self._stage.logits.capped(torch.mm(weight, self._final_norm(x)).t())
+        return self._stage.logits.capped(torch.mm(self._stage.embedding.weight, self._final_norm(x)).t())
 
 
 class _BlockStep:
@@ -160,8 +174,7 @@ class _RecurrentStep:
         x = (inputs.float() * self._taps).sum(0).add_(self._conv_bias).to(u.dtype)
         blocks = x.view(len(self._gates[0][0]), -1, x.shape[1])  # [N, w, B]
         input_gate, recurrence_gate = (torch.baddbmm(bias, weight, blocks).view_as(x) for bias, weight in self._gates)
-        y = self._recur(x.t(), input_gate.t(), recurrence_gate.t(), branch.t(), state.recurrence.t())
-        return self._out(y.t())
+        return self._out(self._recur(x, input_gate, recurrence_gate, branch, state.recurrence))
 
 
 class _AttentionStep:

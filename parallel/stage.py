@@ -96,6 +96,10 @@ class Stage(MegatronModule):
         x = self.embedding(tokens)  # [B, T, D], or [T/t, B, D] with sequence parallelism
         if not self.config.sequence_parallel:
             x = x.transpose(0, 1).contiguous()
+        return self.scaled(x)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Embeddings x as the model takes them in."""
         if self.model.scale_embedding:
             # The published models round the factor to bfloat16 whatever they compute in.
             x = x * torch.tensor(math.sqrt(self.model.width), dtype=torch.bfloat16).to(x.dtype)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from griffin.tools import bench_checkpoint, bench_kernels
+from griffin.tools import bench_checkpoint, bench_generate, bench_kernels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     step.set_defaults(run=run_step)
     bench_checkpoint.add_parser(kinds)
     bench_kernels.add_parser(kinds)
+    bench_generate.add_parser(kinds)
 
 
 def run_step(args: argparse.Namespace) -> int:

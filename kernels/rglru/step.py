@@ -18,8 +18,9 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 def rglru_step(decay: Tensor, backend: str) -> Step:
     """A function that takes one more position of `griffin.kernels.rglru.rglru` in, without gradients.
 
-    It is called as step(x, input_gate, recurrence_gate, branch, state), with tensors [B, R] of one dtype, of any
-    strides, and the state [B, R] in float32 (float64 where x is); it returns y, like x, and changes the state in place.
+    It is called as step(x, input_gate, recurrence_gate, branch, state), with tensors [R, B] of one dtype and the state
+    [R, B] in float32 (float64 where x is): channels first, as products of few sequences make them. It returns y, like
+    x, and changes the state in place.
 
     Args:
         decay: [R].
@@ -28,16 +29,19 @@ def rglru_step(decay: Tensor, backend: str) -> Step:
     if backend == "triton":
 
         def fused(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, branch: Tensor, state: Tensor) -> Tensor:
-            y, last, _, _ = ops.forward(
-                x[None], input_gate[None], recurrence_gate[None], decay, branch[None], None, state, False, 0, backend
+            x, input_gate, recurrence_gate, branch = (
+                tensor.t()[None].contiguous() for tensor in (x, input_gate, recurrence_gate, branch)
             )
-            state.copy_(last)
-            return y[0]
+            y, last, _, _ = ops.forward(
+                x, input_gate, recurrence_gate, decay, branch, None, state.t(), False, 0, backend
+            )
+            state.copy_(last.t())
+            return y[0].t()
 
         return fused
 
     dtype = accumulation_dtype(decay)
-    rate = -GATE_SCALE * F.softplus(decay.to(dtype))
+    rate = -GATE_SCALE * F.softplus(decay.to(dtype))[:, None]
 
     def step(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, branch: Tensor, state: Tensor) -> Tensor:
         log_a = recurrence_gate.to(dtype).sigmoid() * rate
