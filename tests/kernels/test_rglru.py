@@ -343,8 +343,8 @@ def test_position_by_position(backend: str, dtype: torch.dtype) -> None:
     y, last = rglru(**inputs)
     step = rglru_step(inputs["decay"], backend)
     state = inputs["initial_state"].t().contiguous()
-    rows = zip(*(inputs[name].mT for name in ("x", "input_gate", "recurrence_gate", "branch")), strict=True)
-    found = torch.stack([step(*row, state) for row in rows]).mT
+    rows = [inputs[name].mT for name in ("x", "input_gate", "recurrence_gate", "branch")]
+    found = torch.stack([step(x, i, r, branch, state) for x, i, r, branch in zip(*rows, strict=True)]).mT
     # y is rounded once; where float32 sums differ in their last bit, it may be to the neighbour.
     assert found.dtype == dtype
     torch.testing.assert_close(found, y, rtol=0 if dtype == torch.float32 else 2**-7, atol=FLOAT32)
