@@ -39,7 +39,7 @@ def add_parser(kinds: argparse._SubParsersAction) -> None:
         "compared with the one that went in, bit by bit, before anything is timed.",
     )
     parser.add_argument("--model", default="recurrentgemma-2b", metavar="PRESET", help="default: recurrentgemma-2b")
-    parser.add_argument("--blocks", type=int, default=3, metavar="N", help="of which so many blocks (default: 3)")
+    parser.add_argument("--blocks", type=int, default=5, metavar="N", help="of which so many blocks (default: 5)")
     parser.add_argument("--vocabulary", type=int, default=32_000, metavar="N", help="default: 32000")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
     parser.add_argument(
