@@ -19,7 +19,7 @@ def test_all_sides_and_their_ratios(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(PRESETS, "small", GRIFFIN)
-    assert bench("--model", "small", "--vocabulary", 100, "--rounds", 2, "--folder", tmp_path) == 0
+    assert bench("--model", "small", "--blocks", 3, "--vocabulary", 100, "--rounds", 2, "--folder", tmp_path) == 0
     printed = capsys.readouterr().out
     times = {
         side: float(re.search(rf"^{side} +([\d.]+) ms +\d+ MB/s$", printed, re.MULTILINE)[1])  # type: ignore[index]

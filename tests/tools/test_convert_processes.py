@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig
 from griffin.tools.bench_convert import require_equal, write_source
 from griffin.trainer.checkpoint.manifest import read_manifest
+from tests.small_runs import wait_for
 from tests.transformers_models import convert, make_model, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -143,3 +145,40 @@ def test_memory_does_not_grow_with_the_model(scratch: Path) -> None:
     assert growth > 2**28
     for command in ("convert", "export"):
         assert peaks[command, 42] - peaks[command, 6] < growth / 4
+
+
+def is_group(number: int) -> bool:
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_ctrl_c_leaves_nothing(scratch: Path, command: str) -> None:
+    """Sent to the command and its workers alike, as a terminal does, while they write."""
+    source, step, target = (scratch / name for name in ("model", "step", "out"))
+    write_source(source, model_of(12))
+    if command == "export":
+        assert convert("hf", source, step) == 0
+    words = [command, "hf", str(source if command == "convert" else step), str(target), "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "griffin.tools.cli", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    tmp = target.with_name("out.tmp")
+    wait_for(lambda: tmp.exists() or process.poll() is not None)
+    os.killpg(process.pid, signal.SIGINT)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in error
+    assert "compared with the source" not in output
+    assert not target.exists()
+    assert not tmp.exists()
+    wait_for(lambda: not is_group(process.pid))  # nor is a worker left
