@@ -12,7 +12,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from griffin.tools import bench_checkpoint, bench_generate, bench_kernels
+from griffin.tools import bench_checkpoint, bench_convert, bench_generate, bench_kernels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     step.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="default: all cores")
     step.set_defaults(run=run_step)
     bench_checkpoint.add_parser(kinds)
+    bench_convert.add_parser(kinds)
     bench_kernels.add_parser(kinds)
     bench_generate.add_parser(kinds)
 

@@ -127,7 +127,7 @@ def _print_heading(args: argparse.Namespace, size: int) -> None:
 
     print(
         f"{time.strftime('%Y-%m-%d')}; {processor()}, {cores()} cores, load average {os.getloadavg()[0]:.1f}; "
-        f"{_disk(args.folder)}; python {platform.python_version()}, torch {version('torch')}, "
+        f"{disk(args.folder)}; python {platform.python_version()}, torch {version('torch')}, "
         f"megatron-core {version('megatron-core')}\n"
         f"{args.model}, vocabulary {args.vocabulary}: float32 weights, exp_avg and exp_avg_sq, {size:,} bytes "
         f"({size / GIB:.2f} GiB)\n"
@@ -138,7 +138,7 @@ def _print_heading(args: argparse.Namespace, size: int) -> None:
     )
 
 
-def _disk(folder: Path) -> str:
+def disk(folder: Path) -> str:
     """Type of the file system that a folder lies on, and its device."""
     found, longest = "unknown file system", ""
     with suppress(OSError), open("/proc/self/mounts", encoding="utf-8") as mounts:

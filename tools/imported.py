@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tomli_w
 
-from griffin.parallel.config import ModelConfig, ParallelConfig
+from griffin.parallel.config import ModelConfig
 from griffin.tools.carried_files import tokenizer_text
 from griffin.tools.checkpoint_write import Made, write_step
 from griffin.tools.stored_arrays import StoredArray
@@ -81,14 +81,13 @@ def write_imported(
         attempt=1,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         config=json.loads(json.dumps(dataclasses.asdict(Config(model=model)))),
-        layout=dataclasses.asdict(ParallelConfig()) | {"data": 1},
+        layout={"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "sequence_parallel": False, "data": 1},
         optimizer=None,
         random={},
         sources=(str(source.absolute()),),
         arrays={one.spec.name: one.spec for one in made},
         files={},
     )
-    del manifest.layout["stages"]  # as training records it
     write_step(target, manifest, made, workers, carried)
     print(f"{sum(array.spec.tensor.elements for array in arrays.values()):,} parameters; {tokenizer_text(carried)}")
     print(f"To train it, a config needs:\n\n{model_section(model)}")

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,23 @@ def read_box(path: Path, entry: Entry, box: Box) -> np.ndarray:
     Raises CheckpointError where the file is missing or too short.
     """
     values = np.empty(shape_of(box), numpy_dtype(entry.dtype))
+    _read_box(path, entry, box, values)
+    return values
+
+
+def _read_box(path: Path, entry: Entry, box: Box, out: np.ndarray) -> None:
     rows, *columns = box
+    if columns and entry.row_bytes > READ_BYTES:
+        for row in range(rows.start, rows.stop):
+            below = replace(entry, shape=entry.shape[1:], offset=entry.offset + row * entry.row_bytes)
+            _read_box(path, below, tuple(columns), out[row - rows.start])
+        return
     step = max(1, READ_BYTES // max(1, entry.row_bytes))
     for first in range(rows.start, rows.stop, step):
         last = min(first + step, rows.stop)
         read = read_bytes(path, entry.offset + first * entry.row_bytes, (last - first) * entry.row_bytes)
-        read = read.view(values.dtype).reshape(last - first, *entry.shape[1:])
-        values[first - rows.start : last - rows.start] = read[(slice(None), *columns)]
-    return values
+        read = read.view(out.dtype).reshape(last - first, *entry.shape[1:])
+        out[first - rows.start : last - rows.start] = read[(slice(None), *columns)]
 
 
 def read_entries(path: Path) -> dict[str, Entry]:

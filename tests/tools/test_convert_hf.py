@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from griffin.tools import checkpoint_write
+from griffin.tools import checkpoint_write, export_hf
 from griffin.tools.cli import main
 from griffin.trainer.checkpoint.arrays import numpy_dtype
 from griffin.trainer.checkpoint.manifest import read_manifest, verify
@@ -157,7 +157,7 @@ def test_too_large_for_the_dtype(copy: Path, tmp_path: Path, capsys: pytest.Capt
     state = load_file(copy / "model.safetensors")
     state["model.final_norm.weight"][3] = 1e6
     save_file(state, copy / "model.safetensors", {"format": "pt"})
-    assert convert("hf", copy, tmp_path / "step", "--dtype", "fp16") == 2
+    assert convert("hf", copy, tmp_path / "step", "--dtype", "fp16", workers=2) == 2
     assert "model.final_norm.weight: 999424 does not fit float16" in refused(capsys, tmp_path / "step")
 
 
@@ -330,7 +330,7 @@ def test_interrupted(
             if self.count == 2:
                 raise error
 
-    for module in (checkpoint_write, __import__("griffin.tools.export_hf", fromlist=["export_hf"])):
+    for module in (checkpoint_write, export_hf):
         monkeypatch.setattr(module, "progress_bar", lambda name, size: Bar())
     for work, target in (
         (lambda: convert("hf", saved, tmp_path / "out", workers=workers), tmp_path / "out"),

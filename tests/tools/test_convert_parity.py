@@ -22,6 +22,7 @@ from griffin.trainer.checkpoint.state import ShardedState
 from griffin.trainer.config import Config, DataConfig, OptimizerConfig, TrainConfig, load_config
 from griffin.trainer.step import Training
 from tests.closeness import assert_all_close
+from tests.parallel.test_transformers_parity import main_gradient
 from tests.ranks import RankPool
 from tests.small_runs import run, series, write_config
 from tests.transformers_models import convert, logits, make_model, save_model, tokens
@@ -43,7 +44,7 @@ def batch(vocabulary: int) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module", params=["12", "6"])
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A model's checkpoint, and the model. Its window, in keys, is shorter than the sequence."""
-    changes = {
+    changes: dict[str, Any] = {
         "12": {},
         "6": {"attention_window_size": 6, "num_attention_heads": 2, "head_dim": 24, "num_hidden_layers": 4},
     }[request.param]
@@ -84,7 +85,7 @@ def compute(ranks: Any, layout: ParallelConfig, folder: Path) -> dict[str, Any]:
         return {
             "logits": found,
             "loss": loss,
-            "gradients": sharding.gather(training.stages, grid, lambda parameter: parameter.main_grad),
+            "gradients": sharding.gather(training.stages, grid, main_gradient),
         }
 
 
