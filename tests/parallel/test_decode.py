@@ -54,13 +54,13 @@ def tokens(rows: int) -> Tensor:
 @torch.inference_mode()
 def whole(stage: Stage, ids: Tensor) -> Tensor:
     """This rank's part of the logits of whole sequences, [B, T, V/t]."""
-    positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
     return stage({"tokens": ids, "positions": positions}).transpose(0, 1)
 
 
 def assert_steps_equal(stage: Stage, lengths: tuple[int, ...], tolerance: float = TOLERANCE) -> None:
     """Prompts of these lengths, then tokens up to LONGEST, against whole sequences."""
-    ids = tokens(len(lengths))
+    ids = tokens(len(lengths)).to(stage.embedding.weight.device)
     expected = whole(stage, ids)
     decoder = Decoder(stage)
     rows = torch.arange(len(lengths))
@@ -128,3 +128,11 @@ def sharded(ranks: Any, model: ModelConfig) -> None:
 @pytest.mark.parametrize("model", [GRIFFIN, MIXED], ids=["griffin", "global-attention"])
 def test_on_two_tensor_ranks(rank_pool: RankPool, model: ModelConfig) -> None:
     rank_pool.run(sharded, 2, model)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu() -> None:
+    with single_rank_grid() as grid:
+        # FlexAttention multiplies float32 as TF32.
+        assert_steps_equal(build(GRIFFIN, grid), LENGTHS, tolerance=2e-2)
