@@ -19,8 +19,8 @@ from griffin.parallel.sharding import Piece, describe, normal
 class AttentionState:
     """What an attention mixer keeps of the tokens so far of B sequences.
 
-    Of a position t (counted alike for all sequences) keys and values lie in slot t mod S. With a window of W keys S is
-    W; for global attention S bounds the length of sequences.
+    Of a position t (counted alike for all sequences) keys and values lie in slot t mod S. S is the window, or the length
+    to which sequences may grow where that is less or attention is global.
     """
 
     keys: Tensor  # [B, S, hd], rotated
@@ -77,9 +77,9 @@ class AttentionMixer(nn.Module):
         return self._attend(u, documents)[0]
 
     def prefill(self, u: Tensor, documents: Documents, longest: int) -> tuple[Tensor, AttentionState]:
-        """As `forward`, and the state from which sequences go on; with no window, to `longest` tokens at most."""
+        """As `forward`, and the state from which sequences go on, to `longest` tokens at most."""
         attended, keys, values = self._attend(u, documents)
-        slots = longest if self.window is None else self.window
+        slots = min(longest, self.window or longest)
         return attended, AttentionState(_in_slots(keys, slots), _in_slots(values, slots))
 
     def _attend(self, u: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,6 @@ blocks; tensor ranks share each, as in training, and communicate where training 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -39,9 +38,10 @@ class State:
     blocks: each block's. `nbytes` does not change while sequences grow.
     """
 
-    def __init__(self, blocks: list[BlockState], starts: Tensor, time: int) -> None:
+    def __init__(self, blocks: list[BlockState], starts: Tensor, time: int, longest: int) -> None:
         self.blocks = blocks
         self.time = time  # of the tokens that come next
+        self.longest = longest  # tokens that there is room for
         self.starts = starts  # int64 [B]: the time of each sequence's first token
         self.latest_start = int(starts.max())
         self._rotations: list[Rotation] = []
@@ -60,12 +60,12 @@ class State:
         return sum(tensor.nbytes for tensor in (*tensors, self.starts))
 
 
-@dataclass(frozen=True)
 class _Now:
     """What all blocks ask of a token's time."""
 
-    state: State
-    turn: Rotation
+    def __init__(self, state: State, turn: Rotation) -> None:
+        self.state, self.turn = state, turn
+        self._masks: dict[int, Tensor | None] = {}
 
     def slot(self, slots: int) -> int:
         return self.state.time % slots
@@ -75,6 +75,11 @@ class _Now:
 
     def hidden(self, slots: int) -> Tensor | None:
         """Mask [B, 1, 1, filled slots], False where a slot holds what is before the sequence; None where none does."""
+        if slots not in self._masks:
+            self._masks[slots] = self._mask(slots)
+        return self._masks[slots]
+
+    def _mask(self, slots: int) -> Tensor | None:
         time, filled = self.state.time, self.filled(slots)
         if self.state.latest_start <= time + 1 - filled:
             return None
@@ -105,7 +110,7 @@ class Decoder:
 
         Args:
             prompts: int64 [its length] each, at least one token; of any lengths.
-            longest: tokens that a sequence may come to have, its prompt's included: bounds global attention's memory.
+            longest: tokens that the sequences may come to have, the longest prompt's included.
 
         Returns:
             This rank's part of the logits that follow each prompt, float32 [B, padded vocabulary / t], and the state.
@@ -124,7 +129,7 @@ class Decoder:
         for block in self._blocks:
             x, state = block.prefill(x, documents, longest)
             states.append(state)
-        return self._stage.head(x[-1:])[0], State(states, starts.to(device), width)
+        return self._stage.head(x[-1:])[0], State(states, starts.to(device), width, longest)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, state: State) -> Tensor:
@@ -132,6 +137,7 @@ class Decoder:
 
         Returns this rank's part of the logits that follow, float32 [B, padded vocabulary / t].
         """
+        assert state.time < state.longest, f"there is room for {state.longest} tokens"
         x = self._embed(tokens).t().contiguous()  # [D, B]
         now = _Now(state, state.rotation(self._stage.model.head_dim))
         for step, block in zip(self._steps, state.blocks, strict=True):
