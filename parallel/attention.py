@@ -19,8 +19,8 @@ from griffin.parallel.sharding import Piece, describe, normal
 class AttentionState:
     """What an attention mixer keeps of the tokens so far of B sequences.
 
-    Of a position t (counted alike for all sequences) keys and values lie in slot t mod S. S is the window, or the length
-    to which sequences may grow where that is less or attention is global.
+    Of a position t (counted alike for all sequences) keys and values lie in slot t mod S. S is the window, or the
+    length to which sequences may grow where that is less or attention is global.
     """
 
     keys: Tensor  # [B, S, hd], rotated
