@@ -68,6 +68,8 @@ def export_transformers(
             safetensors_files.create_file(tmp / file.name, file.header, file.size)
         with progress_bar(target.name, size) as bar:
             workers.run(_write, _tasks(tmp, files), bar.update)
+        for file in files:
+            synchronise(tmp / file.name)
         if len(files) > 1:
             names = {tensor.entry.name: file.name for file in files for tensor in file.tensors}
             total = sum(tensor.entry.nbytes for file in files for tensor in file.tensors)
