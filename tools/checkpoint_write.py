@@ -258,8 +258,6 @@ def write_ranks(
                 bar.update(written.nbytes)
 
             workers.run(_write_slices, tasks, done)
-        for file in files:
-            synchronise(tmp / file.name)
         in_order = {
             file: {name: [values[first] for first in sorted(values)] for name, values in arrays.items()}
             for file, arrays in checksums.items()
