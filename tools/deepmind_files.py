@@ -74,8 +74,7 @@ def _load_places(path: Path) -> dict[str, Any]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: is no file of torch.save, is of a format before PyTorch 1.6, or is cut short")
+    _require_plain_values(path)
     try:
         with FakeTensorMode():
             tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -91,6 +90,22 @@ def _load_places(path: Path) -> dict[str, Any]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{path}: must hold tensors by name only; {name!r} is a {type(tensor).__name__}")
     return dict(tensors)
+
+
+def _require_plain_values(path: Path) -> None:
+    """Raise CheckpointError unless values lie in the file as they would in memory, as torch.save leaves them."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: is no file of torch.save, is of a format before PyTorch 1.6, or is cut short")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            orders = [archive.read(record) for record in records if record.filename.endswith("/byteorder")]
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records) or b"big" in orders:
+        raise CheckpointError(
+            f"{path}: is compressed, or was saved on a big-endian machine; must be as torch.save writes"
+        )
 
 
 def _place(path: Path, name: str, tensor: Any) -> tuple[Entry, list[int]]:

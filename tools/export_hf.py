@@ -67,7 +67,9 @@ def export_transformers(
         for file in files:
             safetensors_files.create_file(tmp / file.name, file.header, file.size)
         with progress_bar(target.name, size) as bar:
-            workers.run(_write, _tasks(tmp, files), bar.update)
+            workers.run(_write, _tasks(tmp, files, durable=workers.elsewhere), bar.update)
+        for file in files:  # once, where workers are here: each of them would wait for what all have written
+            synchronise(tmp / file.name)
         if len(files) > 1:
             names = {tensor.entry.name: file.name for file in files for tensor in file.tensors}
             total = sum(tensor.entry.nbytes for file in files for tensor in file.tensors)
@@ -218,9 +220,10 @@ class _Rows:
 class _Task:
     path: Path
     rows: tuple[_Rows, ...]
+    durable: bool
 
 
-def _tasks(folder: Path, files: Sequence[_File]) -> Iterator[_Task]:
+def _tasks(folder: Path, files: Sequence[_File], *, durable: bool) -> Iterator[_Task]:
     """Of CHUNK_BYTES, unless a row of chunks of what is read is larger: it is read once only."""
     for file in files:
         batch: list[_Rows] = []
@@ -230,16 +233,16 @@ def _tasks(folder: Path, files: Sequence[_File]) -> Iterator[_Task]:
             for first in range(0, count, step):
                 rows = _Rows(tensor, first, min(first + step, count))
                 if batch and size + rows.nbytes > CHUNK_BYTES:
-                    yield _Task(folder / file.name, tuple(batch))
+                    yield _Task(folder / file.name, tuple(batch), durable)
                     batch, size = [], 0
                 batch.append(rows)
                 size += rows.nbytes
-        yield _Task(folder / file.name, tuple(batch))
+        yield _Task(folder / file.name, tuple(batch), durable)
 
 
 def _write(task: _Task) -> int:
     values = [(rows.offset, rows.read()) for rows in task.rows]
-    safetensors_files.write_values(task.path, values)
+    safetensors_files.write_values(task.path, values, durable=task.durable)
     for offset, array in values:
         safetensors_files.require_written(task.path, offset, array)
     return sum(rows.nbytes for rows in task.rows)

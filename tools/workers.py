@@ -24,12 +24,14 @@ TASKS_PER_WORKER = 2  # submitted at once: keeps workers busy, bounds memory
 class Workers:
     """`count` processes that run functions of modules on tasks; both travel by pickle.
 
-    `executor` is a concurrent.futures.Executor, or what mpi4py has in its place.
+    `executor` is a concurrent.futures.Executor, or what mpi4py has in its place: then they may be `elsewhere`, on other
+    machines, whose files only they themselves can make durable.
     """
 
-    def __init__(self, executor: Any, count: int) -> None:
+    def __init__(self, executor: Any, count: int, *, elsewhere: bool = False) -> None:
         self._executor = executor
         self._count = count
+        self.elsewhere = elsewhere
 
     def run(self, function: Callable[[Task], Result], tasks: Iterable[Task], done: Callable[[Result], object]) -> None:
         """Call `done` with each task's result, in the order in which they end.
@@ -75,7 +77,7 @@ def start_workers(count: int | None, most: int | None = None) -> Iterator[Worker
         from mpi4py.futures import MPICommExecutor
 
         with MPICommExecutor(world, root=0) as executor:
-            yield None if executor is None else Workers(executor, world.size - 1)
+            yield None if executor is None else Workers(executor, world.size - 1, elsewhere=True)
         return
     if count is not None and count < 1:
         raise ValueError(f"--workers {count}: must be at least 1")

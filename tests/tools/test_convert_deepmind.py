@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,15 @@ def changed(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def repacked(path: Path, compression: int = zipfile.ZIP_STORED, **replaced: bytes) -> None:
+    """The same archive, packed otherwise."""
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in records.items():
+            archive.writestr(name, replaced.get(name.rpartition("/")[2], content))
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "evil": (evil, "holds more than tensors, or is damaged; no pickled code is run"),
     "no zip": (lambda path: path.write_bytes(b"\x80\x02" * 100), "is no file of torch.save, is of a format before"),
@@ -256,6 +266,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         "is no file of torch.save, is of a format before PyTorch 1.6, or is cut short",
     ),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "or is cut short"),
+    "compressed": (lambda path: repacked(path, zipfile.ZIP_DEFLATED), "is compressed, or was saved on a big-endian"),
+    "big-endian": (lambda path: repacked(path, byteorder=b"big"), "is compressed, or was saved on a big-endian"),
     "nested": (nested, "must hold tensors by name only; 'model' is a dict"),
     "list": (lambda path: torch.save([torch.ones(1)], path), "must hold a dictionary of tensors"),
     "llama": (
