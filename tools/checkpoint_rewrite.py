@@ -162,7 +162,7 @@ def check_layout(manifest: Manifest, layout: ParallelConfig | None) -> None:
                 f"--tensor {layout.tensor}: must divide the {tensor.atoms} parts that {tensor.name} can be cut into; "
                 f"accepted: {accepted}"
             )
-    rank_files.stage_blocks(manifest.config, layout)
+    rank_files.stage_blocks(manifest, layout)
 
 
 def _refuse_other_model(source: Source, newest: Source) -> None:

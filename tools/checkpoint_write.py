@@ -236,7 +236,7 @@ def write_ranks(
     Raises CheckpointError where a file cannot be read or written; then nothing is left.
     """
     begun = time.monotonic()
-    stages = rank_files.stage_blocks(manifest.config, layout)
+    stages = rank_files.stage_blocks(manifest, layout)
     files = rank_files.lay_out(list(manifest.arrays.values()), layout, stages)
     by_name = {one.spec.name: one for one in made}
     checksums: dict[str, dict[str, dict[int, str]]] = {

@@ -19,7 +19,7 @@ from griffin.tools.checkpoint_write import Made, new_folder, progress_bar, refus
 from griffin.tools.export_tokenizer import Companions, find_companions
 from griffin.tools.foreign_axes import Axes
 from griffin.tools.safetensors_files import Entry
-from griffin.tools.stored_arrays import Source, StoredArray, model_config, open_step
+from griffin.tools.stored_arrays import Source, StoredArray, open_step
 from griffin.tools.transformers_config import ARCHITECTURE, MODEL_TYPE
 from griffin.tools.transformers_folder import INDEX, WEIGHTS
 from griffin.tools.transformers_names import gate_heads, transformers_axes, transformers_name, transformers_settings
@@ -55,7 +55,7 @@ def export_transformers(
     """
     refuse_target(target)
     source = open_step(resolve(path))
-    model = model_config(source.manifest.config)
+    model = source.manifest.model
     settings = transformers_settings(model)
     companions = find_companions(source, tokenizer)
     files = lay_out_files(_exported(source, dtype), shard_bytes)
@@ -135,7 +135,7 @@ class _File:
 
 def _exported(source: Source, dtype: str | None) -> list[_Tensor]:
     """Every tensor of the result, in the model's order, its place still open."""
-    model = model_config(source.manifest.config)
+    model = source.manifest.model
     merged = model.gate_blocks // gate_heads(model)
     best, tensors = best_weights(source), []
     for name, stored in source.arrays.items():

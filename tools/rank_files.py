@@ -24,7 +24,7 @@ from griffin.parallel.config import ParallelConfig
 from griffin.parallel.cost import split_blocks
 from griffin.tools import safetensors_files
 from griffin.tools.safetensors_files import Entry, read_box, read_bytes
-from griffin.tools.stored_arrays import Source, model_config
+from griffin.tools.stored_arrays import Source
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box, intersection, numpy_dtype, shape_of, within
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
@@ -116,12 +116,12 @@ class RankFile:
             yield from part.slices()
 
 
-def stage_blocks(config: Mapping[str, Any], layout: ParallelConfig) -> tuple[int, ...]:
+def stage_blocks(manifest: Manifest, layout: ParallelConfig) -> tuple[int, ...]:
     """Blocks of each of the pipeline x virtual stages, as training splits the model of a checkpoint's config.
 
     Raises ValueError where there are fewer blocks than stages.
     """
-    model = model_config(config)
+    model, config = manifest.model, manifest.config
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
         raise ValueError(f"--virtual {layout.virtual_pipeline}: must be 1 where --pipeline is 1")
     count = layout.pipeline * layout.virtual_pipeline

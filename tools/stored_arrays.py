@@ -6,11 +6,10 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from griffin.parallel.config import ModelConfig
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box
 from griffin.trainer.checkpoint.manifest import Manifest, check
 from griffin.trainer.checkpoint.zarr_io import Array, FileRecord, open_array
@@ -34,11 +33,6 @@ class Source:
     path: Path
     manifest: Manifest
     arrays: Mapping[str, StoredArray]
-
-
-def model_config(config: Mapping[str, Any]) -> ModelConfig:
-    """The architecture of a manifest's config."""
-    return ModelConfig(**config["model"] | {"pattern": tuple(config["model"]["pattern"])})
 
 
 @dataclass(frozen=True)

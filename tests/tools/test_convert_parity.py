@@ -14,7 +14,6 @@ import torch.distributed as dist
 from griffin.parallel import sharding
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.grid import rank_grid
-from griffin.tools.stored_arrays import model_config
 from griffin.tools.transformers_names import from_transformers
 from griffin.trainer.checkpoint.manifest import check
 from griffin.trainer.checkpoint.source import InitFrom
@@ -57,7 +56,7 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def compute(ranks: Any, layout: ParallelConfig, folder: Path) -> dict[str, Any]:
     """This rank's part of the logits, if it has one; the loss and all gradients."""
     manifest = check(folder)
-    model = model_config(manifest.config)
+    model = manifest.model
     config = Config(
         model=model,
         parallel=layout,
@@ -129,7 +128,7 @@ def test_training_begins_with_converted_weights(
     text = path.read_text()
     path.write_text(section + text[text.index("[data]") :])
     config = load_config(path, ["--train.steps", "3", "--train.eval_interval", "3", "--log.interval", "1"])
-    assert config.model == model_config(check(tmp_path / "step").config)
+    assert config.model == check(tmp_path / "step").model
     assert tomllib.loads(section).keys() == {"model"}
     losses = {}
     for name, layout in {"1": ParallelConfig(), "4": ParallelConfig(tensor=2, pipeline=2)}.items():

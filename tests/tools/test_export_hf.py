@@ -14,7 +14,6 @@ import torch
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig
 from griffin.tools.cli import main
 from griffin.tools.imported import model_tensors, write_imported
-from griffin.tools.stored_arrays import model_config
 from griffin.tools.workers import start_workers
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec, Box
 from griffin.trainer.checkpoint.manifest import read_manifest
@@ -90,7 +89,7 @@ def test_the_same_function(rank_pool: RankPool, tmp_path: Path, case: str) -> No
     assert convert("hf", tmp_path / "out", tmp_path / "again") == 0
     (again,) = rank_pool.run(compute, 1, LAYOUTS["1-rank"], tmp_path / "again")
     torch.testing.assert_close(again["logits"], answer["logits"], rtol=0, atol=1e-5)
-    found = model_config(read_manifest(tmp_path / "again").config)
+    found = read_manifest(tmp_path / "again").model
     merged = found.gate_blocks if RECURRENT in model.pattern else model.gate_blocks
     assert replace(found, gate_blocks=model.gate_blocks, heads=model.heads) == model
     assert merged in (model.heads, model.gate_blocks)
