@@ -1,0 +1,102 @@
+"""Which tokenizer a checkpoint has, what its prompts begin with and what ends its answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from griffin.tools.cli import main
+from griffin.tools.prompts import Language, find_language
+from griffin.trainer.checkpoint.manifest import Manifest
+from griffin.trainer.data.tokenizer import ByteTokenizer
+
+MANIFEST = Manifest(
+    step=0,
+    samples=0,
+    attempt=1,
+    created="",
+    config={"data": {"train": []}},
+    layout={},
+    optimizer=None,
+    random={},
+    arrays={},
+    files={},
+)
+
+
+def save_tokenizer(folder: Path, *, end: str = "<eos>") -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ("<pad>", end, "<bos>", "<turn>", "a", "b")
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(words[:4]))
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def carried(folder: Path, *, end: str = "<eos>", **files: dict[str, Any]) -> Path:
+    """A checkpoint's folder with the files of the model that it was converted from, without ".json" here."""
+    save_tokenizer(folder / "source", end=end)
+    for name, values in files.items():
+        (folder / "source" / f"{name}.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "bos", "stops"),
+    [
+        ({"config": {"bos_token_id": 2, "eos_token_id": 1}}, 2, {1}),
+        ({"config": {"bos_token_id": 2, "eos_token_id": 1}, "generation_config": {"eos_token_id": [1, 3]}}, 2, {1, 3}),
+        ({"config": {"bos_token_id": None, "eos_token_id": None}}, None, {1}),
+        ({}, None, {1}),
+    ],
+)
+def test_a_converted_model_says_it(tmp_path: Path, files: dict, bos: int | None, stops: set[int]) -> None:
+    language = find_language(carried(tmp_path, **files), MANIFEST, None)
+    assert (language.bos, language.stops) == (bos, stops)
+    begin = [] if bos is None else [bos]
+    assert language.encode("<turn> a b", 6) == [*begin, 3, 4, 5]
+    if bos is not None:
+        assert language.encode("<bos> a", 6) == [2, 4], "stated by the prompt itself"
+
+
+def test_an_end_of_another_name(tmp_path: Path) -> None:
+    folder = carried(tmp_path, end="<the-end>", tokenizer_config={"eos_token": {"content": "<the-end>"}})
+    assert find_language(folder, MANIFEST, None).stops == {1}
+
+
+def test_a_trained_model_has_the_tokenizer_of_its_data(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text")
+    assert main(["data", "build", str(tmp_path / "data"), str(tmp_path / "text.txt"), "--tokenizer", "bytes"]) == 0
+    manifest = replace(MANIFEST, config={"data": {"train": [str(tmp_path / "data")]}})
+    language = find_language(tmp_path, manifest, None)
+    assert (language.tokenizer.spec, language.bos, language.stops) == ("bytes", None, {256})
+
+
+def test_a_stated_tokenizer_comes_first(tmp_path: Path) -> None:
+    folder = carried(tmp_path, config={"bos_token_id": 2, "eos_token_id": 1})
+    language = find_language(folder, MANIFEST, "bytes")
+    assert (language.tokenizer.spec, language.bos, language.stops) == ("bytes", 2, {1})
+    language = find_language(tmp_path / "none", MANIFEST, str(folder / "source" / "tokenizer.json"))
+    assert (language.bos, language.stops) == (None, {1})
+
+
+def test_damaged_settings_are_named(tmp_path: Path) -> None:
+    folder = carried(tmp_path)
+    (folder / "source" / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"source/config\.json: must be a JSON object"):
+        find_language(folder, MANIFEST, None)
+
+
+def test_text_of_an_answer() -> None:
+    """Without what ended it, and without ids that only the model knows."""
+    language = Language(ByteTokenizer(), None, frozenset({256}))
+    assert language.decode([104, 105, 256]) == "hi"
+    assert language.decode([104, 300, 105]) == "hi"
+    assert language.decode([]) == ""
