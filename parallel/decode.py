@@ -26,7 +26,7 @@ from griffin.parallel.recurrent import RecurrentMixer, RecurrentState
 from griffin.parallel.stage import Stage
 
 BlockState = RecurrentState | AttentionState
-Linear = Callable[[Tensor], Tensor]
+Layer = Callable[[Tensor], Tensor]
 Rotation = tuple[Tensor, Tensor]  # cosine and sine of rotary embedding, [B, hd / 4]
 
 ROTATIONS = 64  # that are computed at once
@@ -204,7 +204,7 @@ class _AttentionStep:
         return self._out(attended.flatten(1).t())
 
 
-def _mlp(mlp: MLP) -> Linear:
+def _mlp(mlp: MLP) -> Layer:
     gate_up, down = _column(mlp.gate_up), _row(mlp.down)
 
     def run(x: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def _mlp(mlp: MLP) -> Linear:
     return run
 
 
-def _norm(norm: RMSNorm) -> Linear:
+def _norm(norm: RMSNorm) -> Layer:
     scale = (1.0 + norm.weight.float())[:, None]
 
     def run(x: Tensor) -> Tensor:
@@ -224,13 +224,13 @@ def _norm(norm: RMSNorm) -> Linear:
     return run
 
 
-def _column(linear: ColumnParallelLinear | RowParallelLinear) -> Linear:
+def _column(linear: ColumnParallelLinear | RowParallelLinear) -> Layer:
     """Of a column-parallel linear: this rank's part of the result."""
     weight, bias = linear.weight, linear.bias[:, None]
     return lambda x: torch.addmm(bias, weight, x)
 
 
-def _row(linear: RowParallelLinear) -> Linear:
+def _row(linear: RowParallelLinear) -> Layer:
     """Of a row-parallel linear: the sum over tensor ranks."""
     weight, bias, group = linear.weight, linear.bias[:, None], linear.tp_group
     if group.size() == 1:
