@@ -7,6 +7,7 @@ blocks; tensor ranks share each, as in training, and communicate where training 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -46,7 +47,7 @@ class State:
         self.latest_start = int(starts.max())
         self._rotations: list[Rotation] = []
 
-    def rotation(self, head_dim: int) -> Rotation:
+    def next_rotation(self, head_dim: int) -> Rotation:
         """Of the tokens that come next; computed for some of them at a time."""
         if not self._rotations:
             times = torch.arange(self.time, self.time + ROTATIONS, device=self.starts.device)
@@ -63,9 +64,13 @@ class State:
 class _Now:
     """What all blocks ask of a token's time."""
 
-    def __init__(self, state: State, turn: Rotation) -> None:
-        self.state, self.turn = state, turn
+    def __init__(self, state: State, head_dim: int) -> None:
+        self.state, self._head_dim = state, head_dim
         self._masks: dict[int, Tensor | None] = {}
+
+    @cached_property
+    def rotation(self) -> Rotation:
+        return self.state.next_rotation(self._head_dim)
 
     def slot(self, slots: int) -> int:
         return self.state.time % slots
@@ -73,7 +78,7 @@ class _Now:
     def filled(self, slots: int) -> int:
         return min(self.state.time + 1, slots)
 
-    def hidden(self, slots: int) -> Tensor | None:
+    def visible(self, slots: int) -> Tensor | None:
         """Mask [B, 1, 1, filled slots], False where a slot holds what is before the sequence; None where none does."""
         if slots not in self._masks:
             self._masks[slots] = self._mask(slots)
@@ -91,6 +96,7 @@ class _Now:
 class Decoder:
     """A whole model that goes on with sequences. `stage` is the only one of a layout without pipeline parallelism."""
 
+    @torch.inference_mode()
     def __init__(self, stage: Stage) -> None:
         assert stage.pre_process, "a part of the model"
         assert stage.post_process, "a part of the model"
@@ -139,9 +145,9 @@ class Decoder:
         """
         assert state.time < state.longest, f"there is room for {state.longest} tokens"
         x = self._embed(tokens).t().contiguous()  # [D, B]
-        now = _Now(state, state.rotation(self._stage.model.head_dim))
-        for step, block in zip(self._steps, state.blocks, strict=True):
-            x = step(x, block, now)
+        now = _Now(state, self._stage.model.head_dim)
+        for block, block_state in zip(self._steps, state.blocks, strict=True):
+            x = block(x, block_state, now)
         state.time += 1
         return self._stage.logits.capped(torch.mm(self._stage.embedding.weight, self._final_norm(x)).t())
 
@@ -192,14 +198,14 @@ class _AttentionStep:
     def __call__(self, u: Tensor, state: BlockState, now: _Now) -> Tensor:
         assert isinstance(state, AttentionState)
         qkv = torch.mm(self._qkv, u).t().unflatten(-1, (-1, self._head_dim))  # [B, H + 2, hd]
-        q, k = turn(qkv[:, :-1], now.turn).split((self._heads, 1), dim=1)
+        q, k = turn(qkv[:, :-1], now.rotation).split((self._heads, 1), dim=1)
         slots = state.keys.shape[1]
         state.keys[:, now.slot(slots)] = k[:, 0]
         state.values[:, now.slot(slots)] = qkv[:, -1]
         filled = now.filled(slots)
         # All heads are queries of the one key/value head.
         attended = F.scaled_dot_product_attention(
-            q[:, None], state.keys[:, None, :filled], state.values[:, None, :filled], attn_mask=now.hidden(slots)
+            q[:, None], state.keys[:, None, :filled], state.values[:, None, :filled], attn_mask=now.visible(slots)
         )  # [B, 1, H, hd]
         return self._out(attended.flatten(1).t())
 

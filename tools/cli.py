@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args) or 0
     except USER_ERRORS as error:
         return report(error)
+    except KeyboardInterrupt:
+        print("griffin: stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # who reads the output has seen enough; nor is it flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def report(error: Exception) -> int:

@@ -47,6 +47,9 @@ def add_parser(subparsers: Any) -> None:
         "--tokenizer", metavar="FILE", help="as of `griffin data build` (default: that of the checkpoint, or its data)"
     )
     parser.add_argument(
+        "--eod", metavar="TOKEN", help="the tokenizer's end-of-document token, where its name is unusual"
+    )
+    parser.add_argument(
         "--no-bos",
         action="store_true",
         help="do not begin prompts with the token that a converted model's files name for that",
@@ -72,15 +75,17 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, setting) < 1:
             raise ValueError(f"--{setting.replace('_', '-')} {getattr(args, setting)}: must be at least 1")
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-    texts = [args.prompt] if args.batch is None else read_prompts(args.batch)
+    texts = {"--prompt": args.prompt} if args.batch is None else read_prompts(args.batch)
     checkpoint = Checkpoint.find(args)
-    language = find_language(checkpoint.folder, checkpoint.manifest, args.tokenizer)
+    language = find_language(checkpoint.folder, checkpoint.manifest, args.tokenizer, args.eod)
     if args.no_bos:
         language = replace(language, bos=None)
-    prompts = [language.encode(text, checkpoint.manifest.model.vocabulary) for text in texts]
+    prompts = [language.encode(text, checkpoint.manifest.model.vocabulary, where) for where, text in texts.items()]
     settings = {"batch": args.batch_size, "max_tokens": args.max_tokens, "stops": language.stops, "sampling": sampling}
     as_json = args.batch is not None
-    return run_on_ranks(answer, checkpoint.tensor, (checkpoint, language, texts, prompts, settings, as_json))
+    return run_on_ranks(
+        answer, checkpoint.tensor, (checkpoint, language, list(texts.values()), prompts, settings, as_json)
+    )
 
 
 def answer(
@@ -97,17 +102,16 @@ def answer(
     from griffin.tools.inference import loaded
 
     with loaded(checkpoint, ranks) as model:
-        begun = time.monotonic()
-        answers = generate_all(model, prompts, **settings)
-        seconds = time.monotonic() - begun
-        if not model.grid.is_first_rank:
-            return
-        for text, prompt, ids in zip(texts, prompts, answers, strict=True):
-            found = language.decode(ids)
+        begun, count = time.monotonic(), 0
+        for text, prompt, ids in zip(texts, prompts, generate_all(model, prompts, **settings), strict=True):
+            if not model.grid.is_first_rank:
+                continue
+            found = language.decode(prompt, ids)
             if as_json:
-                stopped = bool(ids) and ids[-1] in language.stops
-                counts = {"prompt_tokens": len(prompt), "tokens": len(ids), "stopped": stopped}
+                counts = {"prompt_tokens": len(prompt), "tokens": len(ids), "stopped": ids[-1] in language.stops}
                 found = json.dumps({"prompt": text, "text": found} | counts, ensure_ascii=False)
             print(found, flush=True)
-        count = sum(map(len, answers))
-        print(f"{count:,} tokens in {seconds:.1f} s ({count / seconds:,.1f} tokens/s)", file=sys.stderr)
+            count += len(ids)
+        seconds = time.monotonic() - begun
+        if model.grid.is_first_rank:
+            print(f"{count:,} tokens in {seconds:.1f} s ({count / seconds:,.1f} tokens/s)", file=sys.stderr)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from griffin.parallel.decode import Decoder
 from griffin.tools.inference import Model
 
 
@@ -37,26 +36,48 @@ class Sampling:
             if not holds:
                 raise ValueError(f"--{option} {value}: must be {accepted}")
 
-    def draws(self, prompt: int, count: int) -> np.ndarray:
-        """Uniform draws in [0, 1) for a prompt's tokens, float32 [count]: the same in whatever batch it is."""
-        return np.random.default_rng((self.seed, prompt)).random(count, dtype=np.float32)
+
+class Draws:
+    """Uniform draws in [0, 1), one after the other for each of some prompts: the same in whatever batch they are."""
+
+    def __init__(self, seed: int, prompts: Sequence[int], device: torch.device) -> None:
+        self._generators = [np.random.default_rng((seed, prompt)) for prompt in prompts]
+        self._device = device
+
+    def next(self) -> Tensor:
+        """float64 [prompts]."""
+        draws = [generator.random() for generator in self._generators]
+        return torch.tensor(draws, dtype=torch.float64, device=self._device)
 
 
 def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
-    """The next tokens, int64 [B], of logits [B, V]: those at which the cumulative probability passes draws [B]."""
+    """The next tokens, int64 [B], of logits [B, V]: those at which the cumulative probability passes draws [B].
+
+    Raises ValueError where a row has no largest logit that is finite.
+    """
+    largest, likeliest = logits.max(-1, keepdim=True)
+    if not largest.isfinite().all():
+        raise ValueError("logits are not finite: the weights are damaged, or need another --dtype")
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits, order = logits.double() / sampling.temperature, None
+        return likeliest.squeeze(-1)
+    probabilities = ((logits.double() - largest) / sampling.temperature).softmax(-1)
     if sampling.top_k is not None or sampling.top_p < 1:
-        logits, order = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))  # the likeliest first
-    probabilities = logits.softmax(-1)
-    if sampling.top_p < 1:
-        likelier = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(likelier >= sampling.top_p, 0)
+        probabilities = _truncated(probabilities, sampling)
+    # In the order of the vocabulary: where two tokens are almost as likely, rounding does not change what is drawn.
     cumulative = probabilities.cumsum(-1)
-    # Below the total, whatever rounds: draws are float32, sums float64. What has no probability is never passed at.
-    place = torch.searchsorted(cumulative, draws.double()[:, None] * cumulative[:, -1:], right=True)
-    return (place if order is None else order.gather(-1, place)).squeeze(-1)
+    total = cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, draws[:, None] * total, right=True)
+    last = (cumulative < total).sum(-1, keepdim=True)  # that can be drawn: a product may round up to the total
+    return torch.minimum(place, last).squeeze(-1)
+
+
+def _truncated(probabilities: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities [B, V] with 0 for tokens that are not to be drawn."""
+    size = probabilities.shape[-1]
+    sizes, order = probabilities.topk(min(sampling.top_k or size, size))  # the likeliest first
+    likelier = sizes.cumsum(-1) - sizes
+    sizes = sizes.masked_fill(likelier >= sampling.top_p * sizes.sum(-1, keepdim=True), 0)
+    return torch.zeros_like(probabilities).scatter(-1, order, sizes)
 
 
 def generate(
@@ -66,24 +87,24 @@ def generate(
     max_tokens: int,
     stops: frozenset[int] = frozenset(),
     sampling: Sampling,
-    numbers: Sequence[int] | None = None,
+    first: int = 0,
 ) -> list[list[int]]:
     """What follows each prompt, as a batch; a collective of tensor ranks, the same on each.
 
     Args:
         prompts: token ids, at least one each.
         max_tokens: that a prompt is continued by, unless one of `stops` ends it, which is the last one then.
-        numbers: of the prompts, which decide on what is drawn; by default they are counted.
+        first: number of the first prompt, as they are counted for what is drawn.
+
+    Raises ValueError where logits are not finite.
     """
-    decoder, device = Decoder(model.stage), model.grid.device
-    draws = np.stack([sampling.draws(n, max_tokens) for n in (numbers or range(len(prompts)))])
-    draws_per_token = torch.from_numpy(draws).to(device).unbind(1)
+    draws = Draws(sampling.seed, range(first, first + len(prompts)), model.grid.device)
     tensors = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
-    logits, state = decoder.prefill(tensors, max(map(len, prompts)) + max_tokens)
+    logits, state = model.decoder.prefill(tensors, max(map(len, prompts)) + max_tokens)
     found: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
     for step in range(max_tokens):
-        tokens = sample(model.gathered(logits), draws_per_token[step], sampling)
+        tokens = sample(model.gathered(logits), draws.next(), sampling)
         for place, token in enumerate(tokens.tolist()):
             if place in going:
                 found[place].append(token)
@@ -91,7 +112,7 @@ def generate(
                     going.remove(place)
         if not going or step == max_tokens - 1:
             break
-        logits = decoder.step(tokens, state)  # of those that have ended too
+        logits = model.decoder.step(tokens, state)  # of those that have ended too
     return found
 
 
@@ -103,13 +124,8 @@ def generate_all(
     max_tokens: int,
     stops: frozenset[int],
     sampling: Sampling,
-) -> list[list[int]]:
-    """As `generate`, `batch` prompts at a time, those of like length together."""
-    by_length = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    found: dict[int, list[int]] = {}
+) -> Iterator[list[int]]:
+    """As `generate`, `batch` prompts at a time."""
     for first in range(0, len(prompts), batch):
-        numbers = by_length[first : first + batch]
-        some = [prompts[number] for number in numbers]
-        answers = generate(model, some, max_tokens=max_tokens, stops=stops, sampling=sampling, numbers=numbers)
-        found |= dict(zip(numbers, answers, strict=True))
-    return [found[number] for number in range(len(prompts))]
+        some = prompts[first : first + batch]
+        yield from generate(model, some, max_tokens=max_tokens, stops=stops, sampling=sampling, first=first)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor
 from griffin.launch.local import run_local
 from griffin.launch.ranks import discover, leave
 from griffin.parallel.config import ModelConfig, ParallelConfig
+from griffin.parallel.decode import Decoder
 from griffin.parallel.grid import Grid, rank_grid, single_rank_grid
 from griffin.parallel.ranks import Ranks
 from griffin.parallel.stage import Stage, build_stages
@@ -61,6 +65,10 @@ class Model:
     grid: Grid
     config: ModelConfig
 
+    @cached_property
+    def decoder(self) -> Decoder:
+        return Decoder(self.stage)
+
     def gathered(self, logits: Tensor) -> Tensor:
         """All logits [..., vocabulary] of this rank's part of them. A collective of tensor ranks."""
         if self.grid.tensor_size > 1:
@@ -93,11 +101,13 @@ def run_on_ranks(function: Callable[..., None], tensor: int, args: Sequence[Any]
             raise ValueError(f"--tensor {tensor}: must be {ranks.world_size}, the ranks that {ranks.source} started")
         try:
             function(ranks, *args)
-        except Exception:
+        except (Exception, KeyboardInterrupt):
             traceback.print_exc()
             leave(1)
         return 0
     if tensor == 1:
+        # As Ctrl-C does: what is under way is cleaned up.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         function(None, *args)
         return 0
     if 0 < torch.cuda.device_count() < tensor:

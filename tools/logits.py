@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import secrets
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from griffin.tools.generate import add_model_arguments
+from griffin.trainer.checkpoint.zarr_io import naming, synchronise
 
 if TYPE_CHECKING:
     from griffin.parallel.ranks import Ranks
@@ -38,9 +42,9 @@ def run(args: argparse.Namespace) -> int:
 
     checkpoint = Checkpoint.find(args)
     tokens = _read(args.tokens, checkpoint.manifest.model.vocabulary)
-    size = tokens.size * checkpoint.manifest.model.vocabulary * 4
-    _check_target(args.out, size)
-    return run_on_ranks(write_logits, checkpoint.tensor, (checkpoint, tokens, args.out))
+    _check_target(args.out, tokens.size * checkpoint.manifest.model.vocabulary * 4)
+    with _aside(args.out) as file:
+        return run_on_ranks(write_logits, checkpoint.tensor, (checkpoint, tokens, file, args.out))
 
 
 def _read(path: Path, vocabulary: int) -> np.ndarray:
@@ -48,7 +52,7 @@ def _read(path: Path, vocabulary: int) -> np.ndarray:
         raise ValueError(f"--tokens {path}: no such file")
     try:
         tokens = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"--tokens {path}: not a .npy file of numbers ({error})") from None
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or tokens.size == 0 or tokens.dtype.kind not in "iu":
         found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else "an archive"
@@ -70,38 +74,39 @@ def _check_target(path: Path, size: int) -> None:
         raise ValueError(f"--out {path}: needs {size:,} bytes; {free:,} are free on its disk")
 
 
-def write_logits(ranks: Ranks | None, checkpoint: Checkpoint, tokens: np.ndarray, out: Path) -> None:
-    """What each rank does; rank 0 writes. On any failure, `out` is not there."""
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A new file beside `out`, removed in the end if it is still there, whatever became of the ranks."""
+    file = out.with_name(f".{secrets.token_hex(8)}.tmp")
+    with naming(file):
+        file.touch(exist_ok=False)
+    try:
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def write_logits(ranks: Ranks | None, checkpoint: Checkpoint, tokens: np.ndarray, file: Path, out: Path) -> None:
+    """What each rank does; rank 0 writes `file`, and gives it the name `out` when all is there."""
     import torch
 
     from griffin.tools.inference import loaded
 
     with loaded(checkpoint, ranks) as model, torch.inference_mode():
-        shape = (*tokens.shape, model.config.vocabulary)
-        with _new_array(out, shape) if model.grid.is_first_rank else _nothing() as values:
-            steps = max(1, SLICE_ELEMENTS // model.config.vocabulary)
-            for row, ids in enumerate(torch.from_numpy(tokens).to(model.grid.device)):
+        vocabulary, writes = model.config.vocabulary, model.grid.is_first_rank
+        steps = max(1, SLICE_ELEMENTS // vocabulary)
+        with naming(file), open(file if writes else os.devnull, "wb") as stream:
+            described = {"descr": "<f4", "fortran_order": False, "shape": (*tokens.shape, vocabulary)}
+            np.lib.format.write_array_header_1_0(stream, described)
+            for ids in torch.from_numpy(tokens).to(model.grid.device):
                 positions = torch.arange(len(ids), device=ids.device)
                 x = model.stage.hidden({"tokens": ids[None], "positions": positions[None]})
-                for first in range(0, len(ids), steps):
-                    logits = model.gathered(model.stage.head(x[first : first + steps]))
-                    if values is not None:
-                        values[row, first : first + steps] = logits[:, 0].cpu().numpy()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
-
-
-@contextmanager
-def _new_array(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """A float32 array in a new file, which gets its name in the end."""
-    aside = path.with_name(f"{path.name}.tmp")
-    try:
-        values = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=shape)
-        yield values
-        values.flush()
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
+                for some in x.split(steps):
+                    logits = model.gathered(model.stage.head(some))
+                    if writes:
+                        stream.write(logits.cpu().numpy().tobytes())
+            stream.flush()
+        if writes:
+            synchronise(file)
+            _check_target(out, 0)
+            file.rename(out)

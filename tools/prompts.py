@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from griffin.tools.carried_files import CONFIG, SOURCE, TOKENIZER_JSON, TOKENIZER_MODEL
 from griffin.trainer.checkpoint.manifest import Manifest
-from griffin.trainer.data.prefix import read_blend
+from griffin.trainer.data.prefix import parse_blend, read_description
 from griffin.trainer.data.tokenizer import Tokenizer, load_tokenizer
 
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
@@ -25,56 +25,83 @@ class Language:
     bos: int | None
     stops: frozenset[int]
 
-    def encode(self, prompt: str, vocabulary: int) -> list[int]:
-        """A prompt's token ids. Raises ValueError where it has none, or one that the model does not know."""
+    def encode(self, prompt: str, vocabulary: int, where: str) -> list[int]:
+        """A prompt's token ids. Raises ValueError naming `where` it stands, for none or one that is not the model's."""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: must be text that UTF-8 can hold ({error.reason})") from None
         ids = self.tokenizer.encode_prompt(prompt).tolist()
         if self.bos is not None and ids[:1] != [self.bos]:
             ids = [self.bos, *ids]
         if not ids:
-            raise ValueError("--prompt '': must have a token, for this model knows none that begins a text")
+            raise ValueError(f"{where} {prompt!r}: must have a token, for nothing else begins a text of this model")
         if max(ids) >= vocabulary:
             raise ValueError(
-                f"the tokenizer's token {max(ids)} is outside of the model's vocabulary of {vocabulary}: it is another "
-                "model's"
+                f"{where}: has token {max(ids)} of tokenizer {self.tokenizer.spec}; must be below {vocabulary}, the "
+                "model's vocabulary"
             )
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """An answer's text, without the token that ended it and those for which the tokenizer has no text.
+    def decode(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
+        """The text of an answer to a prompt, without the token that ended it.
 
-        A model's vocabulary may be larger than its tokenizer's.
+        It is what follows the prompt in the text of both: alone, it might lose the space that it begins with. Ids that
+        only the model knows, whose vocabulary may be larger than the tokenizer's, are left out.
         """
-        if ids and ids[-1] in self.stops:
-            ids = ids[:-1]
+        if answer and answer[-1] in self.stops:
+            answer = answer[:-1]
+        before, both = (self._text(ids) for ids in (prompt, (*prompt, *answer)))
+        return both.removeprefix(before) if both.startswith(before) else self._text(answer)
+
+    def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode([token for token in ids if token < self.tokenizer.vocabulary])
 
 
-def find_language(folder: Path, manifest: Manifest, tokenizer: str | None) -> Language:
+def find_language(folder: Path, manifest: Manifest, tokenizer: str | None = None, eod: str | None = None) -> Language:
     """What a checkpoint says, which carries the files of the model that it was converted from, or knows its data.
 
     Args:
         folder: of the step.
         tokenizer: as `load_tokenizer` has it, to use in place of the checkpoint's.
+        eod: likewise.
 
     Raises ValueError where no tokenizer is found, or one that has changed.
     """
     source = folder / SOURCE
-    configs = [_read(source / name) for name in (GENERATION_CONFIG, CONFIG)]
     if tokenizer is not None:
-        found = load_tokenizer(tokenizer)
-    elif (spec := next((path for path in map(source.joinpath, TOKENIZERS) if path.is_file()), None)) is not None:
-        found = load_tokenizer(str(spec), _name(_read(source / TOKENIZER_CONFIG).get("eos_token")))
+        found = load_tokenizer(tokenizer, eod)
+    elif (file := next((path for path in map(source.joinpath, TOKENIZERS) if path.is_file()), None)) is not None:
+        found = load_tokenizer(str(file), eod or _name(_read(source / TOKENIZER_CONFIG).get("eos_token")))
     elif data := manifest.config["data"]["train"]:
-        # A model that was trained here knows documents, which nothing begins.
-        found = read_blend(data)[0][1].load_tokenizer()
-        return Language(found, None, frozenset({found.eod}))
+        found = _of_data(data)
     else:
         raise ValueError(f"{folder}: carries no tokenizer; name one with --tokenizer FILE")
-    if not source.is_dir():
-        return Language(found, None, frozenset({found.eod}))
-    bos = next((values["bos_token_id"] for values in configs if "bos_token_id" in values), found.bos)
-    stops = next((values["eos_token_id"] for values in configs if values.get("eos_token_id") is not None), found.eod)
-    return Language(found, bos, frozenset(stops if isinstance(stops, list) else [stops]))
+    configs = [_read(source / name) for name in (GENERATION_CONFIG, CONFIG)]
+    bos = _ids("bos_token_id", configs)
+    if not bos and source.is_dir() and not (source / CONFIG).is_file() and found.bos is not None:
+        bos = [found.bos]  # of a SentencePiece model, which is all that there is
+    stops = _ids("eos_token_id", configs) or [found.eod]
+    return Language(found, bos[0] if bos else None, frozenset(stops))
+
+
+def _of_data(entries: Sequence[str]) -> Tokenizer:
+    """The tokenizer of a trained model's data. Its documents begin with no token of their own."""
+    try:
+        return read_description(parse_blend(entries)[0][1]).load_tokenizer()
+    except ValueError as error:
+        raise ValueError(f"{error}; or name the tokenizer with --tokenizer FILE") from None
+
+
+def _ids(key: str, configs: Sequence[Mapping[str, Any]]) -> list[int]:
+    """What the first of some files says of a token id that says anything."""
+    for values in configs:
+        if (found := values.get(key)) is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not ids or any(type(one) is not int for one in ids):
+                raise ValueError(f"{key} = {found!r} in the checkpoint's {SOURCE}/: must be an integer or some")
+            return ids
+    return []
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -95,21 +122,23 @@ def _name(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file: of a .jsonl's objects what "prompt" is, of another one the lines that are not empty.
+def read_prompts(path: Path) -> dict[str, str]:
+    """The prompts of a file, by where they stand: of a .jsonl's objects what "prompt" is, else lines with any text.
 
     Raises ValueError naming the line that holds none.
     """
-    if not path.is_file():
-        raise ValueError(f"--batch {path}: no such file")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise ValueError(f"--batch {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--batch {path}: must be UTF-8 ({error})") from None
-    prompts = []
+    as_json = path.suffix.lower() == ".jsonl"
+    prompts = {}
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            prompts.append(_prompt(line, f"--batch {path}, line {number}") if path.suffix == ".jsonl" else line)
+            where = f"--batch {path}, line {number}"
+            prompts[where] = _prompt(line, where) if as_json else line
     if not prompts:
         raise ValueError(f"--batch {path}: holds no prompt")
     return prompts
@@ -118,7 +147,7 @@ def read_prompts(path: Path) -> list[str]:
 def _prompt(line: str, where: str) -> str:
     try:
         prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         prompt = None
     if not isinstance(prompt, str):
         raise ValueError(f'{where}: must be a JSON object with a string "prompt"')

@@ -16,8 +16,8 @@ from tests.parallel.test_transformers_parity import MODEL
 ROOT = Path(__file__).parents[2]
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "griffin.tools.cli", "bench", "step", *arguments]
+def bench(*arguments: str, what: str = "step") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "griffin.tools.cli", "bench", what, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
@@ -34,6 +34,17 @@ def test_step_prints_both_sides_and_their_ratio() -> None:
         assert float(ratio) == pytest.approx(times["transformers"] / times["griffin"], rel=0.1)
 
 
+def test_generate_prints_both_sides_and_their_ratio() -> None:
+    sizes = ("--prompt", "5", "--tokens", "12", "--window", "8", "--width", "64", "--batch", "1", "3")
+    done = bench(*sizes, "--repeats", "2", "--threads", "1", what="generate")
+    assert done.returncode == 0, done.stderr
+    for batch in ("1", "3"):
+        lines = [line.split() for line in done.stdout.splitlines() if line.startswith(f"batch {batch} ")]
+        rates = {line[2]: float(line[5].replace(",", "")) for line in lines if line[-1] == "tokens/s"}
+        (ratio,) = (float(line[3]) for line in lines if line[2] == "ratio")
+        assert ratio == pytest.approx(rates["griffin"] / rates["transformers"], rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -41,8 +52,9 @@ def test_step_prints_both_sides_and_their_ratio() -> None:
         (["--width", "100"], "--width 100: must be a multiple of 64"),
     ],
 )
-def test_refusals(arguments: list[str], expected: str) -> None:
-    done = bench(*arguments)
+@pytest.mark.parametrize("what", ["step", "generate"])
+def test_refusals(arguments: list[str], expected: str, what: str) -> None:
+    done = bench(*arguments, what=what)
     assert done.returncode == 2
     assert expected in done.stderr
 

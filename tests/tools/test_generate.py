@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from griffin.tools.generation import Sampling, generate
 from griffin.tools.inference import Checkpoint, loaded
 from griffin.trainer.checkpoint.manifest import check
 from tests.ranks import RankPool
+from tests.small_runs import CONFIG, wait_for
 from tests.transformers_models import convert, load_model, make_model, save_model, tokens
 
 BEYOND = 64  # tokens past the window
@@ -113,7 +115,7 @@ def test_a_prompt_is_continued(checkpoint: Path, capfd: pytest.CaptureFixture) -
 
 def test_a_batch_in_the_order_of_its_file(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     texts = ["a", "longer than the others", "three words here", "<turn>x"]
-    (tmp_path / "plain.txt").write_text("\n".join(texts) + "\n\n")
+    (tmp_path / "plain.txt").write_text("\n".join(texts) + "\n\n", encoding="utf-8-sig")
     (tmp_path / "objects.jsonl").write_text("\n".join(json.dumps({"prompt": text, "id": 1}) for text in texts))
     drawn = ("--temperature", 0.8, "--top-k", 40, "--top-p", 0.9, "--seed", 5, "--max-tokens", 10)
     found = []
@@ -157,11 +159,13 @@ def test_mistakes(checkpoint: Path, words: list[str], said: str, capfd: pytest.C
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("none.txt", None, "none.txt: no such file"),
+        ("none.txt", None, "none.txt: No such file"),
         ("empty.txt", b"\n \n", "empty.txt: holds no prompt"),
         ("latin.txt", b"\xe9\n", "latin.txt: must be UTF-8"),
         ("bad.jsonl", b'{"prompt": "a"}\n{"prompt": 3}\n', 'bad.jsonl, line 2: must be a JSON object with a string'),
         ("bad.jsonl", b"[]\n", "bad.jsonl, line 1: must be"),
+        ("BAD.JSONL", b"[" * 100_000, "BAD.JSONL, line 1: must be"),
+        ("lone.jsonl", b'{"prompt": "ok"}\n{"prompt": "a\\ud800"}', "lone.jsonl, line 2: must be text that UTF-8"),
     ],
 )  # fmt: skip
 def test_damaged_batches(
@@ -186,7 +190,10 @@ def test_a_model_without_a_tokenizer(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert run(folder, "--prompt", "", "--tokenizer", "bytes") == 2
     assert "must have a token" in capfd.readouterr().err
     assert run(folder, "--prompt", "\U00010000", "--tokenizer", "bytes") == 2
-    assert "outside of the model's vocabulary of 200" in capfd.readouterr().err
+    assert (
+        "--prompt: has token 240 of tokenizer bytes; must be below 200, the model's vocabulary"
+        in capfd.readouterr().err
+    )
 
 
 def logits(*words: object) -> int:
@@ -234,4 +241,75 @@ def test_logits_refuse(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert logits(folder, "--tokens", tmp_path / "tokens.npy", "--out", out) == 2
     assert "exists, and is not overwritten" in capfd.readouterr().err
     assert out.read_bytes() == b"mine"
-    assert not list(tmp_path.glob("*.tmp"))
+
+
+def logits_command(folder: Path, ids: Path, out: Path, *words: str) -> list[str]:
+    command = [sys.executable, "-m", "griffin.tools.cli", "logits", str(folder), "--tokens", str(ids)]
+    return [*command, "--out", str(out), *words]
+
+
+def test_logits_leave_nothing_but_what_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = converted(tmp_path)
+    ids = tmp_path / "out.npy.tmp"  # a name that is somebody else's
+    with ids.open("wb") as file:
+        np.save(file, np.ones((2, 4), np.int64))
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / "out.npy"
+    before = ids.read_bytes()
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("griffin.tools.inference.Model.gathered", fails)
+        assert logits(folder, "--tokens", ids, "--out", out) == 2
+    assert list(out.parent.iterdir()) == []
+
+    def appears(*_: object) -> None:
+        out.write_bytes(b"mine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("griffin.tools.logits.synchronise", appears)  # while it is made
+        assert logits(folder, "--tokens", ids, "--out", out) == 2
+    assert [(file, file.read_bytes()) for file in out.parent.iterdir()] == [(out, b"mine")]
+    out.unlink()
+    assert logits(folder, "--tokens", ids, "--out", out) == 0
+    assert list(out.parent.iterdir()) == [out]
+    assert ids.read_bytes() == before
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_logits_that_are_stopped_leave_nothing(tmp_path: Path, tensor: int) -> None:
+    folder, _ = converted(tmp_path)
+    np.save(tmp_path / "tokens.npy", np.ones((50_000, 40), np.int64))  # 1.6 GB of logits, of which few are made
+    (tmp_path / "out").mkdir()
+    command = logits_command(folder, tmp_path / "tokens.npy", tmp_path / "out" / "out.npy", "--tensor", str(tensor))
+    process = subprocess.Popen(command)
+    try:
+        wait_for(lambda: any(file.stat().st_size for file in (tmp_path / "out").iterdir()))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
+        process.wait()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_trained_run(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """From a run's folder to text, with the tokenizer of its data, which themselves are gone by then."""
+    (tmp_path / "text.txt").write_text("the same words again and again\n" * 100)
+    assert main(["data", "build", str(tmp_path / "data"), str(tmp_path / "text.txt"), "--tokenizer", "bytes"]) == 0
+    config = tmp_path / "config.toml"
+    config.write_text(
+        CONFIG.format(folder=tmp_path).replace("/train", "/data").replace(f'eval = "{tmp_path}/eval"', "")
+    )
+    command = [sys.executable, "-m", "griffin.tools.cli", "train", str(config), "--run-dir", str(tmp_path / "run")]
+    settings = ["--train.steps", "30", "--checkpoint.interval", "0", "--train.eval_interval", "0"]
+    subprocess.run([*command, *settings], check=True, capture_output=True, timeout=120)
+    (tmp_path / "data.bin").unlink()
+    capfd.readouterr()
+    assert run(tmp_path / "run", "--prompt", "the same wor", "--max-tokens", 8) == 0
+    assert run(tmp_path / "run", "--prompt", "the same wor", "--max-tokens", 8, "--dtype", "bf16") == 0
+    one, two = capfd.readouterr().out.splitlines()
+    assert len(one) == len(two) == 8
+    assert set(one) <= set("the same words again and again\n ")

@@ -20,7 +20,7 @@ PROBABILITIES = torch.tensor([0.05, 0.4, 0.05, 0.3, 0.2])
 
 def draw_all(sampling: Sampling, count: int = 4000) -> torch.Tensor:
     """How often each token is drawn, at evenly spaced draws."""
-    draws = ((torch.arange(count) + 0.5) / count).float()
+    draws = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     chosen = sample(PROBABILITIES.log().expand(count, -1), draws, sampling)
     return chosen.bincount(minlength=len(PROBABILITIES)) / count
 
@@ -49,7 +49,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(settings: dict, expected: 
 def test_a_token_without_probability_is_never_drawn(settings: dict) -> None:
     """Not at the ends of what is drawn either; padding of the vocabulary is such a token."""
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]]).expand(2, -1)
-    ends = torch.tensor([0.0, 1 - 2**-24])
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     chosen = sample(logits, ends, Sampling(temperature=1.0, **settings))
     assert set(chosen.tolist()) <= {1, 3}
 
@@ -93,14 +93,27 @@ DRAWN = Sampling(temperature=1.0, top_p=0.95, seed=7)
 
 
 def test_what_is_drawn_depends_on_seed_and_prompt_but_not_on_the_batch(model: Model) -> None:
-    settings = {"max_tokens": 12, "stops": frozenset[int]()}
-    found = generate_all(model, PROMPTS, batch=5, sampling=DRAWN, **settings)  # type: ignore[arg-type]
-    assert found == generate_all(model, PROMPTS, batch=2, sampling=DRAWN, **settings)  # type: ignore[arg-type]
-    assert found == generate_all(model, PROMPTS, batch=1, sampling=DRAWN, **settings)  # type: ignore[arg-type]
+    def run(batch: int, sampling: Sampling) -> list[list[int]]:
+        return list(generate_all(model, PROMPTS, batch=batch, max_tokens=12, stops=frozenset(), sampling=sampling))
+
+    found = run(5, DRAWN)
+    assert found == run(2, DRAWN) == run(1, DRAWN)
     assert found[0] != found[4], "the same prompt twice is drawn for twice"
-    other = Sampling(temperature=1.0, top_p=0.95, seed=8)
-    assert found != generate_all(model, PROMPTS, batch=5, sampling=other, **settings)  # type: ignore[arg-type]
+    assert found != run(5, Sampling(temperature=1.0, top_p=0.95, seed=8))
     assert all(0 <= token < 100 for answer in found for token in answer)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite(bad: float, temperature: float) -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, bad]])
+    with pytest.raises(ValueError, match="logits are not finite: the weights are damaged, or need another --dtype"):
+        sample(logits, torch.tensor([0.5, 0.5], dtype=torch.float64), Sampling(temperature=temperature))
+
+
+def test_the_least_temperature_takes_the_likeliest() -> None:
+    chosen = sample(torch.tensor([[3.0, 5.0, 4.999]]), torch.tensor([0.999]).double(), Sampling(temperature=1e-310))
+    assert chosen.tolist() == [1]
 
 
 def test_an_answer_ends_with_a_stop(model: Model) -> None:

@@ -157,6 +157,15 @@ def read_info(prefix: str) -> DataInfo:
     are checked as samples are drawn.
     """
     _require_files(prefix)
+    info = read_description(prefix)
+    _check_index(info)
+    return info
+
+
+def read_description(prefix: str) -> DataInfo:
+    """What PREFIX.json alone says, whether or not the data are there. Raises ValueError if it is missing or damaged."""
+    if not Path(prefix + ".json").is_file():
+        raise ValueError(f"data prefix {prefix!r}: {prefix}.json is missing (build it with `griffin data build`)")
     try:
         record = json.loads(Path(prefix + ".json").read_text())
         if record.pop("format") != FORMAT:
@@ -167,7 +176,6 @@ def read_info(prefix: str) -> DataInfo:
             raise ValueError("documents, tokens, vocabulary and eod must be positive integers")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{prefix}.json is damaged: {error!r}") from error
-    _check_index(info)
     return info
 
 
