@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from griffin.trainer.checkpoint.zarr_io import naming, synchronise
+from griffin.trainer.checkpoint.zarr_io import CheckpointError, naming, synchronise
 
 SOURCE = "source"  # the subfolder of a checkpoint that holds them
 CONFIG = "config.json"
@@ -42,6 +44,19 @@ def copy_files(files: Mapping[str, Path], folder: Path) -> None:
             copy.flush()
             os.fsync(copy.fileno())
     synchronise(folder)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of a file. Raises CheckpointError naming the file for anything else."""
+    with naming(path):
+        text = path.read_bytes()
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must be a JSON object")
+    return values
 
 
 def tokenizer_text(names: Iterable[str]) -> str:

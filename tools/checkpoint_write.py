@@ -26,7 +26,15 @@ from griffin.tools.stored_arrays import StoredArray, opened, same_bits
 from griffin.tools.workers import Workers
 from griffin.trainer.checkpoint.arrays import CHUNK_BYTES, ArraySpec, Box, numpy_dtype, shape_of
 from griffin.trainer.checkpoint.manifest import Manifest, commit
-from griffin.trainer.checkpoint.zarr_io import SYNCS, Array, CheckpointError, FileRecord, create_array, synchronise
+from griffin.trainer.checkpoint.zarr_io import (
+    SYNCS,
+    Array,
+    CheckpointError,
+    FileRecord,
+    create_array,
+    naming,
+    synchronise,
+)
 
 _OF_A_RUN = re.compile(r"step-\d{8,}(\..*)?")  # names that a run gives to its steps, and to what is left of them
 
@@ -67,6 +75,9 @@ def _rounded(values: np.ndarray, spec: ArraySpec) -> np.ndarray:
 def refuse_target(target: Path) -> None:
     """Raise ValueError unless `target` can be made: it is not there, the folder that it is to be in is, and a run does
     not take it for its own."""
+    tmp = _aside(target)
+    with naming(tmp):  # its name may be too long
+        is_being_written = tmp.exists()
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target}: exists, and is not overwritten")
     if not target.absolute().parent.is_dir():
@@ -79,7 +90,7 @@ def refuse_target(target: Path) -> None:
                     f"{target}: must not be among the steps of a run ({folder.parent}), which resumes from its steps "
                     "and removes them; choose a name that is not step-NUMBER, or another folder"
                 )
-    if (tmp := _aside(target)).exists():
+    if is_being_written:
         raise ValueError(f"{tmp}: exists; it is being written, or was left by what was killed: then remove it")
 
 

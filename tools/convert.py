@@ -9,6 +9,7 @@ from typing import Any
 from griffin.tools.checkpoint import DTYPES
 
 MOST_WORKERS = 4  # by default: each has a chunk or two in memory
+MOST_TORCH_WORKERS = 2  # each has PyTorch in memory as well
 
 
 def add_parser(subparsers: Any) -> None:
@@ -109,7 +110,7 @@ def _deepmind(args: argparse.Namespace) -> None:
         scale_embedding=not args.no_scale_embedding,
         vocabulary=args.vocabulary,
     )
-    with start_workers(args.workers, 1 if args.source.is_dir() else MOST_WORKERS) as workers:
+    with start_workers(1 if args.source.is_dir() else args.workers, MOST_TORCH_WORKERS) as workers:
         if workers:
             convert_deepmind(
                 args.source,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from griffin.tools.carried_files import CONFIG, TOKENIZER_FILES, TOKENIZER_JSON, TOKENIZER_MODEL, files_of
+from griffin.tools.carried_files import CONFIG, TOKENIZER_FILES, TOKENIZER_JSON, TOKENIZER_MODEL, files_of, read_object
 from griffin.tools.checkpoint_write import refuse_target
 from griffin.tools.deepmind_files import open_orbax_folder, open_torch_file
 from griffin.tools.deepmind_names import EMBEDDING, Unstored, deepmind_place, model_of_shapes
+from griffin.tools.export_tokenizer import sentencepiece_ids
 from griffin.tools.imported import model_tensors, require_tensors, write_imported
 from griffin.tools.workers import Workers
 
@@ -45,6 +46,10 @@ def _tokenizer_files(tokenizer: Path | None) -> Mapping[str, Path]:
     if tokenizer is None:
         return {}
     if tokenizer.is_file() and tokenizer.suffix in (".model", ".json"):
+        if tokenizer.suffix == ".model":
+            sentencepiece_ids(tokenizer)  # refuses what is none
+        else:
+            read_object(tokenizer)
         return {TOKENIZER_MODEL if tokenizer.suffix == ".model" else TOKENIZER_JSON: tokenizer}
     files = files_of(tokenizer)
     files.pop(CONFIG, None)  # of another checkpoint

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from griffin.tools.carried_files import files_of
+from griffin.tools.carried_files import CONFIG, files_of
 from griffin.tools.checkpoint_write import refuse_target
 from griffin.tools.foreign_arrays import FileArray, foreign_spec
 from griffin.tools.imported import model_tensors, require_tensors, write_imported
@@ -33,7 +33,10 @@ def convert_transformers(source: Path, target: Path, workers: Workers, *, dtype:
     """
     refuse_target(target)
     folder = open_transformers_folder(source)
-    model = model_of_config(folder.config)
+    try:
+        model = model_of_config(folder.config)
+    except ValueError as error:
+        raise ValueError(f"{source / CONFIG}: {error}") from None
     arrays = planned_arrays(folder, model_tensors(model))
     if HEAD in folder.tensors:
         _require_tied(folder, workers)

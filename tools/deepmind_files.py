@@ -7,7 +7,7 @@ import logging
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from griffin.tools.foreign_arrays import FileArray, foreign_spec
+from griffin.tools.foreign_arrays import foreign_spec
 from griffin.tools.foreign_axes import Axes
-from griffin.tools.safetensors_files import DTYPES, Entry
+from griffin.tools.safetensors_files import DTYPES
 from griffin.tools.stored_arrays import StoredArray
-from griffin.trainer.checkpoint.arrays import ArraySpec, Box, GlobalTensor
+from griffin.trainer.checkpoint.arrays import ArraySpec, Box, GlobalTensor, numpy_dtype
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
 _PREFIX = "params."
@@ -34,11 +34,12 @@ class DeepMindFile:
     array: Callable[[str, Axes, GlobalTensor], StoredArray]
 
 
-def _without_prefix(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Names below "params", where all are: the JAX code has its tree there."""
-    if all(name.startswith(_PREFIX) for name in tensors):
-        return {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
-    return dict(tensors)
+def _by_name(path: Path, stored: Collection[str]) -> dict[str, str]:
+    """Stored names by names as they are below "params", where the JAX code has its tree."""
+    names = {name.removeprefix(_PREFIX): name for name in stored}
+    if len(names) < len(stored):
+        raise CheckpointError(f"{path}: holds two tensors of one name, of which one is below {_PREFIX}")
+    return names
 
 
 def _require_dtype(path: Path, name: str, dtype: str) -> str:
@@ -51,39 +52,58 @@ def _require_dtype(path: Path, name: str, dtype: str) -> str:
 
 
 def open_torch_file(path: Path) -> DeepMindFile:
-    """A file of torch.save: its tensors' places are found, and nothing of what it has pickled is run.
+    """A file of torch.save, of which nothing that it has pickled is run. Its values are not looked at.
 
     Raises CheckpointError where it is no such file, or holds anything but a flat dictionary of tensors.
     """
-    places = {name: _place(path, name, tensor) for name, tensor in _without_prefix(_load_places(path)).items()}
+    _require_plain_records(path)
+    tensors = _tensors(path)
+    for name, tensor in tensors.items():
+        if tensor.is_meta or str(tensor.layout) != "torch.strided":
+            raise CheckpointError(f"{path}: {name} has no values, or not all; must be a dense tensor")
+    _require_whole_records(path, tensors.values())
+    names = _by_name(path, tensors)
 
     def array(name: str, axes: Axes, tensor: GlobalTensor) -> StoredArray:
-        entry, order = places[name]
-        stored = Axes(tuple(axes.places[dimension] for dimension in order))
-        return FileArray(path, entry, stored, foreign_spec(tensor, entry.dtype))
+        dtype = _require_dtype(path, name, str(tensors[names[name]].dtype).removeprefix("torch."))
+        return TorchArray(path, names[name], axes, foreign_spec(tensor, dtype))
 
-    shapes = {
-        name: tuple(entry.shape[order.index(dimension)] for dimension in range(len(order)))
-        for name, (entry, order) in places.items()
-    }
-    return DeepMindFile(shapes, False, array)
+    return DeepMindFile({name: tuple(tensors[key].shape) for name, key in names.items()}, False, array)
 
 
-def _load_places(path: Path) -> dict[str, Any]:
-    """Tensors without values, which know where in the file theirs are."""
+@dataclass(frozen=True)
+class TorchArray:
+    """A tensor of a file of torch.save, whose values are mapped while it is read: chunks of one follow each other."""
+
+    path: Path
+    name: str
+    axes: Axes
+    spec: ArraySpec
+
+    def read(self, box: Box) -> np.ndarray:
+        """As `StoredArray.read`."""
+        part = _opened(self.path, self.name)[self.axes.foreign_box(box)].resolve_neg()
+        copied = part.clone(memory_format=_contiguous())
+        return self.axes.ours(_numpy(copied).view(numpy_dtype(self.spec.dtype)))
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(path: Path, name: str) -> Any:
+    """A tensor of a file that is mapped anew for each: what is read of it then leaves memory."""
+    return _tensors(path)[name]
+
+
+def _tensors(path: Path) -> dict[str, Any]:
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    _require_plain_values(path)
     try:
-        with FakeTensorMode():
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path}: holds more than tensors, or is damaged; no pickled code is run: save its state dict alone"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {_first_line(error)}") from None
     if not isinstance(tensors, Mapping) or not tensors:
         raise CheckpointError(f"{path}: must hold a dictionary of tensors")
     for name, tensor in tensors.items():
@@ -92,31 +112,41 @@ def _load_places(path: Path) -> dict[str, Any]:
     return dict(tensors)
 
 
-def _require_plain_values(path: Path) -> None:
-    """Raise CheckpointError unless values lie in the file as they would in memory, as torch.save leaves them."""
+def _require_plain_records(path: Path) -> None:
+    """Raise CheckpointError unless it is an archive that keeps values as they are: they are mapped."""
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path}: is no file of torch.save, is of a format before PyTorch 1.6, or is cut short")
+    if any(record.compress_type != zipfile.ZIP_STORED for record in _records(path)):
+        raise CheckpointError(f"{path}: is compressed; must be as torch.save writes")
+
+
+def _require_whole_records(path: Path, tensors: Iterable[Any]) -> None:
+    """Raise CheckpointError where values were cut off or added: torch maps so many as it has pickled."""
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    sizes = [record.file_size for record in _records(path) if "/data/" in record.filename]
+    if sorted(size for size in storages.values() if size) != sorted(size for size in sizes if size):
+        raise CheckpointError(f"{path}: is damaged: its records are not as large as its tensors")
+
+
+def _records(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            orders = [archive.read(record) for record in records if record.filename.endswith("/byteorder")]
+            return archive.infolist()
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records) or b"big" in orders:
-        raise CheckpointError(
-            f"{path}: is compressed, or was saved on a big-endian machine; must be as torch.save writes"
-        )
+        raise CheckpointError(f"{path}: cannot be read: {_first_line(error)}") from None
 
 
-def _place(path: Path, name: str, tensor: Any) -> tuple[Entry, list[int]]:
-    """A tensor as it lies row-major in the file, and which of its dimensions are that one's: it may be transposed."""
-    dtype = _require_dtype(path, name, str(tensor.dtype).removeprefix("torch."))
-    order = sorted(range(tensor.dim()), key=lambda dimension: -tensor.stride(dimension))
-    shape = tuple(tensor.shape[dimension] for dimension in order)
-    if not tensor.permute(order).is_contiguous():
-        raise CheckpointError(f"{path}: {name} is a part of a larger tensor; save a copy of it")
-    offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
-    return Entry(name, dtype, shape, offset), order
+def _contiguous() -> Any:
+    import torch
+
+    return torch.contiguous_format
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    """Bits of 2 or 4 bytes: numpy knows no bfloat16 of torch."""
+    import torch
+
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize]).numpy()
 
 
 # orbax
@@ -124,16 +154,22 @@ def _place(path: Path, name: str, tensor: Any) -> tuple[Entry, list[int]]:
 
 def open_orbax_folder(path: Path) -> DeepMindFile:
     """A folder of orbax. Raises ValueError where that is not installed, and CheckpointError where it finds no tree."""
-    leaves = _leaves(_metadata(path))
+    leaves = {key: leaf for key, leaf in _leaves(_metadata(path)).items() if key}
     if not leaves:
-        raise CheckpointError(f"{path}: orbax finds no parameters there")
-    keys = dict(zip(_without_prefix({".".join(key): None for key in leaves}), leaves, strict=True))
-    dtypes = {name: _require_dtype(path, name, str(np.dtype(leaves[key].dtype))) for name, key in keys.items()}
+        raise CheckpointError(
+            f"{path}: orbax finds no parameters there; must be the folder of the tree itself, such as "
+            "STEP/default of a CheckpointManager's"
+        )
+    by_keys = {".".join(key): key for key in leaves}
+    if len(by_keys) < len(leaves):
+        raise CheckpointError(f"{path}: holds two arrays of one name, joined of its keys by dots")
+    keys = {name: by_keys[stored] for name, stored in _by_name(path, by_keys).items()}
 
     def array(name: str, axes: Axes, tensor: GlobalTensor) -> StoredArray:
-        return OrbaxArray(path, keys[name], axes, foreign_spec(tensor, dtypes[name]))
+        dtype = _require_dtype(path, name, str(np.dtype(leaves[keys[name]].dtype)))
+        return OrbaxArray(path, keys[name], axes, foreign_spec(tensor, dtype))
 
-    return DeepMindFile({name: tuple(leaves[key].shape) for name, key in keys.items()}, True, array)
+    return DeepMindFile({name: _shape(leaves[key]) for name, key in keys.items()}, True, array)
 
 
 @contextmanager
@@ -153,7 +189,7 @@ def _orbax(path: Path, what: str) -> Iterator[Any]:
         try:
             yield orbax.checkpoint
         except (ValueError, OSError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: {what}: {str(error).splitlines()[0]}") from None
+            raise CheckpointError(f"{path}: {what}: {_first_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -193,8 +229,19 @@ def _metadata(path: Path) -> Any:
 
 
 def _leaves(tree: Any, keys: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """What has a shape and a dtype in a tree of dictionaries, by its keys."""
-    if isinstance(tree, Mapping):
-        found = (_leaves(value, (*keys, str(key))) for key, value in tree.items())
-        return {key: leaf for leaves in found for key, leaf in leaves.items()}
-    return {keys: tree} if hasattr(tree, "shape") and hasattr(tree, "dtype") else {}
+    """What a tree of dictionaries and lists holds, by its keys."""
+    if isinstance(tree, list | tuple):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, Mapping):
+        return {keys: tree}
+    found = (_leaves(value, (*keys, str(key))) for key, value in tree.items())
+    return {key: leaf for leaves in found for key, leaf in leaves.items()}
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    """() of what is no array."""
+    return tuple(getattr(leaf, "shape", None) or ())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -25,8 +25,8 @@ def add_parser(subparsers: Any) -> None:
         "--tokenizer",
         type=Path,
         metavar="FOLDER",
-        help="take tokenizer files and token ids from there (default: those that SRC was converted with, or the "
-        "tokenizer of the data that it was trained on)",
+        help="take tokenizer files and generation_config.json from there, and token ids from its config.json (default: "
+        "those that SRC was converted with, or the tokenizer of the data that it was trained on)",
     )
     add_workers(command)
 

@@ -20,7 +20,7 @@ from griffin.tools.export_tokenizer import Companions, find_companions
 from griffin.tools.foreign_axes import Axes
 from griffin.tools.safetensors_files import Entry
 from griffin.tools.stored_arrays import Source, StoredArray, open_step
-from griffin.tools.transformers_config import ARCHITECTURE, MODEL_TYPE
+from griffin.tools.transformers_config import ARCHITECTURE, MODEL_TYPE, ROPE, SAME
 from griffin.tools.transformers_folder import INDEX, WEIGHTS
 from griffin.tools.transformers_names import gate_heads, transformers_axes, transformers_name, transformers_settings
 from griffin.tools.workers import Workers
@@ -29,7 +29,15 @@ from griffin.trainer.checkpoint.manifest import resolve
 from griffin.trainer.checkpoint.zarr_io import synchronise
 
 # Keys of a config.json that mean what `transformers_settings` states by other names.
-_OTHER_NAMES = ("_block_types", "_name_or_path", "layer_types", "sliding_window", "transformers_version")
+_OTHER_NAMES = (
+    "_block_types",
+    "_name_or_path",
+    "layer_types",
+    "rope_scaling",
+    "rope_type",
+    "sliding_window",
+    "transformers_version",
+)
 _GATES = ("recurrent.input_gate.", "recurrent.recurrence_gate.")
 
 
@@ -181,6 +189,8 @@ def _config_json(settings: dict[str, Any], dtypes: set[str], companions: Compani
     base = {key: value for key, value in companions.config.items() if key not in _OTHER_NAMES}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     stated = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "dtype": dtype, "torch_dtype": dtype}
+    # Older versions of transformers read these beside rope_parameters.
+    stated |= SAME | {"rope_parameters": ROPE} | {key: ROPE[key] for key in ("rope_theta", "partial_rotary_factor")}
     return dict(sorted((base | stated | settings).items()))
 
 

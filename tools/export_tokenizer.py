@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,11 @@ from griffin.tools.carried_files import (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
     files_of,
+    read_object,
     tokenizer_text,
 )
 from griffin.tools.stored_arrays import Source
-from griffin.trainer.checkpoint.zarr_io import CheckpointError
-from griffin.trainer.data.prefix import DataInfo, read_blend
+from griffin.trainer.data.prefix import DataInfo, parse_blend, read_description
 from griffin.trainer.data.tokenizer import BYTES
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -46,17 +45,18 @@ def find_companions(source: Source, tokenizer: Path | None) -> Companions:
         raise ValueError(f"--tokenizer {tokenizer}: must be a folder with one of {', '.join(TOKENIZER_FILES)}")
     if tokenizer is None and not carried.is_dir():
         return _of_training(source)
-    config: dict[str, Any] = dict.fromkeys(_IDS) | _read_config(carried)
+    config: dict[str, Any] = read_object(carried / CONFIG) if (carried / CONFIG).is_file() else {}
+    config |= dict.fromkeys(_IDS)  # those of the tokenizer, whose folder it may be that says them
     if CONFIG in files:
-        theirs = _read_config(tokenizer or carried)
+        theirs = read_object(files[CONFIG])
         config |= {key: theirs[key] for key in _IDS if key in theirs}
     elif TOKENIZER_MODEL in files:
-        config |= _sentencepiece_ids(files[TOKENIZER_MODEL])
+        config |= sentencepiece_ids(files[TOKENIZER_MODEL])
     files.pop(CONFIG, None)
     return Companions(config, tokenizer_text(files), files)
 
 
-def _sentencepiece_ids(path: Path) -> dict[str, int | None]:
+def sentencepiece_ids(path: Path) -> dict[str, int | None]:
     """The token ids that a SentencePiece model has of its own. Raises ValueError where it is none."""
     from sentencepiece import SentencePieceProcessor
 
@@ -68,14 +68,6 @@ def _sentencepiece_ids(path: Path) -> dict[str, int | None]:
     return {name: number if number >= 0 else None for name, number in ids.items()}
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        return json.loads(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
 def _of_training(source: Source) -> Companions:
     """Of the data that the checkpoint was trained on, as far as they are still there."""
     ids: dict[str, Any] = dict.fromkeys(_IDS)
@@ -83,7 +75,7 @@ def _of_training(source: Source) -> Companions:
     if not entries:
         return Companions(ids, "no tokenizer: none is known of this checkpoint")
     try:
-        info = read_blend(entries)[0][1]
+        info = read_description(parse_blend(entries)[0][1])
     except ValueError as error:
         return Companions(ids, f"no tokenizer: {error}")
     ids["eos_token_id"] = info.eod

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from griffin.parallel.ranks import Ranks
 from griffin.parallel.stage import Stage, build_stages
 from griffin.tools.checkpoint import DTYPES
 from griffin.tools.checkpoint_rewrite import check_layout
+from griffin.tools.workers import ended_by_sigterm
 from griffin.trainer.checkpoint.arrays import MODEL
 from griffin.trainer.checkpoint.manifest import Manifest, check, resolve
 from griffin.trainer.checkpoint.weights import load_weights
@@ -106,9 +105,8 @@ def run_on_ranks(function: Callable[..., None], tensor: int, args: Sequence[Any]
             leave(1)
         return 0
     if tensor == 1:
-        # As Ctrl-C does: what is under way is cleaned up.
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        function(None, *args)
+        with ended_by_sigterm():
+            function(None, *args)
         return 0
     if 0 < torch.cuda.device_count() < tensor:
         raise ValueError(f"--tensor {tensor}: must be at most {torch.cuda.device_count()}, the number of GPUs here")

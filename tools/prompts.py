@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.carried_files import CONFIG, SOURCE, TOKENIZER_JSON, TOKENIZER_MODEL
+from griffin.tools.carried_files import CONFIG, SOURCE, TOKENIZER_JSON, TOKENIZER_MODEL, read_object
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.data.prefix import parse_blend, read_description
 from griffin.trainer.data.tokenizer import Tokenizer, load_tokenizer
@@ -105,16 +105,8 @@ def _ids(key: str, configs: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A file of settings; none where it is missing. Raises ValueError for what is no JSON object."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must be a JSON object")
-    return values
+    """A file of settings; none where it is missing."""
+    return read_object(path) if path.is_file() else {}
 
 
 def _name(token: Any) -> str | None:

@@ -150,7 +150,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
         entries = [_entry(path, name, values, begin) for name, values in described.items()]
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: is damaged: its header is none of a safetensors file") from None
     end = begin
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.carried_files import CONFIG
+from griffin.tools.carried_files import CONFIG, read_object
 from griffin.tools.safetensors_files import Entry, read_entries
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
@@ -32,8 +31,10 @@ def open_transformers_folder(path: Path) -> TransformersFolder:
     """
     if not path.is_dir():
         raise ValueError(f"{path}: must be a folder with {CONFIG} and {WEIGHTS} or {INDEX}")
-    config = _read_table(path / CONFIG)
+    config = read_object(path / CONFIG)
     if (path / INDEX).is_file():
+        if (path / WEIGHTS).exists():
+            raise CheckpointError(f"{path}: holds {WEIGHTS} and {INDEX}; must hold one of them, the model's")
         return TransformersFolder(path, config, _sharded(path))
     if not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{path}: holds neither {WEIGHTS} nor {INDEX}; weights in other files are not read")
@@ -42,8 +43,8 @@ def open_transformers_folder(path: Path) -> TransformersFolder:
 
 
 def _sharded(path: Path) -> dict[str, tuple[Path, Entry]]:
-    names = _read_table(path / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+    names = read_object(path / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(file, str) and _is_name(file) for file in names.values()):
         raise CheckpointError(f'{path / INDEX}: is damaged: "weight_map" must name the file of each tensor')
     files = {}
     for file in sorted(set(names.values())):
@@ -62,13 +63,6 @@ def _sharded(path: Path) -> dict[str, tuple[Path, Entry]]:
     return tensors
 
 
-def _read_table(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must be a JSON object")
-    return values
+def _is_name(file: str) -> bool:
+    """Whether it is a file's name in the folder itself."""
+    return file not in ("", ".", "..") and Path(file).name == file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -62,6 +63,19 @@ class Workers:
 
 
 @contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within it, SIGTERM ends this process as an exception does: what is under way is cleaned up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def start_workers(count: int | None, most: int | None = None) -> Iterator[Workers | None]:
     """`count` workers, or the other ranks where mpiexec started this process with several.
 
@@ -83,11 +97,12 @@ def start_workers(count: int | None, most: int | None = None) -> Iterator[Worker
         raise ValueError(f"--workers {count}: must be at least 1")
     count = count or min(cores(), most or cores())
     if count == 1:
-        yield Workers(_Here(), 1)
+        with ended_by_sigterm():
+            yield Workers(_Here(), 1)
         return
     # Not forked: this process may hold threads.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker) as pool:
+    with ended_by_sigterm(), ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker) as pool:
         yield Workers(pool, count)
 
 
@@ -104,7 +119,8 @@ class _Here(Executor):
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's, which ends its workers in order
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's, which ends its workers in order
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

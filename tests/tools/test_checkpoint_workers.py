@@ -106,8 +106,7 @@ def test_an_interrupt_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Workers, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        reshard(float32[0], tmp_path / "out")
+    assert reshard(float32[0], tmp_path / "out") == 130
     assert not list(tmp_path.iterdir())
 
 
