@@ -7,7 +7,7 @@ blocks; tensor ranks share each, as in training, and communicate where training 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,21 @@ Rotation = tuple[Tensor, Tensor]  # cosine and sine of rotary embedding, [B, hd 
 ROTATIONS = 64  # that are computed at once
 
 
+class Slot(NamedTuple):
+    """Where the keys and values of one time lie in an AttentionState."""
+
+    place: Tensor  # int64 [1]
+    filled: int  # slots that hold any by then
+    visible: Tensor | None  # [B, 1, 1, filled], False where a slot holds what is before the sequence; None: nowhere
+
+
+class Now(NamedTuple):
+    """What all blocks ask of a token's time."""
+
+    rotation: Rotation | None  # None without attention
+    slots: dict[int, Slot]  # by the number of an AttentionState's slots
+
+
 class State:
     """What a model keeps of B sequences of tokens, whose last tokens lie at one time: shorter ones begin later.
 
@@ -44,73 +59,65 @@ class State:
         self.time = time  # of the tokens that come next
         self.longest = longest  # tokens that there is room for
         self.starts = starts  # int64 [B]: the time of each sequence's first token
-        self.latest_start = int(starts.max())
+        self._latest_start = int(starts.max())
+        self._slots = {block.keys.shape[1] for block in blocks if isinstance(block, AttentionState)}
         self._rotations: list[Rotation] = []
-
-    def next_rotation(self, head_dim: int) -> Rotation:
-        """Of the tokens that come next; computed for some of them at a time."""
-        if not self._rotations:
-            times = torch.arange(self.time, self.time + ROTATIONS, device=self.starts.device)
-            cos, sin = rotation(times[:, None] - self.starts, head_dim)
-            self._rotations = list(zip(cos, sin, strict=True))[::-1]
-        return self._rotations.pop()
 
     @property
     def nbytes(self) -> int:
         tensors = [value for block in self.blocks for value in vars(block).values()]
         return sum(tensor.nbytes for tensor in (*tensors, self.starts))
 
+    def now(self, head_dim: int) -> Now:
+        """For the tokens that come next; called once for each."""
+        assert self.time < self.longest, f"there is room for {self.longest} tokens"
+        if not self._slots:
+            return Now(None, {})
+        return Now(self._next_rotation(head_dim), {slots: self._slot(slots) for slots in self._slots})
 
-class _Now:
-    """What all blocks ask of a token's time."""
+    def _next_rotation(self, head_dim: int) -> Rotation:
+        if not self._rotations:  # some are computed at a time
+            times = torch.arange(self.time, self.time + ROTATIONS, device=self.starts.device)
+            cos, sin = rotation(times[:, None] - self.starts, head_dim)
+            self._rotations = list(zip(cos, sin, strict=True))[::-1]
+        return self._rotations.pop()
 
-    def __init__(self, state: State, head_dim: int) -> None:
-        self.state, self._head_dim = state, head_dim
-        self._masks: dict[int, Tensor | None] = {}
-
-    @cached_property
-    def rotation(self) -> Rotation:
-        return self.state.next_rotation(self._head_dim)
-
-    def slot(self, slots: int) -> int:
-        return self.state.time % slots
-
-    def filled(self, slots: int) -> int:
-        return min(self.state.time + 1, slots)
-
-    def visible(self, slots: int) -> Tensor | None:
-        """Mask [B, 1, 1, filled slots], False where a slot holds what is before the sequence; None where none does."""
-        if slots not in self._masks:
-            self._masks[slots] = self._mask(slots)
-        return self._masks[slots]
-
-    def _mask(self, slots: int) -> Tensor | None:
-        time, filled = self.state.time, self.filled(slots)
-        if self.state.latest_start <= time + 1 - filled:
-            return None
-        places = torch.arange(filled, device=self.state.starts.device)
-        times = places + (time - places) // slots * slots  # the latest that falls on each slot
-        return (times >= self.state.starts[:, None])[:, None, None]
+    def _slot(self, slots: int) -> Slot:
+        filled = min(self.time + 1, slots)
+        place = torch.tensor([self.time % slots], device=self.starts.device)
+        if self._latest_start <= self.time + 1 - filled:
+            return Slot(place, filled, None)
+        places = torch.arange(filled, device=self.starts.device)
+        times = places + (self.time - places) // slots * slots  # the latest that falls on each slot
+        return Slot(place, filled, (times >= self.starts[:, None])[:, None, None])
 
 
 class Decoder:
-    """A whole model that goes on with sequences. `stage` is the only one of a layout without pipeline parallelism."""
+    """A whole model that goes on with sequences.
 
-    @torch.inference_mode()
-    def __init__(self, stage: Stage) -> None:
+    Args:
+        stage: the only one of a layout without pipeline parallelism.
+        compiled: let torch.compile make one program of a token's step, at the first of them and when shapes change: it
+            takes seconds, and on CPUs a C++ compiler. For a model that is not sharded.
+    """
+
+    def __init__(self, stage: Stage, *, compiled: bool = False) -> None:
         assert stage.pre_process, "a part of the model"
         assert stage.post_process, "a part of the model"
         assert not stage.config.sequence_parallel, "a token is not cut"
-        self._stage = stage
         # megatron-core's looks whether the token is among this rank's rows.
         table = stage.embedding
         lookup = table if table.tp_group.size() > 1 else lambda tokens: F.embedding(tokens, table.weight)
+        self._stage = stage
         self._embed = lambda tokens: stage.scaled(lookup(tokens))
-        self._final_norm = _norm(stage.final_norm)
         self._blocks = [block for block in stage.blocks if isinstance(block, ResidualBlock)]
-        self._steps = [_BlockStep(block) for block in self._blocks]
+        # torch.compile knows no tensors of inference_mode, which is faster.
+        self._mode = torch.no_grad if compiled else torch.inference_mode
+        with self._mode():
+            self._final_norm = _norm(stage.final_norm)
+            self._steps = [_BlockStep(block) for block in self._blocks]
+        self._run = torch.compile(self._forward) if compiled else self._forward
 
-    @torch.inference_mode()
     def prefill(self, prompts: list[Tensor], longest: int) -> tuple[Tensor, State]:
         """Take prompts in, all in one pass.
 
@@ -130,25 +137,29 @@ class Decoder:
         # What fills a row up in front of a prompt is a document of its own, which the prompt does not see.
         positions = torch.arange(width).expand(len(prompts), -1)
         positions = torch.where(positions < starts[:, None], positions, positions - starts[:, None]).to(device)
-        x, documents = self._stage.embed(tokens.to(device)), Documents(positions)
         states: list[BlockState] = []
-        for block in self._blocks:
-            x, state = block.prefill(x, documents, longest)
-            states.append(state)
-        return self._stage.head(x[-1:])[0], State(states, starts.to(device), width, longest)
+        with self._mode():
+            x, documents = self._stage.embed(tokens.to(device)), Documents(positions)
+            for block in self._blocks:
+                x, state = block.prefill(x, documents, longest)
+                states.append(state)
+            logits = self._stage.head(x[-1:])[0]
+        return logits, State(states, starts.to(device), width, longest)
 
-    @torch.inference_mode()
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """Take the next token of every sequence in, int64 [B], and change the state.
 
         Returns this rank's part of the logits that follow, float32 [B, padded vocabulary / t].
         """
-        assert state.time < state.longest, f"there is room for {state.longest} tokens"
-        x = self._embed(tokens).t().contiguous()  # [D, B]
-        now = _Now(state, self._stage.model.head_dim)
-        for block, block_state in zip(self._steps, state.blocks, strict=True):
-            x = block(x, block_state, now)
+        with self._mode():
+            logits = self._run(tokens, state.now(self._stage.model.head_dim), state.blocks)
         state.time += 1
+        return logits
+
+    def _forward(self, tokens: Tensor, now: Now, blocks: list[BlockState]) -> Tensor:
+        x = self._embed(tokens).t().contiguous()  # [D, B]
+        for step, state in zip(self._steps, blocks, strict=True):
+            x = step(x, state, now)
         return self._stage.logits.capped(torch.mm(self._stage.embedding.weight, self._final_norm(x)).t())
 
 
@@ -165,7 +176,7 @@ class _BlockStep:
             self._mixer = _AttentionStep(block.mixer)
         self._mlp = _mlp(block.mlp)
 
-    def __call__(self, x: Tensor, state: BlockState, now: _Now) -> Tensor:
+    def __call__(self, x: Tensor, state: BlockState, now: Now) -> Tensor:
         x = x + self._mixer(self._mixer_norm(x), state, now)
         return x + self._mlp(self._mlp_norm(x))
 
@@ -178,7 +189,7 @@ class _RecurrentStep:
         self._gates = tuple(zip(bias.chunk(2, dim=1), weight.chunk(2, dim=1), strict=True))
         self._recur = rglru_step(mixer.decay, resolve_backend(mixer.kernels, mixer.decay.device, mixer.decay.dtype))
 
-    def __call__(self, u: Tensor, state: BlockState, now: _Now) -> Tensor:
+    def __call__(self, u: Tensor, state: BlockState, now: Now) -> Tensor:
         assert isinstance(state, RecurrentState)
         x, branch = self._lin_xy(u).chunk(2)
         inputs = torch.cat((state.window, x[None]))
@@ -195,18 +206,17 @@ class _AttentionStep:
         self._qkv = torch.cat((mixer.query, mixer.key_value))
         self._out = _row(mixer.out)
 
-    def __call__(self, u: Tensor, state: BlockState, now: _Now) -> Tensor:
+    def __call__(self, u: Tensor, state: BlockState, now: Now) -> Tensor:
         assert isinstance(state, AttentionState)
         qkv = torch.mm(self._qkv, u).t().unflatten(-1, (-1, self._head_dim))  # [B, H + 2, hd]
+        assert now.rotation is not None
         q, k = turn(qkv[:, :-1], now.rotation).split((self._heads, 1), dim=1)
-        slots = state.keys.shape[1]
-        state.keys[:, now.slot(slots)] = k[:, 0]
-        state.values[:, now.slot(slots)] = qkv[:, -1]
-        filled = now.filled(slots)
+        slot = now.slots[state.keys.shape[1]]
+        state.keys.index_copy_(1, slot.place, k)
+        state.values.index_copy_(1, slot.place, qkv[:, -1:])
+        keys, values = (held[:, None, : slot.filled] for held in (state.keys, state.values))
         # All heads are queries of the one key/value head.
-        attended = F.scaled_dot_product_attention(
-            q[:, None], state.keys[:, None, :filled], state.values[:, None, :filled], attn_mask=now.visible(slots)
-        )  # [B, 1, H, hd]
+        attended = F.scaled_dot_product_attention(q[:, None], keys, values, attn_mask=slot.visible)  # [B, 1, H, hd]
         return self._out(attended.flatten(1).t())
 
 

@@ -30,6 +30,9 @@ def add_parser(kinds: argparse._SubParsersAction) -> None:
     parser.add_argument("--prompt", type=int, default=64, metavar="T", help="tokens of each prompt (default: 64)")
     parser.add_argument("--tokens", type=int, default=512, metavar="N", help="new tokens of each (default: 512)")
     parser.add_argument("--window", type=int, default=1024, metavar="W", help="of attention (default: 1024)")
+    parser.add_argument(
+        "--compile", action="store_true", help="as of `griffin generate`, whose compilation is not timed"
+    )
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="timed rounds (default: 9)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="default: all cores")
     parser.set_defaults(run=run)
@@ -54,8 +57,10 @@ def run(args: argparse.Namespace) -> int:
     from griffin.parallel.sharding import initialize
     from griffin.parallel.stage import build_stages
     from griffin.tools.bench import processor
-    from griffin.tools.inference import Model
+    from griffin.tools.inference import Model, check_compiled
 
+    if args.compile:
+        check_compiled(1)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     config = ModelConfig(
@@ -76,11 +81,12 @@ def run(args: argparse.Namespace) -> int:
         f"transformers {transformers.__version__}\n"
         f"float32, greedy, prompts of {args.prompt} and {args.tokens} new tokens, D = R = {args.width}, vocabulary "
         f"{config.vocabulary}, window {args.window}, blocks {', '.join(config.pattern)}"
+        f"{'; a step compiled' if args.compile else ''}"
     )
     with single_rank_grid() as grid:
         stages = build_stages(config, ParallelConfig(), grid, dtype=torch.float32, sequence=args.prompt)
         initialize(stages, grid, seed=0)
-        model = Model(stages[0].eval(), grid, config)
+        model = Model(stages[0].eval().requires_grad_(False), grid, config, args.compile)
         peer = _peer(model)
         for batch in args.batch:
             _compare(model, peer, batch, args)

@@ -42,6 +42,11 @@ def add_parser(subparsers: Any) -> None:
         "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that come to P together"
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile what computes a token first, which takes seconds (on CPUs with a C++ compiler; --tensor 1)",
+    )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (default: 16)")
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="as of `griffin data build` (default: that of the checkpoint, or its data)"
@@ -68,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from griffin.tools.generation import Sampling
-    from griffin.tools.inference import Checkpoint, run_on_ranks
+    from griffin.tools.inference import Checkpoint, check_compiled, run_on_ranks
     from griffin.tools.prompts import find_language, read_prompts
 
     for setting in ("max_tokens", "batch_size"):
@@ -77,15 +82,15 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     texts = {"--prompt": args.prompt} if args.batch is None else read_prompts(args.batch)
     checkpoint = Checkpoint.find(args)
+    if args.compile:
+        check_compiled(args.tensor)
     language = find_language(checkpoint.folder, checkpoint.manifest, args.tokenizer, args.eod)
     if args.no_bos:
         language = replace(language, bos=None)
     prompts = [language.encode(text, checkpoint.manifest.model.vocabulary, where) for where, text in texts.items()]
     settings = {"batch": args.batch_size, "max_tokens": args.max_tokens, "stops": language.stops, "sampling": sampling}
-    as_json = args.batch is not None
-    return run_on_ranks(
-        answer, checkpoint.tensor, (checkpoint, language, list(texts.values()), prompts, settings, as_json)
-    )
+    answering = (checkpoint, language, list(texts.values()), prompts, settings, args.batch is not None, args.compile)
+    return run_on_ranks(answer, checkpoint.tensor, answering)
 
 
 def answer(
@@ -96,12 +101,13 @@ def answer(
     prompts: list[list[int]],
     settings: dict[str, Any],
     as_json: bool,
+    compiled: bool,
 ) -> None:
     """What each rank does; rank 0 prints."""
     from griffin.tools.generation import generate_all
     from griffin.tools.inference import loaded
 
-    with loaded(checkpoint, ranks) as model:
+    with loaded(checkpoint, ranks, compiled=compiled) as model:
         begun, count = time.monotonic(), 0
         for text, prompt, ids in zip(texts, prompts, generate_all(model, prompts, **settings), strict=True):
             if not model.grid.is_first_rank:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from griffin.trainer.checkpoint.arrays import MODEL
 from griffin.trainer.checkpoint.manifest import Manifest, check, resolve
 from griffin.trainer.checkpoint.weights import load_weights
 
+COMPILERS = ("g++", "clang++")  # that torch.compile looks for
 PRELOAD = ("griffin.tools.generation",)
 
 
@@ -63,10 +66,11 @@ class Model:
     stage: Stage
     grid: Grid
     config: ModelConfig
+    compiled: bool = False  # a token's step, see `Decoder`
 
     @cached_property
     def decoder(self) -> Decoder:
-        return Decoder(self.stage)
+        return Decoder(self.stage, compiled=self.compiled)
 
     def gathered(self, logits: Tensor) -> Tensor:
         """All logits [..., vocabulary] of this rank's part of them. A collective of tensor ranks."""
@@ -78,14 +82,23 @@ class Model:
 
 
 @contextmanager
-def loaded(checkpoint: Checkpoint, ranks: Ranks | None) -> Iterator[Model]:
+def loaded(checkpoint: Checkpoint, ranks: Ranks | None, *, compiled: bool = False) -> Iterator[Model]:
     """The model on this rank; `ranks` as `run_on_ranks` gives it."""
     layout = ParallelConfig(tensor=checkpoint.tensor)
     config = checkpoint.manifest.model
     with single_rank_grid() if ranks is None else rank_grid(layout, ranks) as grid:
         stages = build_stages(config, layout, grid, dtype=getattr(torch, checkpoint.dtype), sequence=1)
         load_weights(stages, grid, checkpoint.folder, checkpoint.manifest)
-        yield Model(stages[0].eval(), grid, config)
+        yield Model(stages[0].eval().requires_grad_(False), grid, config, compiled)
+
+
+def check_compiled(tensor: int) -> None:
+    """ValueError where `Decoder(compiled=True)` cannot work."""
+    if tensor > 1:
+        raise ValueError(f"--compile: must be left out with --tensor {tensor}: what ranks exchange is not compiled")
+    named = os.environ.get("CXX")
+    if not torch.cuda.is_available() and not any(map(shutil.which, [named] if named else COMPILERS)):
+        raise ValueError(f"--compile: needs a C++ compiler on CPUs; found no {named or ', '.join(COMPILERS)}")
 
 
 def run_on_ranks(function: Callable[..., None], tensor: int, args: Sequence[Any]) -> int:

@@ -140,9 +140,26 @@ def test_on_two_ranks_of_this_machine(checkpoint: Path, capfd: pytest.CaptureFix
     assert done.stdout == expected
 
 
+@pytest.mark.slow
+def test_compiled(checkpoint: Path, tmp_path: Path) -> None:
+    """The same answers, of prompts alike and unlike in length, over the window's end."""
+    (tmp_path / "unlike.txt").write_text("one\ntwo words\nx\n")
+    arguments = ["--batch", str(tmp_path / "unlike.txt"), "--max-tokens", "30", "--temperature", "1", "--top-k", "20"]
+    command = [sys.executable, "-m", "griffin.tools.cli", "generate", str(checkpoint), *arguments]
+    for batch_size in ("1", "3"):
+        outputs = [
+            subprocess.run(
+                [*command, "--batch-size", batch_size, *words], capture_output=True, text=True, timeout=300, check=True
+            ).stdout
+            for words in ([], ["--compile"])
+        ]
+        assert outputs[0] == outputs[1]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--compile", "--tensor", "2"], "--compile: must be left out with --tensor 2"),
         (["--max-tokens", "0"], "--max-tokens 0: must be at least 1"),
         (["--batch-size", "-1"], "--batch-size -1: must be at least 1"),
         (["--top-p", "2"], "--top-p 2.0: must be above 0 and at most 1"),
@@ -175,6 +192,14 @@ def test_damaged_batches(
         (tmp_path / name).write_bytes(content)
     assert run(checkpoint, "--batch", tmp_path / name) == 2
     assert said in capfd.readouterr().err
+
+
+def test_compilation_needs_a_compiler(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert run(checkpoint, "--prompt", "x", "--compile") == 2
+    assert "--compile: needs a C++ compiler on CPUs; found no no-such-compiler" in capfd.readouterr().err
 
 
 def test_a_checkpoint_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
