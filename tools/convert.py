@@ -51,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
         "--vocabulary",
         type=int,
         metavar="V",
-        help="rows of the table that are tokens (default: all, but 256000 of the published 256128)",
+        help="rows of the table that are tokens (default: all, but 256000 of 256128)",
     )
     command.add_argument(
         "--tokenizer",

@@ -11,7 +11,7 @@ from griffin.tools.foreign_axes import Axes, Fixed, same_axes
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
 EMBEDDING = "embedder.input_embedding"
-# The published tables have rows beyond the tokenizer's ids.
+# Gemma's tokenizer has fewer ids than a table of so many rows, whose rest is padding.
 PADDED_ROWS, PUBLISHED_VOCABULARY = 256_128, 256_000
 
 _PARTS = {
