@@ -119,8 +119,7 @@ class _Here(Executor):
 
 
 def _start_worker() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's, which ends its workers in order
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's, which ends its workers in order
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
