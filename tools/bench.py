@@ -73,9 +73,7 @@ def run_step(args: argparse.Namespace) -> int:
         logit_soft_cap=30.0,
     )
     print(
-        f"{time.strftime('%Y-%m-%d')}; {processor()}, {args.threads} threads; python {platform.python_version()}, "
-        f"torch {torch.__version__}, megatron-core {version('megatron-core')}, "
-        f"transformers {transformers.__version__}\n"
+        f"{versions(args.threads)}\n"
         f"float32, batch 1, sequence {args.sequence}, D = R = {args.width}, vocabulary {model.vocabulary}, "
         f"blocks {', '.join(model.pattern)}"
     )
@@ -84,6 +82,14 @@ def run_step(args: argparse.Namespace) -> int:
         _compare("training step", *steps, args)
         _compare("recurrent mixer", *mixers, args)
     return 0
+
+
+def versions(threads: int) -> str:
+    """Date, machine and versions of a comparison with transformers."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
+    return (
+        f"{time.strftime('%Y-%m-%d')}; {processor()}, {threads} threads; python {platform.python_version()}, {packages}"
+    )
 
 
 def processor() -> str:

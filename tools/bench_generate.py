@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import time
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelConfig
@@ -56,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from griffin.parallel.grid import single_rank_grid
     from griffin.parallel.sharding import initialize
     from griffin.parallel.stage import build_stages
-    from griffin.tools.bench import processor
+    from griffin.tools.bench import versions
     from griffin.tools.inference import Model, check_compiled
 
     if args.compile:
@@ -76,9 +74,7 @@ def run(args: argparse.Namespace) -> int:
         logit_soft_cap=30.0,
     )
     print(
-        f"{time.strftime('%Y-%m-%d')}; {processor()}, {args.threads} threads; python {platform.python_version()}, "
-        f"torch {torch.__version__}, megatron-core {version('megatron-core')}, "
-        f"transformers {transformers.__version__}\n"
+        f"{versions(args.threads)}\n"
         f"float32, greedy, prompts of {args.prompt} and {args.tokens} new tokens, D = R = {args.width}, vocabulary "
         f"{config.vocabulary}, window {args.window}, blocks {', '.join(config.pattern)}"
         f"{'; a step compiled' if args.compile else ''}"

@@ -82,9 +82,8 @@ class TorchArray:
 
     def read(self, box: Box) -> np.ndarray:
         """As `StoredArray.read`."""
-        part = _opened(self.path, self.name)[self.axes.foreign_box(box)].resolve_neg()
-        copied = part.clone(memory_format=_contiguous())
-        return self.axes.ours(_numpy(copied).view(numpy_dtype(self.spec.dtype)))
+        part = _opened(self.path, self.name)[self.axes.foreign_box(box)].resolve_neg().contiguous()
+        return self.axes.ours(_numpy(part).view(numpy_dtype(self.spec.dtype)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -134,12 +133,6 @@ def _records(path: Path) -> list[zipfile.ZipInfo]:
             return archive.infolist()
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {_first_line(error)}") from None
-
-
-def _contiguous() -> Any:
-    import torch
-
-    return torch.contiguous_format
 
 
 def _numpy(tensor: Any) -> np.ndarray:
