@@ -22,6 +22,7 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 WSD_DECAYS = ("linear", "cosine", "exponential", "minus_sqrt")
 DTYPES = ("float32", "bfloat16")
 OVERLAPS = ("auto", "on", "off")
+SPIKES = ("off", "skip", "rewind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,13 @@ class TrainConfig:
     overlap: str = "auto"  # data-parallel communication behind computation; auto: where there is a GPU
     eval_interval: int = 500  # optimizer steps between evaluations; 0 is never
     eval_batches: int = 10  # global batches per evaluation
+    # What is done about a loss or gradient norm that is far above those of the steps before, or not finite: nothing
+    # ("off": what is not finite ends the run), no update by that batch ("skip"), or back to the last checkpoint and on
+    # with the data after the batch ("rewind").
+    spike: str = "off"
+    spike_deviations: float = 12.0  # robust standard deviations above the median that make a spike
+    spike_window: int = 128  # steps that the median is of
+    spike_limit: int = 10  # spikes within `spike_window` steps after which the run ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +84,18 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """How a run notices that hardware, not the user, has gone wrong."""
+
+    preflight: bool = True  # check every rank's machine and links before the first step
+    hang_seconds: float = 600.0  # a step that takes longer ends the run, with a report of who lags; 0 waits forever
+    replica_interval: int = 1000  # optimizer steps between comparisons of data-parallel replicas' weights; 0 is never
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     interval: int = 10  # optimizer steps between logged steps; step 1 is always logged
+    peak_tflops: float = 0.0  # of one device, for the MFU; 0: the known figure of a GPU, elsewhere a measured one
     tensorboard: bool = True
     run_root: str = "runs"  # where run folders go that --run-dir does not name
 
@@ -90,6 +108,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -100,6 +119,7 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
     "checkpoint": CheckpointConfig,
+    "health": HealthConfig,
     "log": LogConfig,
 }
 TYPES: dict[str, dict[str, Any]] = {name: typing.get_type_hints(section) for name, section in SECTIONS.items()}
@@ -237,6 +257,7 @@ def _resolve(settings: dict[str, dict[str, Any]]) -> Config:
         optimizer=_resolve_optimizer(settings["optimizer"], train.steps),
         train=train,
         checkpoint=CheckpointConfig(**settings["checkpoint"]),
+        health=HealthConfig(**settings["health"]),
         log=LogConfig(**settings["log"]),
     )
 

@@ -21,6 +21,7 @@ from griffin.trainer.config import (
     DTYPES,
     OVERLAPS,
     SCHEDULES,
+    SPIKES,
     WSD_DECAYS,
     Config,
     OptimizerConfig,
@@ -54,9 +55,12 @@ LEAST = {
     "train.seed": 0,
     "train.eval_interval": 0,
     "train.eval_batches": 1,
+    "train.spike_window": 8,
+    "train.spike_limit": 1,
     "checkpoint.interval": 0,
     "checkpoint.keep_last": 0,
     "checkpoint.keep_every": 0,
+    "health.replica_interval": 0,
     "log.interval": 1,
 }
 
@@ -68,6 +72,7 @@ CHOICES = {
     "train.recompute": RECOMPUTES,
     "train.kernels": (AUTO, *BACKENDS),
     "train.overlap": OVERLAPS,
+    "train.spike": SPIKES,
 }
 
 
@@ -93,6 +98,7 @@ def validate(config: Config, world_size: int) -> None:
     _validate_layout(config)
     _validate_batches(config, world_size)
     _validate_optimizer(config.optimizer, config.train.steps)
+    _validate_health(config)
     if not config.data.train:
         _refuse("data.train", [], "must name at least one PREFIX built by `griffin data build`")
 
@@ -216,6 +222,19 @@ def _validate_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
     if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_steps > steps:
         accepted = f"must be at most train.steps - optimizer.warmup_steps = {steps - optimizer.warmup_steps}"
         _refuse("optimizer.decay_steps", optimizer.decay_steps, accepted)
+
+
+def _validate_health(config: Config) -> None:
+    if not 1 <= config.train.spike_deviations < math.inf:
+        _refuse("train.spike_deviations", config.train.spike_deviations, "must be at least 1")
+    if config.train.spike == "rewind" and config.checkpoint.interval == 0:
+        _refuse("checkpoint.interval", 0, 'must be at least 1 for train.spike = "rewind", which goes back to one')
+    for setting, value in (
+        ("health.hang_seconds", config.health.hang_seconds),
+        ("log.peak_tflops", config.log.peak_tflops),
+    ):
+        if not 0 <= value < math.inf:
+            _refuse(setting, value, "must be 0 or more")
 
 
 def _recurs(model: ModelConfig) -> bool:
