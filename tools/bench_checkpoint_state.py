@@ -56,7 +56,7 @@ def fill(training: Training, grid: Grid) -> None:
                 weights, *moments = (drawn(kind, parameter, grid)[start:stop] for kind in KINDS)
                 training.set_shard_state(parameter, weights, torch.stack(moments))
         training.spread_weights()
-    training.continue_after(1)
+    training.continue_after(1, 1)
 
 
 def require_loaded(training: Training, grid: Grid) -> None:

@@ -26,6 +26,7 @@ from griffin.trainer.optimizer import optimizer_name
 from griffin.trainer.report import Report
 from griffin.trainer.run_folder import RunFolder, describe_environment
 from griffin.trainer.signals import StopRequests
+from griffin.trainer.spikes import REWIND, SKIP, Ledger, Spike, SpikeDetector, SpikeError
 from griffin.trainer.step import Batch, Training
 
 
@@ -35,8 +36,9 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
     Goes on from the newest checkpoint of `run_dir`, else begins with `init_from`, else anew (see `find_source`). On
     SIGTERM or SIGUSR1 to any rank, all stop after the same step, which is saved.
 
-    Raises NonFiniteError (see `trainer.step`) where the loss or a gradient is NaN or infinite, CheckpointError where
-    what it starts from is damaged, and SaveError where the last state could not be saved.
+    Raises NonFiniteError (see `trainer.step`) where the loss or a gradient is NaN or infinite and `train.spike` is off,
+    SpikeError where there are too many spikes, CheckpointError where what it starts from is damaged, and SaveError
+    where the last state could not be saved.
     """
     with StopRequests() as requests, rank_grid(config.parallel, ranks) as grid, ExitStack() as stack:
         opened: Opened | None = None
@@ -52,6 +54,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
         source, folder = opened.source, opened.folder
         report = stack.enter_context(Report(config, grid, folder, source))
         training = Training(config, grid)
+        spikes = SpikeDetector(config.train) if config.train.spike != "off" else None
+        ledger = stack.enter_context(Ledger(grid, folder, report.say))
         checkpoints = stack.enter_context(
             Checkpoints(
                 config,
@@ -62,10 +66,11 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
                 attempt=folder.attempt,
                 lock=opened.lock,
                 report=report.saved,
+                spikes=spikes,
             )
         )
         position = checkpoints.load(source)
-        return _run(config, grid, training, checkpoints, report, requests, position)
+        return _Run(config, grid, training, checkpoints, report, requests, spikes, ledger).go_on_from(position)
 
 
 @dataclass(frozen=True)
@@ -90,46 +95,90 @@ def _open_folder(
     return Opened(folder, source, (lock.path, lock.token))
 
 
-def _run(
-    config: Config,
-    grid: Grid,
-    training: Training,
-    checkpoints: Checkpoints,
-    report: Report,
-    requests: StopRequests,
-    position: Position,
-) -> bool:
-    """The steps after `position`, to the end or to a request to stop; True for the latter."""
-    if position.step >= config.train.steps:
-        report.say(f"Nothing is left to do: step {position.step} of {config.train.steps} is saved.")
+@dataclass(frozen=True)
+class _Run:
+    """The steps of a training."""
+
+    config: Config
+    grid: Grid
+    training: Training
+    checkpoints: Checkpoints
+    report: Report
+    requests: StopRequests
+    spikes: SpikeDetector | None
+    ledger: Ledger
+
+    def go_on_from(self, position: Position) -> bool:
+        """The steps after `position`, to the end or to a request to stop; True for the latter."""
+        config, training, checkpoints, report = self.config, self.training, self.checkpoints, self.report
+        if position.step >= config.train.steps:
+            report.say(f"Nothing is left to do: step {position.step} of {config.train.steps} is saved.")
+            return False
+        drawn = position.samples + (config.train.steps - position.step) * config.train.global_batch
+        train_samples, eval_samples = _open_data(config, self.grid, drawn)
+        train_batches = _batches(config, self.grid, train_samples, position.samples, workers=config.data.workers)
+        report.begin(train_samples, drawn)
+        rewound: int | None = None  # the step gone back to, with weights that were evaluated before
+        while True:
+            if eval_samples is not None and _evaluates(config, position.step) and position.step != rewound:
+                held_out = _batches(config, self.grid, eval_samples, 0, workers=0)
+                report.evaluation(position.step, training.evaluate(held_out, config.train.eval_batches))
+            if position.step == config.train.steps:
+                break
+            stop = self.requests.requested is not None or checkpoints.is_taken_over
+            judge = self.spikes.judge if self.spikes is not None else None
+            result = training.step(train_batches, stop=stop, judge=judge)
+            position = Position(position.step + 1, position.samples + config.train.global_batch)
+            rewound = self._answer(result.spike, position) if result.spike is not None else None
+            if rewound is not None:  # a request to stop is heard by the next step
+                position = Position(rewound, position.samples)
+                train_batches = _batches(
+                    config, self.grid, train_samples, position.samples, workers=config.data.workers
+                )
+                continue
+            report.step(position, result)
+            checkpoints.poll()
+            if result.stop and position.step < config.train.steps:
+                why = "another run has taken the run folder over" if checkpoints.is_taken_over else "asked to stop"
+                report.say(f"step {position.step}: {why}; saving")
+                checkpoints.finish(position)
+                report.end()
+                report.say("Stopped on request: started again with this run folder, the training goes on.")
+                return True
+            if checkpoints.is_due(position.step):
+                report.checkpoint(position, checkpoints.save(position))
+        checkpoints.finish(position)
+        report.end()
         return False
-    drawn = position.samples + (config.train.steps - position.step) * config.train.global_batch
-    train_samples, eval_samples = _open_data(config, grid, drawn)
-    train_batches = _batches(config, grid, train_samples, position.samples, workers=config.data.workers)
-    report.begin(train_samples, drawn)
-    while True:
-        if eval_samples is not None and _evaluates(config, position.step):
-            held_out = _batches(config, grid, eval_samples, 0, workers=0)
-            report.evaluation(position.step, training.evaluate(held_out, config.train.eval_batches))
-        if position.step == config.train.steps:
-            break
-        stop = requests.requested is not None or checkpoints.is_taken_over
-        result = training.step(train_batches, stop=stop)
-        position = Position(position.step + 1, position.samples + config.train.global_batch)
-        report.step(position, result)
-        checkpoints.poll()
-        if result.stop and position.step < config.train.steps:
-            why = "another run has taken the run folder over" if checkpoints.is_taken_over else "asked to stop"
-            report.say(f"step {position.step}: {why}; saving")
-            checkpoints.finish(position)
-            report.end()
-            report.say("Stopped on request: started again with this run folder, the training goes on.")
-            return True
-        if checkpoints.is_due(position.step):
-            report.checkpoint(position, checkpoints.save(position))
-    checkpoints.finish(position)
-    report.end()
-    return False
+
+    def _answer(self, spike: Spike, position: Position) -> int | None:
+        """Do about a spike what `train.spike` says, with `position` after it: the step gone back to, if any.
+
+        Raises SpikeError where it is one too many.
+        """
+        spikes, limit, window = self.spikes, self.config.train.spike_limit, self.config.train.spike_window
+        assert spikes is not None, "they have found it"
+        samples = [position.samples - self.config.train.global_batch, position.samples]
+        fields: dict[str, Any] = {"step": position.step, "samples": samples}
+        if spikes.is_too_many(position.step):
+            self.ledger.write(spike, action="end", **fields)
+            raise SpikeError(
+                f"step {position.step}: {spike.text}. No weight was changed. More than train.spike_limit = {limit} "
+                f"spikes within train.spike_window = {window} steps: the run ends"
+            )
+        back = self.checkpoints.rewind() if self.config.train.spike == REWIND else None
+        if back is None:
+            spikes.skipped += 1
+            action, text = SKIP, "no update"
+            if self.config.train.spike == REWIND:
+                text += ", as there is no checkpoint to go back to yet"
+        else:
+            spikes.rewinds += 1
+            fields |= {"back_to": back}
+            action, text = REWIND, f"back to step {back}, and on with the data after this batch"
+        self.ledger.write(spike, action=action, **fields)
+        self.report.spike(position.step, f"SPIKE: {spike.text}; {text}", spikes, back)
+        return back
 
 
 def implementations(config: Config, device: torch.device) -> dict[str, str]:

@@ -38,15 +38,14 @@ class MetricsWriter:
         self._attempt = attempt
         self._say = say
         self._file = LogFile(folder.metrics, say)
+        self._folder = folder.tensorboard
         self._tensorboard: SummaryWriter | None = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
             # Before the first step there may have been an evaluation, which a run from scratch does again.
-            purge = None if attempt == 1 and start == 0 else start + 1 if start else 0
+            self._open(None if attempt == 1 and start == 0 else start + 1 if start else 0)
+        if self._tensorboard is not None:
             text = folder.config.read_text(encoding="utf-8")
             with self._tensorboard_errors():
-                self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=purge)
                 self._tensorboard.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), start)
                 self._tensorboard.flush()
 
@@ -59,6 +58,22 @@ class MetricsWriter:
                 for key, value in values.items():
                     self._tensorboard.add_scalar(key, value, step)
                 self._tensorboard.flush()
+
+    def rewind(self, step: int) -> None:
+        """Hide what TensorBoard's curves have after `step`, from which the training goes on.
+
+        In metrics.jsonl the last line of a step is the one that holds.
+        """
+        if self._tensorboard is not None:
+            with self._tensorboard_errors():
+                self._tensorboard.close()
+                self._open(step + 1)
+
+    def _open(self, purge: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with self._tensorboard_errors():
+            self._tensorboard = SummaryWriter(str(self._folder), purge_step=purge)
 
     def close(self) -> None:
         self._file.close()

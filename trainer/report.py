@@ -21,6 +21,7 @@ from griffin.trainer.console import Console
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.metrics import MetricsWriter
 from griffin.trainer.run_folder import RunFolder, changed_settings
+from griffin.trainer.spikes import SpikeDetector
 from griffin.trainer.step import StepResult
 
 
@@ -124,6 +125,16 @@ class Report:
         self._console.step(step, values)
         self._note("training", result.loss)
         self._restart_clock()
+
+    def spike(self, step: int, text: str, spikes: SpikeDetector, back: int | None) -> None:
+        """`step` was a spike, and the training has gone back to step `back`, or left out its update."""
+        if not self._grid.is_first_rank:
+            return
+        self._console.print(f"step {step}: {text}")
+        self._metrics.log(step, {"skipped_updates": spikes.skipped, "rewinds": spikes.rewinds})
+        if back is not None:
+            self._metrics.rewind(back)
+            self._restart_clock()
 
     def evaluation(self, step: int, loss: float) -> None:
         if not self._grid.is_first_rank:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import Stage, build_stages
 from griffin.trainer.config import Config
 from griffin.trainer.optimizer import build_optimizer, build_schedule
+from griffin.trainer.spikes import Spike
 
 Batch = Mapping[str, Tensor]
 
@@ -39,6 +40,7 @@ class StepResult:
     learning_rate: float
     loss_tokens: int  # unmasked tokens
     stop: bool  # some rank was asked to stop
+    spike: Spike | None  # for which no weight was changed
 
 
 class Training:
@@ -79,25 +81,45 @@ class Training:
             megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
         self._forward_backward = get_forward_backward_func()
         self.steps_done = 0
+        self.updates_done = 0  # of the optimizer: the steps without spikes
 
-    def step(self, batches: Iterator[Batch], *, stop: bool = False) -> StepResult:
+    def step(
+        self,
+        batches: Iterator[Batch],
+        *,
+        stop: bool = False,
+        judge: Callable[[float, float], Spike | None] | None = None,
+    ) -> StepResult:
         """One optimizer step on the next micro-batches (maps of int64 and float32 [B, T], see `trainer.data`).
 
-        `stop` tells that this rank was asked to stop; the result says so on every rank if any rank was.
-        Raises NonFiniteError, with all weights as they were, if the loss or the gradient is not finite.
+        `stop` tells that this rank was asked to stop; the result says so on every rank if any rank was. `judge`, the
+        same on every rank, is asked of loss and gradient norm whether the step is a spike: the optimizer is then left
+        as it was, while the schedule goes on. Without it, raises NonFiniteError, with all weights as they were, if
+        the loss or the gradient is not finite.
         """
         loss, tokens, stops = self._gradients(batches, stop)
+        spike = None
         with host.cuda_type_names():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
-            self._check_finite(loss, grad_norm)
-            if self.config.optimizer.clip > 0:
-                for optimizer in self.optimizer.chained_optimizers:
-                    clip_grad_by_total_norm_fp32(
-                        optimizer.get_parameters(), max_norm=self.config.optimizer.clip, total_norm=grad_norm
-                    )
+            is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            if judge is not None:
+                spike = judge(loss, grad_norm)
+                assert is_finite or spike is not None, "what is not finite is a spike"
+            if not is_finite:
+                text = f"loss {loss}, gradient norm {grad_norm}; {self._not_finite()}"
+                if spike is None:
+                    raise NonFiniteError(f"step {self.steps_done + 1}: {text}. No weight was changed.")
+                spike = replace(spike, text=text)
             self.schedule.step(1)
-            self.optimizer.step_with_ready_grads()
+            if spike is None:
+                if self.config.optimizer.clip > 0:
+                    for optimizer in self.optimizer.chained_optimizers:
+                        clip_grad_by_total_norm_fp32(
+                            optimizer.get_parameters(), max_norm=self.config.optimizer.clip, total_norm=grad_norm
+                        )
+                self.optimizer.step_with_ready_grads()
+                self.updates_done += 1
         self.steps_done += 1
         return StepResult(
             loss=loss,
@@ -105,6 +127,7 @@ class Training:
             learning_rate=self.optimizer.param_groups[0]["lr"],
             loss_tokens=tokens,
             stop=stops,
+            spike=spike,
         )
 
     def gradients(self, batches: Iterator[Batch]) -> tuple[float, int]:
@@ -163,18 +186,18 @@ class Training:
         for chunk in self.chunks:
             chunk.start_param_sync(force_sync=True)
 
-    def continue_after(self, step: int) -> None:
-        """Let learning rate and Adam's bias correction go on as after `step` steps."""
-        self.steps_done = step
+    def continue_after(self, step: int, updates: int) -> None:
+        """Let the learning rate go on as after `step` steps, and Adam's bias correction as after `updates` of them."""
+        self.steps_done, self.updates_done = step, updates
         self.schedule.num_steps = 0
         self.schedule.step(step)
         for optimizer in set(self._updater.values()):
             for group in optimizer.optimizer.param_groups:
                 if isinstance(optimizer.optimizer, torch.optim.AdamW):  # counts for each parameter
                     for main in group["params"]:
-                        optimizer.optimizer.state[main]["step"] = torch.tensor(float(step))
+                        optimizer.optimizer.state[main]["step"] = torch.tensor(float(updates))
                 else:  # the fused ones count for each group
-                    group["step"] = step
+                    group["step"] = updates
 
     def evaluate(self, batches: Iterator[Batch], global_batches: int) -> float:
         """Mean loss (nats per unmasked token) over the next global batches, without gradients."""
@@ -218,9 +241,8 @@ class Training:
         batch = {name: value.to(self.grid.device, non_blocking=True) for name, value in next(batches).items()}
         return chunk(batch), partial(_loss, batch["loss_mask"])
 
-    def _check_finite(self, loss: float, grad_norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
+    def _not_finite(self) -> str:
+        """Which gradient is not finite, and on which ranks: the same on every rank. A collective."""
         mine = [
             (place, piece.name)
             for place, (piece, parameter) in enumerate(
@@ -232,17 +254,14 @@ class Training:
             if not piece.view(parameter.main_grad, self.grid.tensor_size).isfinite().all()
         ]
         found = self.grid.all_gather((self.grid.pipeline_rank, mine))
-        where = "every gradient is finite"
         offenders = sorted((_model_order(name), name) for _, names in found for _, name in names)
-        if offenders:
-            name = offenders[0][1]
-            ranks = [rank for rank, (_, names) in enumerate(found) if name in {n for _, n in names}]
-            where = (
-                f"the first non-finite gradient is that of {name} on rank{'s' * (len(ranks) > 1)} "
-                f"{', '.join(map(str, ranks))} ({len({n for _, n in offenders})} parameters in all)"
-            )
-        raise NonFiniteError(
-            f"step {self.steps_done + 1}: loss {loss}, gradient norm {grad_norm}; {where}. No weight was changed."
+        if not offenders:
+            return "every gradient is finite"
+        name = offenders[0][1]
+        ranks = [rank for rank, (_, names) in enumerate(found) if name in {n for _, n in names}]
+        return (
+            f"the first non-finite gradient is that of {name} on rank{'s' * (len(ranks) > 1)} "
+            f"{', '.join(map(str, ranks))} ({len({n for _, n in offenders})} parameters in all)"
         )
 
 

@@ -15,12 +15,13 @@ import torch
 
 from griffin.parallel.grid import Grid
 from griffin.trainer.checkpoint.lock import is_taken_over
-from griffin.trainer.checkpoint.manifest import read_manifest
+from griffin.trainer.checkpoint.manifest import newest_complete, read_manifest
 from griffin.trainer.checkpoint.saver import Outcome, Saver
 from griffin.trainer.checkpoint.source import Source
 from griffin.trainer.checkpoint.state import ShardedState
 from griffin.trainer.config import Config
 from griffin.trainer.optimizer import optimizer_name
+from griffin.trainer.spikes import SpikeDetector, SpikeError
 from griffin.trainer.step import NonFiniteError, Training
 
 
@@ -40,7 +41,8 @@ class Checkpoints:
     """Loads a training, and saves it while it goes on. Made and called by all ranks alike; a context manager.
 
     `host` is this machine's address for other ranks' saving processes. `lock` is (path, token) of the run folder's
-    lock, of which rank 0's knows. `report` is told on every rank what became of each save.
+    lock, of which rank 0's knows. `report` is told on every rank what became of each save. `spikes` is what judges the
+    training's steps, if anything does: its state is a part of the training's.
     """
 
     def __init__(
@@ -54,10 +56,13 @@ class Checkpoints:
         attempt: int,
         lock: tuple[Path, str] | None,
         report: Callable[[Outcome], None],
+        spikes: SpikeDetector | None = None,
     ):
         self._config, self._grid, self._attempt, self._report = config, grid, attempt, report
+        self._spikes = spikes
         self._lock = lock if grid.is_first_rank else None
         self.is_taken_over = False  # another run writes the folder by now; rank 0 finds out
+        self._root, self._training = root, training
         self._state = ShardedState(training, grid)
         self._saver = Saver(
             root=root,
@@ -84,9 +89,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(
-            error, NonFiniteError
-        ):  # on every rank alike: what was saved before it went wrong is worth a wait
+        if isinstance(error, NonFiniteError | SpikeError):
+            # On every rank alike: what was saved before it went wrong is worth a wait.
             self._tell(self._saver.wait())
         if self._grid.device.type == "cuda" and self._staging.numel() > 0:
             torch.cuda.cudart().cudaHostUnregister(self._staging.data_ptr())
@@ -101,7 +105,27 @@ class Checkpoints:
         if not source.everything:
             return Position()
         _set_random_state(manifest.random, self._grid.device)
+        if self._spikes is not None and manifest.spikes is not None:
+            self._spikes.restore(manifest.spikes)
         return Position(manifest.step, manifest.samples)
+
+    def rewind(self) -> int | None:
+        """Go back to the newest checkpoint of this run: its step, or None where there is none yet. A collective.
+
+        Raises as `ShardedState.load`.
+        """
+        self._tell(self._saver.wait())
+        path = self._grid.all_gather(newest_complete(self._root)[0] if self._grid.is_first_rank else None)[0]
+        if path is None:
+            return None
+        manifest = read_manifest(path)
+        self._state.load(path, manifest, everything=True)
+        _set_random_state(manifest.random, self._grid.device)
+        assert self._spikes is not None, "a spike was found"
+        if manifest.spikes is not None:
+            self._spikes.restore(manifest.spikes, values_only=True)
+        self._begun = None  # later steps are made, and saved, anew
+        return manifest.step
 
     def is_due(self, step: int) -> bool:
         """Every `checkpoint.interval` steps, and at the end of the training."""
@@ -163,8 +187,9 @@ class Checkpoints:
                 "sequence_parallel": parallel.sequence_parallel,
                 "data": self._grid.data_size,
             },
-            "optimizer": {"name": optimizer_name(), "step": position.step},
+            "optimizer": {"name": optimizer_name(), "step": self._training.updates_done},
             "random": _random_state(self._grid.device),
+            "spikes": self._spikes.state() if self._spikes is not None else None,
         }
 
 

@@ -139,7 +139,8 @@ class ShardedState:
                 self._training.set_shard_state(parameter, master, moments)
         self._training.spread_weights()
         if everything:
-            self._training.continue_after(manifest.step)
+            assert manifest.optimizer is not None, "checked: the checkpoint holds more than weights"
+            self._training.continue_after(manifest.step, manifest.optimizer["step"])
 
     def _read(
         self,

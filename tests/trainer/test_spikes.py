@@ -1,0 +1,357 @@
+"""Spikes: what is one, and that a run without the offending update, or from before it, is the run it should be."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from griffin.parallel import sharding
+from griffin.parallel.ranks import Ranks
+from griffin.trainer.checkpoint.manifest import Manifest, read_manifest, step_name
+from griffin.trainer.checkpoint.manifest import _to_text as to_text
+from griffin.trainer.config import Config, TrainConfig, load_config
+from griffin.trainer.data.dataset import Samples
+from griffin.trainer.spikes import GRAD_NORM, LOSS, NOT_FINITE, SpikeDetector, SpikeError
+from griffin.trainer.step import Training
+from tests.ranks import RankError, RankPool
+from tests.small_runs import metrics, run, saved_files, series, write_config
+
+STEPS = 16
+BATCH = 8
+WINDOW = 8
+
+
+def detector(**settings: Any) -> SpikeDetector:
+    return SpikeDetector(TrainConfig(**{"spike": "skip"} | settings))
+
+
+# What a spike is.
+
+
+def test_noise_is_no_spike() -> None:
+    """A falling loss with noise, and gradient norms that vary by a third: nothing in ten thousand steps."""
+    found, draw = detector(), random.Random(0)
+    for step in range(10_000):
+        loss = 2.5 + 5 * math.exp(-step / 300) + draw.gauss(0, 0.03)
+        assert found.judge(loss, math.exp(draw.gauss(-1, 0.3))) is None, step
+
+
+def test_a_loss_or_gradient_norm_far_above_is_one_and_does_not_count_for_later() -> None:
+    found, draw = detector(), random.Random(0)
+
+    def usual() -> tuple[float, float]:
+        return 2.5 + draw.gauss(0, 0.03), math.exp(draw.gauss(-1, 0.3))
+
+    for _ in range(200):
+        assert found.judge(*usual()) is None
+    for _ in range(60):  # however often it comes
+        spike = found.judge(3.2, 0.4)
+        assert spike is not None
+        assert spike.kind == LOSS
+        assert spike.text.startswith("loss 3.2000 is ")
+        assert "above the median 2." in spike.text
+        spike = found.judge(2.5, 50.0)
+        assert spike is not None
+        assert spike.kind == GRAD_NORM
+        assert "gradient norm 50 is " in spike.text
+    assert found.judge(1.0, 0.001) is None, "below the median is none"
+    assert found.judge(*usual()) is None
+
+
+def test_before_half_a_window_only_what_is_not_finite_is_one() -> None:
+    found = detector(spike_window=10)
+    for _ in range(4):
+        assert found.judge(1.0, 1.0) is None
+    for loss, grad_norm in ((math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)):
+        spike = found.judge(loss, grad_norm)
+        assert spike is not None
+        assert spike.kind == NOT_FINITE
+    assert found.judge(100.0, 1.0) is None
+    assert found.judge(100.0, 1.0) is not None
+
+
+def test_equal_values_leave_room_for_rounding() -> None:
+    found = detector(spike_window=8, spike_deviations=2)
+    for _ in range(8):
+        assert found.judge(2.0, 1.0) is None
+    assert found.judge(2.0 * (1 + 2 * 0.005 * 0.99), math.exp(2 * 0.02 * 0.99)) is None
+    assert found.judge(2.0 * (1 + 2 * 0.005 * 1.01), 1.0) is not None
+    assert found.judge(2.0, math.exp(2 * 0.02 * 1.02)) is not None
+
+
+def test_a_limited_number_within_a_window() -> None:
+    found = detector(spike_limit=2, spike_window=8)
+    assert [found.is_too_many(step) for step in (1, 6, 10, 13)] == [False, False, False, True]
+
+
+def test_a_step_that_comes_again_counts_again() -> None:
+    found = detector(spike_limit=3, spike_window=8)
+    assert [found.is_too_many(step) for step in (50, 30, 50, 50, 50)] == [False, False, False, False, True]
+
+
+def test_a_state_goes_on_as_if_nothing_had_been() -> None:
+    draw = random.Random(1)
+    values = [(2 + draw.gauss(0, 0.1) + 5 * (n % 17 == 16), 1.0) for n in range(100)]
+    whole, first = detector(spike_window=16), detector(spike_window=16)
+    judged = [whole.judge(*value) for value in values]
+    for step, value in enumerate(values[:50]):
+        if first.judge(*value) is not None:
+            first.is_too_many(step)
+            first.skipped += 1
+    second = detector(spike_window=16)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert second.state() == first.state()
+    assert [second.judge(*value) for value in values[50:]] == judged[50:]
+    assert any(judged[50:])
+    second.rewinds = 1
+    second.restore(first.state(), values_only=True)
+    assert second.state() == first.state() | {"rewinds": 1}
+
+
+# Runs with a batch of random bytes among documents of one word.
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("spikes"))
+
+
+def config(path: Path, spike: str, **settings: Any) -> Config:
+    stated: dict[str, Any] = {"checkpoint.interval": 4, "log.interval": 1, "train.eval_interval": 0}
+    stated |= {"train.steps": STEPS, "train.spike": spike, "train.spike_window": WINDOW, "train.spike_deviations": 3}
+    stated |= {name.replace("__", "."): value for name, value in settings.items()}
+    return load_config(path, [f"--{name}={value}" for name, value in stated.items()])
+
+
+@contextmanager
+def random_bytes(steps: tuple[int, ...]) -> Iterator[None]:
+    """In the samples that the steps take in an undisturbed run."""
+    draw = Samples.__getitem__
+
+    def disturbed(samples: Samples, n: int) -> dict[str, torch.Tensor]:
+        sample = draw(samples, n)
+        if n // BATCH + 1 in steps:
+            noise = torch.randint(256, sample["labels"].shape, generator=torch.Generator().manual_seed(n))
+            sample = sample | {"labels": noise}
+        return sample
+
+    with mock.patch.object(Samples, "__getitem__", disturbed):
+        yield
+
+
+def disturbed_run(ranks: Ranks, config: Config, run_dir: Path, steps: tuple[int, ...] = (10,)) -> bool:
+    with random_bytes(steps):
+        return run(ranks, config, run_dir)
+
+
+def poisoned_run(ranks: Ranks, config: Config, run_dir: Path, step: int, rank: int) -> bool:
+    """In one step a gradient of one rank is not a number."""
+    make_step = Training.step
+
+    def poisoned(training: Training, *args: Any, **others: Any) -> Any:
+        handle = None
+        if ranks.rank == rank and training.steps_done + 1 == step:
+            (parameter,) = [
+                parameter
+                for piece, parameter in sharding.named_pieces(training.stages)
+                if piece.name == "blocks.1.mlp.down.weight"
+            ]
+            handle = parameter.register_hook(lambda gradient: torch.full_like(gradient, math.nan))
+        try:
+            return make_step(training, *args, **others)
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    with mock.patch.object(Training, "step", poisoned):
+        return run(ranks, config, run_dir)
+
+
+def ledger(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
+
+
+def arrays(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+    group = zarr.open_group(run_dir / "checkpoints" / step_name(step), mode="r")
+    return {name: np.asarray(array[:]) for name, array in group.arrays()}  # type: ignore[index]
+
+
+@pytest.fixture(scope="module")
+def skipped(rank_pool: RankPool, config_path: Path) -> Path:
+    """A run of 2 ranks that saves before and after its spike, in step 10."""
+    run_dir = config_path.parent / "skipped"
+    settings = config(config_path, "skip", checkpoint__interval=1)
+    assert rank_pool.run(disturbed_run, 2, settings, run_dir) == [False, False]
+    return run_dir
+
+
+def test_skip_leaves_the_update_out(skipped: Path) -> None:
+    before, after, later = (arrays(skipped, step) for step in (9, 10, 11))
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+    assert any((after[name] != later[name]).any() for name in after)
+    losses = series(skipped, "loss")
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    assert losses[10] > max(losses[step] for step in (8, 9, 11, 12)) + 2, "the spike is seen"
+    assert series(skipped, "learning_rate")[10] != series(skipped, "learning_rate")[9], "the schedule goes on"
+    manifest = read_manifest(skipped / "checkpoints" / step_name(STEPS))
+    assert (manifest.samples, manifest.optimizer and manifest.optimizer["step"]) == (STEPS * BATCH, STEPS - 1)
+
+
+def test_skip_is_written_down(skipped: Path) -> None:
+    (line,) = ledger(skipped)
+    assert {key: line[key] for key in ("attempt", "step", "action", "kind", "samples")} == {
+        "attempt": 1,
+        "step": 10,
+        "action": "skip",
+        "kind": "loss",
+        "samples": [9 * BATCH, 10 * BATCH],
+    }
+    assert line["loss"] == series(skipped, "loss")[10]
+    assert f"step 10: SPIKE: {line['text']}; no update\n" in (skipped / "console.log").read_text()
+    assert series(skipped, "skipped_updates")[10] == 1
+
+
+def test_without_it_the_update_is_made(rank_pool: RankPool, config_path: Path, skipped: Path) -> None:
+    run_dir = config_path.parent / "off"
+    rank_pool.run(disturbed_run, 2, config(config_path, "off"), run_dir)
+    assert not (run_dir / "ledger.jsonl").exists()
+    off, skip = series(run_dir, "loss"), series(skipped, "loss")
+    assert all(off[step] == skip[step] for step in range(1, 11))
+    assert off[11] != skip[11]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
+        (2, {"train.overlap": "on"}),
+        (1, {}),
+    ],
+    ids=["tp2-pp2", "dp2-overlap", "one"],
+)
+def test_every_layout_skips_the_same(
+    rank_pool: RankPool, config_path: Path, tmp_path: Path, skipped: Path, world_size: int, settings: dict[str, Any]
+) -> None:
+    stated = {name.replace(".", "__"): value for name, value in settings.items()}
+    rank_pool.run(disturbed_run, world_size, config(config_path, "skip", **stated), tmp_path / "run")
+    assert [line["step"] for line in ledger(tmp_path / "run")] == [10]
+    expected = series(skipped, "loss")
+    for step, loss in series(tmp_path / "run", "loss").items():
+        assert loss == pytest.approx(expected[step], rel=1e-5)  # float32 sums in another order
+
+
+def test_a_run_that_is_stopped_after_a_skip_goes_on_as_if_it_had_not_been(
+    rank_pool: RankPool, config_path: Path, tmp_path: Path, skipped: Path
+) -> None:
+    """The same bits, and the same judgement of a second spike, for which the steps before the stop count."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for run_dir, ends in ((whole, (STEPS,)), (parts, (11, STEPS))):
+        for end in ends:
+            # The end is the schedule's too, unless it is constant.
+            settings = config(
+                config_path, "skip", train__steps=end, optimizer__schedule="constant", checkpoint__interval=0
+            )
+            rank_pool.run(disturbed_run, 2, settings, run_dir, (10, 13))
+        assert [line["step"] for line in ledger(run_dir)] == [10, 13]
+    assert saved_files(parts, STEPS) == saved_files(whole, STEPS)
+    assert series(parts, "loss") == series(whole, "loss")
+
+
+def test_rewind_goes_on_from_the_checkpoint_with_the_data_after_the_spike(
+    rank_pool: RankPool, config_path: Path, tmp_path: Path
+) -> None:
+    rewound, expected = tmp_path / "rewound", tmp_path / "expected"
+    rank_pool.run(disturbed_run, 2, config(config_path, "rewind"), rewound)
+    (line,) = ledger(rewound)
+    assert (line["step"], line["action"], line["back_to"], line["samples"]) == (10, "rewind", 8, [72, 80])
+    assert f"step 10: SPIKE: {line['text']}; back to step 8, and on" in (rewound / "console.log").read_text()
+    logged = [line["step"] for line in metrics(rewound) if "loss" in line]
+    assert logged == [*range(1, 10), *range(9, STEPS + 1)]
+    assert series(rewound, "rewinds")[10] == 1
+    manifest = read_manifest(rewound / "checkpoints" / step_name(STEPS))
+    assert manifest.samples == 80 + (STEPS - 8) * BATCH
+
+    # A run that was saved in step 8, and goes on with the samples from 80 on.
+    rank_pool.run(run, 2, config(config_path, "off", train__steps=8, optimizer__decay_steps=14), expected)
+    shutil.rmtree(expected / "checkpoints" / step_name(8))
+    shutil.copytree(rewound / "checkpoints" / step_name(8), expected / "checkpoints" / step_name(8))
+    edit(expected / "checkpoints" / step_name(8), samples=80)
+    rank_pool.run(run, 2, config(config_path, "off"), expected)
+    assert {step: loss for step, loss in series(expected, "loss").items() if step > 8} == {
+        step: loss for step, loss in series(rewound, "loss").items() if step > 8
+    }
+    assert saved_files(expected, STEPS) == saved_files(rewound, STEPS)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    manifest = read_manifest(folder)
+    (folder / "manifest.json").write_text(to_text(Manifest(**vars(manifest) | changes)))
+
+
+def test_tensorboard_shows_the_curve_that_holds(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rank_pool.run(disturbed_run, 2, config(config_path, "rewind"), tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    shown = {scalar.step: scalar.value for scalar in events.Scalars("loss")}
+    assert len(events.Scalars("loss")) == STEPS
+    assert shown == pytest.approx(series(tmp_path / "run", "loss"), rel=1e-6)  # TensorBoard keeps float32
+
+
+def test_without_a_checkpoint_rewind_skips(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
+    settings = config(config_path, "rewind", checkpoint__interval=12)
+    rank_pool.run(disturbed_run, 2, settings, tmp_path / "run")
+    (line,) = ledger(tmp_path / "run")
+    assert line["action"] == "skip"
+    assert "no update, as there is no checkpoint to go back to yet" in (tmp_path / "run" / "console.log").read_text()
+
+
+@pytest.mark.parametrize(("spike", "action"), [("skip", "skip"), ("rewind", "rewind")])
+def test_a_gradient_that_is_not_a_number(
+    rank_pool: RankPool, config_path: Path, tmp_path: Path, spike: str, action: str
+) -> None:
+    """Named, and answered; for a rewind again and again, as the step comes again."""
+    settings = config(config_path, spike, parallel__tensor=2, train__steps=8)
+    if spike == "skip":
+        rank_pool.run(poisoned_run, 4, settings, tmp_path / "run", 6, 3)
+    else:
+        with pytest.raises(RankError, match=r"SpikeError: step 6: .*than train.spike_limit = 10 spikes within"):
+            rank_pool.run(poisoned_run, 4, settings, tmp_path / "run", 6, 3)
+    lines = ledger(tmp_path / "run")
+    assert [line["action"] for line in lines] == (["skip"] if spike == "skip" else ["rewind"] * 10 + ["end"])
+    for line in lines:
+        assert (line["step"], line["kind"], line["grad_norm"]) == (6, "not finite", None)
+        assert "the first non-finite gradient is that of blocks.1.mlp.down.weight on ranks " in line["text"]
+    if spike == "skip":
+        assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "run") if "loss" in line)
+        assert series(tmp_path / "run", "skipped_updates") == {6: 1}
+
+
+def test_too_many_end_the_run(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
+    settings = config(config_path, "skip", train__spike_limit=2)
+    with pytest.raises(RankError, match=SpikeError.__name__):
+        rank_pool.run(disturbed_run, 2, settings, tmp_path / "run", (10, 11, 12, 13))
+    assert [(line["step"], line["action"]) for line in ledger(tmp_path / "run")] == [
+        (10, "skip"),
+        (11, "skip"),
+        (12, "end"),
+    ]
+    assert (
+        "More than train.spike_limit = 2 spikes within train.spike_window = 8 steps"
+        in (tmp_path / "run" / "console.log").read_text()
+    )
