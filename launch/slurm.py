@@ -147,8 +147,8 @@ def time_seconds(text: str) -> int | None:
 
 def render(job: SlurmJob, files: JobFiles) -> str:
     """The batch script. ValueError where it would not work."""
-    job.validate()
     files.validate()
+    job.validate()
     where = f"{job.gpus_per_node} GPUs" if job.gpus_per_node else f"{job.ranks_per_node} ranks on CPUs"
     values = {
         "title": f"{job.name}: {job.world_size} ranks on {job.nodes} node{'s' * (job.nodes > 1)} of {where}.",
