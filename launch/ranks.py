@@ -73,12 +73,19 @@ def _agree_with_slurm(world_size: int, on_one_node: bool, environment: Mapping[s
     """Refuse a world of mpiexec's that is not that of the SLURM job around it."""
     tasks, name = int(environment.get("SLURM_NTASKS") or 1), "SLURM_NTASKS"
     nodes = int(environment.get("SLURM_STEP_NUM_NODES") or 1)
-    if "SLURM_STEP_ID" in environment and tasks == nodes > 1 and not on_one_node:
-        # mpiexec's own step of one daemon per node, whose variables hide the job's.
-        if "SLURM_NTASKS_PER_NODE" not in environment or int(environment.get("SLURM_JOB_NUM_NODES") or 1) != nodes:
+    if "SLURM_STEP_ID" in environment and tasks == nodes:
+        # It looks like mpiexec's own step of one daemon per node, whose variables hide the job's number of tasks.
+        if "SLURM_NTASKS_PER_NODE" in environment:
+            per_node = _integer(environment, "SLURM_NTASKS_PER_NODE", "SLURM")
+            tasks = per_node * int(environment.get("SLURM_JOB_NUM_NODES") or 1)
+            name = "SLURM_JOB_NUM_NODES x SLURM_NTASKS_PER_NODE"
+        elif on_one_node and nodes > 1:
+            raise ValueError(
+                f"SLURM_STEP_NUM_NODES = {nodes} but mpi4py sees a world of {world_size} on one of them: one mpiexec "
+                "must start all ranks"
+            )
+        else:
             return
-        tasks = nodes * _integer(environment, "SLURM_NTASKS_PER_NODE", "SLURM")
-        name = "SLURM_JOB_NUM_NODES x SLURM_NTASKS_PER_NODE"
     if tasks > 1 and tasks != world_size:
         raise ValueError(
             f"{name} = {tasks} but mpi4py sees a world of {world_size}: start all tasks of the job by one `mpiexec "
