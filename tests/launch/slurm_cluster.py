@@ -137,7 +137,7 @@ def running_cluster() -> Iterator[Cluster]:
         cluster = Cluster(folder)
         cluster.small.mkdir()
         cluster.call("mount", "-t", "tmpfs", "-o", f"size={cluster.SMALL}", "small", cluster.small)
-        stack.callback(subprocess.run, ["umount", "--lazy", cluster.small], check=False)
+        stack.callback(lambda: subprocess.run(["umount", "--lazy", cluster.small], check=False))
         stack.callback(cluster.do, "down")
         cluster.do("up", "2", "2")
         yield cluster

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,12 +20,13 @@ from tests.small_runs import wait_for
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 
 
-def job(**settings) -> SlurmJob:
-    return SlurmJob(**{"name": "griffin-a", "nodes": 2, "gpus_per_node": 8, "time": "24:00:00"} | settings)
+def job(**settings: Any) -> SlurmJob:
+    values: dict[str, Any] = {"name": "griffin-a", "nodes": 2, "gpus_per_node": 8, "time": "24:00:00"}
+    return SlurmJob(**values | settings)
 
 
-def files(folder: Path = Path("/data/runs/a"), **settings) -> JobFiles:
-    values = {
+def files(folder: Path = Path("/data/runs/a"), **settings: Any) -> JobFiles:
+    values: dict[str, Any] = {
         "run_dir": folder,
         "script": folder / "launch/job.sbatch",
         "config": folder / "launch/config.toml",
