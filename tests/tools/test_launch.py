@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from griffin.parallel.ranks import STOPPED
 from griffin.tools.cli import main
 from griffin.trainer.config import load_config
 from griffin.trainer.run_folder import RunFolder
-from tests.small_runs import snapshot, write_config
+from tests.small_runs import metrics, saved_steps, series, snapshot, wait_for, write_config
 
 JOB = ["--nodes", "2", "--gpus-per-node", "2", "--time", "1:00:00"]
 
@@ -166,3 +168,37 @@ def test_local_is_not_started_by_another_launcher(
         monkeypatch.setenv(name, value)
     assert main(["launch", "local", str(config), "--ranks", "2"]) == 2
     assert "--ranks 2: this process is one of 2 ranks that torchrun started" in capsys.readouterr().err
+
+
+def children(process: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_local_run_goes_on_after_a_killed_rank(config: Path, tmp_path: Path) -> None:
+    """And SIGTERM to it saves and ends it for good."""
+    run_dir, patience = tmp_path / "run", 120.0  # seconds; it takes 15 on an idle machine
+    settings = ["--train.steps=1000", "--train.micro_batch=4", "--checkpoint.interval=10", "--log.interval=1"]
+    command = [sys.executable, "-P", "-m", "griffin.tools.cli", "launch", "local", str(config), "--ranks", "2"]
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--run-dir", str(run_dir), *settings], stdout=output, stderr=output, start_new_session=True
+        )
+
+    def made() -> int:
+        return max(series(run_dir, "loss"), default=0) if (run_dir / "metrics.jsonl").exists() else 0
+
+    try:
+        wait_for(lambda: made() >= 25, patience)
+        (server,) = [pid for pid in children(process.pid) if len(children(pid)) == 2]  # the ranks are forked from it
+        os.kill(children(server)[1], signal.SIGKILL)
+        wait_for(lambda: max(line["attempt"] for line in metrics(run_dir)) == 2 and made() >= 40, patience)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(patience) == STOPPED
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    said = (tmp_path / "output").read_text()
+    assert "griffin: failed with exit code 137: starting again from the checkpoint of step" in said
+    assert saved_steps(run_dir)[-1] == max(line["step"] for line in metrics(run_dir) if line["attempt"] == 2)
