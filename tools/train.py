@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import traceback
@@ -134,8 +135,8 @@ def discover_ranks(local_ranks: int | None) -> Ranks | None:
     if local_ranks is not None and local_ranks < 1:
         raise ValueError(f"--ranks {local_ranks}: must be at least 1")
     ranks = discover()
-    tasks = slurm_tasks_unused()
-    if ranks is None and tasks > 1 and local_ranks != tasks:
+    tasks, nodes = slurm_tasks_unused(), int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
+    if ranks is None and tasks > 1 and (local_ranks != tasks or nodes > 1):
         stated = f" and --ranks is {local_ranks}" if local_ranks else ""
         raise ValueError(
             f"SLURM_NTASKS = {tasks}, but this process was not started by srun{stated}: start it with `srun griffin "

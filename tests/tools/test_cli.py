@@ -279,6 +279,9 @@ def test_allocation_of_several_tasks_without_srun(
     assert main([*TRAIN, "--ranks", "2"]) == 2
     assert "not started by srun and --ranks is 2: start it with `srun griffin" in capsys.readouterr().err
     assert main([*TRAIN, "--ranks", "8", "--train.global_batch=8"]) == 7
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    assert main([*TRAIN, "--ranks", "8", "--train.global_batch=8"]) == 2
+    assert "not started by srun and --ranks is 8" in capsys.readouterr().err
 
 
 def test_dry_run_checks_and_starts_nothing(
