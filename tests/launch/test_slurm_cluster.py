@@ -226,13 +226,17 @@ def test_full_disk(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
     run_dir, filler = cluster.small / "full", cluster.small / "filler"
     number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS, "--checkpoint.keep_last=2", "--log.tensorboard=false")
     wait_for_step(run_dir, 30)
-    with filler.open("wb") as file, suppress(OSError):
-        while True:
-            file.write(bytes(2**20))
+    with filler.open("wb", buffering=0) as file:
+        with suppress(OSError):
+            while file.write(bytes(2**16)):
+                pass
+        file.truncate(file.tell() - 2**17)  # room for the lines of the log, not for a checkpoint
     wait_for(lambda: "CHECKPOINT FAILED" in cluster.output(number), PATIENCE)
+    failed_at = made(run_dir)
     filler.unlink()
     job = cluster.wait_until_ended(number)
-    assert job["JobState"] == "COMPLETED", cluster.output(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), cluster.output(number)
+    assert failed_at < STEPS
     same_losses(run_dir, uninterrupted)
 
 
