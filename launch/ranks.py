@@ -69,10 +69,38 @@ def _agree(name: str, value: int, environment: Mapping[str, str], *others: str) 
             )
 
 
+def _agree_with_slurm(world_size: int, on_one_node: bool, environment: Mapping[str, str]) -> None:
+    """Refuse a world of mpiexec's that is not that of the SLURM job around it."""
+    tasks, name = int(environment.get("SLURM_NTASKS") or 1), "SLURM_NTASKS"
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES") or 1)
+    if "SLURM_STEP_ID" in environment and tasks == nodes:
+        # It looks like mpiexec's own step of one daemon per node, whose variables hide the job's number of tasks.
+        if "SLURM_NTASKS_PER_NODE" in environment:
+            per_node = _integer(environment, "SLURM_NTASKS_PER_NODE", "SLURM")
+            tasks = per_node * int(environment.get("SLURM_JOB_NUM_NODES") or 1)
+            name = "SLURM_JOB_NUM_NODES x SLURM_NTASKS_PER_NODE"
+        elif on_one_node and nodes > 1:
+            raise ValueError(
+                f"SLURM_STEP_NUM_NODES = {nodes} but mpi4py sees a world of {world_size} on one of them: one mpiexec "
+                "must start all ranks"
+            )
+        else:
+            return
+    if tasks > 1 and tasks != world_size:
+        raise ValueError(
+            f"{name} = {tasks} but mpi4py sees a world of {world_size}: start all tasks of the job by one `mpiexec "
+            f"-n {tasks}`, or by srun alone"
+        )
+
+
 def _torchrun(environment: Mapping[str, str]) -> Ranks:
     address = environment.get("MASTER_ADDR")
     if not address:
         raise ValueError("MASTER_ADDR: missing from the environment, which otherwise looks like that of torchrun")
+    if "SLURM_STEP_ID" in environment and "SLURM_NTASKS" in environment:
+        # One torchrun per task of srun, each with a group of ranks; without torchrun, the variables are a script's own.
+        groups = "GROUP_WORLD_SIZE" if "GROUP_WORLD_SIZE" in environment else "WORLD_SIZE"
+        _agree(groups, _integer(environment, groups, "torchrun"), environment, "SLURM_NTASKS")
     return Ranks(
         rank=_integer(environment, "RANK", "torchrun"),
         world_size=_integer(environment, "WORLD_SIZE", "torchrun"),
@@ -144,9 +172,8 @@ def _mpi(environment: Mapping[str, str]) -> Ranks:
     world = mpi_world(environment)
     from mpi4py import MPI
 
-    if world.size == 1 and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        raise ValueError(f"SLURM_NTASKS = {environment['SLURM_NTASKS']} but mpi4py sees a world of 1")
     node: Any = world.Split_type(MPI.COMM_TYPE_SHARED)
+    _agree_with_slurm(world.size, node.size == world.size, environment)
     server, place = None, None
     if world.rank == 0:
         from torch.distributed import TCPStore

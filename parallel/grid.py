@@ -111,7 +111,9 @@ def rank_grid(
     )
     with _model_parallel(layout, timeout):
         yield _read(device, store)
-    # Not after an error: the other ranks may be in a collective, and destroying the group would wait for them.
+    # Not after an error: the other ranks may be in a collective, and waiting for them would be in vain. Together:
+    # srun ends the others when one has ended with the code of a stop, and none may have anything left to do then.
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +40,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("config", metavar="CONFIG.toml", type=Path)
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder (default: log.run_root/NAME-TIME)")
     parser.add_argument("--ranks", type=int, metavar="N", help="processes to start on this machine (default: 1)")
+    add_init_arguments(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything for --ranks ranks, of any launcher, and start none"
+    )
+    parser.set_defaults(run=run, overrides=[])
+
+
+def add_init_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init-from",
         type=Path,
@@ -49,30 +60,38 @@ def add_parser(subparsers: Any) -> None:
         choices=("weights", "all"),
         help="what --init-from takes over: weights (default), or all: optimizer state, step and place in the data too",
     )
-    parser.set_defaults(run=run, overrides=[])
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code of the training. What a user can put right is refused before any process or folder exists."""
     # A warning ahead of a stop must not end a rank that is just starting: it has nothing to save yet.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    ranks = _discover(args.ranks)
+    if args.dry_run:
+        check(args, args.ranks or 1)
+        return 0
+    ranks = discover_ranks(args.ranks)
     if ranks is None:
-        return _run_local(args)
+        return start_local(args)()
     try:
-        config, run_dir, init_from = _check(args, ranks.world_size, makes_folder=ranks.rank == 0)
+        config, run_dir, init_from = check(args, ranks.world_size, makes_folder=ranks.rank == 0)
     except USER_ERRORS as error:
         leave(report(error))
     try:
         train_rank(ranks, config, run_dir, init_from)
+    except SystemExit as stop:
+        if ranks.source != "slurm":  # srun takes the code of a rank that leaves late, and that it ends, for the step's
+            raise
+        leave(stop.code if isinstance(stop.code, int) else 1)
     except (Exception, KeyboardInterrupt):
         traceback.print_exc()
         leave(1)
     return 0
 
 
-def _check(args: argparse.Namespace, world_size: int, makes_folder: bool) -> tuple[Config, Path, InitFrom | None]:
-    """The config, the run folder and --init-from, found fit to start with."""
+def check(
+    args: argparse.Namespace, world_size: int, *, makes_folder: bool = True, starts_here: bool = True
+) -> tuple[Config, Path, InitFrom | None]:
+    """The config, the run folder and --init-from, found fit to start with; not here, but on other machines perhaps."""
     from griffin.trainer.checkpoint.source import InitFrom, find_source, refuse_other_model
 
     if args.init_what and not args.init_from:
@@ -80,7 +99,8 @@ def _check(args: argparse.Namespace, world_size: int, makes_folder: bool) -> tup
     config = load_config(args.config, args.overrides)
     validate(config, world_size)
     validate_data(config)
-    _check_kernels(config)
+    if starts_here:
+        _check_kernels(config)
     run_dir = args.run_dir or default_run_folder(args.config, config)
     init_from = InitFrom(path=args.init_from, everything=args.init_what == "all") if args.init_from else None
     if makes_folder:  # other ranks may look when it has been made
@@ -110,19 +130,21 @@ def train_rank(ranks: Ranks, config: Config, run_dir: Path, init_from: InitFrom 
         sys.exit(STOPPED)
 
 
-def _discover(local_ranks: int | None) -> Ranks | None:
+def discover_ranks(local_ranks: int | None) -> Ranks | None:
     """The launcher's ranks, or None where this process starts its own."""
     if local_ranks is not None and local_ranks < 1:
         raise ValueError(f"--ranks {local_ranks}: must be at least 1")
     ranks = discover()
+    tasks, nodes = slurm_tasks_unused(), int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
+    if ranks is None and tasks > 1 and (local_ranks != tasks or nodes > 1):
+        stated = f" and --ranks is {local_ranks}" if local_ranks else ""
+        raise ValueError(
+            f"SLURM_NTASKS = {tasks}, but this process was not started by srun{stated}: start it with `srun griffin "
+            f"train ...`, or, on a single node, state --ranks {tasks}"
+        )
     if local_ranks is None:
-        tasks = slurm_tasks_unused()
-        if ranks is None and tasks > 1:
-            raise ValueError(
-                f"SLURM_NTASKS = {tasks}, but this process was not started by srun: start it with `srun griffin "
-                "train ...`, or state --ranks to train in this process's children only"
-            )
-    elif ranks is not None and ranks.world_size > 1:
+        return ranks
+    if ranks is not None and ranks.world_size > 1:
         raise ValueError(
             f"--ranks {local_ranks}: this process is one of {ranks.world_size} ranks that {ranks.source} started; "
             "leave --ranks out"
@@ -132,9 +154,10 @@ def _discover(local_ranks: int | None) -> Ranks | None:
     return ranks
 
 
-def _run_local(args: argparse.Namespace) -> int:
+def start_local(args: argparse.Namespace) -> Callable[[], int]:
+    """What starts --ranks ranks on this machine and returns their exit code, everything having been checked."""
     world_size = args.ranks or 1
-    config, run_dir, init_from = _check(args, world_size, makes_folder=True)
+    config, run_dir, init_from = check(args, world_size)
 
     import torch
 
@@ -147,4 +170,4 @@ def _run_local(args: argparse.Namespace) -> int:
             "CUDA_VISIBLE_DEVICES= must be set, to train on CPUs"
         )
     rank_arguments = (config, run_dir, init_from)
-    return run_local(train_rank, world_size, rank_arguments, preload=PRELOAD, save_seconds=SAVE_SECONDS)
+    return partial(run_local, train_rank, world_size, rank_arguments, preload=PRELOAD, save_seconds=SAVE_SECONDS)

@@ -25,6 +25,7 @@ from griffin.trainer.checkpoint.lock import refuse_if_held
 from griffin.trainer.config import Config, load_config, to_toml
 
 PACKAGES = ("torch", "megatron-core", "numpy", "triton", "apex", "transformer-engine")
+LAUNCH = "launch"  # folder of the jobs that start the run
 SOURCE = Path(__file__).resolve().parents[1]
 
 
@@ -53,6 +54,10 @@ class RunFolder:
     @property
     def lock(self) -> Path:
         return self.path / LOCK
+
+    @property
+    def launch(self) -> Path:
+        return self.path / LAUNCH
 
     @property
     def metrics(self) -> Path:
@@ -90,7 +95,7 @@ class RunFolder:
                 raise ValueError(
                     f"--run-dir {path}: holds a run of another model ({', '.join(differing)}); choose another --run-dir"
                 )
-        elif path.exists() and not (path.is_dir() and all(_is_lock(file.name) for file in path.iterdir())):
+        elif path.exists() and not (path.is_dir() and all(_comes_first(file.name) for file in path.iterdir())):
             raise ValueError(f"--run-dir {path}: exists and is not an empty folder; choose another --run-dir")
         above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
@@ -185,9 +190,9 @@ def _attempts(path: Path) -> int:
     return max([int("config.toml" in names), *later])
 
 
-def _is_lock(name: str) -> bool:
-    """The lock's file or a newcomer's claim on it: a folder with nothing else is an empty one that is being locked."""
-    return name.partition(".")[0] == LOCK
+def _comes_first(name: str) -> bool:
+    """What a folder may hold before its run: the job that starts it, the lock, a newcomer's claim on that."""
+    return name == LAUNCH or name.partition(".")[0] == LOCK
 
 
 def _version(package: str) -> str | None:

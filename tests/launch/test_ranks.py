@@ -17,7 +17,7 @@ from griffin.launch.ranks import discover, first_host, slurm_tasks_unused
 from griffin.parallel.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
-LAUNCHERS = re.compile(r"RANK|WORLD_SIZE|LOCAL_RANK|MASTER_|TORCHELASTIC_|SLURM_|OMPI_|PMIX?_|MPI_LOCAL")
+LAUNCHERS = re.compile(r"RANK|WORLD_SIZE|GROUP_|LOCAL_RANK|MASTER_|TORCHELASTIC_|SLURM_|OMPI_|PMIX?_|MPI_LOCAL")
 
 TORCHRUN = {
     "RANK": "3",
@@ -140,6 +140,21 @@ def test_slurm_and_another_launcher_count_different_worlds(environment, name: st
         discover()
 
 
+def test_one_torchrun_per_task_of_slurm(environment) -> None:
+    """Two nodes, each with a torchrun of two ranks."""
+    nodes = SLURM | {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+    environment(TORCHRUN | nodes | {"GROUP_WORLD_SIZE": "2"})
+    ranks = discover()
+    assert ranks is not None
+    assert (ranks.rank, ranks.world_size) == (3, 4)
+    environment(TORCHRUN | nodes | {"GROUP_WORLD_SIZE": "1"})  # --standalone in each of them
+    with pytest.raises(ValueError, match="SLURM_NTASKS = 2 but GROUP_WORLD_SIZE = 1: the launchers disagree"):
+        discover()
+    environment(TORCHRUN | SLURM | {"RANK": "0", "WORLD_SIZE": "1"})  # by a script's own hand
+    with pytest.raises(ValueError, match="SLURM_NTASKS = 4 but WORLD_SIZE = 1: the launchers disagree"):
+        discover()
+
+
 def test_batch_script_without_srun(environment) -> None:
     environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "77"})
     assert discover() is None
@@ -169,6 +184,69 @@ def test_mpi_of_another_make_than_mpiexec(environment, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=alone))
     with pytest.raises(ValueError, match="PMI_SIZE = 4 but mpi4py sees a world of 1"):
         discover()
+
+
+# As seen in a rank of `mpiexec -n 4` in a job of two tasks on each of two nodes: the step is that of its two daemons.
+DAEMONS = {
+    "MPI_LOCALNRANKS": "2",
+    "PMI_RANK": "3",
+    "PMI_SIZE": "4",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "world", "on_node", "message"),
+    [
+        (DAEMONS, 4, 2, None),
+        (without(DAEMONS, "SLURM_NTASKS_PER_NODE"), 6, 3, None),  # the job's number of tasks is not known
+        (DAEMONS, 6, 3, "SLURM_JOB_NUM_NODES x SLURM_NTASKS_PER_NODE = 4 but mpi4py sees a world of 6"),
+        (DAEMONS, 2, 2, "SLURM_JOB_NUM_NODES x SLURM_NTASKS_PER_NODE = 4 but mpi4py sees a world of 2"),
+        (
+            without(DAEMONS, "SLURM_NTASKS_PER_NODE"),
+            2,
+            2,
+            "SLURM_STEP_NUM_NODES = 2 but mpi4py sees a world of 2 on one",
+        ),
+        ({"MPI_LOCALNRANKS": "4", "SLURM_NTASKS": "4"}, 4, 4, None),
+        ({"MPI_LOCALNRANKS": "2", "SLURM_NTASKS": "4"}, 2, 2, "SLURM_NTASKS = 4 but mpi4py sees a world of 2"),
+        ({"MPI_LOCALNRANKS": "4"}, 4, 4, None),
+    ],
+)
+def test_mpiexec_inside_of_a_job(
+    environment,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    world: int,
+    on_node: int,
+    message: str | None,
+) -> None:
+    environment({name: value for name, value in variables.items() if not name.startswith("PMI_")})
+
+    class World:
+        size, rank = world, 1
+
+        def Split_type(self, kind: object) -> types.SimpleNamespace:  # noqa: N802
+            return types.SimpleNamespace(size=on_node, rank=0)
+
+        def bcast(self, place: object, root: int) -> tuple[str, int]:
+            return "n1", 7
+
+    mpi = types.SimpleNamespace(COMM_WORLD=World(), COMM_TYPE_SHARED=0)
+    monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=mpi))
+    if message is None:
+        ranks = discover()
+        assert ranks is not None
+        assert (ranks.source, ranks.world_size) == ("mpi", world)
+    else:
+        with pytest.raises(ValueError, match=message):
+            discover()
 
 
 def test_mpiexec_without_mpi4py(environment, monkeypatch: pytest.MonkeyPatch) -> None:

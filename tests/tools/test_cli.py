@@ -253,7 +253,7 @@ def test_rank_that_was_asked_to_stop(
     monkeypatch.setattr(loop, "train", lambda *args: has_stopped, raising=False)
     monkeypatch.setitem(sys.modules, "griffin.trainer.loop", loop)
     if has_stopped:
-        with pytest.raises(SystemExit, match="85"):
+        with pytest.raises(LeftError, match="85"):  # at once: see what srun does with those that take longer
             main(TRAIN)
     else:
         assert main(TRAIN) == 0
@@ -276,7 +276,23 @@ def test_allocation_of_several_tasks_without_srun(
     monkeypatch.setenv("SLURM_NTASKS", "8")
     assert main(TRAIN) == 2
     assert "SLURM_NTASKS = 8, but this process was not started by srun" in capsys.readouterr().err
-    assert main([*TRAIN, "--ranks", "2"]) == 7
+    assert main([*TRAIN, "--ranks", "2"]) == 2
+    assert "not started by srun and --ranks is 2: start it with `srun griffin" in capsys.readouterr().err
+    assert main([*TRAIN, "--ranks", "8", "--train.global_batch=8"]) == 7
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    assert main([*TRAIN, "--ranks", "8", "--train.global_batch=8"]) == 2
+    assert "not started by srun and --ranks is 8" in capsys.readouterr().err
+
+
+def test_dry_run_checks_and_starts_nothing(
+    folder: Path, started: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # as in the batch script of a job
+    assert main([*TRAIN, "--ranks", "4", "--run-dir", "run", "--dry-run"]) == 0
+    assert main([*TRAIN, "--ranks", "3", "--run-dir", "run", "--dry-run"]) == 2
+    assert "world size = 3: must be a multiple of" in capsys.readouterr().err
+    assert started == []
+    assert not Path("run").exists()
 
 
 def test_split_overrides() -> None:

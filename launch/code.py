@@ -1,0 +1,62 @@
+"""The code that a job runs: which version it is, and a copy that later edits cannot change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import griffin
+
+PACKAGE = Path(griffin.__file__).absolute().parent  # its folders may be links to those of a checkout
+# Prints where the package is imported from; nothing where PyTorch is missing.
+CHECK = "import griffin, importlib.util as u; print(griffin.__file__ if u.find_spec('torch') else '')"
+
+
+def write_version(path: Path) -> None:
+    """Write what the code is to the new file `path`; beside it, as .diff, what changed since its commit."""
+    version: dict[str, Any] = {"version": griffin.__version__, "package": str(PACKAGE)}
+    root = (PACKAGE / "trainer").resolve().parent
+    if _git(root, "rev-parse", "--show-toplevel") == f"{root}\n":
+        version["commit"] = (_git(root, "rev-parse", "HEAD") or "").strip()
+        version["untracked"] = (_git(root, "ls-files", "--others", "--exclude-standard") or "").splitlines()
+        if diff := _git(root, "diff", "--binary", "HEAD"):
+            with path.with_suffix(".diff").open("x", encoding="utf-8") as file:
+                file.write(diff)
+    with path.open("x", encoding="utf-8") as file:
+        file.write(json.dumps(version, indent=2) + "\n")
+
+
+def write_snapshot(folder: Path) -> None:
+    """Copy the package into the new `folder`, which then serves as PYTHONPATH."""
+    shutil.copytree(PACKAGE, folder / "griffin", ignore=shutil.ignore_patterns("__pycache__", ".*"))
+
+
+def python_path(python: str) -> tuple[str, ...]:
+    """The PYTHONPATH with which `python` imports the code that runs here.
+
+    ValueError where it does not start, or has no PyTorch.
+    """
+    paths = tuple(entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry))
+    for candidate in (paths, (str(PACKAGE.parent), *paths)):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(candidate), "PYTHONSAFEPATH": "1"}
+        try:
+            command = [python, "-P", "-c", CHECK]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ValueError(f"--python {python}: does not start ({error})") from None
+        if done.returncode == 0 and done.stdout.strip() and Path(done.stdout.strip()).parent.samefile(PACKAGE):
+            return candidate
+    reason = done.stderr.strip().splitlines()[-1:] or ["no module named 'torch'"]
+    raise ValueError(f"--python {python}: cannot import what the training needs ({reason[0]})")
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,232 @@
+"""The batch script of a SLURM job that trains until the run is complete: checked, and written out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+# What stands in the script without quotes, in SLURM's directives (where % begins a pattern), and in lists of mounts and
+# of import paths, which commas and colons part.
+PLAIN_PATH = re.compile(r"[\w./+=@-]+")
+LONGEST_SIGNAL = 65_535  # seconds; SLURM's limit
+# Options of sbatch that the script states itself.
+STATED = (
+    "job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "gpus-per-task", "gres", "exclusive", "mem",
+    "cpus-per-task", "time", "partition", "account", "qos", "output", "error", "open-mode", "chdir", "signal",
+    "requeue", "no-requeue", "dependency", "kill-on-invalid-dep", "array", "wrap",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmJob:
+    """What a job asks for, and how it starts its ranks. One rank per GPU, or `tasks_per_node` where there are none."""
+
+    name: str
+    nodes: int
+    gpus_per_node: int
+    time: str  # as SLURM has it: minutes, HH:MM:SS, D-HH:MM:SS and so on
+    tasks_per_node: int = 0  # ranks of a node; 0 is one per GPU
+    cpus_per_task: int = 0  # 0: all of the node's for all of its ranks
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    container: str = ""  # image: a .sif file for Apptainer, anything else for SLURM's pyxis
+    mounts: tuple[Path, ...] = ()  # folders that ranks see in the container
+    signal_seconds: int = 600  # how long before the time limit ranks are asked to save
+    max_restarts: int = 3  # after failures, without a newer checkpoint in between
+    options: tuple[str, ...] = ()  # further options of sbatch, such as "--reservation=april"
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    def validate(self) -> None:
+        """Refuse what SLURM would refuse, or mangle: ValueError."""
+        for option, number, least in (
+            ("--nodes", self.nodes, 1),
+            ("--gpus-per-node", self.gpus_per_node, 0),
+            ("--tasks-per-node", self.tasks_per_node, 0),
+            ("--cpus-per-task", self.cpus_per_task, 0),
+            ("--signal-seconds", self.signal_seconds, 1),
+            ("--max-restarts", self.max_restarts, 0),
+        ):
+            if number < least:
+                _refuse(option, number, f"must be at least {least}")
+        if self.ranks_per_node == 0:
+            _refuse("--gpus-per-node", 0, "needs --tasks-per-node, the number of ranks on each node's CPUs")
+        if self.gpus_per_node and self.tasks_per_node not in (0, self.gpus_per_node):
+            _refuse(
+                "--tasks-per-node", self.tasks_per_node, f"must be --gpus-per-node {self.gpus_per_node}, or left out"
+            )
+        seconds = time_seconds(self.time)
+        if self.signal_seconds > LONGEST_SIGNAL:
+            _refuse("--signal-seconds", self.signal_seconds, f"must be at most {LONGEST_SIGNAL}")
+        if seconds is not None and seconds <= self.signal_seconds:
+            accepted = (
+                f"must be longer than --signal-seconds {self.signal_seconds}, which are left for saving at its end"
+            )
+            _refuse("--time", self.time, accepted)
+        for option, text in (
+            ("--job-name", self.name),
+            ("--partition", self.partition),
+            ("--account", self.account),
+            ("--qos", self.qos),
+        ):
+            if text and not re.fullmatch(r"[\w.,+=@-]+", text):
+                _refuse(option, text, "must consist of letters, digits and ._+=@-")
+        for option in self.options:
+            match = re.fullmatch(r"--([a-z-]+)(=[^\s\"'\\`$]+)?", option)
+            if match is None:
+                _refuse("--sbatch-option", option, "must be --NAME or --NAME=VALUE, without spaces and quotes")
+            if match[1] in STATED:
+                _refuse("--sbatch-option", option, "is an option that the script states itself")
+        if self.container and not re.fullmatch(r"[\w./+=@:#-]+", self.container):
+            _refuse("--container", self.container, "must consist of letters, digits and ._/+=@:#-")
+        for folder in self.mounts:
+            check_path("--mount", str(folder))
+        if self.is_apptainer and not Path(self.container).is_file():
+            _refuse("--container", self.container, "no such file")
+
+    @property
+    def is_apptainer(self) -> bool:
+        return self.container.endswith(".sif")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFiles:
+    """Absolute paths of what the job uses. `python` may be a command's name, in a container."""
+
+    run_dir: Path
+    script: Path
+    config: Path
+    working: Path  # folder to which relative paths of the config refer
+    python: str
+    python_path: tuple[str, ...] = ()  # $PYTHONPATH
+    setup: Path | None = None  # shell commands ahead of everything, loading modules for instance
+    init: tuple[str, ...] = ()  # --init-from PATH, --init-what
+
+    def validate(self) -> None:
+        """Refuse paths that cannot stand in a batch script: ValueError."""
+        for option, path in (
+            ("--run-dir", str(self.run_dir)),
+            ("--python", self.python),
+            ("--init-from", self.init[1] if self.init else ""),
+            ("working folder", str(self.working)),
+            *(("PYTHONPATH", entry) for entry in self.python_path),
+        ):
+            if path:
+                check_path(option, path)
+
+
+def check_path(option: str, path: str) -> None:
+    """Refuse a path that SLURM or a shell would read otherwise: ValueError."""
+    if not PLAIN_PATH.fullmatch(path):
+        _refuse(option, path, "SLURM mangles such paths: must consist of letters, digits and ._/+=@-")
+
+
+def time_seconds(text: str) -> int | None:
+    """Seconds of a time limit as SLURM writes it; None for no limit. ValueError for what is none."""
+    if text.upper() in ("UNLIMITED", "INFINITE"):
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        _refuse("--time", text, "must be MINUTES, MM:SS, HH:MM:SS, DAYS-HH, DAYS-HH:MM, DAYS-HH:MM:SS or UNLIMITED")
+    days, first, second, third = (int(part) if part else 0 for part in match.groups())
+    if match[1] or match[4]:  # hours come first
+        return ((days * 24 + first) * 60 + second) * 60 + third
+    return first * 60 + second  # MINUTES, or MINUTES:SECONDS
+
+
+def render(job: SlurmJob, files: JobFiles) -> str:
+    """The batch script. ValueError where it would not work."""
+    files.validate()
+    job.validate()
+    where = f"{job.gpus_per_node} GPUs" if job.gpus_per_node else f"{job.ranks_per_node} ranks on CPUs"
+    values = {
+        "title": f"{job.name}: {job.world_size} ranks on {job.nodes} node{'s' * (job.nodes > 1)} of {where}.",
+        "script": str(files.script),
+        "directives": "\n".join(_directives(job, files)),
+        "run": str(files.run_dir),
+        "config": str(files.config),
+        "python": files.python,
+        "max_restarts": str(job.max_restarts),
+        "setup": f"# shellcheck source=/dev/null\n. {files.setup}\n" if files.setup else "",
+        "pythonpath": f"export PYTHONPATH={':'.join(files.python_path)}" if files.python_path else "unset PYTHONPATH",
+        "gpus": (TEMPLATES / "gpus.sh").read_text(encoding="utf-8") if job.gpus_per_node else "",
+        "options": "\n".join(f"  {option}" for option in _step_options(job, files)),
+        "container": _apptainer(job, files),
+        "init": "".join(f" {word}" for word in files.init),
+        "nodes": str(job.nodes),
+        "tasks_per_node": str(job.ranks_per_node),
+        "world_size": str(job.world_size),
+    }
+    template = (TEMPLATES / "job.sbatch").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
+
+
+def _directives(job: SlurmJob, files: JobFiles) -> list[str]:
+    lines = [
+        f"#SBATCH --job-name={job.name}",
+        f"#SBATCH --nodes={job.nodes}",
+        f"#SBATCH --ntasks-per-node={job.ranks_per_node}",
+    ]
+    if job.gpus_per_node:
+        lines += [
+            "# All GPUs of a node are visible to all of its ranks, and each takes that of its local rank. With",
+            "# --gpus-per-task a rank would see its own alone, which hides the direct links between them from NCCL.",
+            f"#SBATCH --gpus-per-node={job.gpus_per_node}",
+            "# Whole nodes, with all of their memory: loaders and checkpoints in the making live there.",
+            "#SBATCH --exclusive",
+            "#SBATCH --mem=0",
+        ]
+    if job.cpus_per_task:
+        lines += [f"#SBATCH --cpus-per-task={job.cpus_per_task}"]
+    lines += [f"#SBATCH --time={job.time}"]
+    asked = {"partition": job.partition, "account": job.account, "qos": job.qos}
+    lines += [f"#SBATCH --{option}={text}" for option, text in asked.items() if text]
+    lines += [
+        f"#SBATCH --chdir={files.working}",
+        f"#SBATCH --output={files.script.parent}/slurm-%j.out",
+        "# A requeued job writes on where it stopped.",
+        "#SBATCH --open-mode=append",
+        f"# SIGUSR1 to this shell (B:) {job.signal_seconds} s before the time limit, or up to a minute sooner:",
+        "# long enough for a step and a save.",
+        f"#SBATCH --signal=B:USR1@{job.signal_seconds}",
+        "# After a node's failure or preemption, SLURM starts the job again by itself.",
+        "#SBATCH --requeue",
+        "# One job of this name at a time: two would write the same run folder.",
+        "#SBATCH --dependency=singleton",
+    ]
+    return lines + [f"#SBATCH {option}" for option in job.options]
+
+
+def _step_options(job: SlurmJob, files: JobFiles) -> list[str]:
+    if job.cpus_per_task:
+        options = [f"--cpus-per-task={job.cpus_per_task}  # sbatch's does not reach srun"]
+    else:
+        options = ["--cpu-bind=none      # loaders and saving processes use what a node has"]
+    if job.container and not job.is_apptainer:
+        mounts = ",".join(f"{path}:{path}" for path in job.mounts)
+        options += [f"--container-image={job.container}", f"--container-workdir={files.working}"]
+        options += [f'--container-mounts="{mounts}"'] if mounts else []
+    return options
+
+
+def _apptainer(job: SlurmJob, files: JobFiles) -> str:
+    if not job.is_apptainer:
+        return ""
+    binds = "".join(f"--bind {path} " for path in job.mounts)
+    nvidia = "--nv " if job.gpus_per_node else ""
+    return f"apptainer exec {nvidia}--pwd {files.working} {binds}{job.container} "
+
+
+def _refuse(option: str, value: object, accepted: str) -> NoReturn:
+    raise ValueError(f"{option} {value}: {accepted}")

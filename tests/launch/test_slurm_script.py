@@ -1,0 +1,305 @@
+"""The batch script: its text for jobs of all sizes, and what it does, with a pretended srun and scontrol."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from griffin.launch.slurm import JobFiles, SlurmJob, render, time_seconds
+from tests.small_runs import wait_for
+
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
+
+
+def job(**settings: Any) -> SlurmJob:
+    values: dict[str, Any] = {"name": "griffin-a", "nodes": 2, "gpus_per_node": 8, "time": "24:00:00"}
+    return SlurmJob(**values | settings)
+
+
+def files(folder: Path = Path("/data/runs/a"), **settings: Any) -> JobFiles:
+    values: dict[str, Any] = {
+        "run_dir": folder,
+        "script": folder / "launch/job.sbatch",
+        "config": folder / "launch/config.toml",
+        "working": Path("/home/me"),
+        "python": "/venv/bin/python",
+        "python_path": ("/data/runs/a/launch/code",),
+    }
+    return JobFiles(**values | settings)
+
+
+def directives(script: str) -> dict[str, str]:
+    """As sbatch reads them: up to the first command."""
+    found = {}
+    for line in script.splitlines():
+        if line.startswith("#SBATCH "):
+            name, _, value = line.removeprefix("#SBATCH --").partition("=")
+            assert name not in found
+            found[name] = value
+        elif line and not line.startswith("#"):
+            return found
+    raise AssertionError("no command")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"nodes": 2},
+        {"nodes": 16, "partition": "gpu,big", "account": "lab", "qos": "high", "options": ("--reservation=april",)},
+        {"nodes": 128, "container": "registry.example/lab#griffin:1", "mounts": (Path("/data"), Path("/home/me"))},
+        {"nodes": 2, "gpus_per_node": 0, "tasks_per_node": 4, "cpus_per_task": 3},
+    ],
+)
+def test_text(settings: dict, tmp_path: Path) -> None:
+    asked = job(**settings)
+    path = tmp_path / "job.sbatch"
+    path.write_text(render(asked, files(setup=Path("/data/runs/a/launch/setup.sh"), init=("--init-from", "/w/2b"))))
+    subprocess.run(["bash", "-n", path], check=True)
+    checked = subprocess.run([SHELLCHECK, "--shell=bash", path], capture_output=True, text=True)
+    assert checked.stdout == ""
+    assert checked.returncode == 0
+
+    found = directives(path.read_text())
+    gpus = settings.get("gpus_per_node", 8)
+    ranks = settings.get("tasks_per_node", 8)
+    assert found.pop("nodes") == str(settings["nodes"])
+    assert found.pop("ntasks-per-node") == str(ranks)
+    assert (found.pop("gpus-per-node", "0"), "exclusive" in found, found.pop("mem", "")) == (
+        (str(gpus), True, "0") if gpus else ("0", False, "")
+    )
+    found.pop("exclusive", "")
+    assert found.pop("time") == "24:00:00"
+    assert found.pop("signal") == "B:USR1@600"
+    assert found.pop("output") == "/data/runs/a/launch/slurm-%j.out"
+    assert found.pop("requeue") == ""
+    asked_for = {"partition": asked.partition, "account": asked.account, "qos": asked.qos}
+    assert found == {
+        "job-name": "griffin-a",
+        "chdir": "/home/me",
+        "open-mode": "append",
+        "dependency": "singleton",
+        **{name: value for name, value in asked_for.items() if value},
+        **({"reservation": "april"} if asked.options else {}),
+        **({"cpus-per-task": "3"} if asked.cpus_per_task else {}),
+    }
+    text = path.read_text()
+    world = settings["nodes"] * ranks
+    assert f"--nodes={settings['nodes']} --ntasks={world} --ntasks-per-node={ranks} " in text
+    assert ("NCCL_DEBUG" in text) == bool(gpus)
+    assert "localhost" not in text
+    if asked.container:
+        assert "--container-image=registry.example/lab#griffin:1\n" in text
+        assert '--container-mounts="/data:/data,/home/me:/home/me"\n' in text
+
+
+def test_apptainer(tmp_path: Path) -> None:
+    image = tmp_path / "griffin.sif"
+    with pytest.raises(ValueError, match=re.escape(f"--container {image}: no such file")):
+        render(job(container=str(image)), files())
+    image.touch()
+    text = render(job(container=str(image), mounts=(Path("/data"),)), files(python="python3", python_path=()))
+    assert f'train=(apptainer exec --nv --pwd /home/me --bind /data {image} "$python" -P -m griffin.tools.cli' in text
+    assert "\nunset PYTHONPATH\n" in text
+    assert "--container-image" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("5:30", 330),
+        ("24:00:00", 86_400),
+        ("2-12", 216_000),
+        ("1-0:30", 88_200),
+        ("1-00:00:01", 86_401),
+        ("unlimited", None),
+    ],
+)
+def test_time(text: str, seconds: int | None) -> None:
+    assert time_seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"time": "a day"}, "--time a day: must be MINUTES, MM:SS, HH:MM:SS"),
+        ({"time": "10"}, "--time 10: must be longer than --signal-seconds 600"),
+        ({"nodes": 0}, "--nodes 0: must be at least 1"),
+        ({"gpus_per_node": 0}, "--gpus-per-node 0: needs --tasks-per-node"),
+        ({"tasks_per_node": 4}, "--tasks-per-node 4: must be --gpus-per-node 8, or left out"),
+        ({"partition": "a b"}, "--partition a b: must consist of"),
+        ({"signal_seconds": 70_000, "time": "2-0"}, "--signal-seconds 70000: must be at most 65535"),
+        ({"options": ("--mem=3G",)}, "--sbatch-option --mem=3G: is an option that the script states itself"),
+        ({"options": ("-C gpu",)}, "--sbatch-option -C gpu: must be --NAME or --NAME=VALUE"),
+        ({"container": "a image"}, "--container a image: must consist of"),
+    ],
+)
+def test_jobs_that_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        render(job(**settings), files())
+
+
+@pytest.mark.parametrize("name", ["a b", "50%", 'a"b', "it's", "a\nb", "a$b", "a\\b", "a,b", "a:b"])
+def test_paths_that_slurm_would_mangle(name: str) -> None:
+    with pytest.raises(ValueError, match=r"(?s)--run-dir /data/.*SLURM mangles such paths"):
+        render(job(), files(Path("/data") / name))
+
+
+# What srun and scontrol do here: the dry run succeeds; a start of the training does what the file `plan` has on the
+# line of its number, "CODE [NEWEST CHECKPOINT]". With code "wait" it ends by SIGUSR1, after a save and with 85.
+SRUN = r"""#!/bin/bash
+cd "$(dirname "$0")" || exit 1
+echo "$*" >>calls
+case "$*" in *--dry-run*) exit "$(cat dry)";; esac
+echo >>starts
+read -r code step < <(sed -n "$(wc -l <starts)p" plan)
+if [ "$code" = wait ]; then
+  trap 'sleep 0.3; mkdir -p "run/checkpoints/$step"; exit 85' USR1
+  trap 'echo TERM >>calls' TERM
+  touch waiting
+  while :; do sleep 0.05; done
+fi
+[ -z "$step" ] || mkdir -p "run/checkpoints/$step"
+exit "$code"
+"""
+SCONTROL = r"""#!/bin/bash
+cd "$(dirname "$0")" || exit 1
+case $1 in
+  show) echo "JobId=7 JobName=a JobState=$(cat state) Reason=None";;
+  requeue) [ ! -e refuses ] && echo "$2" >>requeued;;
+esac
+"""
+
+
+class Pretended:
+    """A job whose srun and scontrol are the scripts above."""
+
+    def __init__(self, folder: Path, *plan: str, max_restarts: int = 3, dry: int = 0, state: str = "RUNNING") -> None:
+        self.folder, self.run_dir = folder, folder / "run"
+        (self.run_dir / "launch").mkdir(parents=True)
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+            (folder / name).write_text(text)
+            (folder / name).chmod(stat.S_IRWXU)
+        (folder / "plan").write_text("\n".join(plan) + "\n")
+        (folder / "dry").write_text(str(dry))
+        (folder / "state").write_text(state)
+        self.script = self.run_dir / "launch/job.sbatch"
+        described = files(self.run_dir, working=folder)
+        asked = job(nodes=1, gpus_per_node=0, tasks_per_node=2, max_restarts=max_restarts)
+        self.script.write_text(render(asked, described))
+        self.output = folder / "output"
+        self.environment = os.environ | {
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "n1",
+            "SLURM_CPUS_ON_NODE": "2",
+        }
+
+    def start(self) -> subprocess.Popen:
+        with self.output.open("a") as output:
+            return subprocess.Popen(["bash", self.script], env=self.environment, stdout=output, stderr=output)
+
+    def run(self) -> int:
+        return self.start().wait(20)
+
+    @property
+    def requeues(self) -> int:
+        path = self.folder / "requeued"
+        return len(path.read_text().split()) if path.exists() else 0
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+
+def test_complete(tmp_path: Path) -> None:
+    pretended = Pretended(tmp_path, "0 step-00000009")
+    assert pretended.run() == 0
+    assert pretended.requeues == 0
+    dry, real = (tmp_path / "calls").read_text().splitlines()
+    run = f"/venv/bin/python -P -m griffin.tools.cli train {tmp_path}/run/launch/config.toml --run-dir {tmp_path}/run"
+    assert dry.endswith(f"--nodes=1 --ntasks=1 --ntasks-per-node=1 {run} --ranks 2 --dry-run")
+    assert real == f"--label --kill-on-bad-exit=1 --cpu-bind=none --nodes=1 --ntasks=2 --ntasks-per-node=2 {run}"
+
+
+def test_mistakes_are_not_tried_again(tmp_path: Path) -> None:
+    pretended = Pretended(tmp_path, "0", dry=2)
+    assert pretended.run() == 2
+    assert not (tmp_path / "starts").exists()
+    assert pretended.requeues == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signal_saves_and_requeues(tmp_path: Path, number: signal.Signals) -> None:
+    pretended = Pretended(tmp_path, "wait step-00000004")
+    process = pretended.start()
+    try:
+        wait_for((tmp_path / "waiting").exists, 20)
+        process.send_signal(number)
+        assert process.wait(20) == 85
+    finally:
+        process.kill()
+    assert pretended.requeues == 1
+    assert f"{number.name}: asking the ranks to save and stop" in pretended.said
+    assert "requeued: goes on from checkpoint step-00000004" in pretended.said
+    assert "TERM" not in (tmp_path / "calls").read_text()  # srun would end the ranks at once
+
+
+def test_cancelled_job_does_not_come_back(tmp_path: Path) -> None:
+    pretended = Pretended(tmp_path, "85 step-00000004", state="CANCELLED")
+    assert pretended.run() == 85
+    assert pretended.requeues == 0
+    assert "SLURM is ending this job (JobState=CANCELLED): not requeued from here" in pretended.said
+
+
+def test_requeue_that_is_refused_says_what_to_do(tmp_path: Path) -> None:
+    pretended = Pretended(tmp_path, "85 step-00000004")
+    (tmp_path / "refuses").touch()
+    assert pretended.run() == 85
+    assert "submit it again to go on from checkpoint step-00000004" in pretended.said
+
+
+def test_failures_are_tried_again_while_there_is_progress(tmp_path: Path) -> None:
+    plan = ("137", "86", "1 step-00000002", "143", "137 step-00000002", "86 step-00000004", "1", "1")
+    pretended = Pretended(tmp_path, *plan, max_restarts=2)
+    codes = [pretended.run() for _ in range(5)]
+    assert codes == [137, 86, 1, 143, 137]
+    assert pretended.requeues == 4  # the third failure in a row at step 2 is the last
+    assert "failed with exit code 137, 3 times in a row with no checkpoint newer than step-00000002" in pretended.said
+    assert [pretended.run() for _ in range(3)] == [86, 1, 1]  # had it been submitted again
+    assert pretended.requeues == 6
+    lines = (tmp_path / "run/launch/job-7.failures").read_text().splitlines()
+    assert len(lines) == 8
+    assert lines[1].endswith(" code 86 newest none")
+
+
+def test_failure_that_cannot_be_noted_is_the_last(tmp_path: Path) -> None:
+    pretended = Pretended(tmp_path, "137")
+    (tmp_path / "run/launch/job-7.failures").mkdir()
+    assert pretended.run() == 137
+    assert pretended.requeues == 0
+    assert "not tried again" in pretended.said
+
+
+def test_a_waiting_job_ends_no_sooner_than_its_ranks(tmp_path: Path) -> None:
+    """Several signals, while ranks save: the script waits on."""
+    pretended = Pretended(tmp_path, "wait step-00000004")
+    process = pretended.start()
+    try:
+        wait_for((tmp_path / "waiting").exists, 20)
+        for _ in range(3):
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.05)
+        assert process.wait(20) == 85
+    finally:
+        process.kill()
+    assert (tmp_path / "run/checkpoints/step-00000004").is_dir()

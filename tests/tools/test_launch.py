@@ -1,0 +1,204 @@
+"""`griffin launch`: what it writes, submits, starts again, and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import griffin.tools.launch
+from griffin.parallel.ranks import STOPPED
+from griffin.tools.cli import main
+from griffin.trainer.config import load_config
+from griffin.trainer.run_folder import RunFolder
+from tests.small_runs import metrics, saved_steps, series, snapshot, wait_for, write_config
+
+JOB = ["--nodes", "2", "--gpus-per-node", "2", "--time", "1:00:00"]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_ID", "SLURM_NTASKS", "PMI_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return write_config(tmp_path)
+
+
+def test_job_is_written_beside_its_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", "slurm", str(config), *JOB, "--run-dir", "runs/a", "--parallel.tensor=2"]
+    assert main(words) == 0
+    run_dir = config.parent / "runs/a"
+    folder = run_dir / "launch"
+    script = (folder / "job.sbatch").read_text()
+    captured = capsys.readouterr()
+    assert captured.out == script + "\n"
+    assert captured.err == f"griffin: to submit it: sbatch {folder}/job.sbatch\n"
+    assert "#SBATCH --job-name=griffin-a\n" in script
+    assert f"#SBATCH --chdir={config.parent}\n" in script  # where relative paths of data lead as they do here
+    assert load_config(folder / "config.toml") == load_config(config, ["--parallel.tensor=2"])
+    code = json.loads((folder / "code.json").read_text())
+    assert Path(code["package"]).name == "griffin"
+    assert {"version", "commit", "untracked"} <= code.keys()
+
+    written = snapshot(folder)
+    assert main(words) == 0  # once more: nothing is overwritten
+    assert snapshot(folder).items() > written.items()
+    assert f"config={folder}/config-2.toml\n" in (folder / "job-2.sbatch").read_text()
+
+    # The run begins in that folder, as `griffin train` checks it.
+    RunFolder.check(run_dir, load_config(config))
+    assert RunFolder.create(run_dir, load_config(config), {}).attempt == 1
+    assert (folder / "job.sbatch").read_text() == script
+
+
+def test_snapshot_is_what_the_job_imports(config: Path) -> None:
+    assert main(["launch", "slurm", str(config), *JOB, "--run-dir", "run", "--snapshot"]) == 0
+    folder = config.parent / "run/launch"
+    assert f"export PYTHONPATH={folder}/code" in (folder / "job.sbatch").read_text()
+    command = [sys.executable, "-P", "-c", "import griffin.tools.train as t; print(t.__file__)"]
+    environment = os.environ | {"PYTHONPATH": str(folder / "code")}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert Path(found.strip()) == folder / "code/griffin/tools/train.py"
+    assert not any(path.is_symlink() for path in (folder / "code").rglob("*"))
+    assert (folder / "code/griffin/launch/templates/job.sbatch").is_file()
+
+
+def test_submission_of_a_chain(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(
+        f'#!/bin/bash\necho "$*" >>{tmp_path}/calls\necho "$((40 + $(wc -l <{tmp_path}/calls)));cluster"\n'
+    )
+    sbatch.chmod(0o700)
+    assert main(["launch", "slurm", str(config), *JOB, "--run-dir", "run", "--submit", "--chain", "2"]) == 0
+    script = f"{tmp_path}/run/launch/job.sbatch"
+    assert capsys.readouterr().out == f"Submitted job 41: {script}\nSubmitted job 42: {script}\n"
+    assert (tmp_path / "calls").read_text() == f"--parsable {script}\n" * 2
+    sbatch.write_text("#!/bin/bash\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    assert main(["launch", "slurm", str(config), *JOB, "--run-dir", "other", "--submit"]) == 2
+    assert "job.sbatch: sbatch: error: invalid partition" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "3"], "train.global_batch = 8: must be a multiple of"),
+        (["--parallel.tensor", "3"], "parallel.tensor = 3: must divide"),
+        (["--data.train", "absent"], "absent"),
+        (["--time", "soon"], "--time soon: must be MINUTES"),
+        (["--run-dir", "a b"], "SLURM mangles such paths"),
+        (["--run-dir", "config.toml"], "--run-dir config.toml: exists and is not an empty folder"),
+        (["--setup", "absent.sh"], "--setup absent.sh: no such file"),
+        (["--container", "absent.sif"], "--container absent.sif: no such file"),
+        (["--mount", "absent"], "--mount absent: no such folder"),
+        (["--python", "/absent/python"], "--python /absent/python: does not start"),
+        (["--python", "/usr/bin/false"], "--python /usr/bin/false: cannot import"),
+        (["--init-from", "absent"], "absent"),
+        (["--chain", "0"], "--chain 0: must be at least 1"),
+        (["--max-restarts", "-1"], "--max-restarts -1: must be at least 0"),
+        (["--submit"], "--submit: there is no sbatch on this machine"),
+    ],
+)
+def test_refused_before_anything_is_written(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    if words == ["--submit"]:
+        monkeypatch.setenv("PATH", str(config.parent))
+    before = snapshot(config.parent)
+    assert main(["launch", "slurm", str(config), *JOB, "--run-dir", "run", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert snapshot(config.parent) == before
+    assert not Path("run").exists()
+
+
+class Starts:
+    """Pretended trainings: each ends with the next code, after the checkpoints that come with it."""
+
+    def __init__(self, checkpoints: Path, plan: list[tuple[int, int | None]]) -> None:
+        self.checkpoints, self.plan, self.count = checkpoints, plan, 0
+
+    def __call__(self) -> int:
+        code, step = self.plan[self.count]
+        self.count += 1
+        if step is not None:
+            (self.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+        return code
+
+
+@pytest.mark.parametrize(
+    ("plan", "code", "starts"),
+    [
+        ([(0, None)], 0, 1),
+        ([(STOPPED, 4)], STOPPED, 1),
+        ([(143, None)], 143, 1),
+        ([(130, None)], 130, 1),
+        ([(137, 2), (0, 6)], 0, 2),
+        ([(1, None)] * 3, 1, 3),
+        ([(1, None), (1, None), (137, 2), (86, None), (137, None)], 137, 5),
+    ],
+)
+def test_local_starts_again_while_there_is_progress(
+    config: Path, monkeypatch: pytest.MonkeyPatch, plan: list[tuple[int, int | None]], code: int, starts: int
+) -> None:
+    pretended = Starts(Path("run/checkpoints"), plan)
+    monkeypatch.setattr(griffin.tools.launch, "start_local", lambda args: pretended)
+    assert main(["launch", "local", str(config), "--ranks", "2", "--run-dir", "run", "--max-restarts", "2"]) == code
+    assert pretended.count == starts
+
+
+def test_local_is_not_started_by_another_launcher(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert main(["launch", "local", str(config), "--ranks", "2"]) == 2
+    assert "--ranks 2: this process is one of 2 ranks that torchrun started" in capsys.readouterr().err
+
+
+def children(process: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_local_run_goes_on_after_a_killed_rank(config: Path, tmp_path: Path) -> None:
+    """And SIGTERM to it saves and ends it for good."""
+    run_dir, patience = tmp_path / "run", 120.0  # seconds; it takes 15 on an idle machine
+    settings = ["--train.steps=1000", "--train.micro_batch=4", "--checkpoint.interval=10", "--log.interval=1"]
+    command = [sys.executable, "-P", "-m", "griffin.tools.cli", "launch", "local", str(config), "--ranks", "2"]
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--run-dir", str(run_dir), *settings], stdout=output, stderr=output, start_new_session=True
+        )
+
+    def made() -> int:
+        return max(series(run_dir, "loss"), default=0) if (run_dir / "metrics.jsonl").exists() else 0
+
+    try:
+        wait_for(lambda: made() >= 25, patience)
+        (server,) = [pid for pid in children(process.pid) if len(children(pid)) == 2]  # the ranks are forked from it
+        os.kill(children(server)[1], signal.SIGKILL)
+        wait_for(lambda: max(line["attempt"] for line in metrics(run_dir)) == 2 and made() >= 40, patience)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(patience) == STOPPED
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    said = (tmp_path / "output").read_text()
+    assert "griffin: failed with exit code 137: starting again from the checkpoint of step" in said
+    assert saved_steps(run_dir)[-1] == max(line["step"] for line in metrics(run_dir) if line["attempt"] == 2)

@@ -1,0 +1,44 @@
+"""The ready configurations of trainer/configs: they hold for what their first lines say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from griffin.parallel.grid import single_rank_grid
+from griffin.tools.model import count_parameters
+from griffin.trainer.config import load_config
+from griffin.trainer.validate import validate, validate_data
+from tests.data_sets import write_prefix
+
+CONFIGS = Path(__file__).parents[2] / "trainer/configs"
+# bfloat16 values of the model's width that a block keeps per token for its backward pass, counted with
+# torch.autograd.graph.saved_tensors_hooks; tensor ranks with sequence parallelism share them.
+KEPT = {"recurrent": 28.6, "attention": 26.5}
+
+
+@pytest.mark.parametrize(("gpu", "memory"), [("h100", 80), ("h200", 141)])
+def test_14b_on_64_gpus(gpu: str, memory: int, tmp_path: Path) -> None:
+    """The memory that the comment adds up is that of the settings, and leaves a fifth of the GPU."""
+    path = CONFIGS / f"griffin-14b-{gpu}-8x8.toml"
+    prefix = write_prefix(tmp_path / "data", [[0] * 3000], vocabulary=256_000)
+    config = load_config(path, [f"--data.train={prefix}", f"--data.eval={prefix}"])
+    validate(config, 64)
+    validate_data(config)
+
+    model, tensor, tokens = config.model, config.parallel.tensor, config.train.micro_batch * config.data.sequence_length
+    with single_rank_grid() as grid:
+        parameters = sum(count_parameters(model, grid))
+    kept = sum(KEPT[mixer] for mixer in model.pattern)
+    terms = [
+        6 * parameters / tensor,
+        12 * parameters / 64,
+        kept * 2 * model.width * tokens / tensor,
+        10 * tokens * model.padded_vocabulary / tensor,
+    ]
+    stated = [float(figure) for figure in re.findall(r"^#.* ([\d.]+)$", path.read_text(), flags=re.MULTILINE)]
+    assert stated[:-1] == pytest.approx([term / 1e9 for term in terms], abs=0.1)
+    assert stated[-1] == pytest.approx(sum(terms) / 1e9, abs=0.6)
+    assert stated[-1] < 0.8 * memory
