@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Exit code of a training that was asked to stop: what it has done is saved, and starting it again goes on.
 STOPPED = 85
+# Exit code of a rank of a training that hung: starting it again goes on from the last checkpoint.
+HUNG = 86
 
 
 class OtherRankError(RuntimeError):
@@ -55,3 +57,14 @@ class Ranks:
 
         is_master = self.rank == 0 and not self.store_served
         return TCPStore(self.address, self.port, self.world_size, is_master, timeout)
+
+    def another_connection(self, timeout: timedelta) -> TCPStore:
+        """A further connection to a store that is served already, for another thread: the calls of one take turns."""
+        from torch.distributed import TCPStore
+
+        return TCPStore(self.address, self.port, self.world_size, False, timeout, wait_for_workers=False)
+
+    def server_name(self) -> str:
+        """Who serves the store, for people."""
+        server = "the launcher" if self.store_served else "rank 0"
+        return f"the rendezvous store that {server} serves at {self.address}:{self.port}"

@@ -23,10 +23,13 @@ from griffin.trainer.config import Config
 from griffin.trainer.data.dataset import Samples, build_index, open_samples
 from griffin.trainer.data.loader import batches
 from griffin.trainer.optimizer import optimizer_name
+from griffin.trainer.replicas import check_replicas
 from griffin.trainer.report import Report
 from griffin.trainer.run_folder import RunFolder, describe_environment
 from griffin.trainer.signals import StopRequests
 from griffin.trainer.step import Batch, Training
+from griffin.trainer.stragglers import Stragglers
+from griffin.trainer.watchdog import Watchdog
 
 
 def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | None = None) -> bool:
@@ -36,7 +39,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
     SIGTERM or SIGUSR1 to any rank, all stop after the same step, which is saved.
 
     Raises NonFiniteError (see `trainer.step`) where the loss or a gradient is NaN or infinite, CheckpointError where
-    what it starts from is damaged, and SaveError where the last state could not be saved.
+    what it starts from is damaged, ReplicaError where copies of a weight differ, and SaveError where the last state
+    could not be saved. Where it hangs, the process ends with HUNG (see `trainer.watchdog`).
     """
     with StopRequests() as requests, rank_grid(config.parallel, ranks) as grid, ExitStack() as stack:
         opened: Opened | None = None
@@ -51,6 +55,7 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
         assert opened is not None, "rank 0 has opened the folder"
         source, folder = opened.source, opened.folder
         report = stack.enter_context(Report(config, grid, folder, source))
+        watchdog = stack.enter_context(Watchdog(config.health.hang_seconds, ranks, grid, folder))
         training = Training(config, grid)
         checkpoints = stack.enter_context(
             Checkpoints(
@@ -65,7 +70,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
             )
         )
         position = checkpoints.load(source)
-        return _run(config, grid, training, checkpoints, report, requests, position)
+        stragglers = Stragglers(grid, folder.stragglers)
+        return _run(config, grid, training, checkpoints, report, requests, position, watchdog, stragglers)
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,8 @@ def _run(
     report: Report,
     requests: StopRequests,
     position: Position,
+    watchdog: Watchdog,
+    stragglers: Stragglers,
 ) -> bool:
     """The steps after `position`, to the end or to a request to stop; True for the latter."""
     if position.step >= config.train.steps:
@@ -106,17 +114,26 @@ def _run(
     drawn = position.samples + (config.train.steps - position.step) * config.train.global_batch
     train_samples, eval_samples = _open_data(config, grid, drawn)
     train_batches = _batches(config, grid, train_samples, position.samples, workers=config.data.workers)
+    training.stages[0].config.timers = stragglers.clock
+    training.before_update = lambda step: _compare_replicas(config, grid, training, step)
     report.begin(train_samples, drawn)
     while True:
         if eval_samples is not None and _evaluates(config, position.step):
-            held_out = _batches(config, grid, eval_samples, 0, workers=0)
-            report.evaluation(position.step, training.evaluate(held_out, config.train.eval_batches))
+            held_out = watchdog.progress(_batches(config, grid, eval_samples, 0, workers=0))
+            with watchdog.watching("evaluation at step", position.step):
+                loss = training.evaluate(held_out, config.train.eval_batches)
+            report.evaluation(position.step, loss)
         if position.step == config.train.steps:
             break
         stop = requests.requested is not None or checkpoints.is_taken_over
-        result = training.step(train_batches, stop=stop)
+        with watchdog.watching("step", position.step + 1), stragglers.step():
+            result = training.step(train_batches, stop=stop)
         position = Position(position.step + 1, position.samples + config.train.global_batch)
-        report.step(position, result)
+        with watchdog.watching("work times of step", position.step):
+            work = stragglers.measure(position.step) if report.is_logged(position.step) else None
+        report.step(position, result, work)
+        if work is not None and (complaint := stragglers.complaint(work)) is not None:
+            report.say(complaint)
         checkpoints.poll()
         if result.stop and position.step < config.train.steps:
             why = "another run has taken the run folder over" if checkpoints.is_taken_over else "asked to stop"
@@ -141,6 +158,12 @@ def implementations(config: Config, device: torch.device) -> dict[str, str]:
         "attention": local_attention.select_backend(device),
         "recurrence": resolve_backend(config.train.kernels, device, dtype, "train.kernels"),
     }
+
+
+def _compare_replicas(config: Config, grid: Grid, training: Training, step: int) -> None:
+    interval = config.health.replica_interval
+    if interval > 0 and step % interval == 0:
+        check_replicas(training.stages, grid, step)
 
 
 def _evaluates(config: Config, step: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -79,6 +79,9 @@ class Training:
             megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
         self._forward_backward = get_forward_backward_func()
         self.steps_done = 0
+        # Called in each step with its number when gradients are there and no weight has changed; what it raises on all
+        # ranks ends the step.
+        self.before_update: Callable[[int], object] = lambda step: None
 
     def step(self, batches: Iterator[Batch], *, stop: bool = False) -> StepResult:
         """One optimizer step on the next micro-batches (maps of int64 and float32 [B, T], see `trainer.data`).
@@ -87,6 +90,7 @@ class Training:
         Raises NonFiniteError, with all weights as they were, if the loss or the gradient is not finite.
         """
         loss, tokens, stops = self._gradients(batches, stop)
+        self.before_update(self.steps_done + 1)
         with host.cuda_type_names():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
