@@ -54,7 +54,7 @@ def run_local(
     When a rank fails, the others are killed at once, and the code is the rank's, or 128 + the signal that ended it;
     its traceback goes to stderr. It is HUNG where a rank exited with that. SIGINT, SIGTERM and SIGUSR1 are passed on to
     the ranks. After SIGTERM they have `save_seconds` to save their work and end; after SIGINT, or once one of them has
-    failed on the way, `grace_seconds`. A second SIGINT or SIGTERM kills them. None outlives this call, nor this process.
+    failed on the way, `grace_seconds`. A second SIGINT or SIGTERM kills them. None outlives this call or this process.
     """
     context = multiprocessing.get_context("forkserver")
     signals: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import resource
 import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,6 +21,13 @@ HUNG = 86
 
 class OtherRankError(RuntimeError):
     """Another rank failed, and tells why itself."""
+
+
+def allow_connections() -> None:
+    """Let this process serve a store to as many ranks as the system lets it, each with two connections: the customary
+    limit of 1024 open files would do for some 500."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +64,8 @@ class Ranks:
         from torch.distributed import TCPStore
 
         is_master = self.rank == 0 and not self.store_served
+        if is_master:
+            allow_connections()
         return TCPStore(self.address, self.port, self.world_size, is_master, timeout)
 
     def another_connection(self, timeout: timedelta) -> TCPStore:
