@@ -17,7 +17,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from griffin.launch.ranks import leave
-from griffin.parallel.ranks import STOPPED, OtherRankError, Ranks
+from griffin.parallel.ranks import HUNG, STOPPED, OtherRankError, Ranks
 
 ADDRESS = "127.0.0.1"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -52,9 +52,9 @@ def run_local(
     `preload`, and find each other through a store that this process serves. Must be called from the main thread.
 
     When a rank fails, the others are killed at once, and the code is the rank's, or 128 + the signal that ended it;
-    its traceback goes to stderr. SIGINT, SIGTERM and SIGUSR1 are passed on to the ranks. After SIGTERM they have
-    `save_seconds` to save their work and end; after SIGINT, or once one of them has failed on the way, `grace_seconds`.
-    A second SIGINT or SIGTERM kills them. None outlives this call, nor this process.
+    its traceback goes to stderr. It is HUNG where a rank exited with that. SIGINT, SIGTERM and SIGUSR1 are passed on to
+    the ranks. After SIGTERM they have `save_seconds` to save their work and end; after SIGINT, or once one of them has
+    failed on the way, `grace_seconds`. A second SIGINT or SIGTERM kills them. None outlives this call or this process.
     """
     context = multiprocessing.get_context("forkserver")
     signals: list[int] = []
@@ -170,9 +170,12 @@ class _Group:
         if not failures:
             return STOPPED if self._has_stopped else 0
         # A rank that was killed or crashed leaves no traceback and is noticed late: it counts as first.
-        first = min(failures, key=lambda failure: (failure.is_consequence, failure.text != "", failure.time))
+        # One that says of all that they hang knows best.
+        first = min(failures, key=lambda f: (f.exit_code != HUNG, f.is_consequence, f.text != "", f.time))
         code = first.exit_code if first.exit_code > 0 else 128 - first.exit_code
-        if stopping is not None and code == 128 + stopping:
+        if code == HUNG:  # the rank has reported, and others may be stopped: they have been killed
+            _say(f"the ranks hung (exit code {HUNG})")
+        elif stopping is not None and code == 128 + stopping:
             _say(f"stopped by {_name(stopping)}")
         else:
             how = f"exit code {code}" if first.exit_code > 0 else f"killed by {_name(-first.exit_code)}"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from griffin.parallel.ranks import Ranks
+from griffin.parallel.ranks import Ranks, allow_connections
 
 # Ports for jobs whose ranks have no other channel to agree on one: below Linux's ephemeral range.
 FIRST_PORT, PORTS = 20_000, 10_000
@@ -178,6 +178,7 @@ def _mpi(environment: Mapping[str, str]) -> Ranks:
     if world.rank == 0:
         from torch.distributed import TCPStore
 
+        allow_connections()
         server = TCPStore("127.0.0.1", 0, world.size, is_master=True, wait_for_workers=False)
         host = "127.0.0.1" if node.size == world.size else socket.gethostname()
         place = (environment.get("MASTER_ADDR") or host, server.port)

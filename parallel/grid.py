@@ -36,6 +36,8 @@ class Grid:
     data_rank: int
     data_size: int
     tensor_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    embedding_group: dist.ProcessGroup | None  # first and last stage; None on other stages and where there is one stage
     device: torch.device
     store: dist.Store
 
@@ -185,6 +187,10 @@ def _read(device: torch.device, store: dist.Store) -> Grid:
         data_rank=data.rank(),
         data_size=data.size(),
         tensor_group=tensor,
+        data_group=data,
+        embedding_group=parallel_state.get_embedding_group()
+        if pipeline.size() > 1 and parallel_state.is_rank_in_embedding_group()
+        else None,
         device=device,
         store=store,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import resource
 import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,10 +15,19 @@ if TYPE_CHECKING:
 
 # Exit code of a training that was asked to stop: what it has done is saved, and starting it again goes on.
 STOPPED = 85
+# Exit code of a rank of a training that hung: starting it again goes on from the last checkpoint.
+HUNG = 86
 
 
 class OtherRankError(RuntimeError):
     """Another rank failed, and tells why itself."""
+
+
+def allow_connections() -> None:
+    """Let this process serve a store to as many ranks as the system lets it, each with two connections: the customary
+    limit of 1024 open files would do for some 500."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,4 +64,17 @@ class Ranks:
         from torch.distributed import TCPStore
 
         is_master = self.rank == 0 and not self.store_served
+        if is_master:
+            allow_connections()
         return TCPStore(self.address, self.port, self.world_size, is_master, timeout)
+
+    def another_connection(self, timeout: timedelta) -> TCPStore:
+        """A further connection to a store that is served already, for another thread: the calls of one take turns."""
+        from torch.distributed import TCPStore
+
+        return TCPStore(self.address, self.port, self.world_size, False, timeout, wait_for_workers=False)
+
+    def server_name(self) -> str:
+        """Who serves the store, for people."""
+        server = "the launcher" if self.store_served else "rank 0"
+        return f"the rendezvous store that {server} serves at {self.address}:{self.port}"

@@ -28,6 +28,8 @@ from griffin.trainer.run_folder import RunFolder, describe_environment
 from griffin.trainer.signals import StopRequests
 from griffin.trainer.spikes import REWIND, SKIP, Ledger, Spike, SpikeDetector, SpikeError
 from griffin.trainer.step import Batch, Training
+from griffin.trainer.stragglers import Stragglers
+from griffin.trainer.watchdog import Watchdog
 
 
 def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | None = None) -> bool:
@@ -37,8 +39,9 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
     SIGTERM or SIGUSR1 to any rank, all stop after the same step, which is saved.
 
     Raises NonFiniteError (see `trainer.step`) where the loss or a gradient is NaN or infinite and `train.spike` is off,
-    SpikeError where there are too many spikes, CheckpointError where what it starts from is damaged, and SaveError
-    where the last state could not be saved.
+    SpikeError where there are too many spikes, CheckpointError where what it starts from is damaged, ReplicaError where
+    copies of a weight differ, and SaveError where the last state could not be saved. Where it hangs, the process ends
+    with HUNG (see `trainer.watchdog`).
     """
     with StopRequests() as requests, rank_grid(config.parallel, ranks) as grid, ExitStack() as stack:
         opened: Opened | None = None
@@ -53,6 +56,7 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
         assert opened is not None, "rank 0 has opened the folder"
         source, folder = opened.source, opened.folder
         report = stack.enter_context(Report(config, grid, folder, source))
+        watchdog = stack.enter_context(Watchdog(config.health.hang_seconds, ranks, grid, folder))
         training = Training(config, grid)
         spikes = SpikeDetector(config.train) if config.train.spike != "off" else None
         ledger = stack.enter_context(Ledger(grid, folder, report.say))
@@ -70,7 +74,9 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
             )
         )
         position = checkpoints.load(source)
-        return _Run(config, grid, training, checkpoints, report, requests, spikes, ledger).go_on_from(position)
+        stragglers = Stragglers(grid, folder.stragglers)
+        run = _Run(config, grid, training, checkpoints, report, requests, spikes, ledger, watchdog, stragglers)
+        return run.go_on_from(position)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,8 @@ class _Run:
     requests: StopRequests
     spikes: SpikeDetector | None
     ledger: Ledger
+    watchdog: Watchdog
+    stragglers: Stragglers
 
     def go_on_from(self, position: Position) -> bool:
         """The steps after `position`, to the end or to a request to stop; True for the latter."""
@@ -117,17 +125,21 @@ class _Run:
         drawn = position.samples + (config.train.steps - position.step) * config.train.global_batch
         train_samples, eval_samples = _open_data(config, self.grid, drawn)
         train_batches = _batches(config, self.grid, train_samples, position.samples, workers=config.data.workers)
+        training.stages[0].config.timers = self.stragglers.clock
         report.begin(train_samples, drawn)
         rewound: int | None = None  # the step gone back to, with weights that were evaluated before
         while True:
             if eval_samples is not None and _evaluates(config, position.step) and position.step != rewound:
-                held_out = _batches(config, self.grid, eval_samples, 0, workers=0)
-                report.evaluation(position.step, training.evaluate(held_out, config.train.eval_batches))
+                held_out = self.watchdog.progress(_batches(config, self.grid, eval_samples, 0, workers=0))
+                with self.watchdog.watching("evaluation at step", position.step):
+                    loss = training.evaluate(held_out, config.train.eval_batches)
+                report.evaluation(position.step, loss)
             if position.step == config.train.steps:
                 break
             stop = self.requests.requested is not None or checkpoints.is_taken_over
             judge = self.spikes.judge if self.spikes is not None else None
-            result = training.step(train_batches, stop=stop, judge=judge)
+            with self.watchdog.watching("step", position.step + 1), self.stragglers.step():
+                result = training.step(train_batches, stop=stop, judge=judge)
             position = Position(position.step + 1, position.samples + config.train.global_batch)
             rewound = self._answer(result.spike, position) if result.spike is not None else None
             if rewound is not None:  # a request to stop is heard by the next step
@@ -136,7 +148,11 @@ class _Run:
                     config, self.grid, train_samples, position.samples, workers=config.data.workers
                 )
                 continue
-            report.step(position, result)
+            with self.watchdog.watching("work times of step", position.step):
+                work = self.stragglers.measure(position.step) if report.is_logged(position.step) else None
+            report.step(position, result, work)
+            if work is not None and (complaint := self.stragglers.complaint(work)) is not None:
+                report.say(complaint)
             checkpoints.poll()
             if result.stop and position.step < config.train.steps:
                 why = "another run has taken the run folder over" if checkpoints.is_taken_over else "asked to stop"

@@ -23,6 +23,7 @@ from griffin.trainer.metrics import MetricsWriter
 from griffin.trainer.run_folder import RunFolder, changed_settings
 from griffin.trainer.spikes import SpikeDetector
 from griffin.trainer.step import StepResult
+from griffin.trainer.stragglers import Work
 
 
 def _tensorboard() -> str:
@@ -101,12 +102,19 @@ class Report:
         size = f"{outcome.bytes / 2**30:.2f} GiB" if outcome.bytes >= 2**30 else f"{outcome.bytes / 2**20:.1f} MiB"
         self._console.print(f"step {outcome.step}: saved {size} in {outcome.seconds:.1f} s: {outcome.path}")
 
-    def step(self, position: Position, result: StepResult) -> None:
+    def is_logged(self, step: int) -> bool:
+        """Whether this step's figures are logged: the first of the attempt, every `log.interval`th, and the last."""
+        return (
+            step == self._source.step + 1 or step % self._config.log.interval == 0 or step == self._config.train.steps
+        )
+
+    def step(self, position: Position, result: StepResult, work: Work | None = None) -> None:
+        """`work` is there for steps that are logged."""
         if not self._grid.is_first_rank:
             return
         self._steps_since += 1
         config, step = self._config, position.step
-        if step != self._source.step + 1 and step % config.log.interval and step != config.train.steps:
+        if work is None:
             self._console.step(step)
             return
         seconds = (time.perf_counter() - self._since) / self._steps_since
@@ -120,6 +128,7 @@ class Report:
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "model_tflops_per_device": self._flops * tokens / seconds / self._grid.world_size / 1e12,
+            "replica_imbalance": work.imbalance,
         }
         self._metrics.log(step, values)
         self._console.step(step, values)

@@ -75,6 +75,14 @@ class RunFolder:
     def console(self) -> Path:
         return self.path / "console.log"
 
+    @property
+    def hangs(self) -> Path:
+        return self.path / "hangs"
+
+    @property
+    def stragglers(self) -> Path:
+        return self.path / "stragglers.json"
+
     @classmethod
     def check(cls, path: Path, config: Config) -> None:
         """Refuse a `path` where this run cannot be started or continued: ValueError, and nothing is written.

@@ -22,6 +22,7 @@ from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import Stage, build_stages
 from griffin.trainer.config import Config
 from griffin.trainer.optimizer import build_optimizer, build_schedule
+from griffin.trainer.replicas import check_replicas
 from griffin.trainer.spikes import Spike
 
 Batch = Mapping[str, Tensor]
@@ -95,10 +96,14 @@ class Training:
         `stop` tells that this rank was asked to stop; the result says so on every rank if any rank was. `judge`, the
         same on every rank, is asked of loss and gradient norm whether the step is a spike: the optimizer is then left
         as it was, while the schedule goes on. Without it, raises NonFiniteError, with all weights as they were, if
-        the loss or the gradient is not finite.
+        the loss or the gradient is not finite. Raises ReplicaError where copies of a weight differ, every
+        `health.replica_interval` steps.
         """
         loss, tokens, stops = self._gradients(batches, stop)
         spike = None
+        interval = self.config.health.replica_interval
+        if interval > 0 and (self.steps_done + 1) % interval == 0:
+            check_replicas(self.stages, self.grid, self.steps_done + 1)
         with host.cuda_type_names():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())

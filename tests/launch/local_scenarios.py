@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from griffin.launch.local import run_local
-from griffin.parallel.ranks import STOPPED, Ranks
+from griffin.parallel.ranks import HUNG, STOPPED, Ranks
 
 FOREVER = 600.0
 
@@ -133,6 +133,15 @@ def save_or_fail(ranks: Ranks, folder: Path) -> None:
         time.sleep(0.1)
 
 
+def leave_a_stopped_rank(ranks: Ranks, folder: Path) -> None:
+    """Rank 0 stands still for good, and the others leave with HUNG."""
+    (folder / f"pid-{ranks.rank}").write_text(str(os.getpid()))
+    if ranks.rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.5)
+    sys.exit(HUNG)
+
+
 def start_child_and_fail(ranks: Ranks, folder: Path) -> None:
     child = subprocess.Popen(["sleep", str(FOREVER)])
     (folder / f"child-{ranks.rank}").write_text(str(child.pid))
@@ -199,6 +208,7 @@ def main(folder: Path) -> None:
         "int_int": run(folder / "int_int", ignore_signals, 2, signal.SIGINT, signal.SIGINT),
         "term_term": run(folder / "term_term", ignore_signals, 2, signal.SIGTERM, signal.SIGTERM),
         "term_int": run(folder / "term_int", ignore_signals, 2, signal.SIGTERM, signal.SIGINT),
+        "hung": run(folder / "hung", leave_a_stopped_rank, 3),
         "child": run(folder / "child", start_child_and_fail, 2),
         "pickle": run(folder / "pickle", not_reached, 2, args=(threading.Lock(),)),
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from griffin.parallel.ranks import STOPPED
+from griffin.parallel.ranks import HUNG, STOPPED
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, str(Path(__file__).with_name("local_scenarios.py"))]
@@ -73,6 +73,16 @@ def test_crash_is_reported_rather_than_the_failures_that_it_causes(results: dict
 def test_exit_code_of_a_rank_is_kept(results: dict[str, Any]) -> None:
     assert results["exit"]["code"] == 7
     assert results["exit_0"]["code"] == 0
+
+
+def test_a_stopped_rank_is_killed_where_another_leaves_with_the_code_of_a_hang(
+    folder: Path, results: dict[str, Any]
+) -> None:
+    result = results["hung"]
+    assert result["code"] == HUNG
+    assert result["seconds"] < PROMPT
+    assert result["stderr"] == f"griffin: the ranks hung (exit code {HUNG})\n"
+    wait_until_ended([int((folder / f"hung/pid-{rank}").read_text()) for rank in range(3)])
 
 
 @pytest.mark.parametrize(("name", "number"), [("term", signal.SIGTERM), ("interrupt", signal.SIGINT)])

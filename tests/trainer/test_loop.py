@@ -44,6 +44,7 @@ def test_metrics(run_dir: Path) -> None:
             "step_seconds",
             "tokens_per_second",
             "model_tflops_per_device",
+            "replica_imbalance",
         } <= line.keys()
         assert all(math.isfinite(value) for value in line.values())
         assert line["attempt"] == 1
@@ -124,6 +125,7 @@ def test_it_is_saved_at_its_end(run_dir: Path) -> None:
         "console.log",
         "environment.json",
         "metrics.jsonl",
+        "stragglers.json",
         "tensorboard",
     ]
 

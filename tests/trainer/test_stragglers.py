@@ -1,0 +1,165 @@
+"""Slow ranks: a planted one is found, and equal ones are not accused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from griffin.parallel.ranks import Ranks
+from griffin.trainer.config import load_config
+from griffin.trainer.data.dataset import Samples
+from griffin.trainer.loop import train
+from griffin.trainer.step import Training
+from griffin.trainer.stragglers import Layout, Stragglers, Work, WorkClock
+from tests.ranks import RankPool
+from tests.small_runs import metrics, write_config
+
+SLEEP = 0.05  # seconds per micro-batch; its own work takes some thousandths
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("stragglers"))
+
+
+def slow_run(ranks: Ranks, path: Path, run_dir: Path, overrides: list[str], slow: int, how: str) -> None:
+    """A run in which one rank is slow: at its forward passes, at loading, or as a process."""
+    forward, draw = Training._forward, Samples.__getitem__
+
+    def delay() -> None:
+        if ranks.rank != slow:
+            return
+        if how == "stopped":
+            _stop_for(SLEEP)
+        else:
+            time.sleep(SLEEP)
+
+    def slow_forward(*args: Any) -> Any:
+        if how != "loader":
+            delay()
+        return forward(*args)
+
+    def slow_draw(samples: Samples, n: int) -> Any:
+        if how == "loader":
+            delay()
+        return draw(samples, n)
+
+    settings = ["--train.eval_interval", "0", "--log.interval", "2", "--log.tensorboard", "false", *overrides]
+    with (
+        mock.patch.object(Training, "_forward", slow_forward),
+        mock.patch.object(Samples, "__getitem__", slow_draw),
+    ):
+        train(load_config(path, settings), ranks, run_dir)
+
+
+def _stop_for(seconds: float) -> None:
+    """This process by SIGSTOP, until another one continues it."""
+    waker = subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    waker.wait()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "slow", "how"),
+    [
+        ([], 2, 1, "sleep"),
+        ([], 2, 0, "loader"),
+        (["--train.steps", "8"], 2, 1, "stopped"),
+        (["--parallel.tensor", "2"], 4, 2, "sleep"),
+        (["--parallel.pipeline", "2"], 4, 3, "sleep"),
+    ],
+    ids=["data", "loader", "stopped", "tensor", "pipeline"],
+)
+def test_a_slow_rank_is_found(
+    config_path: Path, tmp_path: Path, rank_pool: RankPool, overrides: list[str], ranks: int, slow: int, how: str
+) -> None:
+    run_dir = tmp_path / "run"
+    rank_pool.run(slow_run, ranks, config_path, run_dir, overrides, slow, how)
+    found = json.loads((run_dir / "stragglers.json").read_text())
+    assert found["step"] == metrics(run_dir)[-2]["step"]
+    slowest = max(found["ranks"], key=lambda rank: rank["ratio"])
+    assert slowest["rank"] == slow
+    micro_batches = 8 // 2 // (ranks if not overrides or ranks == 2 else 2)
+    assert slowest["work_seconds"] > micro_batches * SLEEP
+    lines = [line for line in (run_dir / "console.log").read_text().splitlines() if "stragglers: " in line]
+    assert len(lines) == 1
+    assert f"stragglers: rank {slow} on " in lines[0]
+    imbalance = [line["replica_imbalance"] for line in metrics(run_dir) if "loss" in line]
+    assert min(imbalance) > 1.2
+    # Those that wait for it do not look slow.
+    others = [rank["work_seconds"] for rank in found["ranks"] if rank["rank"] != slow]
+    assert max(others) < micro_batches * SLEEP
+
+
+def work(*seconds: float, tensor: int = 1, pipeline: int = 1, step: int = 1) -> Work:
+    layout = Layout(tensor=tensor, data=len(seconds) // tensor // pipeline, pipeline=pipeline)
+    return Work(step=step, seconds=seconds, layout=layout, hosts=tuple(f"n{rank // 2}" for rank in range(len(seconds))))
+
+
+def test_imbalance_is_that_of_replicas() -> None:
+    assert work(1.0, 1.0, 1.0).imbalance == 1.0
+    assert work(1.0, 1.0, 1.5).imbalance == 1.5
+    # Tensor 2 x data 2: replicas are ranks 0, 1 and 2, 3. Pipeline 2 x data 2: ranks 0, 2 and 1, 3.
+    assert work(1.0, 1.0, 1.0, 2.0, tensor=2).imbalance == 2.0
+    assert work(1.0, 1.0, 3.0, 3.0, pipeline=2).imbalance == 1.0
+    assert work(1.0, 1.0, 3.0, 4.5, pipeline=2).imbalance == 1.5
+
+
+def test_ranks_are_compared_with_those_of_their_stage() -> None:
+    uneven = work(1.0, 1.0, 3.0, 4.5, pipeline=2)
+    assert uneven.slow() == {3}
+    assert [uneven.ratio(rank) for rank in range(4)] == [1.0, 1.0, 1.0, 1.5]
+    assert uneven.slowest_hosts() == [("n1", 1.25), ("n0", 1.0)]
+    assert work(1.0, 9.0, pipeline=2).slow() == set()  # nobody to compare with
+
+
+def test_a_line_comes_once_after_several_slow_steps(tmp_path: Path) -> None:
+    stragglers = object.__new__(Stragglers)
+    stragglers._slow, stragglers._told = {}, set()
+    slow, fine = work(1.0, 1.0, 1.31, step=7), work(1.0, 1.0, 1.0)
+
+    def told(*measured: Work) -> Iterator[bool]:
+        return (stragglers.complaint(each) is not None for each in measured)
+
+    assert list(told(slow, slow, fine, slow, slow, slow, slow)) == [False, False, False, False, False, True, False]
+    assert list(told(fine, slow, slow)) == [False, False, False]
+    line = stragglers.complaint(slow)
+    assert line == "step 7: stragglers: rank 2 on n1: 1.31x the median of its peers (1.310 s of work per step)"
+
+
+def test_waits_for_others_are_no_work() -> None:
+    clock = WorkClock(torch.device("cpu"))
+    plain = torch.distributed.Work.wait
+    slow_wait = mock.Mock(side_effect=lambda: time.sleep(0.2))
+    with mock.patch.object(torch.distributed.Work, "wait", slow_wait), clock.running():
+        timer = clock("forward-compute", log_level=2)
+        timer.start()
+        torch.distributed.Work.wait()  # type: ignore[call-arg]
+        time.sleep(0.05)
+        clock("forward-compute").stop()
+        clock("forward-recv").start()
+        time.sleep(0.05)
+        clock("forward-recv").stop()
+    assert 0.05 <= clock.take() < 0.15
+    assert clock.take() == 0
+    assert torch.distributed.Work.wait is plain
+    clock("backward-compute").start()  # outside: an evaluation's
+    time.sleep(0.01)
+    clock("backward-compute").stop()
+    assert clock.take() == 0
+
+
+def test_what_cannot_be_written_is_lost(tmp_path: Path) -> None:
+    work(1.0, 2.0).write(tmp_path / "missing" / "stragglers.json")
+    work(1.0, 2.0).write(tmp_path / "stragglers.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["stragglers.json"]

@@ -1,0 +1,320 @@
+"""A run that hangs: it ends by itself, tells which rank keeps it waiting, and goes on from its last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from griffin.launch.local import run_local
+from griffin.parallel.ranks import HUNG, Ranks
+from griffin.tools.train import PRELOAD, train_rank
+from griffin.trainer import loop
+from griffin.trainer.checkpoint.keeper import Checkpoints
+from griffin.trainer.checkpoint.manifest import verify
+from griffin.trainer.config import Config, load_config
+from griffin.trainer.hang_report import Silent, compose, culprits, ranks
+from griffin.trainer.rank_state import Collective, RankState
+from griffin.trainer.report import Report
+from griffin.trainer.step import Training
+from tests.ranks import RankPool
+from tests.small_runs import PATIENCE, Watch, launch, metrics, run, saved_files, series, wait_until_saved, write_config
+
+HANG = 4.0  # seconds; a step takes some hundredths
+BOUND = 15.0  # from then to the end of all ranks
+SAVED = 4  # the step before that of the hang has been saved
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("hangs"))
+
+
+def config(path: Path, *overrides: str) -> Config:
+    hang = ["--health.hang_seconds", str(HANG), "--checkpoint.interval", str(SAVED), "--log.interval", "1"]
+    return load_config(path, [*hang, "--train.eval_interval", "0", "--log.tensorboard", "false", *overrides])
+
+
+def after_the_save(run_dir: Path, mark: Path, do: Any) -> None:
+    """Once the last save stands, so that each test goes on from the same step; `mark` tells when."""
+    wait_until_saved(run_dir, SAVED)
+    mark.touch()
+    do()
+
+
+def stop_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def fall_asleep() -> None:
+    time.sleep(600)
+
+
+def hang(config: Config, run_dir: Path, world_size: int, rank: int, do: Any) -> str:
+    """The report of a run in which a rank does something that does not end, within the time that is allowed for it."""
+    mark = run_dir.with_suffix(".mark")
+    watch = Watch(at_step={(rank, SAVED + 2): partial(after_the_save, run_dir, mark, do)})
+    assert launch(world_size, config, run_dir, watch) == HUNG
+    seconds = time.time() - mark.stat().st_mtime
+    assert HANG <= seconds < HANG + BOUND
+    (folder,) = (run_dir / "hangs").iterdir()
+    assert folder.name == f"step-{SAVED + 2:08}-attempt-1"
+    report = (folder / "report.txt").read_text()
+    print(f"{seconds:.1f} s\n{report}")  # for those who run it with -s
+    return report
+
+
+def lagging(report: str) -> list[int]:
+    named = report.partition("Ranks that lag:\n")[2].partition("\n\n")[0]
+    return [int(number) for number in re.findall(r"^  rank (\d+) on", named, re.MULTILINE)]
+
+
+@pytest.fixture(scope="module")
+def stopped(config_path: Path) -> tuple[Path, str]:
+    run_dir = config_path.parent / "stopped"
+    return run_dir, hang(config(config_path, "--parallel.tensor", "2"), run_dir, 4, 2, stop_this_process)
+
+
+def test_a_stopped_rank_is_named(stopped: tuple[Path, str]) -> None:
+    run_dir, report = stopped
+    assert lagging(report) == [2]
+    assert f"rank 2 on {socket.gethostname()}" in report
+    assert re.search(r"rank 2 on .*no sign of life for [0-9]+ s .*; last heard in ", report, re.MULTILINE)
+    assert "Ranks that lag:\n  rank 2 on" in (run_dir / "console.log").read_text()
+
+
+def test_every_other_rank_leaves_its_stacks(stopped: tuple[Path, str]) -> None:
+    run_dir, _ = stopped
+    files = {path.name: path.read_text() for path in (run_dir / "hangs").glob("*/rank-*.txt")}
+    assert sorted(files) == ["rank-00000.txt", "rank-00001.txt", "rank-00003.txt"]
+    for text in files.values():
+        assert "in step 6" in text
+        assert "Communication: " in text
+        assert "NOT ENDED" in text
+        assert re.search(r"Current thread|Thread 0x", text)
+        assert "distributed_c10d.py" in text
+
+
+def test_it_goes_on_from_the_last_checkpoint_with_nothing_lost(
+    stopped: tuple[Path, str], config_path: Path, rank_pool: RankPool
+) -> None:
+    run_dir, _ = stopped
+    settings = config(config_path, "--parallel.tensor", "2")
+    begun = time.monotonic()
+    assert launch(4, settings, run_dir) == 0
+    assert time.monotonic() - begun < PATIENCE  # the lock of the hung run is taken over at once
+    text = (run_dir / "console.log").read_text()
+    assert f"Weights: step {SAVED} of {run_dir} (the run's own folder)" in text
+    other = config_path.parent / "undisturbed"
+    rank_pool.run(run, 4, settings, other)
+    assert series(run_dir, "loss") == series(other, "loss")
+    assert saved_files(run_dir, settings.train.steps) == saved_files(other, settings.train.steps)
+    verify(run_dir / "checkpoints" / f"step-{settings.train.steps:08}")
+    assert {line["attempt"] for line in metrics(run_dir)} == {1, 2}
+
+
+def test_a_rank_that_sleeps_elsewhere_is_named(config_path: Path, tmp_path: Path) -> None:
+    report = hang(config(config_path), tmp_path / "run", 2, 1, fall_asleep)
+    assert lagging(report) == [1]
+    assert "fall_asleep (" in report
+    assert "it has not entered" in report
+    assert (tmp_path / "run/hangs/step-00000006-attempt-1/rank-00001.txt").exists()
+
+
+def test_the_first_rank_is_named_too(config_path: Path, tmp_path: Path) -> None:
+    assert lagging(hang(config(config_path), tmp_path / "run", 2, 0, stop_this_process)) == [0]
+
+
+def test_a_rank_that_stops_while_it_saves_is_noticed_by_its_neighbour(config_path: Path, tmp_path: Path) -> None:
+    """Saving is not bounded in time: only the signs of life end."""
+    save = Watch(at_save={SAVED: _stop_in_save})
+    assert launch(3, config(config_path, "--train.global_batch", "6"), tmp_path / "run", save) == HUNG
+    (report,) = (tmp_path / "run/hangs").glob("*/report.txt")
+    assert "HANG: rank 0 has given no sign of life" in report.read_text()
+    assert lagging(report.read_text()) == [0]
+
+
+def _stop_in_save(saver: Any) -> None:
+    stop_this_process()
+
+
+def test_a_disk_that_cannot_be_written_keeps_no_rank_from_leaving(config_path: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    watch = Watch(at_step={(1, SAVED + 2): partial(_without_hangs_folder, run_dir)})
+    assert launch(2, config(config_path), run_dir, watch) == HUNG
+    assert (run_dir / "hangs").is_file()
+    assert "Ranks that lag:\n  rank 1 on" in (run_dir / "console.log").read_text()
+
+
+def _without_hangs_folder(run_dir: Path) -> None:
+    (run_dir / "hangs").write_text("")  # nothing can be written below it
+    fall_asleep()
+
+
+def test_a_single_rank(config_path: Path, tmp_path: Path) -> None:
+    assert "fall_asleep (" in hang(config(config_path), tmp_path / "run", 1, 0, fall_asleep)
+
+
+def test_a_process_in_which_no_python_runs_any_more_ends() -> None:
+    """The interpreter's lock is held for good: the stack comes from C, to stderr, and the exit code is 1."""
+    script = (
+        "import ctypes, sys, time; from griffin.trainer import watchdog\n"
+        "watchdog.LAST_SECONDS = 0.5\n"
+        "dog = object.__new__(watchdog.Watchdog); dog._hang_seconds, dog._kinds = 0.5, {'step'}\n"
+        "dog._mark = watchdog._Mark(entered=0, phase='', step=0, since=0, limit=float('inf'))\n"
+        "with dog.watching('step', 1): ctypes.PyDLL(None).sleep(600)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 1
+    assert "Timeout (0:00:01)!" in ended.stderr
+    assert 'File "<string>", line 5' in ended.stderr
+
+
+def test_a_stopped_server_of_the_store(config_path: Path, tmp_path: Path) -> None:
+    """Rank 0 serves the store where srun starts the ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run_dir = tmp_path / "run"
+    overrides = ["--health.hang_seconds", str(HANG), "--train.steps", "100000", "--train.eval_interval", "0"]
+    processes = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "griffin.tools.cli",
+            "train",
+            str(config_path),
+            "--run-dir",
+            str(run_dir),
+        ]
+        log = (tmp_path / f"rank-{rank}.log").open("w")
+        processes.append(subprocess.Popen([*command, *overrides], env=environment, stdout=log, stderr=log))
+        log.close()
+    try:
+        deadline = time.monotonic() + 2 * PATIENCE
+        while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 4:
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        os.kill(processes[0].pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        assert processes[1].wait(PATIENCE) == HUNG
+        assert time.monotonic() - begun < HANG + BOUND
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    (report,) = (run_dir / "hangs").glob("*/report.txt")
+    assert f"that rank 0 serves at 127.0.0.1:{port} does not answer" in report.read_text()
+    assert "distributed_c10d.py" in (report.parent / "rank-00001.txt").read_text()
+    assert "does not answer" in (tmp_path / "rank-1.log").read_text()
+
+
+def _slow_run(ranks: Ranks, config: Config, run_dir: Path) -> None:
+    """What may take long takes 1.5 times the limit: the index, the first step, each evaluation (in short pieces), a
+    save, and what rank 0 writes last."""
+    originals: dict[str, Any] = {
+        "build_index": loop.build_index,
+        "step": Training.step,
+        "save": Checkpoints.save,
+        "end": Report.end,
+    }
+    long = 1.5 * config.health.hang_seconds
+
+    def after(name: str, wanted: Any = lambda *_: True) -> Any:
+        def slowly(*args: Any, **kwargs: Any) -> Any:
+            if wanted(*args):
+                time.sleep(long)
+            return originals[name](*args, **kwargs)
+
+        return slowly
+
+    get = Training._forward
+
+    def forward(training: Training, *args: Any) -> Any:
+        if not training.chunks[0].training:
+            time.sleep(long / 4)  # of 8 micro-batches
+        return get(training, *args)
+
+    with (
+        mock.patch.object(loop, "build_index", after("build_index")),
+        mock.patch.object(Training, "step", after("step", lambda training, *_: training.steps_done == 0)),
+        mock.patch.object(Training, "_forward", forward),
+        mock.patch.object(Checkpoints, "save", after("save")),
+        mock.patch.object(Report, "end", after("end")),
+    ):
+        train_rank(ranks, config, run_dir, None)
+
+
+def test_slow_but_healthy_work_trips_nothing(config_path: Path, tmp_path: Path) -> None:
+    settings = config(config_path, "--train.steps", "4", "--train.eval_interval", "4", "--checkpoint.interval", "2")
+    settings = replace(settings, health=replace(settings.health, hang_seconds=2.0))
+    begun = time.monotonic()
+    assert run_local(_slow_run, 2, (settings, tmp_path / "run"), preload=PRELOAD) == 0
+    assert time.monotonic() - begun > 5 * settings.health.hang_seconds
+    assert not (tmp_path / "run/hangs").exists()
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
+
+
+def state(rank: int, *, entered: int = 7, communication: str = "all_reduce", **changes: Any) -> RankState:
+    fields: dict[str, Any] = {
+        "rank": rank,
+        "host": f"n{rank // 2}",
+        "pid": 100 + rank,
+        "phase": f"step {entered}",
+        "seconds": 600.0,
+        "where": "wait (x.py:1)",
+        "collectives": (),
+    }
+    return RankState(**fields | changes, entered=entered, communication=communication)
+
+
+def collective(group: str, sequence: int, *, pending: bool) -> Collective:
+    return Collective(group=group, purpose=f"G{group}", operation="all_reduce", sequence=sequence, pending=pending)
+
+
+def test_culprits() -> None:
+    def named(*states: RankState, silent: tuple[Silent, ...] = ()) -> list[str]:
+        return [line.split(" on ")[0] for line in culprits({state.rank: state for state in states}, silent)]
+
+    assert named(*map(state, range(4))) == []
+    assert named(state(0), state(1), silent=(Silent(rank=2, last=state(2)),)) == ["rank 2"]
+    assert named(state(0), state(1, entered=6), state(2)) == ["rank 1"]
+    assert named(state(0), state(1), state(2, communication="")) == ["rank 2"]
+    # 0 and 1 share group a, 1 and 2 group b: 0 waits for 1, which waits for 2.
+    assert named(
+        state(0, collectives=(collective("a", 5, pending=True),)),
+        state(1, collectives=(collective("a", 4, pending=False), collective("b", 9, pending=True))),
+        state(2, collectives=(collective("b", 8, pending=False),)),
+    ) == ["rank 2"]
+    # All in the same collective: nobody is behind.
+    assert named(*(state(rank, collectives=(collective("a", 5, pending=True),)) for rank in range(3))) == []
+
+
+def test_a_report_of_a_thousand_ranks_can_be_read() -> None:
+    states = {rank: state(rank) for rank in range(1024) if rank != 77}
+    states[5] = RankState.from_json(state(5, collectives=(collective("a", 1, pending=True),)).to_json())
+    head, report = compose(states, [Silent(rank=77)], reason="step 7 has taken more than 600 s on rank 3")
+    assert head.splitlines() == [
+        "HANG: step 7 has taken more than 600 s on rank 3",
+        "Ranks that lag:",
+        "  rank 77: has never given a sign of life",
+    ]
+    assert "  ranks 0-76, 78-1023: step 7, all_reduce, wait (x.py:1)\n" in report
+    assert "  all_reduce number 1 of Ga: rank 5\n" in report
+    assert ranks([3]) == "rank 3"

@@ -1,0 +1,153 @@
+"""What a rank is doing right now, looked at from another of its threads: its stack and its collectives."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+RECENT = 30  # collectives that are listed of a rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """The last collective that a rank has entered in one of its process groups."""
+
+    group: str  # the group's name, the same on all of its ranks
+    purpose: str  # megatron-core's description of the group
+    operation: str  # "" where it has entered none
+    sequence: int  # counts the group's collectives; ranks of a group that do the same have the same number
+    pending: bool  # it has not ended
+
+    def __str__(self) -> str:
+        return f"{self.operation} number {self.sequence} of {self.purpose or 'group ' + self.group}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankState:
+    """What a rank says of itself. Travels as JSON."""
+
+    rank: int
+    host: str
+    pid: int
+    entered: int  # watched phases that it has entered; ranks that are equally far have the same number
+    phase: str
+    seconds: float  # since it entered or left that phase
+    where: str  # in its code
+    communication: str  # the call of torch.distributed that it is in; "" is none
+    collectives: tuple[Collective, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(self, default=vars)
+
+    @classmethod
+    def from_json(cls, text: str) -> RankState:
+        fields = json.loads(text)
+        fields["collectives"] = tuple(Collective(**collective) for collective in fields["collectives"])
+        return cls(**fields)
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} on {self.host} (pid {self.pid})"
+
+
+def main_frames() -> list[FrameType]:
+    """Stack of this process's main thread, innermost frame first."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    frames = []
+    while frame is not None:
+        if _module(frame) != "griffin.trainer.stragglers":  # only times what is waited for
+            frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def where(frames: list[FrameType]) -> str:
+    """The innermost frame, and the innermost one of this project, as "FUNCTION (FILE:LINE) in FUNCTION (FILE:LINE)"."""
+    if not frames:
+        return "nowhere"
+    ours = next((frame for frame in frames if _module(frame).startswith("griffin.")), frames[0])
+    chosen = frames[:1] if ours is frames[0] else [frames[0], ours]
+    return " in ".join(f"{f.f_code.co_name} ({f.f_code.co_filename}:{f.f_lineno})" for f in chosen)
+
+
+def communication(frames: list[FrameType]) -> str:
+    """The innermost call of torch.distributed or of a pipeline's exchange, with its group; "" where there is none."""
+    for frame in frames:
+        module, function = _module(frame), frame.f_code.co_name
+        if module == "torch.distributed.distributed_c10d":
+            group = frame.f_locals.get("group")
+            purpose = group.group_desc if isinstance(group, dist.ProcessGroup) else "all ranks"
+            return f"{function} of {purpose}"
+        if module == "megatron.core.pipeline_parallel.p2p_communication":
+            return f"{function} between pipeline stages"
+    return ""
+
+
+def recorded(device: torch.device) -> list[Mapping[str, Any]]:
+    """Entries of PyTorch's flight recorder, oldest first; [] where it records nothing."""
+    from torch._C import _distributed_c10d as c10d
+
+    # Of the other backends' recorder where NCCL's, which is built for GPUs only, is not in use.
+    dump = getattr(c10d, "_dump_nccl_trace_json" if device.type == "cuda" else "_dump_fr_trace_json", None)
+    return json.loads(dump(True, False)).get("entries", []) if dump is not None else []
+
+
+def last_collectives(entries: list[Mapping[str, Any]]) -> tuple[Collective, ...]:
+    """Of each process group of this rank, by the entries of the flight recorder."""
+    found = {
+        name: Collective(group=name, purpose=purpose, operation="", sequence=0, pending=False)
+        for name, purpose in _groups()
+    }
+    for entry in entries:
+        name, purpose = entry["process_group"]
+        if not entry["is_p2p"] and entry["collective_seq_id"] >= (found[name].sequence if name in found else 0):
+            found[name] = Collective(
+                group=name,
+                purpose=purpose,
+                operation=entry["profiling_name"].partition(":")[2] or entry["profiling_name"],
+                sequence=entry["collective_seq_id"],
+                pending=not entry["retired"] and entry["state"] != "completed",
+            )
+    return tuple(found.values())
+
+
+def describe_entries(entries: list[Mapping[str, Any]]) -> str:
+    """The newest entries of the flight recorder, a line each."""
+    lines = []
+    for entry in entries[-RECENT:]:
+        name, purpose = entry["process_group"]
+        number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
+        state = "ended" if entry["retired"] or entry["state"] == "completed" else f"NOT ENDED ({entry['state']})"
+        lines.append(f"{entry['profiling_name']} number {number} of {purpose or name} {entry['input_sizes']}: {state}")
+    return "\n".join(lines) if lines else "none is recorded"
+
+
+def describe_memory(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "no GPU"
+    free, total = torch.cuda.mem_get_info(device)
+    return (
+        f"{torch.cuda.memory_allocated(device) / 2**30:.2f} GiB allocated, "
+        f"{torch.cuda.memory_reserved(device) / 2**30:.2f} GiB reserved, "
+        f"{free / 2**30:.2f} of {total / 2**30:.2f} GiB free"
+    )
+
+
+def _groups() -> Iterator[tuple[str, str]]:
+    with suppress(AttributeError):  # no public list of them
+        for group in dist.distributed_c10d._world.pg_map:
+            if isinstance(group, dist.ProcessGroup):
+                yield group.group_name, group.group_desc
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
