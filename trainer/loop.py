@@ -29,7 +29,7 @@ from griffin.trainer.run_folder import RunFolder, describe_environment
 from griffin.trainer.signals import StopRequests
 from griffin.trainer.step import Batch, Training
 from griffin.trainer.stragglers import Stragglers
-from griffin.trainer.watchdog import Watchdog
+from griffin.trainer.watchdog import Watchdog, communication_timeout
 
 
 def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | None = None) -> bool:
@@ -42,7 +42,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
     what it starts from is damaged, ReplicaError where copies of a weight differ, and SaveError where the last state
     could not be saved. Where it hangs, the process ends with HUNG (see `trainer.watchdog`).
     """
-    with StopRequests() as requests, rank_grid(config.parallel, ranks) as grid, ExitStack() as stack:
+    timeout = communication_timeout(config.health.hang_seconds)
+    with StopRequests() as requests, rank_grid(config.parallel, ranks, timeout=timeout) as grid, ExitStack() as stack:
         opened: Opened | None = None
 
         def open_folder() -> None:
@@ -129,8 +130,10 @@ def _run(
         with watchdog.watching("step", position.step + 1), stragglers.step():
             result = training.step(train_batches, stop=stop)
         position = Position(position.step + 1, position.samples + config.train.global_batch)
-        with watchdog.watching("work times of step", position.step):
-            work = stragglers.measure(position.step) if report.is_logged(position.step) else None
+        work = None
+        if report.is_logged(position.step):
+            with watchdog.watching("work times of step", position.step):
+                work = stragglers.measure(position.step)
         report.step(position, result, work)
         if work is not None and (complaint := stragglers.complaint(work)) is not None:
             report.say(complaint)
