@@ -188,9 +188,7 @@ def _read(device: torch.device, store: dist.Store) -> Grid:
         data_size=data.size(),
         tensor_group=tensor,
         data_group=data,
-        embedding_group=parallel_state.get_embedding_group()
-        if pipeline.size() > 1 and parallel_state.is_rank_in_embedding_group()
-        else None,
+        embedding_group=parallel_state.get_embedding_group(check_initialized=False) if pipeline.size() > 1 else None,
         device=device,
         store=store,
     )

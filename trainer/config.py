@@ -88,7 +88,7 @@ class HealthConfig:
     """How a run notices that hardware, not the user, has gone wrong."""
 
     preflight: bool = True  # check every rank's machine and links before the first step
-    hang_seconds: float = 600.0  # a step that takes longer ends the run, with a report of who lags; 0 waits forever
+    hang_seconds: float = 600.0  # a step that takes longer ends the run, with a report of who lags; 0 is off
     replica_interval: int = 1000  # optimizer steps between comparisons of data-parallel replicas' weights; 0 is never
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from griffin.trainer.rank_state import RankState
 
+SHOWN = 16  # ranks that lag that a console shows
+
 
 @dataclass(frozen=True, kw_only=True)
 class Silent:
@@ -49,7 +51,9 @@ def compose(states: Mapping[int, RankState], silent: Iterable[Silent], *, reason
     found = culprits(states, silent)
     head = [f"HANG: {reason}"]
     if found:
-        head += ["Ranks that lag:", *(f"  {line}" for line in found)]
+        head += ["Ranks that lag:", *(f"  {line}" for line in found[:SHOWN])]
+        if len(found) > SHOWN:
+            head.append(f"  and {len(found) - SHOWN} more ranks, in the report")
     elif len(states) == 1:
         head += [f"  {_doing(state)}" for state in states.values()]
     else:
@@ -64,7 +68,16 @@ def compose(states: Mapping[int, RankState], silent: Iterable[Silent], *, reason
             if collective.pending:
                 pending[str(collective)].append(state.rank)
     waits = [f"  {text}: {ranks(held)}" for text, held in sorted(pending.items())]
-    body = ["", "Where each rank is:", *rows, "", "Collectives that have not ended, with the ranks in them:", *waits]
+    more = ["", "More ranks that lag:", *(f"  {line}" for line in found[SHOWN:])] if len(found) > SHOWN else []
+    body = [
+        *more,
+        "",
+        "Where each rank is:",
+        *rows,
+        "",
+        "Collectives that have not ended, with the ranks in them:",
+        *waits,
+    ]
     return "\n".join(head), "\n".join([*head, *body, ""])
 
 

@@ -29,7 +29,7 @@ from griffin.trainer.signals import StopRequests
 from griffin.trainer.spikes import REWIND, SKIP, Ledger, Spike, SpikeDetector, SpikeError
 from griffin.trainer.step import Batch, Training
 from griffin.trainer.stragglers import Stragglers
-from griffin.trainer.watchdog import Watchdog
+from griffin.trainer.watchdog import Watchdog, communication_timeout
 
 
 def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | None = None) -> bool:
@@ -43,7 +43,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
     copies of a weight differ, and SaveError where the last state could not be saved. Where it hangs, the process ends
     with HUNG (see `trainer.watchdog`).
     """
-    with StopRequests() as requests, rank_grid(config.parallel, ranks) as grid, ExitStack() as stack:
+    timeout = communication_timeout(config.health.hang_seconds)
+    with StopRequests() as requests, rank_grid(config.parallel, ranks, timeout=timeout) as grid, ExitStack() as stack:
         opened: Opened | None = None
 
         def open_folder() -> None:
@@ -148,8 +149,10 @@ class _Run:
                     config, self.grid, train_samples, position.samples, workers=config.data.workers
                 )
                 continue
-            with self.watchdog.watching("work times of step", position.step):
-                work = self.stragglers.measure(position.step) if report.is_logged(position.step) else None
+            work = None
+            if report.is_logged(position.step):
+                with self.watchdog.watching("work times of step", position.step):
+                    work = self.stragglers.measure(position.step)
             report.step(position, result, work)
             if work is not None and (complaint := self.stragglers.complaint(work)) is not None:
                 report.say(complaint)

@@ -69,6 +69,11 @@ class _Mark:
     limit: float  # seconds; infinite outside of watched phases
 
 
+def communication_timeout(hang_seconds: float) -> timedelta:
+    """After which a collective fails by itself: later than the watchdog, which has more to say."""
+    return max(timedelta(minutes=30), timedelta(seconds=(FIRST + 1) * hang_seconds))
+
+
 class Watchdog:
     """Watches the main threads of all ranks. A context manager, made on all ranks alike; `hang_seconds` 0 is off.
 
@@ -187,25 +192,27 @@ class Watchdog:
             step = alarm["step"] if alarm else self._mark.step
             folder = self._folder.hangs / f"{step_name(step)}-attempt-{self._folder.attempt}"
             stacks = folder / f"rank-{self._ranks.rank:05}.txt"
+            is_asked = alarm is not None and alarm["rank"] != self._ranks.rank
+            if store is not None and is_asked:  # before the disk, which may be slow
+                _within(STORE_SECONDS, lambda: store.set(self._key("state", state.rank), state.to_json()))
             _within(DISK_SECONDS, lambda: self._write_own(stacks, state, describe_entries(entries)))
             if store is None or alarm is None:
                 self._end_alone(folder, state, reason)
-            elif alarm["rank"] == self._ranks.rank:
-                _within(ANSWER_SECONDS, lambda: self._collect(store, state, folder, reason))
+            elif is_asked:
+                _within(ANSWER_SECONDS, lambda: self._await_report(store))
             else:
-                _within(ANSWER_SECONDS, lambda: self._answer(store, state))
+                _within(ANSWER_SECONDS, lambda: self._collect(store, state, folder, reason))
         finally:
             os._exit(HUNG)
 
-    def _answer(self, store: TCPStore, state: RankState) -> None:
-        """Say what this rank does, and wait until the report is written: a launcher ends all once one has left."""
-        store.set(self._key("state", state.rank), state.to_json())
+    def _await_report(self, store: TCPStore) -> None:
+        """Tell that this rank has written its file, and stay until the report is: a launcher ends all if one leaves."""
         store.add(self._key("answers"), 1)
         while not store.check([self._key("reported")]):
             time.sleep(0.2)
 
     def _collect(self, store: TCPStore, state: RankState, folder: Path, reason: str) -> None:
-        """Wait for what the other ranks say, and report."""
+        """Wait for what the other ranks say, and for their files, and report."""
         deadline = time.monotonic() + GATHER_SECONDS
         while store.add(self._key("answers"), 0) < self._ranks.world_size - 1 and time.monotonic() < deadline:
             time.sleep(0.1)

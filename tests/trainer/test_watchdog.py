@@ -318,3 +318,11 @@ def test_a_report_of_a_thousand_ranks_can_be_read() -> None:
     assert "  ranks 0-76, 78-1023: step 7, all_reduce, wait (x.py:1)\n" in report
     assert "  all_reduce number 1 of Ga: rank 5\n" in report
     assert ranks([3]) == "rank 3"
+    head, report = compose(states, map(silent_rank, range(900, 1000)), reason="")
+    assert len(head.splitlines()) == 19
+    assert head.endswith("  and 84 more ranks, in the report")
+    assert all(f"  rank {rank}: has never given a sign of life\n" in report for rank in range(900, 1000))
+
+
+def silent_rank(rank: int) -> Silent:
+    return Silent(rank=rank)
