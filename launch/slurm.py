@@ -12,6 +12,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 # What stands in the script without quotes, in SLURM's directives (where % begins a pattern), and in lists of mounts and
 # of import paths, which commas and colons part.
 PLAIN_PATH = re.compile(r"[\w./+=@-]+")
+IMAGE_FILES = (".sif", ".sqsh")  # of Apptainer, and of enroot for pyxis; other images are names in a registry
 LONGEST_SIGNAL = 65_535  # seconds; SLURM's limit
 # Options of sbatch that the script states itself.
 STATED = (
@@ -92,7 +93,7 @@ class SlurmJob:
             _refuse("--container", self.container, "must consist of letters, digits and ._/+=@:#-")
         for folder in self.mounts:
             check_path("--mount", str(folder))
-        if self.is_apptainer and not Path(self.container).is_file():
+        if self.container.endswith(IMAGE_FILES) and not Path(self.container).is_file():
             _refuse("--container", self.container, "no such file")
 
     @property

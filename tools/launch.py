@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from griffin.launch import code
-from griffin.launch.slurm import JobFiles, SlurmJob, render
+from griffin.launch.slurm import IMAGE_FILES, JobFiles, SlurmJob, render
 from griffin.parallel.ranks import STOPPED
 from griffin.tools.train import add_init_arguments, check, discover_ranks, start_local
 from griffin.trainer.config import Config, load_config, read_data, to_toml
@@ -58,7 +58,12 @@ def _add_slurm(subparsers: Any) -> None:
     parser.add_argument(
         "--sbatch-option", action="append", default=[], metavar="--NAME=VALUE", help="a further option of sbatch"
     )
-    parser.add_argument("--container", default="", metavar="IMAGE", help="a .sif file, or what SLURM's pyxis takes")
+    parser.add_argument(
+        "--container",
+        default="",
+        metavar="IMAGE",
+        help="a .sif file for Apptainer, or a .sqsh file or an image's name for pyxis",
+    )
     parser.add_argument(
         "--mount", type=Path, action="append", default=[], metavar="DIR", help="a further folder for the container"
     )
@@ -128,7 +133,7 @@ def run_slurm(args: argparse.Namespace) -> int:
         partition=args.partition,
         account=args.account,
         qos=args.qos,
-        container=args.container,
+        container=os.path.abspath(args.container) if args.container.endswith(IMAGE_FILES) else args.container,
         signal_seconds=args.signal_seconds,
         max_restarts=args.max_restarts,
         options=tuple(args.sbatch_option),

@@ -61,7 +61,7 @@ class Cluster:
         shared = {"SHARED": " ".join(map(str, [*outside, self.small]))}
         with (self.folder / "output").open("a") as output:  # no pipe: daemons inherit it
             subprocess.run(
-                ["bash", SCRIPT, what, self.folder, *words],
+                ["env", "--default-signal", "bash", SCRIPT, what, self.folder, *words],  # jobs inherit what is ignored
                 env=self.environment | shared,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -223,20 +224,23 @@ def test_no_progress_ends_the_job(cluster: Cluster, config: Path) -> None:
 @pytest.mark.slow
 def test_full_disk(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
     """Saves fail, and are said to; training goes on, and saves again once there is room."""
-    run_dir, filler = cluster.small / "full", cluster.small / "filler"
-    number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS, "--checkpoint.keep_last=2", "--log.tensorboard=false")
-    wait_for_step(run_dir, 30)
-    with filler.open("wb", buffering=0) as file:
-        with suppress(OSError):
-            while file.write(bytes(2**16)):
-                pass
-        file.truncate(file.tell() - 2**17)  # room for the lines of the log, not for a checkpoint
+    run_dir, filler = cluster.folder / "full", cluster.small / "filler"
+    number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS, "--train.steps=20")
+    assert cluster.wait_until_ended(number)["JobState"] == "COMPLETED", cluster.output(number)
+    shutil.move(run_dir / "checkpoints", cluster.small / "checkpoints")  # as those do who have a larger disk for them
+    (run_dir / "checkpoints").symlink_to(cluster.small / "checkpoints")
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(2**16)):
+            pass
+    number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS)
     wait_for(lambda: "CHECKPOINT FAILED" in cluster.output(number), PATIENCE)
     failed_at = made(run_dir)
     filler.unlink()
     job = cluster.wait_until_ended(number)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), cluster.output(number)
-    assert failed_at < STEPS
+    assert "newest checkpoint: step-00000020" in cluster.output(number)
+    assert 40 <= failed_at < STEPS
+    assert 40 not in saved_steps(run_dir)
     same_losses(run_dir, uninterrupted)
 
 
@@ -318,8 +322,8 @@ def test_mpi_and_srun_train(cluster: Cluster, config: Path, mpiexec: Path, comma
         ("", "", "SLURM_NTASKS = 4, but this process was not started by srun: start it with"),
         ("", "--ranks 2", "SLURM_NTASKS = 4, but this process was not started by srun and --ranks is 2"),
         ("srun", "--ranks 2", "--ranks 2: this process is one of 4 ranks that slurm started; leave --ranks out"),
-        ("srun {mpiexec} -n 1", "", "SLURM_NTASKS = 4 but mpi4py sees a world of 1"),
-        ("srun {mpiexec} -n 2", "", "SLURM_NTASKS = 4 but mpi4py sees a world of 2"),
+        ("srun {mpiexec} -launcher fork -n 1", "", "SLURM_NTASKS = 4 but mpi4py sees a world of 1"),
+        ("srun {mpiexec} -launcher fork -n 2", "", "SLURM_NTASKS = 4 but mpi4py sees a world of 2"),
         ("{mpiexec} -n 2", "", "but mpi4py sees a world of 2"),
         ("{mpiexec} -n 6", "", "but mpi4py sees a world of 6"),
     ],

@@ -9,6 +9,8 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,12 +206,24 @@ class Pretended:
             "SLURM_CPUS_ON_NODE": "2",
         }
 
-    def start(self) -> subprocess.Popen:
+    @contextmanager
+    def started(self) -> Iterator[subprocess.Popen]:
+        # A shell cannot trap what it was started to ignore, as earlier tests of this process may have left it.
+        command = ["env", "--default-signal=USR1,TERM", "bash", self.script]
         with self.output.open("a") as output:
-            return subprocess.Popen(["bash", self.script], env=self.environment, stdout=output, stderr=output)
+            process = subprocess.Popen(
+                command, env=self.environment, stdout=output, stderr=output, start_new_session=True
+            )
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def run(self) -> int:
-        return self.start().wait(20)
+        with self.started() as process:
+            return process.wait(20)
 
     @property
     def requeues(self) -> int:
@@ -241,13 +255,10 @@ def test_mistakes_are_not_tried_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_signal_saves_and_requeues(tmp_path: Path, number: signal.Signals) -> None:
     pretended = Pretended(tmp_path, "wait step-00000004")
-    process = pretended.start()
-    try:
+    with pretended.started() as process:
         wait_for((tmp_path / "waiting").exists, 20)
         process.send_signal(number)
         assert process.wait(20) == 85
-    finally:
-        process.kill()
     assert pretended.requeues == 1
     assert f"{number.name}: asking the ranks to save and stop" in pretended.said
     assert "requeued: goes on from checkpoint step-00000004" in pretended.said
@@ -293,13 +304,10 @@ def test_failure_that_cannot_be_noted_is_the_last(tmp_path: Path) -> None:
 def test_a_waiting_job_ends_no_sooner_than_its_ranks(tmp_path: Path) -> None:
     """Several signals, while ranks save: the script waits on."""
     pretended = Pretended(tmp_path, "wait step-00000004")
-    process = pretended.start()
-    try:
+    with pretended.started() as process:
         wait_for((tmp_path / "waiting").exists, 20)
         for _ in range(3):
             process.send_signal(signal.SIGUSR1)
             time.sleep(0.05)
         assert process.wait(20) == 85
-    finally:
-        process.kill()
     assert (tmp_path / "run/checkpoints/step-00000004").is_dir()
