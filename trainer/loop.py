@@ -23,6 +23,7 @@ from griffin.trainer.config import Config
 from griffin.trainer.data.dataset import Samples, build_index, open_samples
 from griffin.trainer.data.loader import batches
 from griffin.trainer.optimizer import optimizer_name
+from griffin.trainer.preflight.check import preflight
 from griffin.trainer.report import Report
 from griffin.trainer.run_folder import RunFolder, describe_environment
 from griffin.trainer.signals import StopRequests
@@ -35,8 +36,9 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
     Goes on from the newest checkpoint of `run_dir`, else begins with `init_from`, else anew (see `find_source`). On
     SIGTERM or SIGUSR1 to any rank, all stop after the same step, which is saved.
 
-    Raises NonFiniteError (see `trainer.step`) where the loss or a gradient is NaN or infinite, CheckpointError where
-    what it starts from is damaged, and SaveError where the last state could not be saved.
+    Raises PreflightError (see `trainer.preflight.check`) where a rank's machine or links are not fit, NonFiniteError
+    (see `trainer.step`) where the loss or a gradient is NaN or infinite, CheckpointError where what it starts from is
+    damaged, and SaveError where the last state could not be saved.
     """
     with StopRequests() as requests, rank_grid(config.parallel, ranks) as grid, ExitStack() as stack:
         opened: Opened | None = None
@@ -51,6 +53,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
         assert opened is not None, "rank 0 has opened the folder"
         source, folder = opened.source, opened.folder
         report = stack.enter_context(Report(config, grid, folder, source))
+        if config.health.preflight:
+            preflight(config, ranks, grid, folder.path, report.say)
         training = Training(config, grid)
         checkpoints = stack.enter_context(
             Checkpoints(
