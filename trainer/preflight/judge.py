@@ -20,7 +20,7 @@ from griffin.trainer.preflight.meeting import Place, PreflightError, name_ranks
 from griffin.trainer.run_folder import changed_settings
 
 DEVICE_SHARE = 0.7  # of the median rate of devices of a name, below which one is an outlier
-LINK_SHARE = 0.5  # of the median bandwidth of links of a kind
+LINK_SHARE = 0.5  # of the usual bandwidth of links of a kind
 # Nothing that a run does compares the clocks of two machines (its lock is watched by one's own), but logs are read
 # side by side.
 SKEW_SECONDS = 1.0
@@ -237,17 +237,19 @@ class Judge:
         """A host whose links of a kind are all slow is named once; other slow links one by one."""
         texts = []
         for kind, links in self._kinds().items():
-            middle = median(link.bandwidth for link in links)
-            slow = [link for link in links if link.bandwidth < LINK_SHARE * middle]
+            rates = sorted(link.bandwidth for link in links)
+            # On a ring of few hosts, half of the links are those of a sick one: there the upper quartile is the usual.
+            usual = median(rates) if kind == WITHIN else rates[3 * len(rates) // 4]
+            slow = [link for link in links if link.bandwidth < LINK_SHARE * usual]
             of_host = Counter(host for link in links for host in self._ends(link))
             slow_of_host = Counter(host for link in slow for host in self._ends(link))
             culprits = [host for host, count in slow_of_host.items() if count == of_host[host] > 1]
-            usual = f"the median is {_gigabytes(middle)}"
+            others = f"usual is {_gigabytes(usual)}"
             for host in culprits:
                 rates = [link.bandwidth for link in slow if host in self._ends(link)]
-                texts.append(f"{host}: all its links {kind} are slow: at most {_gigabytes(max(rates))}, {usual}")
+                texts.append(f"{host}: all its links {kind} are slow: at most {_gigabytes(max(rates))}, {others}")
             texts += [
-                f"slow link {kind}: {self._named(link)}, {usual}"
+                f"slow link {kind}: {self._named(link)}, {others}"
                 for link in slow
                 if not self._ends(link) & set(culprits)
             ]
