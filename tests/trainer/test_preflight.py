@@ -212,6 +212,18 @@ def test_a_device_that_multiplies_wrongly(rank_pool: RankPool, config: Config, t
     assert "first [3, 5]: 1, must be 0" in text
 
 
+def fails(function: Any) -> Callable[..., float]:
+    def changed(*args: Any) -> float:
+        raise RuntimeError("CUDA error: unspecified launch failure\nCompile with ...")
+
+    return changed
+
+
+def test_a_device_that_fails(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
+    text = failures(rank_pool.run(examine, 4, config, tmp_path, {1: {f"{PLACE}.machine.measured_tflops": fails}}))
+    assert text == "rank 1 on north: CPU: it does not compute: CUDA error: unspecified launch failure"
+
+
 def corrupted(all_reduce: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     def changed(tensor: Tensor) -> Any:
         work = all_reduce(tensor)

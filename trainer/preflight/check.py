@@ -137,6 +137,7 @@ def _check_links(grid: Grid, hosts: list[list[int]], meeting: Meeting, judge: Ju
 
 
 def _report(lines: tuple[str, ...], warnings: tuple[str, ...], seconds: float, say: Callable[[str], object]) -> None:
-    say("\n".join([f"Preflight, {seconds:.1f} s:", *(f"  {line}" for line in lines)]))
+    if lines:
+        say("\n".join([f"Preflight, {seconds:.1f} s:", *(f"  {line}" for line in lines)]))
     for text in warnings:
         say(f"PREFLIGHT WARNING: {text}")

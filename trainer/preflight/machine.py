@@ -61,7 +61,7 @@ def describe_machine(config: Config | None, device: torch.device, dtype: torch.d
         versions=versions(),
         variables={name: value for name, value in os.environ.items() if VARIABLES.match(name)},
         config=config,
-        device=describe_device(device, dtype),
+        device=_described(device, dtype),
         memory=min(memory_left().values(), default=0),
         shared_memory=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,
         folder=folder,
@@ -96,11 +96,21 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
+def _described(device: torch.device, dtype: torch.dtype) -> Device:
+    """A device that raises is one at fault: rank 0 is told at once, and need not wait for this rank in vain."""
+    try:
+        return describe_device(device, dtype)
+    except RuntimeError as error:  # of CUDA, out of memory among them
+        fault = f"it does not compute: {str(error).partition(chr(10))[0]}"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        return Device(name=name, uuid="", rates=Rates(tflops=0.0, copy=0.0), faults=(fault,), oddities=())
+
+
 def describe_device(device: torch.device, dtype: torch.dtype) -> Device:
     faults = [text for kind in dict.fromkeys((dtype, torch.float32)) if (text := product_fault(device, kind))]
     if device.type != "cuda":
         rates = measure_rates(device, dtype)
-        return Device(name=f"{device.type.upper()}", uuid="", rates=rates, faults=tuple(faults), oddities=())
+        return Device(name="CPU", uuid="", rates=rates, faults=tuple(faults), oddities=())
     properties = torch.cuda.get_device_properties(device)
     torch.cuda.empty_cache()
     faults += occupied(*torch.cuda.mem_get_info(device), torch.cuda.memory_reserved(device))
