@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 
 # Each has `add_parser(subparsers)`, which sets `run`: args -> exit code or None. They import torch inside `run` only.
-COMMANDS = ("data", "model", "train", "launch", "checkpoint", "convert", "export", "generate", "logits", "bench")
+COMMANDS = (
+    "data", "model", "train", "launch", "doctor", "checkpoint", "convert", "export", "generate", "logits", "bench",
+)  # fmt: skip
 
 USER_ERRORS = (ValueError, FileNotFoundError)
 OVERRIDE = re.compile(r"--[a-z_]+\.[a-z_0-9]+")

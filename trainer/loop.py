@@ -23,6 +23,7 @@ from griffin.trainer.config import Config
 from griffin.trainer.data.dataset import Samples, build_index, open_samples
 from griffin.trainer.data.loader import batches
 from griffin.trainer.optimizer import optimizer_name
+from griffin.trainer.preflight.check import preflight
 from griffin.trainer.report import Report
 from griffin.trainer.run_folder import RunFolder, describe_environment
 from griffin.trainer.signals import StopRequests
@@ -38,10 +39,11 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
     Goes on from the newest checkpoint of `run_dir`, else begins with `init_from`, else anew (see `find_source`). On
     SIGTERM or SIGUSR1 to any rank, all stop after the same step, which is saved.
 
-    Raises NonFiniteError (see `trainer.step`) where the loss or a gradient is NaN or infinite and `train.spike` is off,
-    SpikeError where there are too many spikes, CheckpointError where what it starts from is damaged, ReplicaError where
-    copies of a weight differ, and SaveError where the last state could not be saved. Where it hangs, the process ends
-    with HUNG (see `trainer.watchdog`).
+    Raises PreflightError (see `trainer.preflight.check`) where a rank's machine or links are not fit, NonFiniteError (see
+    `trainer.step`) where the loss or a gradient is NaN or infinite and `train.spike` is off, SpikeError where there are
+    too many spikes, ReplicaError where copies of a weight differ, CheckpointError where what it starts from is damaged,
+    and SaveError where the last state could not be saved. Where it hangs, the process ends with HUNG (see
+    `trainer.watchdog`).
     """
     timeout = communication_timeout(config.health.hang_seconds)
     with StopRequests() as requests, rank_grid(config.parallel, ranks, timeout=timeout) as grid, ExitStack() as stack:
@@ -57,6 +59,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
         assert opened is not None, "rank 0 has opened the folder"
         source, folder = opened.source, opened.folder
         report = stack.enter_context(Report(config, grid, folder, source))
+        if config.health.preflight:
+            preflight(config, ranks, grid, folder.path, report.say)
         watchdog = stack.enter_context(Watchdog(config.health.hang_seconds, ranks, grid, folder))
         training = Training(config, grid)
         spikes = SpikeDetector(config.train) if config.train.spike != "off" else None

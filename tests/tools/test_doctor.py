@@ -1,0 +1,173 @@
+"""`griffin doctor`: a line for each check, and exit code 1 where one failed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from griffin.parallel.ranks import Ranks
+from griffin.tools import doctor, doctor_installation
+from griffin.tools.cli import main
+from griffin.tools.doctor import FAILED, OK, WARNING
+from griffin.tools.doctor_installation import examine_installation
+from tests.small_runs import write_config
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+COMMAND = [sys.executable, "-P", "-m", "griffin.tools.cli", "doctor"]
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_ID", "SLURM_NTASKS", "PMI_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def doctored(*words: str | Path) -> tuple[int, list[tuple[str, str]]]:
+    """Exit code, and (state, text) of each line."""
+    command = [*COMMAND, *map(str, words)]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert result.stderr == "", result.stderr
+    return result.returncode, [(line[:8].strip(), line[9:]) for line in result.stdout.splitlines()]
+
+
+def test_two_ranks_of_a_healthy_machine(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    (tmp_path / "runs").mkdir()
+    code, lines = doctored("--ranks", "2", "--dir", tmp_path / "runs", config, "--train.dtype", "bfloat16")
+    assert code == 0, lines
+    assert {state for state, _ in lines} <= {OK, WARNING}
+    found = dict(text.split(":", 1) for _, text in lines)
+    assert {"ranks", "versions", "devices", "links within a host", "all-reduce", "Python", "kernels"} <= found.keys()
+    assert "a checkpoint takes 0.7 MiB" in found["run folder"]
+    assert "differs by" in found["kernels"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def as_local(findings: list[tuple[str, str]], code: int) -> Callable[..., int]:
+    """Stands for ranks that find this."""
+
+    def run_local(target: Any, ranks: int, args: tuple[Any, ...], *, preload: tuple[str, ...]) -> int:
+        if findings:
+            args[2].write_text(json.dumps(findings))
+        return code
+
+    return run_local
+
+
+@pytest.mark.parametrize(
+    ("findings", "code", "expected"),
+    [
+        ([(OK, "links: 3"), (WARNING, "slow link")], 0, 0),
+        ([(OK, "links: 3"), (FAILED, "all-reduce: wrong")], 0, 1),
+        ([], 137, 1),
+    ],
+)
+def test_exit_code(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    findings: list[tuple[str, str]],
+    code: int,
+    expected: int,
+) -> None:
+    monkeypatch.setattr("griffin.launch.local.run_local", as_local(findings, code))
+    monkeypatch.setattr(doctor_installation, "examine_installation", lambda folder: [(OK, "torch: 2")])
+    assert main(["doctor", "--dir", str(tmp_path), "--ranks", "3"]) == expected
+    lines = capsys.readouterr().out.splitlines()
+    for state, text in findings:
+        assert f"{state:<8} {text}" in lines
+    assert ("FAILED   ranks: 3 on this machine ended with exit code 137" in lines) == (code == 137)
+    assert lines[-1] == "ok       torch: 2"
+
+
+def test_one_rank_of_a_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left: list[int] = []
+    ranks = Ranks(rank=1, world_size=2, local_rank=1, address="a", port=1, source="slurm", store_served=False)
+    monkeypatch.setattr(doctor, "discover", lambda: ranks)
+    monkeypatch.setattr(doctor, "leave", left.append)
+    monkeypatch.setattr(doctor, "check_rank", lambda *args: [(FAILED, "rank 0 on n: GPU is slow")])
+    main(["doctor", "--dir", str(tmp_path)])
+    assert left == [1]
+    assert capsys.readouterr().out == ""  # rank 0 says it
+    assert main(["doctor", "--ranks", "2"]) == 2
+    assert "this process is one of 2 ranks that slurm started" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ranks", "0"], "--ranks 0: must be at least 1"),
+        (["--dir", "absent"], "--dir absent: must be a folder that exists"),
+        (["--train.steps", "3"], "--train.steps: settings need a CONFIG.toml"),
+        (["absent.toml"], "absent.toml: no such config file"),
+    ],
+)
+def test_refusals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def found(folder: Path, check: str) -> tuple[str, str]:
+    (finding,) = [(state, text) for state, text in examine_installation(folder) if text.startswith(check)]
+    return finding
+
+
+def test_kernels_that_compute_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recurrence = doctor_installation._recurrence
+    monkeypatch.setattr(
+        doctor_installation,
+        "_recurrence",
+        lambda backend, device: [tensor * (1.01 if backend == "cpu" else 1) for tensor in recurrence(backend, device)],
+    )
+    assert found(tmp_path, "kernels")[0] == FAILED
+
+
+def test_another_package_of_the_name_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    packages = {"apex": SimpleNamespace(), "apex.normalization": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: packages[name] if name in packages else find(name))
+    state, text = found(tmp_path, "apex")
+    assert (state, "not NVIDIA's" in text) == (WARNING, True)
+
+
+def test_a_version_of_megatron_core_that_is_not_the_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = doctor_installation._version
+    monkeypatch.setattr(
+        doctor_installation, "_version", lambda name: "0.15.0" if name == "megatron-core" else version(name)
+    )
+    assert found(tmp_path, "megatron-core") == (FAILED, "megatron-core: 0.15.0, must be megatron-core==0.16.1")
+
+
+def test_a_slow_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = doctor_installation._sync
+    monkeypatch.setattr(doctor_installation, "_sync", lambda path: sync(path) + 1)
+    state, text = found(tmp_path, "folder")
+    assert (state, "checkpoints will be slow" in text) == (WARNING, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (256, 4096))
+    assert found(tmp_path, "open files")[0] == WARNING
+
+
+def test_mpi_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mpi4py")
+    monkeypatch.setattr(doctor_installation, "MPI_CODE", "raise RuntimeError('cannot load MPI library')")
+    state, text = found(tmp_path, "mpi4py")
+    assert (state, "RuntimeError: cannot load MPI library" in text) == (WARNING, True)

@@ -1,0 +1,166 @@
+"""How fast, and whether rightly, ranks exchange data: pairs of neighbours one by one, then all ranks at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from griffin.parallel.grid import Grid
+
+Pair = tuple[int, int]
+REPEATS = 4  # of which the best counts, after one that connects
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What two ranks found when they sent each other data at the same time."""
+
+    pair: Pair
+    seconds: float  # of the exchange of a few bytes
+    bandwidth: float  # bytes per second in each direction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchanges:
+    """What a rank says of its exchanges: links of which it is the first, and complaints about those that went wrong."""
+
+    links: tuple[Link, ...] = ()
+    complaints: tuple[str, ...] = ()
+
+
+def ring_rounds(size: int) -> list[list[Pair]]:
+    """Neighbours on a ring of `size`, in rounds in each of which a place takes part once."""
+    pairs = [(place, place + 1) for place in range(size - 1)] + [(size - 1, 0)] * (size > 2)
+    even = size - size % 2  # what closes a ring of odd length is in a round of its own
+    rounds = [pairs[0:even:2], pairs[1:even:2], pairs[even:]]
+    return [pairs for pairs in rounds if pairs]
+
+
+def link_rounds(hosts: Sequence[Sequence[int]]) -> list[list[Pair]]:
+    """Pairs of ranks to measure, `hosts` being the ranks of each: rings within hosts, and rings of the first, second,
+    ... ranks of hosts. At most six rounds, however many ranks there are."""
+    within: list[list[Pair]] = [[], [], []]
+    for ranks in hosts:
+        for number, places in enumerate(ring_rounds(len(ranks))):
+            within[number] += [(ranks[a], ranks[b]) for a, b in places]
+    between = [
+        [pair for a, b in places for pair in zip(hosts[a], hosts[b], strict=False)]
+        for places in ring_rounds(len(hosts))
+    ]
+    return [pairs for pairs in (*within, *between) if pairs]
+
+
+def measure_links(grid: Grid, rounds: Sequence[Sequence[Pair]], deadline: float) -> Exchanges:
+    """This rank's part of all rounds; `deadline` is of time.monotonic. One that has no end is its last."""
+    links: list[Link] = []
+    complaints: list[str] = []
+    count = 2**24 if grid.device.type == "cuda" else 2**17  # float32
+    for pair in (pair for pairs in rounds for pair in pairs if grid.rank in pair):
+        peer = pair[0] if pair[1] == grid.rank else pair[1]
+        begun = f"rank {grid.rank} exchanging data with rank {peer}"
+        try:
+            seconds, _ = _exchange(grid, peer, 2, deadline)
+            longer, is_right = _exchange(grid, peer, count, deadline)
+        except (RuntimeError, TimeoutError) as error:
+            complaints.append(f"{begun}: {_first_line(error)}")
+            break
+        if not is_right:
+            complaints.append(f"{begun}: other values arrived than were sent")
+        if grid.rank == pair[0]:
+            links.append(Link(pair=pair, seconds=seconds, bandwidth=4 * count / longer))
+    return Exchanges(links=tuple(links), complaints=tuple(complaints))
+
+
+def _exchange(grid: Grid, peer: int, count: int, deadline: float) -> tuple[float, bool]:
+    """Seconds of the fastest exchange of `count` float32 with `peer`, and whether those arrived that were sent."""
+    sent, received = pattern(grid.rank, count, grid.device), torch.empty(count, device=grid.device)
+
+    def work() -> list[Any]:
+        # In the same order on both ends, which backends without tags need.
+        ends = [(dist.isend, sent), (dist.irecv, received)]
+        return dist.batch_isend_irecv([dist.P2POp(end, tensor, peer) for end, tensor in ends])
+
+    seconds = best_of(grid.device, work, deadline)
+    return seconds, torch.equal(received, pattern(peer, count, grid.device))
+
+
+def pattern(rank: int, count: int, device: torch.device) -> Tensor:
+    """Small integers that depend on rank and place, float32 [count], of which any number of ranks sum exactly."""
+    return torch.arange(count, device=device).remainder_(5).add_(rank % 8).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllReduce:
+    bytes: int
+    seconds: float
+    complaints: tuple[str, ...] = ()
+
+
+def measure_all_reduce(grid: Grid, deadline: float) -> AllReduce:
+    """A sum over all ranks, checked in every element. `deadline` is of time.monotonic."""
+    count = 2**24 if grid.device.type == "cuda" else 2**16
+    expected = pattern(0, count, grid.device) * grid.world_size + sum(rank % 8 for rank in range(grid.world_size))
+    mine, total = pattern(grid.rank, count, grid.device), torch.empty(count, device=grid.device)
+
+    def work() -> list[Any]:
+        total.copy_(mine)
+        return [all_reduce(total)]
+
+    def failed(text: str) -> AllReduce:
+        return AllReduce(bytes=0, seconds=0.0, complaints=(f"all-reduce on rank {grid.rank}: {text}",))
+
+    try:
+        seconds = best_of(grid.device, work, deadline)
+    except (RuntimeError, TimeoutError) as error:
+        return failed(_first_line(error))
+    wrong = (total != expected).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        return failed(
+            f"{len(wrong)} of {count} sums are wrong, first [{first}]: {float(total[first]):g}, must be "
+            f"{float(expected[first]):g}"
+        )
+    return AllReduce(bytes=4 * count, seconds=seconds)
+
+
+def all_reduce(tensor: Tensor) -> Any:
+    return dist.all_reduce(tensor, async_op=True)
+
+
+def best_of(device: torch.device, work: Callable[[], list[Any]], deadline: float) -> float:
+    """The shortest of some times that communication takes, from its start to its end. TimeoutError after `deadline`."""
+    best = float("inf")
+    for number in range(REPEATS + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        _finish(device, work(), deadline)
+        if number:
+            best = min(best, time.perf_counter() - begun)
+    return best
+
+
+def _finish(device: torch.device, works: Sequence[Any], deadline: float) -> None:
+    left = deadline - time.monotonic()
+    if device.type != "cuda":
+        for work in works:
+            work.wait(timedelta(seconds=max(left, 0.001)))
+        return
+    for work in works:
+        work.wait()  # the stream waits, not this process
+    done = torch.cuda.Event()
+    done.record()
+    while not done.query():
+        if time.monotonic() >= deadline:
+            raise TimeoutError("no end within the time for it")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
