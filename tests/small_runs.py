@@ -140,10 +140,10 @@ class Watch:
                     file.write(f"{step} {' '.join(map(str, batch['number'].tolist()))}\n")
                 yield {name: value for name, value in batch.items() if name != "number"}
 
-        def watched_step(training: Training, batches: Iterator[Any], *, stop: bool = False) -> Any:
+        def watched_step(training: Training, batches: Iterator[Any], **settings: Any) -> Any:
             step = training.steps_done + 1
             self.at_step.get((ranks.rank, step), lambda: None)()
-            return make_step(training, noted(batches, step), stop=stop)
+            return make_step(training, noted(batches, step), **settings)
 
         def watched_start(saver: Saver, step: int, header: Any) -> None:
             if ranks.rank == 0 and step in self.at_save:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 # Each has `add_parser(subparsers)`, which sets `run`: args -> exit code or None. They import torch inside `run` only.
-COMMANDS = ("data", "model", "train", "checkpoint", "convert", "export", "generate", "logits", "bench")
+COMMANDS = ("data", "model", "train", "monitor", "checkpoint", "convert", "export", "generate", "logits", "bench")
 
 USER_ERRORS = (ValueError, FileNotFoundError)
 OVERRIDE = re.compile(r"--[a-z_]+\.[a-z_0-9]+")

@@ -114,7 +114,10 @@ def _run(
         if position.step == config.train.steps:
             break
         stop = requests.requested is not None or checkpoints.is_taken_over
-        result = training.step(train_batches, stop=stop)
+        step = position.step + 1
+        result = training.step(
+            train_batches, stop=stop, measure=report.is_logged(step), health=report.looks_at_health(step)
+        )
         position = Position(position.step + 1, position.samples + config.train.global_batch)
         report.step(position, result)
         checkpoints.poll()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,8 +20,11 @@ from griffin.parallel.gradients import finalize_gradients
 from griffin.parallel.grid import Grid
 from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import Stage, build_stages
+from griffin.trainer import measure as measures
+from griffin.trainer.clock import StepClock, StepTimes
 from griffin.trainer.config import Config
 from griffin.trainer.optimizer import build_optimizer, build_schedule
+from griffin.trainer.rglru_health import Health, Observation
 
 Batch = Mapping[str, Tensor]
 
@@ -32,13 +35,17 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step did, the same on every rank. `loss` is in nats per unmasked token over the global batch."""
+    """What a step did, the same on every rank but for `times`. `loss` is in nats per unmasked token over the global
+    batch."""
 
     loss: float
     grad_norm: float  # before clipping, over the whole model
     learning_rate: float
     loss_tokens: int  # unmasked tokens
     stop: bool  # some rank was asked to stop
+    times: StepTimes  # of this rank
+    measured: Mapping[str, float] = field(default_factory=dict)  # figures by name, where they were asked for
+    health: Health | None = None  # of the RG-LRU, where it was asked for
 
 
 class Training:
@@ -73,24 +80,37 @@ class Training:
             for parameter in optimizer.model_param_gbuf_map
         }
         megatron = stages[0].config
-        megatron.finalize_model_grads_func = finalize_gradients(grid)
+        self.clock = StepClock(grid.device)
+        megatron.finalize_model_grads_func = self.clock.before_reduction(finalize_gradients(grid))
         if self.overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
         self._forward_backward = get_forward_backward_func()
         self.steps_done = 0
 
-    def step(self, batches: Iterator[Batch], *, stop: bool = False) -> StepResult:
+    def step(
+        self, batches: Iterator[Batch], *, stop: bool = False, measure: bool = False, health: bool = False
+    ) -> StepResult:
         """One optimizer step on the next micro-batches (maps of int64 and float32 [B, T], see `trainer.data`).
 
-        `stop` tells that this rank was asked to stop; the result says so on every rank if any rank was.
+        `stop` tells that this rank was asked to stop; the result says so on every rank if any rank was. `measure` and
+        `health`, the same on every rank, ask for the result's `measured` and `health`; the weights become the same
+        bits with and without.
         Raises NonFiniteError, with all weights as they were, if the loss or the gradient is not finite.
         """
-        loss, tokens, stops = self._gradients(batches, stop)
+        self.clock.begin(measure=measure)
+        self.stages[0].config.timers = self.clock.timers
+        observation = Observation()
+        with observation.of(self.stages if health else ()):
+            loss, tokens, stops = self._gradients(self.clock.timed(batches), stop)
+        self.stages[0].config.timers = None
+        self.clock.gradients_done()
         with host.cuda_type_names():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
             self._check_finite(loss, grad_norm)
+            # Here: clipping changes the gradients in place.
+            gradients = self._squares(gradient=True) if measure else None
             if self.config.optimizer.clip > 0:
                 for optimizer in self.optimizer.chained_optimizers:
                     clip_grad_by_total_norm_fp32(
@@ -99,13 +119,38 @@ class Training:
             self.schedule.step(1)
             self.optimizer.step_with_ready_grads()
         self.steps_done += 1
+        times = self.clock.end()
         return StepResult(
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             loss_tokens=tokens,
             stop=stops,
+            times=times,
+            measured={} if gradients is None else self._measured(gradients),
+            health=observation.combined(self.config.model, self.grid.device) if health else None,
         )
+
+    def _measured(self, gradients: Tensor) -> dict[str, float]:
+        compute, schedule = self.clock.own()
+        return measures.combine(
+            self.grid,
+            self.config.model,
+            gradients=gradients,
+            parameters=self._squares(gradient=False),
+            data_wait=self.clock.take_data_wait(),
+            compute=compute,
+            schedule=schedule,
+        )
+
+    def _squares(self, *, gradient: bool) -> Tensor:
+        """Of this rank's shards of the gradients that the optimizer is about to use, or of the master weights."""
+        counted = [parameter for parameter in self._updater if measures.counts_once(parameter, self.grid)]
+        shards = [
+            self._updater[parameter]._get_main_param_and_optimizer_states(parameter)["param"] for parameter in counted
+        ]
+        parts = [shard.grad if gradient else shard.detach() for shard in shards]
+        return measures.squares(zip(counted, parts, strict=True), self.grid.device)
 
     def gradients(self, batches: Iterator[Batch]) -> tuple[float, int]:
         """Mean loss and number of unmasked tokens of the next global batch; parameters' `main_grad` is its gradient.
