@@ -127,7 +127,9 @@ def _machine(state: RunState) -> list[tuple[str, str]]:
     checkpoint = ABSENT
     if state.checkpoint is not None:
         checkpoint = f"step {state.checkpoint[0]:,}, {duration(state.checkpoint[1])} ago"
-    rows = [
+    if "checkpoint_stall_seconds" in state.figures:
+        checkpoint += find("checkpoint_stall_seconds", "; stalled {:.2g} s".format)
+    return [
         ("speed", find("tokens_per_second", "{:,.0f} tokens/s".format)),
         ("per device", find("model_tflops_per_device", "{:.3g} TFLOP/s, MFU ".format) + find("mfu", "{:.1%}".format)),
         ("step time", find("step_seconds", "{:.3g} s".format) + (f": {', '.join(shares)}" if shares else "")),
@@ -136,9 +138,8 @@ def _machine(state: RunState) -> list[tuple[str, str]]:
         ("memory (GiB)", memory or ABSENT),
         ("goodput", find("goodput", "{:.1%}".format)),
         ("restarts", f"{state.attempt - 1}; skipped updates {find('skipped_updates', '{:.0f}'.format)}"),
-        ("checkpoint", checkpoint + find("checkpoint_stall_seconds", "; stalls of {:.2g} s".format).strip(ABSENT)),
+        ("checkpoint", checkpoint),
     ]
-    return rows
 
 
 def _layers(state: RunState) -> Table | None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pty
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +178,34 @@ def test_the_ledger_and_stragglers_show(run_dir: Path, capsys: pytest.CaptureFix
     for damaged in ("{", "[]", '{"hosts": 1, "ranks": [1, {"ratio": "x"}]}'):
         (run_dir / "stragglers.json").write_text(damaged)
         assert "Slowest" not in shown(capsys, run_dir)
+
+
+def test_a_terminal_shows_what_is_new_until_interrupted(run_dir: Path) -> None:
+    terminal, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 120))
+    command = [sys.executable, "-P", "-m", "griffin.tools.cli", "monitor", str(run_dir), "--interval", "0.05"]
+    environment = {**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, env=environment) as process:
+        os.close(theirs)
+        try:
+            read_until(terminal, "nats per token")
+            append(run_dir / "metrics.jsonl", {"step": 12, "time": time.time(), "loss": 0.12345})
+            read_until(terminal, "0.1235 nats per token")
+            process.send_signal(signal.SIGINT)
+            with suppress(OSError):  # EIO: it has closed the terminal
+                while os.read(terminal, 4096):
+                    pass
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+            os.close(terminal)
+
+
+def read_until(terminal: int, words: str) -> None:
+    seen, deadline = "", time.monotonic() + 60
+    while words not in seen:
+        assert select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))[0], seen
+        seen += os.read(terminal, 4096).decode(errors="replace")
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
