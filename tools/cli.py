@@ -12,8 +12,19 @@ from collections.abc import Sequence
 
 # Each has `add_parser(subparsers)`, which sets `run`: args -> exit code or None. They import torch inside `run` only.
 COMMANDS = (
-    "data", "model", "train", "launch", "doctor", "checkpoint", "convert", "export", "generate", "logits", "bench",
-)  # fmt: skip
+    "data",
+    "model",
+    "train",
+    "launch",
+    "monitor",
+    "doctor",
+    "checkpoint",
+    "convert",
+    "export",
+    "generate",
+    "logits",
+    "bench",
+)
 
 USER_ERRORS = (ValueError, FileNotFoundError)
 OVERRIDE = re.compile(r"--[a-z_]+\.[a-z_0-9]+")

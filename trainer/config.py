@@ -95,6 +95,7 @@ class HealthConfig:
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     interval: int = 10  # optimizer steps between logged steps; step 1 is always logged
+    health_interval: int = 100  # optimizer steps between looks at the RG-LRU's gates; 0 is never
     peak_tflops: float = 0.0  # of one device, for the MFU; 0: the known figure of a GPU, elsewhere a measured one
     tensorboard: bool = True
     run_root: str = "runs"  # where run folders go that --run-dir does not name

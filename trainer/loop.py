@@ -39,10 +39,10 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
     Goes on from the newest checkpoint of `run_dir`, else begins with `init_from`, else anew (see `find_source`). On
     SIGTERM or SIGUSR1 to any rank, all stop after the same step, which is saved.
 
-    Raises PreflightError (see `trainer.preflight.check`) where a rank's machine or links are not fit, NonFiniteError (see
-    `trainer.step`) where the loss or a gradient is NaN or infinite and `train.spike` is off, SpikeError where there are
-    too many spikes, ReplicaError where copies of a weight differ, CheckpointError where what it starts from is damaged,
-    and SaveError where the last state could not be saved. Where it hangs, the process ends with HUNG (see
+    Raises PreflightError (see `trainer.preflight.check`) where a rank's machine or links are not fit, NonFiniteError
+    (see `trainer.step`) where the loss or a gradient is NaN or infinite and `train.spike` is off, SpikeError where
+    there are too many spikes, ReplicaError where copies of a weight differ, CheckpointError where what it starts from is
+    damaged, and SaveError where the last state could not be saved. Where it hangs, the process ends with HUNG (see
     `trainer.watchdog`).
     """
     timeout = communication_timeout(config.health.hang_seconds)
@@ -130,7 +130,6 @@ class _Run:
         drawn = position.samples + (config.train.steps - position.step) * config.train.global_batch
         train_samples, eval_samples = _open_data(config, self.grid, drawn)
         train_batches = _batches(config, self.grid, train_samples, position.samples, workers=config.data.workers)
-        training.stages[0].config.timers = self.stragglers.clock
         report.begin(train_samples, drawn)
         rewound: int | None = None  # the step gone back to, with weights that were evaluated before
         while True:
@@ -143,9 +142,16 @@ class _Run:
                 break
             stop = self.requests.requested is not None or checkpoints.is_taken_over
             judge = self.spikes.judge if self.spikes is not None else None
-            with self.watchdog.watching("step", position.step + 1), self.stragglers.step():
-                result = training.step(train_batches, stop=stop, judge=judge)
-            position = Position(position.step + 1, position.samples + config.train.global_batch)
+            step = position.step + 1
+            with self.watchdog.watching("step", step):
+                result = training.step(
+                    train_batches,
+                    stop=stop,
+                    judge=judge,
+                    measure=report.is_logged(step),
+                    health=report.looks_at_health(step),
+                )
+            position = Position(step, position.samples + config.train.global_batch)
             rewound = self._answer(result.spike, position) if result.spike is not None else None
             if rewound is not None:  # a request to stop is heard by the next step
                 position = Position(rewound, position.samples)
@@ -153,13 +159,11 @@ class _Run:
                     config, self.grid, train_samples, position.samples, workers=config.data.workers
                 )
                 continue
-            work = None
-            if report.is_logged(position.step):
-                with self.watchdog.watching("work times of step", position.step):
-                    work = self.stragglers.measure(position.step)
-            report.step(position, result, work)
-            if work is not None and (complaint := self.stragglers.complaint(work)) is not None:
-                report.say(complaint)
+            report.step(position, result, self.spikes)
+            if result.work is not None and self.grid.is_first_rank:
+                line = self.stragglers.note(step, result.work)
+                if line is not None:
+                    report.say(line)
             checkpoints.poll()
             if result.stop and position.step < config.train.steps:
                 why = "another run has taken the run folder over" if checkpoints.is_taken_over else "asked to stop"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from griffin.trainer.charts import layout
 from griffin.trainer.log_file import LogFile
 from griffin.trainer.run_folder import RunFolder
 
@@ -47,17 +49,40 @@ class MetricsWriter:
             text = folder.config.read_text(encoding="utf-8")
             with self._tensorboard_errors():
                 self._tensorboard.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), start)
+                self._tensorboard.add_custom_scalars(layout())
                 self._tensorboard.flush()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one line {"step", "attempt", **values}, flushed. JSON has no infinity or NaN: they become null."""
+        """Write one line {"step", "attempt", "time", **values}, flushed; the time is Unix seconds. JSON has no infinity
+        or NaN: they become null."""
         line = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps({"step": step, "attempt": self._attempt, **line}, allow_nan=False) + "\n")
+        line = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3), **line}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         if self._tensorboard is not None:
             with self._tensorboard_errors():
                 for key, value in values.items():
                     self._tensorboard.add_scalar(key, value, step)
                 self._tensorboard.flush()
+
+    def histograms(self, step: int, histograms: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+        """Write (upper ends of bins, ascending, and counts) by tag: to TensorBoard only."""
+        if self._tensorboard is None:
+            return
+        with self._tensorboard_errors():
+            for tag, (ends, counts) in histograms.items():
+                filled = [end for end, count in zip(ends, counts, strict=True) if count]
+                self._tensorboard.add_histogram_raw(
+                    tag,
+                    min=filled[0],
+                    max=filled[-1],
+                    num=int(sum(counts)),
+                    sum=sum(end * count for end, count in zip(ends, counts, strict=True)),
+                    sum_squares=sum(end**2 * count for end, count in zip(ends, counts, strict=True)),
+                    bucket_limits=ends,
+                    bucket_counts=counts,
+                    global_step=step,
+                )
+            self._tensorboard.flush()
 
     def rewind(self, step: int) -> None:
         """Hide what TensorBoard's curves have after `step`, from which the training goes on.

@@ -10,20 +10,26 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
+from griffin.parallel.config import RECURRENT
 from griffin.parallel.cost import train_flops_per_token
 from griffin.parallel.grid import Grid
 from griffin.parallel.stage import stage_blocks
 from griffin.trainer.checkpoint.keeper import Position
 from griffin.trainer.checkpoint.saver import Outcome
 from griffin.trainer.checkpoint.source import Source
+from griffin.trainer.clock import StepTimes
 from griffin.trainer.config import Config
 from griffin.trainer.console import Console
 from griffin.trainer.data.dataset import Samples
+from griffin.trainer.goodput import Goodput
 from griffin.trainer.metrics import MetricsWriter
+from griffin.trainer.peak import peak
+from griffin.trainer.rglru_health import layer_name
 from griffin.trainer.run_folder import RunFolder, changed_settings
 from griffin.trainer.spikes import SpikeDetector
 from griffin.trainer.step import StepResult
-from griffin.trainer.stragglers import Work
 
 
 def _tensorboard() -> str:
@@ -42,7 +48,6 @@ class Report:
         self._flops = train_flops_per_token(config.model, config.data.sequence_length)
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
-        self._restart_clock()
         self._stack = ExitStack()
 
     def __enter__(self) -> Report:
@@ -53,6 +58,7 @@ class Report:
         self._metrics = self._stack.enter_context(
             MetricsWriter(folder, config.log.tensorboard, folder.attempt, source.step, say=self._console.print)
         )
+        self._goodput = Goodput(folder, source.step)
         sizes = stage_blocks(config.model, config.parallel, config.data.sequence_length)
         self._console.print(
             f"Run folder: {folder.path}{f', attempt {folder.attempt}' * (folder.attempt > 1)}\n"
@@ -77,16 +83,24 @@ class Report:
 
     def begin(self, samples: Samples, drawn: int) -> None:
         """Call right before the first step, with the samples that the run will have drawn: its time starts here."""
-        self.say(
+        if not self._grid.is_first_rank:
+            return
+        self._console.print(
             f"Data: {samples.tokens:,} tokens, {samples.samples_per_epoch:,} sequences; "
             f"the run draws {drawn:,} ({drawn / samples.samples_per_epoch:.2f} epochs)"
         )
+        config = self._config
+        self._peak = peak(self._grid.device, getattr(torch, config.train.dtype), config.log.peak_tflops)
+        self._console.print(f"MFU: of {self._peak.tflops:,.3g} TFLOP/s per device ({self._peak.source})")
         self._restart_clock()
 
     def checkpoint(self, position: Position, seconds: float) -> None:
         """A save began, and kept the training waiting for `seconds`."""
         if self._grid.is_first_rank:
-            self._metrics.log(position.step, {"checkpoint_stall_seconds": seconds})
+            self._goodput.saved(position.step)
+            self._metrics.log(
+                position.step, {"checkpoint_stall_seconds": seconds, "trained_seconds": self._goodput.trained_seconds}
+            )
             self._restart_clock()  # no step's time
 
     def saved(self, outcome: Outcome) -> None:
@@ -103,46 +117,81 @@ class Report:
         self._console.print(f"step {outcome.step}: saved {size} in {outcome.seconds:.1f} s: {outcome.path}")
 
     def is_logged(self, step: int) -> bool:
-        """Whether this step's figures are logged: the first of the attempt, every `log.interval`th, and the last."""
-        return (
-            step == self._source.step + 1 or step % self._config.log.interval == 0 or step == self._config.train.steps
-        )
+        """Whether the figures of a step are logged: then it is measured. The same on every rank."""
+        return self._is_due(step, self._config.log.interval)
 
-    def step(self, position: Position, result: StepResult, work: Work | None = None) -> None:
-        """`work` is there for steps that are logged."""
+    def looks_at_health(self, step: int) -> bool:
+        """Whether the RG-LRU's gates are looked at in a step. The same on every rank."""
+        interval = self._config.log.health_interval
+        return interval > 0 and RECURRENT in self._config.model.pattern and self._is_due(step, interval)
+
+    def _is_due(self, step: int, interval: int) -> bool:
+        """Every `interval` steps, and at this attempt's first and the run's last step."""
+        return step in (self._source.step + 1, self._config.train.steps) or step % interval == 0
+
+    def step(self, position: Position, result: StepResult, spikes: SpikeDetector | None) -> None:
+        """A step is done, of which `spikes` counts those without an update."""
         if not self._grid.is_first_rank:
             return
-        self._steps_since += 1
-        config, step = self._config, position.step
-        if work is None:
+        step = position.step
+        self._goodput.step(counts=result.spike is None)
+        self._times.append(result.times)
+        if result.health is not None:
+            self._metrics.log(step, result.health.values())
+            layers = result.health.layers.items()
+            self._metrics.histograms(
+                step, {f"rglru/log2_memory/{layer_name(index)}": layer.histogram() for index, layer in layers}
+            )
+        if not result.measured:
             self._console.step(step)
+            if result.stop:  # the next attempt goes on counting from what is saved now
+                self._metrics.log(step, self._goodput.values())
             return
-        seconds = (time.perf_counter() - self._since) / self._steps_since
+        figures = self._figures(position, result) | _counts(spikes)
+        self._metrics.log(step, figures)
+        self._console.step(step, figures)
+        self._note("training", result.loss)
+        self._restart_clock()
+
+    def _figures(self, position: Position, result: StepResult) -> dict[str, float]:
+        """Of a logged step; times are means over the steps since the clock was restarted."""
+        config, steps = self._config, len(self._times)
+        seconds = (time.perf_counter() - self._since) / steps
         tokens = config.train.global_batch * config.data.sequence_length
-        values = {
+        tflops = self._flops * tokens / seconds / self._grid.world_size / 1e12
+        busy = sum(times.data_wait + times.forward_backward for times in self._times) / steps
+        optimizer = sum(times.optimizer for times in self._times) / steps
+        measured = dict(result.measured)
+        # What any rank waits for its data, the others wait for it: of this rank's time that much is data wait too.
+        wait = min(measured.pop("data_wait_seconds"), busy)
+        return {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "tokens": position.samples * config.data.sequence_length,
             "loss_tokens": result.loss_tokens,
             "step_seconds": seconds,
+            "forward_backward_seconds": busy - wait,
+            "optimizer_seconds": optimizer,
+            "data_wait_seconds": wait,
+            "other_seconds": max(0.0, seconds - busy - optimizer),
             "tokens_per_second": tokens / seconds,
-            "model_tflops_per_device": self._flops * tokens / seconds / self._grid.world_size / 1e12,
-            "replica_imbalance": work.imbalance,
+            "model_tflops_per_device": tflops,
+            "mfu": tflops / self._peak.tflops,
+            **measured,
+            **self._goodput.values(),
+            "restarts": self._folder.attempt - 1,
         }
-        self._metrics.log(step, values)
-        self._console.step(step, values)
-        self._note("training", result.loss)
-        self._restart_clock()
 
     def spike(self, step: int, text: str, spikes: SpikeDetector, back: int | None) -> None:
         """`step` was a spike, and the training has gone back to step `back`, or left out its update."""
         if not self._grid.is_first_rank:
             return
         self._console.print(f"step {step}: {text}")
-        self._metrics.log(step, {"skipped_updates": spikes.skipped, "rewinds": spikes.rewinds})
+        self._metrics.log(step, _counts(spikes))
         if back is not None:
             self._metrics.rewind(back)
+            self._goodput.rewind(back)
             self._restart_clock()
 
     def evaluation(self, step: int, loss: float) -> None:
@@ -168,4 +217,14 @@ class Report:
         self._last[name] = loss
 
     def _restart_clock(self) -> None:
-        self._since, self._steps_since = time.perf_counter(), 0
+        """What comes next is a step's time."""
+        self._since = time.perf_counter()
+        self._times: list[StepTimes] = []
+        self._goodput.resume()
+
+
+def _counts(spikes: SpikeDetector | None) -> dict[str, float]:
+    return {
+        "skipped_updates": spikes.skipped if spikes is not None else 0,
+        "rewinds": spikes.rewinds if spikes is not None else 0,
+    }

@@ -114,7 +114,7 @@ class Ledger:
         if self._file is None:
             return
         line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "time": round(time.time(), 3),
             "attempt": self._attempt,
             "kind": spike.kind,
             "text": spike.text,

@@ -20,9 +20,12 @@ from griffin.parallel.gradients import finalize_gradients
 from griffin.parallel.grid import Grid
 from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import Stage, build_stages
+from griffin.trainer import measure as measures
+from griffin.trainer.clock import StepClock, StepTimes
 from griffin.trainer.config import Config
 from griffin.trainer.optimizer import build_optimizer, build_schedule
 from griffin.trainer.replicas import check_replicas
+from griffin.trainer.rglru_health import Health, Observation
 from griffin.trainer.spikes import Spike
 
 Batch = Mapping[str, Tensor]
@@ -34,14 +37,19 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step did, the same on every rank. `loss` is in nats per unmasked token over the global batch."""
+    """What a step did, the same on every rank but for `times`. `loss` is in nats per unmasked token over the global
+    batch."""
 
     loss: float
     grad_norm: float  # before clipping, over the whole model
     learning_rate: float
     loss_tokens: int  # unmasked tokens
     stop: bool  # some rank was asked to stop
+    times: StepTimes  # of this rank
     spike: Spike | None  # for which no weight was changed
+    measured: Mapping[str, float]  # figures by name; empty where they were not asked for
+    work: Sequence[float] | None  # every rank's seconds of own work per step, where figures were asked for
+    health: Health | None  # of the RG-LRU, where it was asked for
 
 
 class Training:
@@ -76,7 +84,9 @@ class Training:
             for parameter in optimizer.model_param_gbuf_map
         }
         megatron = stages[0].config
-        megatron.finalize_model_grads_func = finalize_gradients(grid)
+        self.clock = StepClock(grid.device)
+        megatron.timers = self.clock.work
+        megatron.finalize_model_grads_func = self.clock.before_reduction(finalize_gradients(grid))
         if self.overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
@@ -90,20 +100,29 @@ class Training:
         *,
         stop: bool = False,
         judge: Callable[[float, float], Spike | None] | None = None,
+        measure: bool = False,
+        health: bool = False,
     ) -> StepResult:
         """One optimizer step on the next micro-batches (maps of int64 and float32 [B, T], see `trainer.data`).
 
-        `stop` tells that this rank was asked to stop; the result says so on every rank if any rank was. `judge`, the
-        same on every rank, is asked of loss and gradient norm whether the step is a spike: the optimizer is then left
-        as it was, while the schedule goes on. Without it, raises NonFiniteError, with all weights as they were, if
-        the loss or the gradient is not finite. Raises ReplicaError where copies of a weight differ, every
-        `health.replica_interval` steps.
+        `stop` tells that this rank was asked to stop; the result says so on every rank if any rank was. All other
+        arguments are the same on every rank. `judge` is asked of loss and gradient norm whether the step is a spike:
+        the optimizer is then left as it was, while the schedule goes on. `measure` asks for the result's `measured` and
+        `work`, and `health` for its `health`; the weights become the same bits with and without.
+
+        Raises NonFiniteError, with all weights as they were, if the loss or the gradient is not finite and there is no
+        `judge`; and ReplicaError where copies of a weight differ, every `health.replica_interval` steps.
         """
-        loss, tokens, stops = self._gradients(batches, stop)
-        spike = None
+        number, spike = self.steps_done + 1, None
+        self.clock.begin()
+        observation = Observation()
+        with observation.of(self.stages if health else ()), self.clock.work.running():
+            loss, tokens, stops = self._gradients(self.clock.timed(batches), stop)
+        self.clock.gradients_done()
         interval = self.config.health.replica_interval
-        if interval > 0 and (self.steps_done + 1) % interval == 0:
-            check_replicas(self.stages, self.grid, self.steps_done + 1)
+        if interval > 0 and number % interval == 0:
+            check_replicas(self.stages, self.grid, number)
+        own = self.clock.take() if measure else None
         with host.cuda_type_names():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
@@ -114,8 +133,10 @@ class Training:
             if not is_finite:
                 text = f"loss {loss}, gradient norm {grad_norm}; {self._not_finite()}"
                 if spike is None:
-                    raise NonFiniteError(f"step {self.steps_done + 1}: {text}. No weight was changed.")
+                    raise NonFiniteError(f"step {number}: {text}. No weight was changed.")
                 spike = replace(spike, text=text)
+            # Here: clipping changes the gradients in place.
+            gradients = self._squares(gradient=True) if measure else None
             self.schedule.step(1)
             if spike is None:
                 if self.config.optimizer.clip > 0:
@@ -125,15 +146,36 @@ class Training:
                         )
                 self.optimizer.step_with_ready_grads()
                 self.updates_done += 1
-        self.steps_done += 1
+        self.steps_done = number
+        times = self.clock.end()
+        measured: Mapping[str, float] = {}
+        work: Sequence[float] | None = None
+        if own is not None and gradients is not None:
+            weights = self._squares(gradient=False)
+            measured, work = measures.combine(
+                self.grid, self.config.model, gradients=gradients, parameters=weights, own=own
+            )
         return StepResult(
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             loss_tokens=tokens,
             stop=stops,
+            times=times,
             spike=spike,
+            measured=measured,
+            work=work,
+            health=observation.combined(self.config.model, self.grid.device) if health and is_finite else None,
         )
+
+    def _squares(self, *, gradient: bool) -> Tensor:
+        """Of this rank's shards of the gradients that the optimizer is about to use, or of the master weights."""
+        counted = [parameter for parameter in self._updater if measures.counts_once(parameter, self.grid)]
+        shards = [
+            self._updater[parameter]._get_main_param_and_optimizer_states(parameter)["param"] for parameter in counted
+        ]
+        parts = [shard.grad if gradient else shard.detach() for shard in shards]
+        return measures.squares(zip(counted, parts, strict=True), self.grid.device)
 
     def gradients(self, batches: Iterator[Batch]) -> tuple[float, int]:
         """Mean loss and number of unmasked tokens of the next global batch; parameters' `main_grad` is its gradient.

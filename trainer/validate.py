@@ -62,6 +62,7 @@ LEAST = {
     "checkpoint.keep_every": 0,
     "health.replica_interval": 0,
     "log.interval": 1,
+    "log.health_interval": 0,
 }
 
 CHOICES = {

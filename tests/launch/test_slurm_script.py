@@ -209,7 +209,7 @@ class Pretended:
     @contextmanager
     def started(self) -> Iterator[subprocess.Popen]:
         # A shell cannot trap what it was started to ignore, as earlier tests of this process may have left it.
-        command = ["env", "--default-signal=USR1,TERM", "bash", self.script]
+        command = ["env", "--default-signal=USR1,TERM", "bash", str(self.script)]
         with self.output.open("a") as output:
             process = subprocess.Popen(
                 command, env=self.environment, stdout=output, stderr=output, start_new_session=True

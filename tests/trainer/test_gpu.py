@@ -141,3 +141,42 @@ def test_triton_trains_as_pytorch_does(dtype: str, tolerance: float) -> None:
     expected = run_on("cuda", REAL_SIZES, dtype, "cpu")["loss"]
     assert expected[-1] < expected[0]
     assert run_on("cuda", REAL_SIZES, dtype, "triton")["loss"] == pytest.approx(expected, rel=tolerance)
+
+
+MEASURED = """
+import dataclasses, json
+from griffin.parallel.config import ParallelConfig
+from griffin.parallel.grid import single_rank_grid
+from griffin.trainer.step import Training
+from tests.parallel.test_layouts import make_config, micro_batches
+
+config = make_config("griffin", ParallelConfig())
+with single_rank_grid() as grid:
+    training = Training(config, grid)
+    results = [
+        training.step(iter(micro_batches(config, step, 0, 1)), measure=step != 1, health=step != 1) for step in range(3)
+    ]
+    compute, schedule = training.clock.own()
+print(json.dumps({
+    "device": grid.device.type,
+    "measured": [dict(results[step].measured) for step in (0, 2)],
+    "health": [results[step].health.values() for step in (0, 2)],
+    "times": [dataclasses.astuple(result.times) for result in results],
+    "compute": compute,
+    "schedule": schedule,
+}))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_measured() -> None:
+    expected, answer = run_on("cpu", MEASURED), run_on("cuda", MEASURED)
+    for step in range(2):
+        measured, on_cpu = answer["measured"][step], expected["measured"][step]
+        for name in (name for name in measured if "norm" in name):
+            assert measured[name] == pytest.approx(on_cpu[name], rel=1e-3), name
+        assert 0 < measured["memory_allocated_gib"] <= measured["memory_peak_gib"] <= measured["memory_reserved_gib"]
+        assert answer["health"][step] == pytest.approx(expected["health"][step], rel=1e-2)
+    assert all(min(times) >= 0 for times in answer["times"])
+    assert 0 < answer["compute"] <= 1.01 * answer["schedule"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,6 @@ def test_metrics(run_dir: Path) -> None:
             "step_seconds",
             "tokens_per_second",
             "model_tflops_per_device",
-            "replica_imbalance",
         } <= line.keys()
         assert all(math.isfinite(value) for value in line.values())
         assert line["attempt"] == 1
@@ -100,12 +100,91 @@ def test_tensorboard_reads_the_same_back(run_dir: Path) -> None:
         (line["step"], key): value
         for line in metrics(run_dir)
         for key, value in line.items()
-        if key not in ("step", "attempt")
+        if key not in ("step", "attempt", "time")
     }
     read = {(scalar.step, tag): scalar.value for tag in events.Tags()["scalars"] for scalar in events.Scalars(tag)}
     assert read.keys() == logged.keys()
     for key, value in logged.items():
         assert read[key] == pytest.approx(value, rel=1e-6)  # TensorBoard keeps float32
+
+
+LOGGED = {
+    "loss",
+    "grad_norm",
+    *(f"grad_norm/{kind}" for kind in ("recurrent", "attention", "mlp", "norm", "embedding")),
+    "param_norm",
+    "learning_rate",
+    "tokens",
+    "loss_tokens",
+    "tokens_per_second",
+    "model_tflops_per_device",
+    "mfu",
+    *(f"memory_{name}_gib" for name in ("allocated", "reserved", "peak")),
+    *(f"{part}_seconds" for part in ("step", "forward_backward", "optimizer", "data_wait", "other")),
+    "pipeline_bubble",
+    "data_parallel_imbalance",
+    "goodput",
+    "trained_seconds",
+    "restarts",
+    "skipped_updates",
+}
+HEALTH = {
+    f"rglru/{name}/{layer}"
+    for name in (
+        "decay_mean",
+        *(f"{value}_{quantile}" for value in ("decay", "memory") for quantile in ("p05", "p50", "p95")),
+        *(f"{gate}_gate_{end}" for gate in ("input", "recurrence") for end in ("closed", "open")),
+    )
+    for layer in ("all", "layer-00", "layer-02")
+}
+
+
+def test_every_figure_is_in_tensorboard_and_finite(run_dir: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    saves = {"checkpoint_stall_seconds", "checkpoint_seconds", "checkpoint_bytes"}
+    assert set(events.Tags()["scalars"]) == LOGGED | HEALTH | saves | {"eval_loss"}
+    for tag in events.Tags()["scalars"]:
+        assert all(math.isfinite(event.value) for event in events.Scalars(tag)), tag
+    for tag in LOGGED - {"trained_seconds"}:  # saves note that one too
+        assert [event.step for event in events.Scalars(tag)] == [1, 4, 8, 12], tag
+    for tag in HEALTH:  # every 100 steps, at the first and at the last
+        assert [event.step for event in events.Scalars(tag)] == [1, 12], tag
+    assert set(events.Tags()["histograms"]) == {f"rglru/log2_memory/{layer}" for layer in ("layer-00", "layer-02")}
+
+
+def test_the_first_page_of_charts_shows_what_is_logged(run_dir: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["Run", "RG-LRU by layer"]
+    tags = events.Tags()["scalars"]
+    shown = set()
+    for chart in (chart for category in layout.category for chart in category.chart):
+        for pattern in chart.multiline.tag:
+            found = {tag for tag in tags if re.match(pattern, tag)}  # as TensorBoard does
+            assert found, f"{chart.title}: {pattern}"
+            shown |= found
+    # Of what is left out there is another form.
+    missing = {"tokens", "loss_tokens", "model_tflops_per_device", "trained_seconds", "checkpoint_bytes"}
+    assert LOGGED | {"eval_loss"} <= shown | missing
+
+
+def test_parts_of_a_step_make_its_time(run_dir: Path) -> None:
+    for line in (line for line in metrics(run_dir) if "loss" in line):
+        parts = [line[f"{part}_seconds"] for part in ("forward_backward", "optimizer", "data_wait", "other")]
+        assert min(parts) >= 0
+        assert sum(parts) == pytest.approx(line["step_seconds"], rel=1e-6)
+        assert line["forward_backward_seconds"] > line["step_seconds"] / 4
+        assert line["pipeline_bubble"] == 0, "there is one stage"
+        assert line["data_parallel_imbalance"] >= 1
+        assert 0 < line["goodput"] < 1
+        assert line["restarts"] == line["skipped_updates"] == 0
+        assert 0 < line["memory_allocated_gib"] <= line["memory_peak_gib"]
 
 
 def test_it_is_saved_at_its_end(run_dir: Path) -> None:

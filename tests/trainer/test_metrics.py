@@ -5,6 +5,7 @@ import json
 import math
 import resource
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,10 +32,12 @@ def lines(folder: RunFolder) -> list[dict[str, float | None]]:
 def test_every_line_is_there_at_once(folder: RunFolder) -> None:
     with MetricsWriter(folder, tensorboard=False) as metrics:
         metrics.log(1, {"loss": 5.5, "tokens": 4096})
-        assert lines(folder) == [{"step": 1, "attempt": 1, "loss": 5.5, "tokens": 4096}]
-        assert list(lines(folder)[0]) == ["step", "attempt", "loss", "tokens"]
+        (line,) = lines(folder)
+        assert list(line) == ["step", "attempt", "time", "loss", "tokens"]
+        assert line | {"time": 0} == {"step": 1, "attempt": 1, "time": 0, "loss": 5.5, "tokens": 4096}
+        assert line["time"] == pytest.approx(time.time(), abs=60)
         metrics.log(2, {"eval_loss": 5.0})
-    assert lines(folder)[1] == {"step": 2, "attempt": 1, "eval_loss": 5.0}
+    assert lines(folder)[1] | {"time": 0} == {"step": 2, "attempt": 1, "time": 0, "eval_loss": 5.0}
     assert not folder.tensorboard.exists()
 
 
@@ -49,16 +52,16 @@ def test_a_line_that_was_cut_spoils_no_other(folder: RunFolder) -> None:
     folder.metrics.write_text('{"step": 1}\n{"step": 2, "lo')
     with MetricsWriter(folder, tensorboard=False, attempt=2) as metrics:
         metrics.log(2, {"loss": 1.0})
-    assert folder.metrics.read_text().splitlines()[1:] == [
-        '{"step": 2, "lo',
-        '{"step": 2, "attempt": 2, "loss": 1.0}',
-    ]
+    cut, line = folder.metrics.read_text().splitlines()[1:]
+    assert cut == '{"step": 2, "lo'
+    assert json.loads(line) | {"time": 0} == {"step": 2, "attempt": 2, "time": 0, "loss": 1.0}
 
 
 def test_what_json_cannot_hold_is_null(folder: RunFolder) -> None:
     with MetricsWriter(folder, tensorboard=False) as metrics:
         metrics.log(1, {"loss": math.nan, "grad_norm": math.inf, "tokens": 1})
-    assert lines(folder) == [{"step": 1, "attempt": 1, "loss": None, "grad_norm": None, "tokens": 1}]
+    (line,) = lines(folder)
+    assert line | {"time": 0} == {"step": 1, "attempt": 1, "time": 0, "loss": None, "grad_norm": None, "tokens": 1}
 
 
 def test_tensorboard_has_the_same_and_the_config(folder: RunFolder) -> None:
@@ -93,6 +96,16 @@ def test_curves_go_on_where_the_next_attempt_does(
     events = EventAccumulator(str(folder.tensorboard)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
     assert b"width = 64" in events.Tensors("config/text_summary")[-1].tensor_proto.string_val[0]
+
+
+def test_histograms_read_back(folder: RunFolder) -> None:
+    with MetricsWriter(folder, tensorboard=True) as metrics:
+        metrics.histograms(3, {"rglru/log2_memory/layer-00": ([1.0, 1.5, 2.0], [4.0, 0.0, 2.0])})
+    (event,) = EventAccumulator(str(folder.tensorboard)).Reload().Histograms("rglru/log2_memory/layer-00")
+    assert event.step == 3
+    value = event.histogram_value
+    assert (value.num, value.min, value.max, value.sum) == (6, 1.0, 2.0, 8.0)
+    assert dict(zip(value.bucket_limit, value.bucket, strict=True)) == {1.0: 4.0, 1.5: 0.0, 2.0: 2.0}
 
 
 def test_a_full_disk_loses_lines_and_no_more(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,14 +13,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from griffin.parallel.ranks import Ranks
 from griffin.trainer.config import load_config
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.loop import train
 from griffin.trainer.step import Training
-from griffin.trainer.stragglers import Layout, Stragglers, Work, WorkClock
+from griffin.trainer.stragglers import Layout, Stragglers, Work
 from tests.ranks import RankPool
 from tests.small_runs import metrics, write_config
 
@@ -94,7 +93,7 @@ def test_a_slow_rank_is_found(
     lines = [line for line in (run_dir / "console.log").read_text().splitlines() if "stragglers: " in line]
     assert len(lines) == 1
     assert f"stragglers: rank {slow} on " in lines[0]
-    imbalance = [line["replica_imbalance"] for line in metrics(run_dir) if "loss" in line]
+    imbalance = [line["data_parallel_imbalance"] for line in metrics(run_dir) if "loss" in line]
     assert min(imbalance) > 1.2
     # Those that wait for it do not look slow.
     others = [rank["work_seconds"] for rank in found["ranks"] if rank["rank"] != slow]
@@ -104,15 +103,6 @@ def test_a_slow_rank_is_found(
 def work(*seconds: float, tensor: int = 1, pipeline: int = 1, step: int = 1) -> Work:
     layout = Layout(tensor=tensor, data=len(seconds) // tensor // pipeline, pipeline=pipeline)
     return Work(step=step, seconds=seconds, layout=layout, hosts=tuple(f"n{rank // 2}" for rank in range(len(seconds))))
-
-
-def test_imbalance_is_that_of_replicas() -> None:
-    assert work(1.0, 1.0, 1.0).imbalance == 1.0
-    assert work(1.0, 1.0, 1.5).imbalance == 1.5
-    # Tensor 2 x data 2: replicas are ranks 0, 1 and 2, 3. Pipeline 2 x data 2: ranks 0, 2 and 1, 3.
-    assert work(1.0, 1.0, 1.0, 2.0, tensor=2).imbalance == 2.0
-    assert work(1.0, 1.0, 3.0, 3.0, pipeline=2).imbalance == 1.0
-    assert work(1.0, 1.0, 3.0, 4.5, pipeline=2).imbalance == 1.5
 
 
 def test_ranks_are_compared_with_those_of_their_stage() -> None:
@@ -135,28 +125,6 @@ def test_a_line_comes_once_after_several_slow_steps(tmp_path: Path) -> None:
     assert list(told(fine, slow, slow)) == [False, False, False]
     line = stragglers.complaint(slow)
     assert line == "step 7: stragglers: rank 2 on n1: 1.31x the median of its peers (1.310 s of work per step)"
-
-
-def test_waits_for_others_are_no_work() -> None:
-    clock = WorkClock(torch.device("cpu"))
-    plain = torch.distributed.Work.wait
-    slow_wait = mock.Mock(side_effect=lambda: time.sleep(0.2))
-    with mock.patch.object(torch.distributed.Work, "wait", slow_wait), clock.running():
-        timer = clock("forward-compute", log_level=2)
-        timer.start()
-        torch.distributed.Work.wait()  # type: ignore[call-arg]
-        time.sleep(0.05)
-        clock("forward-compute").stop()
-        clock("forward-recv").start()
-        time.sleep(0.05)
-        clock("forward-recv").stop()
-    assert 0.05 <= clock.take() < 0.15
-    assert clock.take() == 0
-    assert torch.distributed.Work.wait is plain
-    clock("backward-compute").start()  # outside: an evaluation's
-    time.sleep(0.01)
-    clock("backward-compute").stop()
-    assert clock.take() == 0
 
 
 def test_what_cannot_be_written_is_lost(tmp_path: Path) -> None:

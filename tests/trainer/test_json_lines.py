@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from griffin.trainer import json_lines
+from griffin.trainer.json_lines import Follower, lines_from_end
+
+
+def append(path: Path, *values: object, end: str = "\n") -> None:
+    with path.open("a") as file:
+        file.write("\n".join(json.dumps(value) for value in values) + end)
+
+
+@pytest.mark.parametrize("block", [7, 64, 2**20])
+def test_lines_come_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(json_lines, "_BLOCK", block)
+    path = tmp_path / "metrics.jsonl"
+    assert list(lines_from_end(path)) == []
+    append(path, *({"step": step, "é": "é" * step} for step in range(30)))
+    with path.open("a") as file:
+        file.write('{"step": 30, "lo\n[1]\n{"step": 31}\n{"step": 3')
+    assert [line["step"] for line in lines_from_end(path)] == [31, *reversed(range(30))]
+
+
+def test_what_is_added_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    follower = Follower(path)
+    assert follower.read() == []
+    append(path, {"step": 1})
+    append(path, {"step": 2}, end="")  # half a line, so far
+    assert follower.read() == [{"step": 1}]
+    append(path, end="\n")
+    assert follower.read() == [{"step": 2}]
+    assert follower.read() == []
+    path.unlink()
+    append(path, {"step": 5})
+    assert follower.read() == [{"step": 5}]
+
+
+def test_a_long_file_is_read_at_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append(path, *({"step": step} for step in range(100_000)))
+    follower = Follower(path, last=1000)
+    steps = [line["step"] for line in follower.read()]
+    assert steps == list(range(100_000 - len(steps), 100_000))
+    assert 40 < len(steps) < 80

@@ -1,0 +1,224 @@
+"""The state of a run as its folder shows it, to a process on any machine; reads only."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import tomllib
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from griffin.trainer.checkpoint.lock import PATIENCE_SECONDS, Owner
+from griffin.trainer.json_lines import Follower
+from griffin.trainer.run_folder import RunFolder
+
+HISTORY = 400  # logged losses that are kept
+SILENT_SECONDS = 60.0  # a run that has said nothing for so long is called silent, unless its steps take longer
+EVENTS = 5  # of the ledger and of hangs, the newest
+
+RUNNING, SILENT, HUNG, GONE = "running", "silent", "hung", "gone"
+STOPPED, FAILED, FINISHED, EMPTY = "stopped", "failed", "finished", "not started"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What is known of a run at one moment. Figures are by their names in metrics.jsonl, the newest of each."""
+
+    path: Path
+    status: str
+    detail: str  # of the status, in a few words
+    attempt: int
+    step: int
+    steps: int
+    figures: Mapping[str, float]  # None where it was not finite
+    losses: Sequence[tuple[int, float]]  # (step, loss) of logged steps, the newest last
+    evaluation: int | None  # step of the newest evaluation
+    checkpoint: tuple[int, float] | None  # newest complete one: step, seconds since it was written
+    events: Sequence[Mapping[str, Any]]  # newest lines of the ledger
+    hangs: Sequence[str]  # how many there were: a name each, the newest last
+    hang: Sequence[str]  # what the newest one's report begins with
+    stragglers: Mapping[str, Any]
+    said: str  # last line of the console
+
+    @property
+    def seconds_left(self) -> float | None:
+        seconds = self.figures.get("step_seconds")
+        return None if seconds is None else seconds * max(0, self.steps - self.step)
+
+
+class RunReader:
+    """Reads a run folder again and again: of its growing files what is new, whatever their size."""
+
+    def __init__(self, path: Path):
+        """ValueError where `path` is no run's folder."""
+        if not path.is_dir():
+            raise ValueError(f"{path}: no such run folder")
+        folder = RunFolder(path)
+        if not (folder.config.exists() or folder.lock.exists()):
+            raise ValueError(f"{path}: not a run folder; it has no {folder.config.name}")
+        self._folder = folder
+        self._metrics = Follower(folder.metrics)
+        self._ledger = Follower(path / "ledger.jsonl", 2**16)
+        self._figures: dict[str, float] = {}
+        self._losses: deque[tuple[int, float]] = deque(maxlen=HISTORY)
+        self._events: deque[Mapping[str, Any]] = deque(maxlen=EVENTS)
+        self._evaluation: int | None = None
+        self._step, self._time = 0, 0.0
+
+    def read(self) -> RunState:
+        for line in self._metrics.read():
+            self._take(line)
+        self._events.extend(self._ledger.read())
+        folder = RunFolder(self._folder.path, _attempt(self._folder.path))
+        config = _config(folder.config)
+        checkpoint = _newest_checkpoint(folder.checkpoints)
+        step = max(self._step, checkpoint[0] if checkpoint else 0) if not self._figures else self._step
+        steps = int(config.get("train", {}).get("steps", 0))
+        said = _last_lines(folder.console)
+        hangs = _names(folder.path / "hangs")
+        status, detail = self._status(folder, config, step, steps, said)
+        return RunState(
+            path=folder.path,
+            status=status,
+            detail=detail,
+            attempt=folder.attempt,
+            step=step,
+            steps=steps,
+            figures=dict(self._figures),
+            losses=list(self._losses),
+            evaluation=self._evaluation,
+            checkpoint=checkpoint,
+            events=list(self._events),
+            hangs=hangs,
+            hang=_head(folder.path / "hangs" / hangs[-1] / "report.txt") if hangs else [],
+            stragglers=_json(folder.path / "stragglers.json"),
+            said=said[-1] if said else "",
+        )
+
+    def _take(self, line: dict[str, Any]) -> None:
+        step = line.pop("step", None)
+        if not isinstance(step, int):
+            return
+        if "loss" in line:
+            while self._losses and self._losses[-1][0] >= step:  # the run has gone back
+                self._losses.pop()
+            if line["loss"] is not None:
+                self._losses.append((step, line["loss"]))
+            self._step = step
+        if "eval_loss" in line:
+            self._evaluation = step
+        self._time = line.pop("time", self._time)
+        line.pop("attempt", None)
+        self._figures.update(line)
+
+    def _status(
+        self, folder: RunFolder, config: Mapping[str, Any], step: int, steps: int, said: Sequence[str]
+    ) -> tuple[str, str]:
+        try:
+            text, touched = folder.lock.read_bytes(), folder.lock.stat().st_mtime
+        except OSError:
+            return _without_lock(folder, step, steps, said)
+        now = time.time()
+        owner = Owner.parse(text)
+        who = "a run that does not name itself" if owner is None else f"{owner.user} on {owner.host}"
+        if owner is not None and owner.job:
+            who += f", job {owner.job.strip('/')}"
+        age = max(0.0, now - touched)  # another machine's clock may be ahead
+        ended = None if owner is None else owner.has_ended(Owner.current())
+        if ended or (ended is None and age > PATIENCE_SECONDS):
+            return GONE, f"{who}; last sign of life {duration(age)} ago, its lock was left behind"
+        heard = max(self._time, _changed(folder.console), _changed(folder.config))
+        quiet = max(0.0, now - heard)
+        expected = self._figures.get("step_seconds") or 0.0
+        expected *= config.get("log", {}).get("interval", 1)
+        detail = f"{who}; last figures {duration(quiet)} ago"
+        if any(_changed(folder.path / "hangs" / name) > heard for name in _names(folder.path / "hangs")):
+            return HUNG, detail
+        return (SILENT if quiet > max(SILENT_SECONDS, 3 * expected) else RUNNING), detail
+
+
+def duration(seconds: float) -> str:
+    """Such as "3 d 4 h": the two largest units."""
+    parts: list[str] = []
+    left = int(seconds)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count or (unit == "s" and not parts):
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
+
+
+def _without_lock(folder: RunFolder, step: int, steps: int, said: Sequence[str]) -> tuple[str, str]:
+    if not said:
+        return EMPTY, ""
+    if any(line.startswith("Traceback ") for line in said):
+        return FAILED, ""
+    if steps and step >= steps:
+        return FINISHED, f"{duration(max(0.0, time.time() - _changed(folder.console)))} ago"
+    return STOPPED, f"{duration(max(0.0, time.time() - _changed(folder.console)))} ago"
+
+
+def _attempt(path: Path) -> int:
+    names = (re.fullmatch(r"config\.attempt-(\d+)\.toml", name) for name in os.listdir(path))
+    return max((int(match[1]) for match in names if match), default=1)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it is just being written
+        return {}
+
+
+def _newest_checkpoint(root: Path) -> tuple[int, float] | None:
+    try:
+        names = [match for name in os.listdir(root) if (match := re.fullmatch(r"step-(\d+)", name))]
+        newest = max(names, key=lambda match: int(match[1]), default=None)
+        return None if newest is None else (int(newest[1]), max(0.0, time.time() - (root / newest[0]).stat().st_mtime))
+    except OSError:
+        return None
+
+
+def _last_lines(path: Path, size: int = 8192) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return []
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder), key=lambda name: _changed(folder / name))
+    except OSError:
+        return []
+
+
+def _head(report: Path) -> list[str]:
+    """Its lines before the first empty one."""
+    try:
+        lines = report.read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return []
+    return lines[:EVENTS] + ["..."] * (len(lines) > EVENTS)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

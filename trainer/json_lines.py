@@ -1,0 +1,66 @@
+"""Reading files of JSON lines that grow, from their end: they may have hundreds of megabytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_BLOCK = 2**20  # bytes
+
+
+def lines_from_end(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of the file, the last first; none where there is no file. Lines that were cut are passed over."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        place, rest = file.seek(0, os.SEEK_END), b""
+        while place > 0:
+            size = min(_BLOCK, place)
+            place -= size
+            file.seek(place)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            yield from filter(None, map(parse_line, reversed(lines)))
+        if (first := parse_line(rest)) is not None:
+            yield first
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """None for what is no object: a line that a kill or a full disk cut."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class Follower:
+    """Reads what a file of JSON lines has, from at most `last` bytes before its end, and then what is added to it."""
+
+    def __init__(self, path: Path, last: int = 4 * 2**20):
+        self._path, self._last = path, last
+        self._place: int | None = None  # where the first line begins that was not read
+        self._file: tuple[int, int] | None = None  # identity
+
+    def read(self) -> list[dict[str, Any]]:
+        """The objects of the complete lines since the last call. A file that was replaced is read anew."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                identity = (status.st_dev, status.st_ino)
+                place, is_whole = self._place, True
+                if place is None or identity != self._file or status.st_size < place:
+                    place = max(0, status.st_size - self._last)
+                    is_whole = place == 0
+                file.seek(place)
+                data = file.read()
+        except FileNotFoundError:
+            self._place = None
+            return []
+        lines = data.split(b"\n")
+        self._file, self._place = identity, place + len(data) - len(lines[-1])
+        return list(filter(None, map(parse_line, lines[0 if is_whole else 1 : -1])))
