@@ -20,7 +20,7 @@ _CHARTS = {
         "Learning rate": ["learning_rate"],
         "Memory of the fullest rank (GiB)": ["memory_allocated_gib", "memory_reserved_gib", "memory_peak_gib"],
         "Goodput": ["goodput"],
-        "Restarts and skipped updates": ["restarts", "skipped_updates"],
+        "Restarts, skipped updates and rewinds": ["restarts", "skipped_updates", "rewinds"],
         "Checkpoints (seconds)": ["checkpoint_stall_seconds", "checkpoint_seconds"],
         "Waiting for other ranks": ["pipeline_bubble", "data_parallel_imbalance"],
         "RG-LRU: memory length (tokens)": ["rglru/memory_.*/all"],

@@ -127,6 +127,7 @@ LOGGED = {
     "trained_seconds",
     "restarts",
     "skipped_updates",
+    "rewinds",
 }
 HEALTH = {
     f"rglru/{name}/{layer}"
@@ -183,7 +184,7 @@ def test_parts_of_a_step_make_its_time(run_dir: Path) -> None:
         assert line["pipeline_bubble"] == 0, "there is one stage"
         assert line["data_parallel_imbalance"] >= 1
         assert 0 < line["goodput"] < 1
-        assert line["restarts"] == line["skipped_updates"] == 0
+        assert line["restarts"] == line["skipped_updates"] == line["rewinds"] == 0
         assert 0 < line["memory_allocated_gib"] <= line["memory_peak_gib"]
 
 

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from griffin.parallel.grid import rank_grid
@@ -55,22 +56,25 @@ def examine(
     ranks = dataclasses.replace(ranks, local_rank=ranks.rank % 2)
     config = (configs or {}).get(ranks.rank, config)
     said: list[str] = []
-    with rank_grid(config.parallel, ranks) as grid, ExitStack() as stack:
-        stack.enter_context(mock.patch(f"{PLACE}.check.host_name", return_value=HOSTS[ranks.rank]))
-        for target, change in (changes or {}).get(ranks.rank, {}).items():
-            patch = mock.patch(target)
-            stack.enter_context(mock.patch(target, change(patch.get_original()[0])))
-        if ranks.rank in absent:
-            time.sleep(2 * limit)
-            return {}
-        begun = time.monotonic()
-        try:
-            found = preflight(config, ranks, grid, run_dir, said.append, limit=limit)
-        except PreflightError as error:
-            answer: dict[str, Any] = {"failures": error.failures}
-        else:
-            answer = {"found": found}
-        return answer | {"said": "\n".join(said), "seconds": time.monotonic() - begun}
+    begun = time.monotonic()
+    try:
+        with rank_grid(config.parallel, ranks) as grid, ExitStack() as stack:
+            stack.enter_context(mock.patch(f"{PLACE}.check.host_name", return_value=HOSTS[ranks.rank]))
+            for target, change in (changes or {}).get(ranks.rank, {}).items():
+                patch = mock.patch(target)
+                stack.enter_context(mock.patch(target, change(patch.get_original()[0])))
+            if ranks.rank in absent:
+                time.sleep(2 * limit)
+                raise TimeoutError("absent")  # as a rank that is ended; others do not wait for it at the end
+            begun = time.monotonic()
+            answer: dict[str, Any] = {"found": preflight(config, ranks, grid, run_dir, said.append, limit=limit)}
+    except PreflightError as error:
+        answer = {"failures": error.failures}
+        dist.destroy_process_group()
+    except TimeoutError:
+        answer = {}
+        dist.destroy_process_group()
+    return answer | {"said": "\n".join(said), "seconds": time.monotonic() - begun}
 
 
 def failures(answers: list[dict[str, Any]]) -> str:

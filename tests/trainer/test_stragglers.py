@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator
@@ -94,7 +95,7 @@ def test_a_slow_rank_is_found(
     assert len(lines) == 1
     assert f"stragglers: rank {slow} on " in lines[0]
     imbalance = [line["data_parallel_imbalance"] for line in metrics(run_dir) if "loss" in line]
-    assert min(imbalance) > 1.2
+    assert statistics.median(imbalance) > 1.2  # not of the first step, in which all are slow
     # Those that wait for it do not look slow.
     others = [rank["work_seconds"] for rank in found["ranks"] if rank["rank"] != slow]
     assert max(others) < micro_batches * SLEEP
