@@ -142,11 +142,12 @@ def look_at(input_gate: Tensor, recurrence_gate: Tensor, decay: Tensor, *, every
 
     Gates are [T, B, R] before their sigmoid, decay [R] is the parameter p. Of the tokens each `every`-th is looked at.
     At a document's first token the recurrence forgets all whatever its gate says; the gate is what counts here.
+    What is not a number is counted in the first bin: the loss of that step tells of it.
     """
     gates = [gate[::every].float().sigmoid() for gate in (input_gate, recurrence_gate)]
     log_a = -GATE_SCALE * gates[1] * F.softplus(decay.float())
     octaves = (-1 / log_a.clamp(max=-torch.finfo(torch.float32).tiny)).log2()
-    bins = ((octaves - FIRST_OCTAVE) * BINS_PER_OCTAVE).clamp(0, BINS - 1).long()
+    bins = ((octaves - FIRST_OCTAVE) * BINS_PER_OCTAVE).nan_to_num(nan=0.0).clamp(0, BINS - 1).long()
     sums = [log_a.exp().sum(dtype=torch.float64)]
     for gate in gates:
         sums += [(gate < SATURATED).sum().double(), (gate > 1 - SATURATED).sum().double()]

@@ -50,6 +50,16 @@ def test_extreme_gates_are_counted_at_the_ends() -> None:
     assert values["input_gate_open"] == pytest.approx(1 / 3)
 
 
+def test_what_is_not_a_number_does_not_end_the_step() -> None:
+    """The step that it comes from does, with the parameter's name, or is skipped."""
+    gates = torch.tensor([0.0, math.nan, math.inf, -math.inf]).view(4, 1, 1)
+    for input_gate, recurrence_gate, p in (
+        (gates, gates, torch.zeros(1)),
+        (gates, gates * 0, torch.tensor([math.nan])),
+    ):
+        assert look_at(input_gate, recurrence_gate, p)[:BINS].sum() == 4
+
+
 def test_parts_of_channels_add_up() -> None:
     input_gate, recurrence_gate, p = random_gates()
     whole = look_at(input_gate, recurrence_gate, p)
