@@ -125,6 +125,7 @@ def make_checkpoint(
         layout={"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "sequence_parallel": False, "data": 1},
         optimizer=None if weights_only else {"name": "adamw", "step": step},
         random={} if weights_only else {"cpu": "AAAA"},
+        spikes=None if weights_only else {"losses": [2.5], "skipped": 1},
         arrays={spec.name: spec for spec in specs},
         files=files,
     )

@@ -146,7 +146,7 @@ def _described(manifest: Manifest, made: Sequence[Made], weights_only: bool) -> 
         arrays={one.spec.name: one.spec for one in made},
         files={},
     )
-    return replace(manifest, optimizer=None, random={}) if weights_only else manifest
+    return replace(manifest, optimizer=None, random={}, spikes=None) if weights_only else manifest
 
 
 def check_layout(manifest: Manifest, layout: ParallelConfig | None) -> None:

@@ -245,7 +245,9 @@ def open_rank_folder(folder: Path) -> tuple[Source, list[tuple[RankFile, Mapping
             raise CheckpointError(f"{path}: its header was changed")
         for part in file.parts:
             parts[part.spec.name].setdefault(part.tensor_rank, (path, part))
-    known = {field.name: values[field.name] for field in fields(Manifest) if field.name != "files"}
+    known = {
+        field.name: values[field.name] for field in fields(Manifest) if field.name in values
+    }  # may be an older one
     arrays = {name: RankArray(spec, tuple(parts[name].values())) for name, spec in specs.items()}
     manifest = Manifest(**known | {"arrays": specs, "files": {}, "sources": tuple(values["sources"])})
     return Source(folder, manifest, arrays), [(file, records[file.name]["crc32"]) for file in files]

@@ -18,7 +18,7 @@ from griffin.parallel.config import ParallelConfig
 from griffin.parallel.grid import single_rank_grid
 from griffin.parallel.sharding import named_pieces
 from griffin.parallel.stage import meta_stage, stage_blocks
-from griffin.tools.rank_files import lay_out
+from griffin.tools.rank_files import _checksum, lay_out
 from griffin.trainer.checkpoint.arrays import GlobalTensor, state_arrays
 from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from tests.checkpoints import (
@@ -168,6 +168,15 @@ def test_back_to_zarr(source: Path, written: dict[str, Path], tmp_path: Path) ->
         expected.optimizer,
         expected.random,
     )
+
+
+def test_an_index_of_before_spikes_were_judged(written: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(written["t1p1"], tmp_path / "source"))
+    values = json.loads((folder / "index.json").read_text())
+    del values["checksum"], values["spikes"]
+    (folder / "index.json").write_text(json.dumps({"checksum": _checksum(values)} | values))
+    assert reshard(folder, tmp_path / "out", "--from-ranks") == 0
+    assert verify(tmp_path / "out").spikes is None
 
 
 def test_weights_of_another_dtype(source: Path, written: dict[str, Path], tmp_path: Path) -> None:

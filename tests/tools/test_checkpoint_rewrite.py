@@ -119,7 +119,7 @@ def test_weights_only(bfloat16: tuple[Path, dict[str, np.ndarray]], tmp_path: Pa
     }
     assert_equal_arrays(read_arrays(tmp_path / "out"), expected)
     manifest = verify(tmp_path / "out")
-    assert (manifest.optimizer, manifest.random) == (None, {})
+    assert (manifest.optimizer, manifest.random, manifest.spikes) == (None, {}, None)
     assert manifest.step == 100
 
 
