@@ -67,6 +67,7 @@ class StepClock:
     def gradients_done(self) -> None:
         """The gradients and the loss are there, and the device has nothing left to do."""
         self._optimizer_begun = time.perf_counter()
+        self.work.add_up()
         self._late = 0.0
         if self._tail is not None:
             begun, ended, host = self._tail
@@ -108,8 +109,9 @@ class WorkClock:
         self._on_gpu = device.type == "cuda"
         self._is_running = False
         self._waited = 0.0  # for other ranks
-        self._work: list[tuple[Any, Any]] = []  # when passes began and ended
+        self._work: list[tuple[Any, Any]] = []  # when passes began and ended, since `add_up`
         self._schedules: list[tuple[Any, Any]] = []
+        self._seconds = [0.0, 0.0]  # of work and of schedules, before that
         self._timers: dict[str, Any] = {name: _Timer(self) for name in ("forward-compute", "backward-compute")}
 
     def __call__(self, name: str, log_level: int = 0) -> Any:
@@ -133,12 +135,17 @@ class WorkClock:
         if self._is_running:
             self._schedules.append((self._begun, self._mark(time.perf_counter())))
 
+    def add_up(self) -> None:
+        """Let go of the events of a step. On a GPU all of them must have passed."""
+        for place, pairs in enumerate((self._work, self._schedules)):
+            self._seconds[place] += sum(_between(*pair) for pair in pairs)
+            pairs.clear()
+
     def take(self) -> tuple[float, float]:
-        """Seconds of work and of schedules since the last call. On a GPU all of them must have ended."""
-        sums = tuple(sum(_between(*pair) for pair in pairs) for pairs in (self._work, self._schedules))
-        self._work.clear()
-        self._schedules.clear()
-        return sums[0], sums[1]
+        """Seconds of work and of schedules since the last call, up to the last `add_up`."""
+        work, schedule = self._seconds
+        self._seconds = [0.0, 0.0]
+        return work, schedule
 
     def _mark(self, now: float) -> Any:
         return _event() if self._on_gpu else now

@@ -80,6 +80,7 @@ def test_waits_for_others_are_no_work() -> None:
         torch.distributed.Work.wait()  # type: ignore[call-arg]
         time.sleep(0.05)
         clock("forward-compute").stop()
+    clock.add_up()
     work, _ = clock.take()
     assert 0.05 <= work < 0.15
     assert clock.take() == (0, 0)
@@ -92,7 +93,15 @@ def test_evaluations_are_not_timed() -> None:
     time.sleep(0.01)
     clock("backward-compute").stop()
     clock.end_schedule()
+    clock.add_up()
     assert clock.take() == (0, 0)
+
+
+def test_events_do_not_gather_over_steps() -> None:
+    clock = StepClock(torch.device("cpu"))
+    for _ in range(3):
+        step(clock, wait=0.0)
+        assert (clock.work._work, clock.work._schedules) == ([], [])
 
 
 def test_batches_end() -> None:
