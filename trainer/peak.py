@@ -20,7 +20,7 @@ class Peak:
 
 
 # By name of the device, the first that fits: bfloat16, TF32 and float32 without sparsity, TFLOP/s, by the makers' data
-# sheets at the boards' full power. MI300 and MI200 have float32 matrix units.
+# sheets at the boards' full power. MI300 and MI200 have float32 matrix units; a device is half of an MI250X.
 KNOWN = (
     (r"GB200", (2500.0, 1250.0, 80.0)),
     (r"B200", (2250.0, 1125.0, 75.0)),
@@ -39,7 +39,7 @@ KNOWN = (
     (r"RTX 4090", (165.2, 82.6, 82.6)),
     (r"RTX 3090", (71.0, 35.6, 35.6)),
     (r"MI300X|MI325X", (1307.4, 653.7, 163.4)),
-    (r"MI250X", (383.0, 95.7, 95.7)),
+    (r"MI250X", (191.5, 47.9, 47.9)),
     (r"MI210", (181.0, 45.3, 45.3)),
 )
 
