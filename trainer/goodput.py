@@ -21,6 +21,7 @@ class Goodput:
     """
 
     def __init__(self, folder: RunFolder, start: int):
+        self._folder = folder
         self._begun = _first_start(folder)
         self._at = {start: _trained_until(folder, start)}  # seconds at the start and at each save of this attempt
         self.trained_seconds = self._at[start]
@@ -43,6 +44,8 @@ class Goodput:
 
     def rewind(self, step: int) -> None:
         """The run goes back to a saved step: what it did after that does not count."""
+        if step not in self._at:  # an earlier attempt's
+            self._at[step] = _trained_until(self._folder, step)
         self.trained_seconds = self._at[step]
         self._at = {saved: seconds for saved, seconds in self._at.items() if saved <= step}
         self.resume()

@@ -201,11 +201,14 @@ class _Run:
                 text += ", as there is no checkpoint to go back to yet"
         else:
             spikes.rewinds += 1
-            fields |= {"back_to": back}
-            action, text = REWIND, f"back to step {back}, and on with the data after this batch"
+            fields |= {"back_to": back.step}
+            action, text = REWIND, f"back to step {back.step}, and on with the data after this batch"
+            if back.set_aside is not None:
+                text += f". From the checkpoint after that it comes no further: it is kept as {back.set_aside.name}"
         self.ledger.write(spike, action=action, **fields)
-        self.report.spike(position.step, f"SPIKE: {spike.text}; {text}", spikes, back)
-        return back
+        step = back.step if back is not None else None
+        self.report.spike(position.step, f"SPIKE: {spike.text}; {text}", spikes, step)
+        return step
 
 
 def implementations(config: Config, device: torch.device) -> dict[str, str]:

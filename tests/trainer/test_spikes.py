@@ -26,7 +26,7 @@ from griffin.trainer.data.dataset import Samples
 from griffin.trainer.spikes import GRAD_NORM, LOSS, NOT_FINITE, SpikeDetector, SpikeError
 from griffin.trainer.step import Training
 from tests.ranks import RankError, RankPool
-from tests.small_runs import metrics, run, saved_files, series, write_config
+from tests.small_runs import metrics, run, saved_files, saved_steps, series, write_config
 
 STEPS = 16
 BATCH = 8
@@ -295,6 +295,56 @@ def test_rewind_goes_on_from_the_checkpoint_with_the_data_after_the_spike(
         step: loss for step, loss in series(rewound, "loss").items() if step > 8
     }
     assert saved_files(expected, STEPS) == saved_files(rewound, STEPS)
+
+
+def test_rewind_takes_an_older_checkpoint_where_the_newest_leads_no_further(
+    rank_pool: RankPool, config_path: Path, tmp_path: Path
+) -> None:
+    """The batch of step 10 is noise, and the one after it, which comes next, at step 9."""
+    run_dir = tmp_path / "run"
+    rank_pool.run(disturbed_run, 2, config(config_path, "rewind", train__overlap="on"), run_dir, (10, 11))
+    lines = ledger(run_dir)
+    assert [(line["step"], line["back_to"]) for line in lines] == [(10, 8), (9, 4)]
+    (kept,) = [path.name for path in (run_dir / "checkpoints").iterdir() if "spiked" in path.name]
+    assert kept == "step-00000008.spiked-1"
+    console = (run_dir / "console.log").read_text()
+    assert f"From the checkpoint after that it comes no further: it is kept as {kept}\n" in console
+    assert saved_steps(run_dir) == [4, 8, 12, 16]
+    assert series(run_dir, "rewinds")[STEPS] == 2
+    trained = [line["trained_seconds"] for line in metrics(run_dir) if line["step"] == 5 and "loss" in line]
+    assert len(trained) == 2
+    manifest = read_manifest(run_dir / "checkpoints" / step_name(STEPS))
+    assert manifest.samples == 88 + (STEPS - 4) * BATCH
+    assert manifest.optimizer is not None
+    assert manifest.optimizer["step"] == STEPS
+
+
+def test_rewind_to_what_an_earlier_attempt_saved(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
+    """The newest one is lost meanwhile, and a later one is found again that was not complete at the start."""
+    run_dir = tmp_path / "run"
+    settings = {"optimizer__schedule": "constant"}
+    rank_pool.run(run, 1, config(config_path, "rewind", train__steps=8, **settings), run_dir)
+    later = run_dir / "checkpoints" / step_name(12)
+    shutil.copytree(run_dir / "checkpoints" / step_name(8), later)
+    edit(later, step=12)
+    (later / "zarr.json").rename(later / "lost")
+    rank_pool.run(run_that_loses_a_checkpoint, 1, config(config_path, "rewind", **settings), run_dir)
+    (line,) = ledger(run_dir)
+    assert (line["attempt"], line["step"], line["back_to"]) == (2, 10, 4)
+    assert series(run_dir, "trained_seconds")[STEPS] > 0
+
+
+def run_that_loses_a_checkpoint(ranks: Ranks, config: Config, run_dir: Path) -> bool:
+    root, make_step = run_dir / "checkpoints", Training.step
+
+    def step(training: Training, *args: Any, **others: Any) -> Any:
+        if training.steps_done == 9 and (root / step_name(8)).exists():
+            shutil.rmtree(root / step_name(8))
+            (root / step_name(12) / "lost").rename(root / step_name(12) / "zarr.json")
+        return make_step(training, *args, **others)
+
+    with mock.patch.object(Training, "step", step):
+        return disturbed_run(ranks, config, run_dir)
 
 
 def edit(folder: Path, **changes: Any) -> None:

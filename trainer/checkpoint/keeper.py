@@ -15,7 +15,7 @@ import torch
 
 from griffin.parallel.grid import Grid
 from griffin.trainer.checkpoint.lock import is_taken_over
-from griffin.trainer.checkpoint.manifest import newest_complete, read_manifest
+from griffin.trainer.checkpoint.manifest import CheckpointError, newest_complete, read_manifest, set_aside
 from griffin.trainer.checkpoint.saver import Outcome, Saver
 from griffin.trainer.checkpoint.source import Source
 from griffin.trainer.checkpoint.state import ShardedState
@@ -35,6 +35,14 @@ class Position:
 
     step: int = 0  # optimizer steps done
     samples: int = 0  # training samples that they took
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewound:
+    """Where a training has gone back to."""
+
+    step: int
+    set_aside: Path | None  # what has become of a newer checkpoint that was not good
 
 
 class Checkpoints:
@@ -82,6 +90,7 @@ class Checkpoints:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._staging.data_ptr(), size, 0))
         self._begun: int | None = None  # step of the last save that was begun
         self._ended: Outcome | None = None  # of the last save that has ended, as this rank knows
+        self._rewound: tuple[Path, int] | None = None  # checkpoint last gone back to, and the step that was left
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -109,15 +118,20 @@ class Checkpoints:
             self._spikes.restore(manifest.spikes)
         return Position(manifest.step, manifest.samples)
 
-    def rewind(self) -> int | None:
-        """Go back to the newest checkpoint of this run: its step, or None where there is none yet. A collective.
+    def rewind(self) -> Rewound | None:
+        """Go back to the last good checkpoint of this run; None where there is none yet. A collective.
+
+        That is the newest one, unless the training was there before and comes no further with other data: then what is
+        wrong is in it, it is set aside, and the one before it is taken, if there is any.
 
         Raises as `ShardedState.load`.
         """
         self._tell(self._saver.wait())
-        path = self._grid.all_gather(newest_complete(self._root)[0] if self._grid.is_first_rank else None)[0]
+        found = self._last_good() if self._grid.is_first_rank else (None, None)
+        path, aside = self._grid.all_gather(found)[0]
         if path is None:
             return None
+        self._rewound = path, self._training.steps_done
         manifest = read_manifest(path)
         self._state.load(path, manifest, everything=True)
         _set_random_state(manifest.random, self._grid.device)
@@ -125,7 +139,21 @@ class Checkpoints:
         if manifest.spikes is not None:
             self._spikes.restore(manifest.spikes, values_only=True)
         self._begun = None  # later steps are made, and saved, anew
-        return manifest.step
+        return Rewound(manifest.step, aside)
+
+    def _last_good(self) -> tuple[Path | None, Path | None]:
+        """The checkpoint to go back to, and where a newer one is kept that was set aside. For rank 0."""
+        here = self._training.steps_done
+        newest, _ = newest_complete(self._root, before=here)
+        if newest is None or self._rewound is None or self._rewound[0] != newest or here > self._rewound[1]:
+            return newest, None
+        older, _ = newest_complete(self._root, before=read_manifest(newest).step)
+        if older is None or (self._lock is not None and is_taken_over(*self._lock)):
+            return newest, None
+        try:
+            return older, set_aside(newest, "spiked")
+        except CheckpointError:  # it cannot be renamed, and would be the one that the run is continued from
+            return newest, None
 
     def is_due(self, step: int) -> bool:
         """Every `checkpoint.interval` steps, and at the end of the training."""

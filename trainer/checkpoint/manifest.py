@@ -159,11 +159,20 @@ def commit(tmp: Path, manifest: Manifest, final: Path | None = None) -> Path:
     with naming(final):
         synchronise(tmp)
         if final.exists():
-            aside = (final.with_name(f"{final.name}.damaged-{count}") for count in itertools.count(1))
-            final.rename(next(path for path in aside if not path.exists()))
+            set_aside(final, "damaged")
         tmp.rename(final)
         synchronise(final.parent)
     return final
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a step to `step-....WHY-1` or so, which is no step's name; returns where it is kept."""
+    names = (folder.with_name(f"{folder.name}.{why}-{count}") for count in itertools.count(1))
+    kept = next(path for path in names if not path.exists())
+    with naming(folder):
+        folder.rename(kept)
+        synchronise(folder.parent)
+    return kept
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
@@ -318,10 +327,12 @@ def steps(root: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), entry) for match, entry in found)
 
 
-def newest_complete(root: Path) -> tuple[Path | None, list[CheckpointError]]:
-    """The newest step that passes `check`, and what is wrong with the newer ones."""
+def newest_complete(root: Path, before: int | None = None) -> tuple[Path | None, list[CheckpointError]]:
+    """The newest step (`before` that one, if given) that passes `check`, and what is wrong with the newer ones."""
     damaged = []
-    for _, folder in reversed(steps(root)):
+    for step, folder in reversed(steps(root)):
+        if before is not None and step >= before:
+            continue
         try:
             check(folder)
         except CheckpointError as error:

@@ -222,6 +222,8 @@ def test_newest_complete(root):
     folders = [save_step(root, step, arrays=FEW) for step in (1, 2, 3, 4)]
     begin(root, 5)
     assert newest_complete(root) == (folders[3], [])
+    assert newest_complete(root, before=4) == (folders[2], [])
+    assert newest_complete(root, before=1) == (None, [])
     damage(folders[3])
     (folders[2] / "manifest.json").unlink()
     damage(folders[0])
