@@ -33,9 +33,9 @@ def one_run(state: RunState, *, blocks: bool = True) -> RenderableType:
     bar = Table.grid(expand=True)
     bar.add_row(ProgressBar(total=max(state.steps, 1), completed=state.step))
     parts: list[RenderableType] = [_head(state), bar, figures]
-    if layers := _layers(state):
-        parts.append(layers)
     parts += _events(state)
+    if layers := _layers(state):  # last: a terminal may not have as many lines as a model has layers
+        parts.append(layers)
     return Group(*parts)
 
 

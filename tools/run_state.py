@@ -63,7 +63,7 @@ class RunReader:
             raise ValueError(f"{path}: not a run folder; it has no {folder.config.name}")
         self._folder = folder
         self._metrics = Follower(folder.metrics)
-        self._ledger = Follower(path / "ledger.jsonl", 2**16)
+        self._ledger = Follower(folder.ledger, 2**16)
         self._figures: dict[str, float] = {}
         self._losses: deque[tuple[int, float]] = deque(maxlen=HISTORY)
         self._events: deque[Mapping[str, Any]] = deque(maxlen=EVENTS)
@@ -76,11 +76,12 @@ class RunReader:
         self._events.extend(self._ledger.read())
         folder = RunFolder(self._folder.path, _attempt(self._folder.path))
         config = _config(folder.config)
+        steps = config.get("train", {}).get("steps")
+        steps = steps if isinstance(steps, int) else 0
         checkpoint = _newest_checkpoint(folder.checkpoints)
         step = max(self._step, checkpoint[0] if checkpoint else 0) if not self._figures else self._step
-        steps = int(config.get("train", {}).get("steps", 0))
         said = _last_lines(folder.console)
-        hangs = _names(folder.path / "hangs")
+        hangs = _names(folder.hangs)
         status, detail = self._status(folder, config, step, steps, said)
         return RunState(
             path=folder.path,
@@ -95,8 +96,8 @@ class RunReader:
             checkpoint=checkpoint,
             events=list(self._events),
             hangs=hangs,
-            hang=_head(folder.path / "hangs" / hangs[-1] / "report.txt") if hangs else [],
-            stragglers=_json(folder.path / "stragglers.json"),
+            hang=_head(folder.hangs / hangs[-1] / "report.txt") if hangs else [],
+            stragglers=_json(folder.stragglers),
             said=said[-1] if said else "",
         )
 
@@ -104,6 +105,7 @@ class RunReader:
         step = line.pop("step", None)
         if not isinstance(step, int):
             return
+        line = {key: value for key, value in line.items() if value is None or isinstance(value, int | float)}
         if "loss" in line:
             while self._losses and self._losses[-1][0] >= step:  # the run has gone back
                 self._losses.pop()
@@ -112,17 +114,22 @@ class RunReader:
             self._step = step
         if "eval_loss" in line:
             self._evaluation = step
-        self._time = line.pop("time", self._time)
+        self._time = line.pop("time", None) or self._time
         line.pop("attempt", None)
         self._figures.update(line)
 
     def _status(
         self, folder: RunFolder, config: Mapping[str, Any], step: int, steps: int, said: Sequence[str]
     ) -> tuple[str, str]:
+        if not folder.path.is_dir():
+            return EMPTY, "its folder is gone"
+        hung = any(
+            name.endswith(f"-attempt-{folder.attempt}") for name in _names(folder.hangs)
+        )  # which ends an attempt
         try:
             text, touched = folder.lock.read_bytes(), folder.lock.stat().st_mtime
         except OSError:
-            return _without_lock(folder, step, steps, said)
+            return (HUNG, "") if hung else _without_lock(folder, step, steps, said)
         now = time.time()
         owner = Owner.parse(text)
         who = "a run that does not name itself" if owner is None else f"{owner.user} on {owner.host}"
@@ -131,13 +138,14 @@ class RunReader:
         age = max(0.0, now - touched)  # another machine's clock may be ahead
         ended = None if owner is None else owner.has_ended(Owner.current())
         if ended or (ended is None and age > PATIENCE_SECONDS):
-            return GONE, f"{who}; last sign of life {duration(age)} ago, its lock was left behind"
+            return HUNG if hung else GONE, f"{who}; last sign of life {duration(age)} ago, its lock was left behind"
         heard = max(self._time, _changed(folder.console), _changed(folder.config))
         quiet = max(0.0, now - heard)
         expected = self._figures.get("step_seconds") or 0.0
-        expected *= config.get("log", {}).get("interval", 1)
+        interval = config.get("log", {}).get("interval")
+        expected *= interval if isinstance(interval, int) else 1
         detail = f"{who}; last figures {duration(quiet)} ago"
-        if any(_changed(folder.path / "hangs" / name) > heard for name in _names(folder.path / "hangs")):
+        if hung:
             return HUNG, detail
         return (SILENT if quiet > max(SILENT_SECONDS, 3 * expected) else RUNNING), detail
 
@@ -156,7 +164,8 @@ def duration(seconds: float) -> str:
 def _without_lock(folder: RunFolder, step: int, steps: int, said: Sequence[str]) -> tuple[str, str]:
     if not said:
         return EMPTY, ""
-    if any(line.startswith("Traceback ") for line in said):
+    begins = [place for place, line in enumerate(said) if line.startswith("Run folder: ")]  # an attempt, or ends it
+    if any(line.startswith("Traceback ") for line in said[begins[-1] if begins else 0 :]):
         return FAILED, ""
     if steps and step >= steps:
         return FINISHED, f"{duration(max(0.0, time.time() - _changed(folder.console)))} ago"
@@ -164,13 +173,18 @@ def _without_lock(folder: RunFolder, step: int, steps: int, said: Sequence[str])
 
 
 def _attempt(path: Path) -> int:
-    names = (re.fullmatch(r"config\.attempt-(\d+)\.toml", name) for name in os.listdir(path))
+    try:
+        names = [re.fullmatch(r"config\.attempt-(\d+)\.toml", name) for name in os.listdir(path)]
+    except OSError:
+        return 1
     return max((int(match[1]) for match in names if match), default=1)
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path) -> dict[str, dict[str, Any]]:
+    """Its sections."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return {name: section for name, section in values.items() if isinstance(section, dict)}
     except (OSError, ValueError):  # it is just being written
         return {}
 
@@ -184,7 +198,7 @@ def _newest_checkpoint(root: Path) -> tuple[int, float] | None:
         return None
 
 
-def _last_lines(path: Path, size: int = 8192) -> list[str]:
+def _last_lines(path: Path, size: int = 2**16) -> list[str]:
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - size))

@@ -47,7 +47,10 @@ class Follower:
         self._file: tuple[int, int] | None = None  # identity
 
     def read(self) -> list[dict[str, Any]]:
-        """The objects of the complete lines since the last call. A file that was replaced is read anew."""
+        """The objects of the complete lines since the last call. A file that was replaced is read anew.
+
+        There are none where it cannot be read.
+        """
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -60,6 +63,8 @@ class Follower:
                 data = file.read()
         except FileNotFoundError:
             self._place = None
+            return []
+        except OSError:  # as a network file system has now and then; the next call finds out
             return []
         lines = data.split(b"\n")
         self._file, self._place = identity, place + len(data) - len(lines[-1])

@@ -133,6 +133,14 @@ def test_a_run_without_news_is_silent_and_then_hung(run_dir: Path) -> None:
     assert state.status == HUNG
     assert list(state.hangs) == ["step-00000004-attempt-1"]
     assert list(state.hang) == ["HANG: step 4 takes more than 600 s", "Ranks that lag:", "  rank 3 on n17"]
+    with (run_dir / "console.log").open("a") as file:  # as the watchdog does, before the process leaves
+        file.write("HANG: step 4 takes more than 600 s\n")
+    assert reader.read().status == HUNG
+    lock(run_dir, process_started=1)
+    assert reader.read().status == HUNG, "and ended"
+    shutil.copy(run_dir / "config.toml", run_dir / "config.attempt-2.toml")
+    lock(run_dir)
+    assert reader.read().status == RUNNING, "the next attempt"
 
 
 def test_a_run_without_lock_stopped_or_failed(run_dir: Path) -> None:
@@ -144,6 +152,31 @@ def test_a_run_without_lock_stopped_or_failed(run_dir: Path) -> None:
         file.write("Traceback (most recent call last):\n  somewhere\nNonFiniteError: step 13: loss nan\n")
     state = reader.read()
     assert (state.status, state.said) == (FAILED, "NonFiniteError: step 13: loss nan")
+    with (run_dir / "console.log").open("a") as file:
+        file.write(f"Run folder: {run_dir}, attempt 2\nStopped on request\n")
+    assert reader.read().status == STOPPED, "the attempt that failed was an earlier one"
+
+
+def test_what_no_run_writes_is_passed_over(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd: dict[str, Any] = {
+        "time": None,
+        "loss": "low",
+        "eval_loss": [1],
+        "step_seconds": {},
+        "grad_norm/mlp": "x",
+        "mfu": None,
+    }
+    append(run_dir / "metrics.jsonl", {"step": 12} | odd)
+    append(run_dir / "ledger.jsonl", {"time": "now", "step": None, "kind": ["[red]"]})
+    (run_dir / "config.toml").write_text('train = 3\n[log]\ninterval = "often"\n')
+    lock(run_dir)
+    assert "not finite" in shown(capsys, run_dir)
+    (run_dir / "metrics.jsonl").unlink()
+    (run_dir / "metrics.jsonl").mkdir()
+    assert RunReader(run_dir).read().status == RUNNING
+    reader = RunReader(run_dir)
+    shutil.rmtree(run_dir)
+    assert reader.read().detail == "its folder is gone"
 
 
 def test_what_is_added_shows(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
