@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
     from griffin.tools.run_state import RunReader
 
@@ -42,20 +42,22 @@ def run(args: argparse.Namespace) -> int:
     terminal = sys.stdout.isatty()
     console = Console(width=None if terminal else WIDTH, highlight=False)
     if args.once or not terminal:
-        console.print(show(readers, console.encoding))
+        console.print(show(readers, console))
         return 0
     try:
-        with Live(show(readers, console.encoding), console=console, screen=True, auto_refresh=False) as live:
+        with Live(show(readers, console), console=console, screen=True, auto_refresh=False) as live:
             while True:
                 time.sleep(args.interval)
-                live.update(show(readers, console.encoding), refresh=True)
+                live.update(show(readers, console), refresh=True)
     except KeyboardInterrupt:  # how a person leaves it
         return 0
 
 
-def show(readers: Sequence[RunReader], encoding: str) -> RenderableType:
-    """One run in full, or a line for each of several. `encoding` is what the output can show."""
+def show(readers: Sequence[RunReader], console: Console) -> RenderableType:
+    """One run in full, or a line for each of several, as the console can show it."""
     from griffin.tools.monitor_view import one_run, several_runs
 
     states = [reader.read() for reader in readers]
-    return one_run(states[0], blocks=encoding.startswith("utf")) if len(states) == 1 else several_runs(states)
+    if len(states) > 1:
+        return several_runs(states)
+    return one_run(states[0], blocks=console.encoding.startswith("utf"), width=console.width)

@@ -16,19 +16,22 @@ from griffin.tools.run_state import FAILED, FINISHED, GONE, HUNG, RUNNING, SILEN
 COLOURS = {RUNNING: "green", FINISHED: "green", SILENT: "yellow", HUNG: "red", GONE: "red", FAILED: "red"}
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARKS = 60  # losses that are drawn
+WIDE = 100  # columns that two figures beside each other take
 ABSENT = "-"
+SPIKES = {"skipped_updates": "{:.0f} skipped", "rewinds": "{:.0f} rewound"}
 PARTS = {"forward-backward": "forward_backward", "optimizer": "optimizer", "data wait": "data_wait", "rest": "other"}
 
 
-def one_run(state: RunState, *, blocks: bool = True) -> RenderableType:
-    """All of it; with `blocks`, losses are drawn with block characters."""
+def one_run(state: RunState, *, blocks: bool = True, width: int = WIDE) -> RenderableType:
+    """All of it, for a terminal of so many columns; with `blocks`, losses are drawn with block characters."""
     figures = Table.grid(padding=(0, 3))
-    for _ in range(2):
+    training, machine = _training(state, blocks), _machine(state)
+    columns = (training, machine) if width >= WIDE else ([*training, *machine],)
+    for _ in columns:
         figures.add_column(style="bold", no_wrap=True)
         figures.add_column(overflow="fold")
-    left, right = _training(state, blocks), _machine(state)
-    for place in range(max(len(left), len(right))):
-        row = [pair for column in (left, right) for pair in (column[place] if place < len(column) else ("", ""))]
+    for place in range(max(map(len, columns))):
+        row = [pair for column in columns for pair in (column[place] if place < len(column) else ("", ""))]
         figures.add_row(*map(Text, row))
     bar = Table.grid(expand=True)
     bar.add_row(ProgressBar(total=max(state.steps, 1), completed=state.step))
@@ -43,11 +46,12 @@ def several_runs(states: Sequence[RunState]) -> Table:
     """A line for each."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("run", "state", "step", "left", "loss", "eval", "tokens/s", "MFU", "goodput", "restarts"):
-        table.add_column(title, justify="left" if title in ("run", "state") else "right")
+        is_run = title == "run"  # what gives way where the terminal is narrow
+        table.add_column(title, justify="left" if is_run or title == "state" else "right", no_wrap=not is_run)
     for state in states:
         find = _Find(state.figures)
         table.add_row(
-            Text(str(state.path)),
+            Text(str(state.path), overflow="fold"),
             Text(state.status, COLOURS.get(state.status, "")),
             f"{state.step:,}/{state.steps:,}",
             _left(state),
@@ -137,7 +141,8 @@ def _machine(state: RunState) -> list[tuple[str, str]]:
         ("slowest replica", find("data_parallel_imbalance", "{:.2f} x the mean".format)),
         ("memory (GiB)", memory or ABSENT),
         ("goodput", find("goodput", "{:.1%}".format)),
-        ("restarts", f"{state.attempt - 1}; skipped updates {find('skipped_updates', '{:.0f}'.format)}"),
+        ("restarts", str(state.attempt - 1)),
+        ("spikes", ", ".join(find(name, form.format) for name, form in SPIKES.items())),
         ("checkpoint", checkpoint),
     ]
 

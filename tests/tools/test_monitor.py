@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from griffin.tools.cli import main
-from griffin.tools.monitor_view import sparkline
+from griffin.tools.monitor_view import one_run, several_runs, sparkline
 from griffin.tools.run_state import FAILED, FINISHED, GONE, HUNG, RUNNING, SILENT, STOPPED, RunReader, duration
 from griffin.trainer.checkpoint.lock import Owner
 from griffin.trainer.config import load_config
@@ -75,7 +76,7 @@ def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> N
         "MFU",
         "forward-backward",
         "goodput",
-        "0; skipped updates 0",
+        "0 skipped, 0 rewound",
         "step 12, ",
         "layer-00",
         "layer-02",
@@ -232,6 +233,17 @@ def test_a_terminal_shows_what_is_new_until_interrupted(run_dir: Path) -> None:
         finally:
             process.kill()
             os.close(terminal)
+
+
+def test_a_narrow_terminal_shows_all_figures(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = RunReader(finished).read()
+    for width in (60, 40):
+        Console(width=width).print(one_run(state, width=width))
+        text = " ".join(capsys.readouterr().out.split())
+        for words in (f"loss {state.figures['loss']:.4f} nats", "goodput", "step time", "tokens/s"):
+            assert words in text, (width, words)
+    Console(width=80).print(several_runs([state]))
+    assert f"{state.figures['tokens_per_second']:,.0f}" in capsys.readouterr().out
 
 
 def read_until(terminal: int, words: str) -> None:
