@@ -89,6 +89,8 @@ class Stragglers:
     def note(self, step: int, seconds: Sequence[float]) -> str | None:
         """Write down the work of a logged step, of every rank. The line that it is worth, if any; see `complaint`."""
         if len(seconds) == 1:
+            with suppress(OSError):  # of an earlier attempt on more ranks
+                self._path.unlink(missing_ok=True)
             return None
         work = Work(step=step, seconds=tuple(seconds), layout=self._layout, hosts=self._hosts)
         work.write(self._path)
