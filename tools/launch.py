@@ -234,13 +234,14 @@ def run_local(args: argparse.Namespace) -> int:
         args.run_dir = default_run_folder(args.config, load_config(args.config, args.overrides))
     checkpoints = RunFolder(args.run_dir).checkpoints
     start = start_local(args)
-    failures, newest = 0, _newest(checkpoints)
+    failures, best = 0, _newest(checkpoints)
     while True:
         exit_code = start()
         if exit_code in ENDS:
             return exit_code
-        before, newest = newest, _newest(checkpoints)
-        failures = 1 if newest != before else failures + 1
+        newest = _newest(checkpoints)
+        is_newer = newest is not None and (best is None or newest > best)  # a run can go back, and set one aside
+        failures, best = (1, newest) if is_newer else (failures + 1, best)
         at = "no checkpoint" if newest is None else f"the checkpoint of step {newest}"
         if failures > args.max_restarts:
             _say(f"failed {failures} times in a row with {at} as the newest: not tried again")

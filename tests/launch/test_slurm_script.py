@@ -293,6 +293,19 @@ def test_failures_are_tried_again_while_there_is_progress(tmp_path: Path) -> Non
     assert lines[1].endswith(" code 86 newest none")
 
 
+def test_a_run_that_went_back_has_made_no_progress(tmp_path: Path) -> None:
+    pretended = Pretended(tmp_path, "1 step-00000008", "1", "1", max_restarts=2)
+    assert pretended.run() == 1
+    checkpoints = tmp_path / "run/checkpoints"
+    (checkpoints / "step-00000004").mkdir()
+    (checkpoints / "step-00000008").rename(checkpoints / "step-00000008.spiked-1")
+    assert pretended.run() == 1
+    assert "failure 2 with no checkpoint newer than step-00000004" in pretended.said
+    (checkpoints / "step-00000008").mkdir()
+    assert pretended.run() == 1
+    assert "failed with exit code 1, 3 times in a row with no checkpoint newer than step-00000008" in pretended.said
+
+
 def test_failure_that_cannot_be_noted_is_the_last(tmp_path: Path) -> None:
     pretended = Pretended(tmp_path, "137")
     (tmp_path / "run/launch/job-7.failures").mkdir()
