@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -26,7 +27,7 @@ from griffin.trainer.data.dataset import Samples
 from griffin.trainer.spikes import GRAD_NORM, LOSS, NOT_FINITE, SpikeDetector, SpikeError
 from griffin.trainer.step import Training
 from tests.ranks import RankError, RankPool
-from tests.small_runs import metrics, run, saved_files, saved_steps, series, write_config
+from tests.small_runs import kill_this_process, metrics, run, saved_files, saved_steps, series, write_config
 
 STEPS = 16
 BATCH = 8
@@ -317,6 +318,34 @@ def test_rewind_takes_an_older_checkpoint_where_the_newest_leads_no_further(
     assert manifest.samples == 88 + (STEPS - 4) * BATCH
     assert manifest.optimizer is not None
     assert manifest.optimizer["step"] == STEPS
+
+
+def killed_run(ranks: Ranks, config: Config, run_dir: Path, steps: tuple[int, ...], at: int) -> bool:
+    """As `disturbed_run`; the process is killed before it makes its `at`-th step."""
+    make_step, count = Training.step, itertools.count(1)
+
+    def step(training: Training, *args: Any, **others: Any) -> Any:
+        if next(count) == at:
+            kill_this_process()
+        return make_step(training, *args, **others)
+
+    with mock.patch.object(Training, "step", step):
+        return disturbed_run(ranks, config, run_dir, steps)
+
+
+@pytest.mark.parametrize("at", [11, 13])
+def test_a_run_that_is_killed_after_it_went_back_ends_with_the_same_bits(
+    rank_pool: RankPool, config_path: Path, tmp_path: Path, at: int
+) -> None:
+    """Step 11 is the first after the return to step 8, step 13 the second after that to step 4."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = config(config_path, "rewind")
+    rank_pool.run(disturbed_run, 1, settings, whole, (10, 11))
+    with pytest.raises(RankError, match="the process died"):
+        rank_pool.run(killed_run, 1, settings, killed, (10, 11), at)
+    rank_pool.run(disturbed_run, 1, settings, killed, (10, 11))
+    assert saved_files(killed, STEPS) == saved_files(whole, STEPS)
+    assert series(killed, "rewinds")[STEPS] == series(whole, "rewinds")[STEPS] == 2
 
 
 def test_rewind_to_what_an_earlier_attempt_saved(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
