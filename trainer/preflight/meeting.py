@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
@@ -83,6 +84,15 @@ class Meeting:
             raise
         self._put(key, answer)
         return answer
+
+    def part(self) -> None:
+        """After a failure, the others stay until rank 0 has called this: a launcher ends all ranks when one leaves."""
+        key = "griffin/preflight/parting"
+        if self._place.rank == 0:
+            self._store.set(key, "")
+        else:
+            with suppress(dist.DistError):  # rank 0 hangs, or has left with the store that it served
+                self._store.wait([key], timedelta(seconds=2 * GRACE_SECONDS))
 
     def _put(self, key: str, value: object) -> None:
         self._store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # it takes bytes as well
