@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -113,10 +113,19 @@ def rank_grid(
     )
     with _model_parallel(layout, timeout):
         yield _read(device, store)
-    # Not after an error: the other ranks may be in a collective, and waiting for them would be in vain. Together:
-    # srun ends the others when one has ended with the code of a stop, and none may have anything left to do then.
+    # Not after an error: the other ranks may be in a collective, and waiting for them would be in vain.
     dist.barrier()
     dist.destroy_process_group()
+    _leave_together(store, ranks.world_size)
+
+
+def _leave_together(store: dist.Store, world_size: int) -> None:
+    """Wait until all ranks have come here. srun ends the others when one has ended with the code of a stop, and none
+    may have anything left to do then; but stopping NCCL takes some longer than others."""
+    with suppress(dist.DistError):  # rank 0 may have left already, with the store that it serves
+        if store.add("griffin/left", 1) == world_size:
+            store.set("griffin/all have left", "")
+        store.wait(["griffin/all have left"], datetime.timedelta(seconds=30))
 
 
 @contextmanager

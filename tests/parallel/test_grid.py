@@ -120,3 +120,20 @@ def test_a_failure_inside_leaves_no_process_group() -> None:
     with pytest.raises(ZeroDivisionError), single_rank_grid():
         _ = 1 / 0
     assert not dist.is_initialized()
+
+
+def when_left(ranks: Any) -> float:
+    stop = dist.destroy_process_group
+
+    def stop_slowly() -> None:
+        stop()
+        time.sleep(2.0 * ranks.rank)
+
+    with patch.object(dist, "destroy_process_group", stop_slowly), rank_grid(ParallelConfig(), ranks):
+        pass
+    return time.monotonic()
+
+
+def test_ranks_leave_together(rank_pool: RankPool) -> None:
+    first, second = rank_pool.run(when_left, 2)
+    assert abs(first - second) < 1
