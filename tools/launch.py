@@ -177,6 +177,8 @@ def run_slurm(args: argparse.Namespace) -> int:
     script = render(job, files)
 
     folder.mkdir(parents=True, exist_ok=True)
+    if args.container and config.data.cache:  # what is mounted must be there
+        Path(config.data.cache).mkdir(parents=True, exist_ok=True)
     if args.snapshot:
         code.write_snapshot(folder / f"code{number}")
     code.write_version(folder / f"code{number}.json")

@@ -85,6 +85,15 @@ def test_changes_in_any_encoding_are_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert note.read_bytes() == "Größe\r\n".encode("latin-1")
 
 
+def test_what_a_container_mounts_is_there(config: Path) -> None:
+    words = ["--container", "lab/griffin:1", "--run-dir", "run", "--data.cache=indexes/a"]
+    assert main(["launch", "slurm", str(config), *JOB, *words]) == 0
+    script = (config.parent / "run/launch/job.sbatch").read_text()
+    mounts = script.partition('--container-mounts="')[2].partition('"')[0].split(",")
+    assert f"{config.parent}/indexes/a:{config.parent}/indexes/a" in mounts
+    assert all(Path(mount.partition(":")[0]).is_dir() for mount in mounts)
+
+
 def test_snapshot_is_what_the_job_imports(config: Path) -> None:
     assert main(["launch", "slurm", str(config), *JOB, "--run-dir", "run", "--snapshot"]) == 0
     folder = config.parent / "run/launch"
