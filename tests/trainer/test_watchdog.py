@@ -347,6 +347,11 @@ def test_culprits() -> None:
         state(1, collectives=(collective("a", 4, pending=False), collective("b", 9, pending=True))),
         state(2, collectives=(collective("b", 8, pending=False),)),
     ) == ["rank 2"]
+    # 0 and 1 have entered their collectives in different orders.
+    assert named(
+        state(0, collectives=(collective("a", 5, pending=True), collective("b", 8, pending=False))),
+        state(1, collectives=(collective("a", 4, pending=False), collective("b", 9, pending=True))),
+    ) == ["rank 0", "rank 1"]
     # All in the same collective: nobody is behind.
     assert named(*(state(rank, collectives=(collective("a", 5, pending=True),)) for rank in range(3))) == []
 
