@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -116,16 +117,22 @@ def rank_grid(
     # Not after an error: the other ranks may be in a collective, and waiting for them would be in vain.
     dist.barrier()
     dist.destroy_process_group()
-    _leave_together(store, ranks.world_size)
+    _leave_together(store, ranks)
 
 
-def _leave_together(store: dist.Store, world_size: int) -> None:
+def _leave_together(store: dist.Store, ranks: Ranks) -> None:
     """Wait until all ranks have come here. srun ends the others when one has ended with the code of a stop, and none
     may have anything left to do then; but stopping NCCL takes some longer than others."""
-    with suppress(dist.DistError):  # rank 0 may have left already, with the store that it serves
-        if store.add("griffin/left", 1) == world_size:
-            store.set("griffin/all have left", "")
-        store.wait(["griffin/all have left"], datetime.timedelta(seconds=30))
+    deadline = time.monotonic() + 30.0
+    with suppress(dist.DistError):  # a rank has been ended
+        if store.add("griffin/leaving", 1) == ranks.world_size:
+            store.set("griffin/all are leaving", "")
+        store.wait(["griffin/all are leaving"], datetime.timedelta(seconds=30))
+        if ranks.rank != 0:
+            store.add("griffin/left", 1)
+            return
+        while store.add("griffin/left", 0) < ranks.world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.005)  # rank 0 may serve the store: it is the last
 
 
 @contextmanager

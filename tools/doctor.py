@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -88,10 +89,13 @@ def _leave_after_report(ranks: Ranks, findings: Sequence[Finding]) -> NoReturn:
     """End this rank once rank 0 has reported: a launcher ends all when one leaves. If it never does, others report."""
     import torch.distributed as dist
 
-    with suppress(dist.DistNetworkError):  # rank 0 served the store, and has left
+    from griffin.trainer.preflight.meeting import HEARING_SECONDS
+
+    with suppress(dist.DistNetworkError):  # rank 0 is gone, and the store that it served
         store = ranks.another_connection(timedelta(seconds=REPORT_SECONDS))
         if ranks.rank == 0:
             store.set("griffin/doctor/reported", "")
+            time.sleep(HEARING_SECONDS)
             leave(1)
         try:
             store.wait(["griffin/doctor/reported"], timedelta(seconds=REPORT_SECONDS))

@@ -20,6 +20,7 @@ R = TypeVar("R")
 
 POLL_SECONDS = 0.005
 GRACE_SECONDS = 5.0  # beyond the limit, for rank 0 to name who was late, and for the others to hear of a failure
+HEARING_SECONDS = 0.5  # in which ranks that wait for a word of rank 0 hear it
 NAMED_HOSTS = 8  # of which a message lists the ranks
 
 
@@ -90,8 +91,9 @@ class Meeting:
         key = "griffin/preflight/parting"
         if self._place.rank == 0:
             self._store.set(key, "")
+            time.sleep(HEARING_SECONDS)  # it may serve the store
         else:
-            with suppress(dist.DistError):  # rank 0 hangs, or has left with the store that it served
+            with suppress(dist.DistError):  # rank 0 hangs, or is gone
                 self._store.wait([key], timedelta(seconds=2 * GRACE_SECONDS))
 
     def _put(self, key: str, value: object) -> None:
