@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -95,12 +96,14 @@ def rank_grid(
     """Start torch.distributed and megatron-core's process groups, and stop both at the end.
 
     NCCL is used where there is a GPU, gloo elsewhere. The world size must be a multiple of `layout.model_ranks`.
+    RuntimeError on a rank that sees a GPU where others see none, or the reverse.
     """
     # Read when CUDA starts: kernels then run in the order of their launch, which overlapping megatron-core's
     # tensor-parallel communication with computation relies on.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = host.device(ranks.local_rank)
     store = ranks.store()
+    _agree_on_backend(store, ranks.rank, _backend(device))
     host.install()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -118,6 +121,15 @@ def rank_grid(
     dist.barrier()
     dist.destroy_process_group()
     _leave_together(store, ranks)
+
+
+def _agree_on_backend(store: dist.Store, rank: int, backend: str) -> None:
+    """A rank whose GPUs have failed falls back to gloo: NCCL of the others would wait for it without end."""
+    mine = f"{backend} rank {rank} on {socket.gethostname()}"
+    theirs, _, other = store.compare_set("griffin/backend", "", mine).decode().partition(" ")
+    if theirs != backend:
+        sees = {"nccl": "sees a GPU", "gloo": "sees no GPU"}
+        raise RuntimeError(f"{mine.partition(' ')[2]} {sees[backend]}, but {other} {sees[theirs]}")
 
 
 def _leave_together(store: dist.Store, ranks: Ranks) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from griffin.parallel import grid as grid_module
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.grid import rank_grid, single_rank_grid
-from tests.ranks import RankPool
+from tests.ranks import RankError, RankPool
 
 
 def place(ranks: Any, layout: ParallelConfig) -> dict[str, Any]:
@@ -137,3 +137,20 @@ def when_left(ranks: Any) -> float:
 def test_ranks_leave_together(rank_pool: RankPool) -> None:
     first, second = rank_pool.run(when_left, 2)
     assert abs(first - second) < 1
+
+
+def without_gpu(ranks: Any) -> None:
+    backend = "gloo" if ranks.rank == 1 else "nccl"
+    if ranks.rank == 1:
+        time.sleep(1)  # then it is this rank that finds out
+    with (
+        patch.object(grid_module, "_backend", lambda device: backend),
+        patch.object(dist, "init_process_group", lambda *args, **kwargs: time.sleep(60)),
+        rank_grid(ParallelConfig(), ranks),
+    ):
+        pass
+
+
+def test_a_rank_that_has_lost_its_gpus_ends_the_start(rank_pool: RankPool) -> None:
+    with pytest.raises(RankError, match=r"rank 1 on \S+ sees no GPU, but rank 0 on \S+ sees a GPU"):
+        rank_pool.run(without_gpu, 2)
