@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 # A rank that waits for another's slow but healthy work (building an index, say) asks again this often.
 _POLL = datetime.timedelta(seconds=20)
+START_SECONDS = 15 * 60.0  # for a thousand ranks to connect, which takes a minute or two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,20 +109,34 @@ def rank_grid(
     host.install()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        _backend(device),
-        store=store,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
-    with _model_parallel(layout, timeout):
+    with ExitStack() as stack:
+        with _starting():
+            dist.init_process_group(
+                _backend(device),
+                store=store,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
+            stack.enter_context(_model_parallel(layout, timeout))
+            dist.barrier()  # the first collective makes connections too
         yield _read(device, store)
     # Not after an error: the other ranks may be in a collective, and waiting for them would be in vain.
     dist.barrier()
     dist.destroy_process_group()
     _leave_together(store, ranks)
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """NCCL makes its connections without a time limit: here is one, after which this process leaves its stacks on
+    stderr and ends with exit code 1."""
+    faulthandler.dump_traceback_later(START_SECONDS, file=2, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _agree_on_backend(store: dist.Store, rank: int, backend: str) -> None:

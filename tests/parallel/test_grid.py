@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -154,3 +157,27 @@ def without_gpu(ranks: Any) -> None:
 def test_a_rank_that_has_lost_its_gpus_ends_the_start(rank_pool: RankPool) -> None:
     with pytest.raises(RankError, match=r"rank 1 on \S+ sees no GPU, but rank 0 on \S+ sees a GPU"):
         rank_pool.run(without_gpu, 2)
+
+
+def test_connections_that_never_come_end_the_process() -> None:
+    code = """
+import time
+import torch.distributed as dist
+from griffin.launch.ranks import discover
+from griffin.parallel import grid
+from griffin.parallel.config import ParallelConfig
+grid.START_SECONDS = 1.0
+def never_connected(*args, **kwargs):
+    time.sleep(600)
+dist.init_process_group = never_connected
+with grid.rank_grid(ParallelConfig(), discover()):
+    pass
+"""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | place, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1
+    assert "in never_connected" in done.stderr
