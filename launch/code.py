@@ -20,11 +20,11 @@ def write_version(path: Path) -> None:
     """Write what the code is to the new file `path`; beside it, as .diff, what changed since its commit."""
     version: dict[str, Any] = {"version": griffin.__version__, "package": str(PACKAGE)}
     root = (PACKAGE / "trainer").resolve().parent
-    if _git(root, "rev-parse", "--show-toplevel") == f"{root}\n":
-        version["commit"] = (_git(root, "rev-parse", "HEAD") or "").strip()
-        version["untracked"] = (_git(root, "ls-files", "--others", "--exclude-standard") or "").splitlines()
+    if _git(root, "rev-parse", "--show-toplevel") == os.fsencode(f"{root}\n"):
+        version["commit"] = "".join(_lines(_git(root, "rev-parse", "HEAD")))
+        version["untracked"] = _lines(_git(root, "ls-files", "--others", "--exclude-standard"))
         if diff := _git(root, "diff", "--binary", "HEAD"):
-            with path.with_suffix(".diff").open("x", encoding="utf-8") as file:
+            with path.with_suffix(".diff").open("xb") as file:  # lines of any encoding, with any ends
                 file.write(diff)
     with path.open("x", encoding="utf-8") as file:
         file.write(json.dumps(version, indent=2) + "\n")
@@ -54,9 +54,13 @@ def python_path(python: str) -> tuple[str, ...]:
     raise ValueError(f"--python {python}: cannot import what the training needs ({reason[0]})")
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def _git(root: Path, *arguments: str) -> bytes:
+    """What git answers; nothing where it is not installed, or fails."""
     try:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return b""
+
+
+def _lines(answer: bytes) -> list[str]:
+    return answer.decode(errors="replace").splitlines()

@@ -86,7 +86,7 @@ class SlurmJob:
         for option in self.options:
             match = re.fullmatch(r"--([a-z-]+)(=[^\s\"'\\`$]+)?", option)
             if match is None:
-                _refuse("--sbatch-option", option, "must be --NAME or --NAME=VALUE, without spaces and quotes")
+                _refuse("--sbatch-option", option, "must be NAME or NAME=VALUE, without spaces and quotes")
             if match[1] in STATED:
                 _refuse("--sbatch-option", option, "is an option that the script states itself")
         if self.container and not re.fullmatch(r"[\w./+=@:#-]+", self.container):
@@ -159,7 +159,7 @@ def render(job: SlurmJob, files: JobFiles) -> str:
         "config": str(files.config),
         "python": files.python,
         "max_restarts": str(job.max_restarts),
-        "setup": f"# shellcheck source=/dev/null\n. {files.setup}\n" if files.setup else "",
+        "setup": f"# shellcheck source=/dev/null\n. {files.setup}\n\n" if files.setup else "",
         "pythonpath": f"export PYTHONPATH={':'.join(files.python_path)}" if files.python_path else "unset PYTHONPATH",
         "gpus": (TEMPLATES / "gpus.sh").read_text(encoding="utf-8") if job.gpus_per_node else "",
         "options": "\n".join(f"  {option}" for option in _step_options(job, files)),

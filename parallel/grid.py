@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,6 +24,7 @@ T = TypeVar("T")
 
 # A rank that waits for another's slow but healthy work (building an index, say) asks again this often.
 _POLL = datetime.timedelta(seconds=20)
+START_SECONDS = 15 * 60.0  # for a thousand ranks to connect, which takes a minute or two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,29 +98,69 @@ def rank_grid(
     """Start torch.distributed and megatron-core's process groups, and stop both at the end.
 
     NCCL is used where there is a GPU, gloo elsewhere. The world size must be a multiple of `layout.model_ranks`.
+    RuntimeError on a rank that sees a GPU where others see none, or the reverse.
     """
     # Read when CUDA starts: kernels then run in the order of their launch, which overlapping megatron-core's
     # tensor-parallel communication with computation relies on.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = host.device(ranks.local_rank)
     store = ranks.store()
+    _agree_on_backend(store, ranks.rank, _backend(device))
     host.install()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        _backend(device),
-        store=store,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
-    with _model_parallel(layout, timeout):
+    with ExitStack() as stack:
+        with _starting():
+            dist.init_process_group(
+                _backend(device),
+                store=store,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
+            stack.enter_context(_model_parallel(layout, timeout))
+            dist.barrier()  # the first collective makes connections too
         yield _read(device, store)
-    # Not after an error: the other ranks may be in a collective, and waiting for them would be in vain. Together:
-    # srun ends the others when one has ended with the code of a stop, and none may have anything left to do then.
+    # Not after an error: the other ranks may be in a collective, and waiting for them would be in vain.
     dist.barrier()
     dist.destroy_process_group()
+    _leave_together(store, ranks)
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """NCCL makes its connections without a time limit: here is one, after which this process leaves its stacks on
+    stderr and ends with exit code 1."""
+    faulthandler.dump_traceback_later(START_SECONDS, file=2, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _agree_on_backend(store: dist.Store, rank: int, backend: str) -> None:
+    """A rank whose GPUs have failed falls back to gloo: NCCL of the others would wait for it without end."""
+    mine = f"{backend} rank {rank} on {socket.gethostname()}"
+    theirs, _, other = store.compare_set("griffin/backend", "", mine).decode().partition(" ")
+    if theirs != backend:
+        sees = {"nccl": "sees a GPU", "gloo": "sees no GPU"}
+        raise RuntimeError(f"{mine.partition(' ')[2]} {sees[backend]}, but {other} {sees[theirs]}")
+
+
+def _leave_together(store: dist.Store, ranks: Ranks) -> None:
+    """Wait until all ranks have come here. srun ends the others when one has ended with the code of a stop, and none
+    may have anything left to do then; but stopping NCCL takes some longer than others."""
+    deadline = time.monotonic() + 30.0
+    with suppress(dist.DistError):  # a rank has been ended
+        if store.add("griffin/leaving", 1) == ranks.world_size:
+            store.set("griffin/all are leaving", "")
+        store.wait(["griffin/all are leaving"], datetime.timedelta(seconds=30))
+        if ranks.rank != 0:
+            store.add("griffin/left", 1)
+            return
+        while store.add("griffin/left", 0) < ranks.world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.005)  # rank 0 may serve the store: it is the last
 
 
 @contextmanager

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from griffin.launch.ranks import discover, leave
 from griffin.parallel.ranks import Ranks
@@ -16,6 +20,7 @@ from griffin.trainer.config import Config, load_config
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 PRELOAD = ("griffin.trainer.preflight.check",)
+REPORT_SECONDS = 10.0  # patience with rank 0, which may still be told by others that they know of a failure
 Finding = tuple[str, str]  # OK, WARNING or FAILED, and a text
 
 
@@ -63,16 +68,40 @@ def _as_rank(ranks: Ranks, config: Config | None, folder: Path) -> int:
     try:
         findings = check_rank(ranks, config, folder)
         if ranks.rank == 0:
+            report(findings)
+        if has_failed(findings):
+            _leave_after_report(ranks, findings)
+        if ranks.rank == 0:
             from griffin.tools.doctor_installation import examine_installation
 
-            findings += examine_installation(folder)
-            report(findings)
+            more = examine_installation(folder)
+            report(more)
+            findings += more
     except (Exception, KeyboardInterrupt):
         traceback.print_exc()
         leave(1)
     if has_failed(findings):
         leave(1)
     return 0
+
+
+def _leave_after_report(ranks: Ranks, findings: Sequence[Finding]) -> NoReturn:
+    """End this rank once rank 0 has reported: a launcher ends all when one leaves. If it never does, others report."""
+    import torch.distributed as dist
+
+    from griffin.trainer.preflight.meeting import HEARING_SECONDS
+
+    with suppress(dist.DistNetworkError):  # rank 0 is gone, and the store that it served
+        store = ranks.another_connection(timedelta(seconds=REPORT_SECONDS))
+        if ranks.rank == 0:
+            store.set("griffin/doctor/reported", "")
+            time.sleep(HEARING_SECONDS)
+            leave(1)
+        try:
+            store.wait(["griffin/doctor/reported"], timedelta(seconds=REPORT_SECONDS))
+        except dist.DistStoreError:
+            report(findings)
+    leave(1)
 
 
 def _with_local_ranks(wanted: int | None, config: Config | None, folder: Path) -> int:
@@ -91,7 +120,7 @@ def _with_local_ranks(wanted: int | None, config: Config | None, folder: Path) -
         code = run_local(_local_rank, world_size, (config, folder, found), preload=PRELOAD)
         if found.exists():
             findings += [(state, text) for state, text in json.loads(found.read_text(encoding="utf-8"))]
-    if code:
+    if code and not has_failed(findings):
         findings.append((FAILED, f"ranks: {world_size} on this machine ended with exit code {code}"))
     report(findings)
     # Only now: it uses a GPU, which the ranks must find free.
@@ -104,8 +133,12 @@ def _with_local_ranks(wanted: int | None, config: Config | None, folder: Path) -
 
 def _local_rank(ranks: Ranks, config: Config | None, folder: Path, found: Path) -> None:
     findings = check_rank(ranks, config, folder)
-    if ranks.rank == 0:
-        found.write_text(json.dumps(findings), encoding="utf-8")
+    if ranks.rank == 0 or has_failed(findings):  # rank 0 may be the one that hangs
+        beside = found.with_name(f"rank-{ranks.rank}")
+        beside.write_text(json.dumps(findings), encoding="utf-8")
+        os.replace(beside, found)
+    if has_failed(findings):  # so that ranks that hang are ended
+        leave(1)
 
 
 def check_rank(ranks: Ranks, config: Config | None, folder: Path) -> list[Finding]:
@@ -115,18 +148,18 @@ def check_rank(ranks: Ranks, config: Config | None, folder: Path) -> list[Findin
     from griffin.trainer.preflight.check import preflight
     from griffin.trainer.preflight.meeting import PreflightError
 
-    with rank_grid(ParallelConfig(), ranks) as grid:
-        try:
+    failures: tuple[str, ...] = ()
+    try:
+        with rank_grid(ParallelConfig(), ranks) as grid:
             found = preflight(config, ranks, grid, folder, say=lambda text: None)
-        except PreflightError as error:
-            lines, warnings, failures = error.lines, error.warnings, error.failures
-        else:
-            lines, warnings, failures = found.lines, found.warnings, ()
-        return [
-            *((OK, text) for text in lines),
-            *((WARNING, text) for text in warnings),
-            *((FAILED, text) for text in failures),
-        ]
+            lines, warnings = found.lines, found.warnings
+    except PreflightError as error:  # caught out here: the grid's end would wait for a rank that hangs
+        lines, warnings, failures = error.lines, error.warnings, error.failures
+    return [
+        *((OK, text) for text in lines),
+        *((WARNING, text) for text in warnings),
+        *((FAILED, text) for text in failures),
+    ]
 
 
 def report(findings: Sequence[Finding]) -> None:

@@ -56,7 +56,7 @@ def _add_slurm(subparsers: Any) -> None:
     parser.add_argument("--qos", default="")
     parser.add_argument("--job-name", metavar="NAME", help="default: griffin-RUN; jobs of a name run one after another")
     parser.add_argument(
-        "--sbatch-option", action="append", default=[], metavar="--NAME=VALUE", help="a further option of sbatch"
+        "--sbatch-option", action="append", default=[], metavar="NAME=VALUE", help="a further option of sbatch"
     )
     parser.add_argument(
         "--container",
@@ -136,7 +136,7 @@ def run_slurm(args: argparse.Namespace) -> int:
         container=os.path.abspath(args.container) if args.container.endswith(IMAGE_FILES) else args.container,
         signal_seconds=args.signal_seconds,
         max_restarts=args.max_restarts,
-        options=tuple(args.sbatch_option),
+        options=tuple(f"--{option.removeprefix('--')}" for option in args.sbatch_option),
     )
     job.validate()
     config, run_dir, init_from = check(args, job.world_size, starts_here=False)
@@ -177,6 +177,8 @@ def run_slurm(args: argparse.Namespace) -> int:
     script = render(job, files)
 
     folder.mkdir(parents=True, exist_ok=True)
+    if args.container and config.data.cache:  # what is mounted must be there
+        Path(config.data.cache).mkdir(parents=True, exist_ok=True)
     if args.snapshot:
         code.write_snapshot(folder / f"code{number}")
     code.write_version(folder / f"code{number}.json")

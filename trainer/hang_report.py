@@ -94,7 +94,8 @@ def ranks(numbers: Iterable[int]) -> str:
 
 
 def _waited_for(states: Mapping[int, RankState]) -> dict[int, str]:
-    """Ranks that have not entered a collective that others are in, and wait for nobody themselves; with the reason."""
+    """Ranks that have not entered a collective that others are in, and wait for nobody themselves, with the reason;
+    where there is none such, those that wait in a circle."""
     groups: dict[str, dict[int, int]] = defaultdict(dict)  # name -> rank -> number of its last collective
     for state in states.values():
         for collective in state.collectives:
@@ -110,7 +111,8 @@ def _waited_for(states: Mapping[int, RankState]) -> dict[int, str]:
                 waiting.add(state.rank)
             for rank in missing:
                 found.setdefault(rank, f"it has not entered {collective}, in which {state.name} waits")
-    return {rank: why for rank, why in sorted(found.items()) if rank not in waiting}
+    found = dict(sorted(found.items()))
+    return {rank: why for rank, why in found.items() if rank not in waiting} or found
 
 
 def _doing(state: RankState) -> str:

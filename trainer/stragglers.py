@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from griffin.parallel.grid import Grid
@@ -47,8 +48,13 @@ class Work:
 
     def ratio(self, rank: int) -> float:
         """A rank's time over the median of the ranks with the same work; of two, over the faster one's."""
-        median = statistics.median_low([self.seconds[peer] for peer in self.layout.peers(rank)])
-        return self.seconds[rank] / _positive(median)
+        return self.seconds[rank] / self._medians[self.layout.peers(rank)]
+
+    @cached_property
+    def _medians(self) -> dict[range, float]:
+        """Of the ranks of each stage; once, since training waits for what is made of these figures."""
+        stages = {self.layout.peers(rank) for rank in range(len(self.seconds))}
+        return {peers: _positive(statistics.median_low([self.seconds[peer] for peer in peers])) for peers in stages}
 
     def slow(self) -> set[int]:
         return {rank for rank in range(len(self.seconds)) if self.ratio(rank) > SLOW}

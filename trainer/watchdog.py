@@ -89,6 +89,7 @@ class Watchdog:
         self._mark = _Mark(entered=0, phase="the start", step=0, since=time.monotonic(), limit=float("inf"))
         self._kinds: set[str] = set()  # of phases that have been gone through
         self._heard = time.monotonic()  # when the store last answered
+        self._beats = 0  # signs of life given
         self._alarm: str | None = None  # why, where this rank's store thread finds a reason
         self._closing = threading.Event()
         self._hung = threading.Event()
@@ -146,25 +147,32 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _talk(self) -> None:
-        """The thread of the store."""
-        with suppress(Exception):  # the server is gone: ranks then end by themselves, or `_look` finds out
-            store = self._connect()
-            own, others = self._key("alive", self._ranks.rank), self._key("alive", self._next)
-            beats, theirs, changed, due = 0, b"", time.monotonic(), 0.0
-            while not self._closing.wait(self._tick):
-                if store.check([self._key("alarm")]):
-                    self._alarm = "another rank has raised the alarm"
-                now = time.monotonic()
-                if now >= due:
-                    beats, due = beats + 1, now + self._interval
-                    store.set(own, json.dumps([beats, time.time(), self._state(quick=True).to_json()]))
-                    found = store.get(others) if store.check([others]) else b""
-                    if found != theirs or found == b"ended":
-                        theirs, changed = found, time.monotonic()
-                    elif time.monotonic() - changed > self._hang_seconds:
-                        self._alarm = f"rank {self._next} has given no sign of life for {self._hang_seconds:g} s"
-                self._heard = time.monotonic()
-            store.set(own, "ended")
+        """The thread of the store. A connection that is lost is made anew, as long as the server is there: without it
+        this rank would be taken for one that hangs."""
+        while True:
+            with suppress(Exception):  # where the server is gone, ranks end by themselves, or `_look` finds out
+                self._talk_to(self._connect())
+            if self._closing.wait(self._tick):
+                return
+
+    def _talk_to(self, store: TCPStore) -> None:
+        """Until the watchdog closes; raises where the connection is lost."""
+        own, others = self._key("alive", self._ranks.rank), self._key("alive", self._next)
+        theirs, changed, due = b"", time.monotonic(), 0.0
+        while not self._closing.wait(self._tick):
+            if store.check([self._key("alarm")]):
+                self._alarm = "another rank has raised the alarm"
+            now = time.monotonic()
+            if now >= due:
+                self._beats, due = self._beats + 1, now + self._interval
+                store.set(own, json.dumps([self._beats, time.time(), self._state(quick=True).to_json()]))
+                found = store.get(others) if store.check([others]) else b""
+                if found != theirs or found == b"ended":
+                    theirs, changed = found, time.monotonic()
+                elif time.monotonic() - changed > self._hang_seconds:
+                    self._alarm = f"rank {self._next} has given no sign of life for {self._hang_seconds:g} s"
+            self._heard = time.monotonic()
+        store.set(own, "ended")
 
     def _look(self) -> None:
         """The thread of the clock."""

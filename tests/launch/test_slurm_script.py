@@ -141,7 +141,7 @@ def test_time(text: str, seconds: int | None) -> None:
         ({"partition": "a b"}, "--partition a b: must consist of"),
         ({"signal_seconds": 70_000, "time": "2-0"}, "--signal-seconds 70000: must be at most 65535"),
         ({"options": ("--mem=3G",)}, "--sbatch-option --mem=3G: is an option that the script states itself"),
-        ({"options": ("-C gpu",)}, "--sbatch-option -C gpu: must be --NAME or --NAME=VALUE"),
+        ({"options": ("-C gpu",)}, "--sbatch-option -C gpu: must be NAME or NAME=VALUE"),
         ({"container": "a image"}, "--container a image: must consist of"),
     ],
 )
@@ -161,7 +161,7 @@ def test_paths_that_slurm_would_mangle(name: str) -> None:
 SRUN = r"""#!/bin/bash
 cd "$(dirname "$0")" || exit 1
 echo "$*" >>calls
-case "$*" in *--dry-run*) exit "$(cat dry)";; esac
+case "$*" in *--dry-run*) [ ! -e pause ] || { touch paused; sleep 1; }; exit "$(cat dry)";; esac
 echo >>starts
 read -r code step < <(sed -n "$(wc -l <starts)p" plan)
 if [ "$code" = wait ]; then
@@ -176,7 +176,7 @@ exit "$code"
 SCONTROL = r"""#!/bin/bash
 cd "$(dirname "$0")" || exit 1
 case $1 in
-  show) echo "JobId=7 JobName=a JobState=$(cat state) Reason=None";;
+  show) [ ! -e down ] || { rm down; exit 1; }; echo "JobId=7 JobName=a JobState=$(cat state) Reason=None";;
   requeue) [ ! -e refuses ] && echo "$2" >>requeued;;
 esac
 """
@@ -185,7 +185,15 @@ esac
 class Pretended:
     """A job whose srun and scontrol are the scripts above."""
 
-    def __init__(self, folder: Path, *plan: str, max_restarts: int = 3, dry: int = 0, state: str = "RUNNING") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *plan: str,
+        max_restarts: int = 3,
+        dry: int = 0,
+        state: str = "RUNNING",
+        setup: Path | None = None,
+    ) -> None:
         self.folder, self.run_dir = folder, folder / "run"
         (self.run_dir / "launch").mkdir(parents=True)
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -195,7 +203,7 @@ class Pretended:
         (folder / "dry").write_text(str(dry))
         (folder / "state").write_text(state)
         self.script = self.run_dir / "launch/job.sbatch"
-        described = files(self.run_dir, working=folder)
+        described = files(self.run_dir, working=folder, setup=setup)
         asked = job(nodes=1, gpus_per_node=0, tasks_per_node=2, max_restarts=max_restarts)
         self.script.write_text(render(asked, described))
         self.output = folder / "output"
@@ -250,6 +258,48 @@ def test_mistakes_are_not_tried_again(tmp_path: Path) -> None:
     assert pretended.run() == 2
     assert not (tmp_path / "starts").exists()
     assert pretended.requeues == 0
+
+
+def test_a_refusal_of_some_node_is_a_failure(tmp_path: Path) -> None:
+    """What the first node has found well: another one may lack the file system, and srun's code is then 2 as well."""
+    pretended = Pretended(tmp_path, "2", "2", max_restarts=1)
+    assert [pretended.run() for _ in range(2)] == [2, 2]
+    assert pretended.requeues == 1
+
+
+def test_stops_before_anything_has_begun_are_counted(tmp_path: Path) -> None:
+    """Otherwise a job whose time limit is too short would be requeued for ever."""
+    pretended = Pretended(tmp_path, "0", max_restarts=1)
+    (tmp_path / "pause").touch()
+    for _ in range(2):
+        with pretended.started() as process:
+            wait_for((tmp_path / "paused").exists, 20)
+            process.send_signal(signal.SIGUSR1)
+            assert process.wait(20) == 85
+        (tmp_path / "paused").unlink()
+    assert pretended.requeues == 1
+    assert not (tmp_path / "starts").exists()
+    assert "asked to stop before it began, exit code 85, 2 times in a row" in pretended.said
+
+
+def test_a_controller_that_restarts_is_waited_for(tmp_path: Path) -> None:
+    pretended = Pretended(tmp_path, "85 step-00000004")
+    (tmp_path / "down").touch()
+    (tmp_path / "sleep").write_text("#!/bin/bash\n")
+    (tmp_path / "sleep").chmod(stat.S_IRWXU)
+    assert pretended.run() == 85
+    assert pretended.requeues == 1
+    assert "SLURM does not answer" in pretended.said
+
+
+def test_a_setup_of_any_habits(tmp_path: Path) -> None:
+    """It may read variables that are not set, have names that the script has too, and leave the shell strict."""
+    setup = tmp_path / "setup.sh"
+    setup.write_text("echo $UNHEARD_OF\nexport SET_UP=1 python=python2 run=/\nset -eo pipefail\n")
+    pretended = Pretended(tmp_path, "137", "0 step-00000009", setup=setup)
+    assert [pretended.run() for _ in range(2)] == [137, 0]
+    assert pretended.requeues == 1
+    assert "/venv/bin/python -P" in (tmp_path / "calls").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

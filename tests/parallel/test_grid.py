@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch.distributed as dist
 from griffin.parallel import grid as grid_module
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.grid import rank_grid, single_rank_grid
-from tests.ranks import RankPool
+from tests.ranks import RankError, RankPool
 
 
 def place(ranks: Any, layout: ParallelConfig) -> dict[str, Any]:
@@ -120,3 +123,61 @@ def test_a_failure_inside_leaves_no_process_group() -> None:
     with pytest.raises(ZeroDivisionError), single_rank_grid():
         _ = 1 / 0
     assert not dist.is_initialized()
+
+
+def when_left(ranks: Any) -> float:
+    stop = dist.destroy_process_group
+
+    def stop_slowly() -> None:
+        stop()
+        time.sleep(2.0 * ranks.rank)
+
+    with patch.object(dist, "destroy_process_group", stop_slowly), rank_grid(ParallelConfig(), ranks):
+        pass
+    return time.monotonic()
+
+
+def test_ranks_leave_together(rank_pool: RankPool) -> None:
+    first, second = rank_pool.run(when_left, 2)
+    assert abs(first - second) < 1
+
+
+def without_gpu(ranks: Any) -> None:
+    backend = "gloo" if ranks.rank == 1 else "nccl"
+    if ranks.rank == 1:
+        time.sleep(1)  # then it is this rank that finds out
+    with (
+        patch.object(grid_module, "_backend", lambda device: backend),
+        patch.object(dist, "init_process_group", lambda *args, **kwargs: time.sleep(60)),
+        rank_grid(ParallelConfig(), ranks),
+    ):
+        pass
+
+
+def test_a_rank_that_has_lost_its_gpus_ends_the_start(rank_pool: RankPool) -> None:
+    with pytest.raises(RankError, match=r"rank 1 on \S+ sees no GPU, but rank 0 on \S+ sees a GPU"):
+        rank_pool.run(without_gpu, 2)
+
+
+def test_connections_that_never_come_end_the_process() -> None:
+    code = """
+import time
+import torch.distributed as dist
+from griffin.launch.ranks import discover
+from griffin.parallel import grid
+from griffin.parallel.config import ParallelConfig
+grid.START_SECONDS = 1.0
+def never_connected(*args, **kwargs):
+    time.sleep(600)
+dist.init_process_group = never_connected
+with grid.rank_grid(ParallelConfig(), discover()):
+    pass
+"""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | place, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1
+    assert "in never_connected" in done.stderr

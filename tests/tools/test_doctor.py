@@ -13,13 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from griffin.parallel.ranks import Ranks
 from griffin.tools import doctor, doctor_installation
 from griffin.tools.cli import main
 from griffin.tools.doctor import FAILED, OK, WARNING
 from griffin.tools.doctor_installation import examine_installation
-from tests.small_runs import write_config
+from tests.small_runs import wait_for, write_config
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -93,16 +94,76 @@ def test_exit_code(
 def test_one_rank_of_a_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    left: list[int] = []
     ranks = Ranks(rank=1, world_size=2, local_rank=1, address="a", port=1, source="slurm", store_served=False)
     monkeypatch.setattr(doctor, "discover", lambda: ranks)
-    monkeypatch.setattr(doctor, "leave", left.append)
-    monkeypatch.setattr(doctor, "check_rank", lambda *args: [(FAILED, "rank 0 on n: GPU is slow")])
-    main(["doctor", "--dir", str(tmp_path)])
-    assert left == [1]
+    monkeypatch.setattr(doctor, "check_rank", lambda *args: [(WARNING, "rank 0 on n: GPU is slow")])
+    assert main(["doctor", "--dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out == ""  # rank 0 says it
     assert main(["doctor", "--ranks", "2"]) == 2
     assert "this process is one of 2 ranks that slurm started" in capsys.readouterr().err
+
+
+# A rank whose preflight has three seconds; what rank 1 does in it comes first.
+RANK = """
+import os, signal, sys
+from griffin.trainer.preflight import check, machine
+check.preflight.__kwdefaults__["limit"] = 3.0
+versions = machine.versions
+def fail():
+    {fault}
+    return versions() | {{"torch": "1.0"}}
+if os.environ["RANK"] == "1":
+    machine.versions = fail
+from griffin.tools.cli import main
+sys.exit(main(["doctor", "--dir", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("pass", "FAILED   torch differs: 1.0 on rank 1 on "),
+        ("os.kill(0, signal.SIGSTOP)", "FAILED   rank 1 on "),
+    ],
+    ids=["differs", "hangs"],
+)
+def test_a_failure_is_told_before_a_launcher_ends_all_ranks(tmp_path: Path, fault: str, expected: str) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    place |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    command = [sys.executable, "-P", "-c", RANK.format(fault=fault), str(tmp_path)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        wait_for(lambda: any(process.poll() is not None for process in ranks), 60)
+        codes = [process.poll() for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    said = ranks[0].communicate()[0]
+    ranks[1].communicate()
+    assert set(codes) <= {None, 1}
+    assert expected in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_local_rank_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any rank that knows of a failure says so, and ends all."""
+    left: list[int] = []
+    monkeypatch.setattr(doctor, "leave", left.append)
+    monkeypatch.setattr(doctor, "check_rank", lambda *args: [(FAILED, "rank 0 was not done")])
+    ranks = Ranks(rank=1, world_size=2, local_rank=1, address="a", port=1, source="local", store_served=True)
+    doctor._local_rank(ranks, None, tmp_path, tmp_path / "found")
+    assert left == [1]
+    assert json.loads((tmp_path / "found").read_text()) == [[FAILED, "rank 0 was not done"]]
 
 
 @pytest.mark.parametrize(

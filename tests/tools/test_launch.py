@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import griffin.tools.launch
+from griffin.launch import code
 from griffin.parallel.ranks import STOPPED
 from griffin.tools.cli import main
 from griffin.trainer.config import load_config
@@ -55,6 +56,42 @@ def test_job_is_written_beside_its_run(config: Path, capsys: pytest.CaptureFixtu
     RunFolder.check(run_dir, load_config(config))
     assert RunFolder.create(run_dir, load_config(config), {}).attempt == 1
     assert (folder / "job.sbatch").read_text() == script
+
+
+@pytest.mark.parametrize("words", [["--sbatch-option", "reservation=april"], ["--sbatch-option=--reservation=april"]])
+def test_further_options_of_sbatch(config: Path, words: list[str]) -> None:
+    assert main(["launch", "slurm", str(config), *JOB, "--run-dir", "run", *words]) == 0
+    assert "\n#SBATCH --reservation=april\n" in (config.parent / "run/launch/job.sbatch").read_text()
+
+
+def test_changes_in_any_encoding_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = tmp_path / "checkout"
+    (checkout / "trainer").mkdir(parents=True)
+    note = checkout / "note"
+
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(checkout), *who, *words], check=True, capture_output=True)
+
+    git("init")
+    note.write_bytes(b"plain\n")
+    git("add", ".")
+    git("commit", "-m", "a")
+    note.write_bytes("Größe\r\n".encode("latin-1"))
+    monkeypatch.setattr(code, "PACKAGE", checkout)
+    code.write_version(tmp_path / "code.json")
+    note.write_bytes(b"plain\n")
+    git("apply", str(tmp_path / "code.diff"))
+    assert note.read_bytes() == "Größe\r\n".encode("latin-1")
+
+
+def test_what_a_container_mounts_is_there(config: Path) -> None:
+    words = ["--container", "lab/griffin:1", "--run-dir", "run", "--data.cache=indexes/a"]
+    assert main(["launch", "slurm", str(config), *JOB, *words]) == 0
+    script = (config.parent / "run/launch/job.sbatch").read_text()
+    mounts = script.partition('--container-mounts="')[2].partition('"')[0].split(",")
+    assert f"{config.parent}/indexes/a:{config.parent}/indexes/a" in mounts
+    assert all(Path(mount.partition(":")[0]).is_dir() for mount in mounts)
 
 
 def test_snapshot_is_what_the_job_imports(config: Path) -> None:

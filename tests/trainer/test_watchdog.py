@@ -12,12 +12,16 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from griffin.launch.local import run_local
+from griffin.parallel.config import ParallelConfig
+from griffin.parallel.grid import rank_grid
 from griffin.parallel.ranks import HUNG, Ranks
 from griffin.tools.train import PRELOAD, train_rank
 from griffin.trainer import loop
@@ -27,7 +31,9 @@ from griffin.trainer.config import Config, load_config
 from griffin.trainer.hang_report import Silent, compose, culprits, ranks
 from griffin.trainer.rank_state import Collective, RankState
 from griffin.trainer.report import Report
+from griffin.trainer.run_folder import RunFolder
 from griffin.trainer.step import Training
+from griffin.trainer.watchdog import Watchdog
 from tests.ranks import RankPool
 from tests.small_runs import PATIENCE, Watch, launch, metrics, run, saved_files, series, wait_until_saved, write_config
 
@@ -288,6 +294,45 @@ def collective(group: str, sequence: int, *, pending: bool) -> Collective:
     return Collective(group=group, purpose=f"G{group}", operation="all_reduce", sequence=sequence, pending=pending)
 
 
+class Unsteady:
+    """A connection to a store, lost after some requests."""
+
+    def __init__(self, store: Any) -> None:
+        self._store, self._left = store, 5
+
+    def __getattr__(self, name: str) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise DistNetworkError("Broken pipe")
+        return getattr(self._store, name)
+
+
+def watched_over_lost_connections(ranks: Ranks, run_dir: Path) -> int:
+    """How often a rank has made its connection; it is at work for four times as long as it may be silent."""
+    made: list[Unsteady] = []
+    folder = SimpleNamespace(attempt=1, hangs=run_dir / "hangs", console=run_dir / "console.log")
+    with rank_grid(ParallelConfig(), ranks) as grid:
+        watchdog = Watchdog(1.0, ranks, grid, cast(RunFolder, folder))
+        if ranks.rank == 1:
+            connect = watchdog._connect
+
+            def connect_unsteadily() -> Any:
+                made.append(Unsteady(connect()))
+                return made[-1]
+
+            watchdog._connect = connect_unsteadily  # type: ignore[method-assign]
+        with watchdog:
+            time.sleep(4)
+    return len(made)
+
+
+def test_a_lost_connection_is_made_anew(rank_pool: RankPool, tmp_path: Path) -> None:
+    steady, made = rank_pool.run(watched_over_lost_connections, 2, tmp_path)
+    assert steady == 0
+    assert made > 2
+    assert not (tmp_path / "hangs").exists()
+
+
 def test_culprits() -> None:
     def named(*states: RankState, silent: tuple[Silent, ...] = ()) -> list[str]:
         return [line.split(" on ")[0] for line in culprits({state.rank: state for state in states}, silent)]
@@ -302,6 +347,11 @@ def test_culprits() -> None:
         state(1, collectives=(collective("a", 4, pending=False), collective("b", 9, pending=True))),
         state(2, collectives=(collective("b", 8, pending=False),)),
     ) == ["rank 2"]
+    # 0 and 1 have entered their collectives in different orders.
+    assert named(
+        state(0, collectives=(collective("a", 5, pending=True), collective("b", 8, pending=False))),
+        state(1, collectives=(collective("a", 4, pending=False), collective("b", 9, pending=True))),
+    ) == ["rank 0", "rank 1"]
     # All in the same collective: nobody is behind.
     assert named(*(state(rank, collectives=(collective("a", 5, pending=True),)) for rank in range(3))) == []
 

@@ -65,6 +65,7 @@ def preflight(
             _check_links(grid, hosts, meeting, judge)
     except PreflightError as error:
         _report(error.lines, error.warnings, time.monotonic() - begun, say)
+        meeting.part()
         raise
 
     def conclude(_: list[None]) -> Preflight:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
@@ -19,6 +20,7 @@ R = TypeVar("R")
 
 POLL_SECONDS = 0.005
 GRACE_SECONDS = 5.0  # beyond the limit, for rank 0 to name who was late, and for the others to hear of a failure
+HEARING_SECONDS = 0.5  # in which ranks that wait for a word of rank 0 hear it
 NAMED_HOSTS = 8  # of which a message lists the ranks
 
 
@@ -83,6 +85,16 @@ class Meeting:
             raise
         self._put(key, answer)
         return answer
+
+    def part(self) -> None:
+        """After a failure, the others stay until rank 0 has called this: a launcher ends all ranks when one leaves."""
+        key = "griffin/preflight/parting"
+        if self._place.rank == 0:
+            self._store.set(key, "")
+            time.sleep(HEARING_SECONDS)  # it may serve the store
+        else:
+            with suppress(dist.DistError):  # rank 0 hangs, or is gone
+                self._store.wait([key], timedelta(seconds=2 * GRACE_SECONDS))
 
     def _put(self, key: str, value: object) -> None:
         self._store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # it takes bytes as well
