@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.slurm_cluster import PATIENCE, ROOT, Cluster, running_cluster, why_not
+from tests.launch.slurm_cluster import PATIENCE, Cluster, running_cluster, why_not
 from tests.small_runs import metrics, saved_files, saved_steps, series, wait_for, write_config
 
 if reason := why_not():
