@@ -123,7 +123,6 @@ def rank_grid(
             dist.barrier()  # the first collective makes connections too
         yield _read(device, store)
     # Not after an error: the other ranks may be in a collective, and waiting for them would be in vain.
-    dist.barrier()
     dist.destroy_process_group()
     _leave_together(store, ranks)
 
