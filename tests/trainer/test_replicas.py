@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from griffin.parallel.ranks import Ranks
+from griffin.trainer import replicas
 from griffin.trainer.config import load_config
 from griffin.trainer.loop import train
-from griffin.trainer.replicas import CHUNK, EMBEDDING, ReplicaError, checksum
+from griffin.trainer.replicas import EMBEDDING, ReplicaError, checksum
 from griffin.trainer.step import Training
 from tests.ranks import RankPool
 from tests.small_runs import saved_steps, write_config
 
 HOST = socket.gethostname()
+CHUNK = 1 << 14  # as the tests of checksums have it
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +148,14 @@ def test_equal_copies_pass(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checksum(dtype: torch.dtype) -> None:
+def test_checksum(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "CHUNK", CHUNK)
     value = torch.randn(CHUNK + 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = checksum(value)
     assert checksum(value.clone()) == expected
     assert checksum(value.view(8, -1)) == expected
     bits = value.view({2: torch.int16, 4: torch.int32}[value.element_size()])
-    for place in (0, 1, 12345, CHUNK - 1, CHUNK, bits.numel() - 1):
+    for place in (0, 1, 1234, CHUNK - 1, CHUNK, bits.numel() - 1):
         for bit in range(8 * bits.element_size()):
             before = bits[place].clone()
             bits[place] ^= torch.tensor(-1 << bit if bit == 8 * bits.element_size() - 1 else 1 << bit, dtype=bits.dtype)

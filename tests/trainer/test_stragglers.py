@@ -73,9 +73,9 @@ def _stop_for(seconds: float) -> None:
     ("overrides", "ranks", "slow", "how"),
     [
         ([], 2, 1, "sleep"),
-        ([], 2, 0, "loader"),
-        (["--train.steps", "8"], 2, 1, "stopped"),
-        (["--parallel.tensor", "2"], 4, 2, "sleep"),
+        pytest.param([], 2, 0, "loader", marks=pytest.mark.slow),
+        pytest.param(["--train.steps", "8"], 2, 1, "stopped", marks=pytest.mark.slow),
+        pytest.param(["--parallel.tensor", "2"], 4, 2, "sleep", marks=pytest.mark.slow),
         (["--parallel.pipeline", "2"], 4, 3, "sleep"),
     ],
     ids=["data", "loader", "stopped", "tensor", "pipeline"],

@@ -130,6 +130,7 @@ def test_it_goes_on_from_the_last_checkpoint_with_nothing_lost(
     assert {line["attempt"] for line in metrics(run_dir)} == {1, 2}
 
 
+@pytest.mark.slow
 def test_a_rank_that_sleeps_elsewhere_is_named(config_path: Path, tmp_path: Path) -> None:
     report = hang(config(config_path), tmp_path / "run", 2, 1, fall_asleep)
     assert lagging(report) == [1]
@@ -138,10 +139,12 @@ def test_a_rank_that_sleeps_elsewhere_is_named(config_path: Path, tmp_path: Path
     assert (tmp_path / "run/hangs/step-00000006-attempt-1/rank-00001.txt").exists()
 
 
+@pytest.mark.slow
 def test_the_first_rank_is_named_too(config_path: Path, tmp_path: Path) -> None:
     assert lagging(hang(config(config_path), tmp_path / "run", 2, 0, stop_this_process)) == [0]
 
 
+@pytest.mark.slow
 def test_a_rank_that_stops_while_it_saves_is_noticed_by_its_neighbour(config_path: Path, tmp_path: Path) -> None:
     """Saving is not bounded in time: only the signs of life end."""
     save = Watch(at_save={SAVED: _stop_in_save})
@@ -155,6 +158,7 @@ def _stop_in_save(saver: Any) -> None:
     stop_this_process()
 
 
+@pytest.mark.slow
 def test_a_disk_that_cannot_be_written_keeps_no_rank_from_leaving(config_path: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     watch = Watch(at_step={(1, SAVED + 2): partial(_without_hangs_folder, run_dir)})
@@ -168,6 +172,7 @@ def _without_hangs_folder(run_dir: Path) -> None:
     fall_asleep()
 
 
+@pytest.mark.slow
 def test_a_single_rank(config_path: Path, tmp_path: Path) -> None:
     assert "fall_asleep (" in hang(config(config_path), tmp_path / "run", 1, 0, fall_asleep)
 
@@ -187,6 +192,7 @@ def test_a_process_in_which_no_python_runs_any_more_ends() -> None:
     assert 'File "<string>", line 5' in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_stopped_server_of_the_store(config_path: Path, tmp_path: Path) -> None:
     """Rank 0 serves the store where srun starts the ranks."""
     with socket.socket() as probe:
@@ -267,6 +273,7 @@ def _slow_run(ranks: Ranks, config: Config, run_dir: Path) -> None:
         train_rank(ranks, config, run_dir, None)
 
 
+@pytest.mark.slow
 def test_slow_but_healthy_work_trips_nothing(config_path: Path, tmp_path: Path) -> None:
     settings = config(config_path, "--train.steps", "4", "--train.eval_interval", "4", "--checkpoint.interval", "2")
     settings = replace(settings, health=replace(settings.health, hang_seconds=2.0))
