@@ -37,9 +37,9 @@ LAYOUTS = {
 }
 RANKS = {name: (2 if "dp2" in name else 1) * layout.model_ranks for name, layout in LAYOUTS.items()}
 QUICK = {
-    "griffin": set(LAYOUTS) - {"pp2-dp2", "tp2-pp2-sequence-parallel"},
-    "hawk": {"tp2-pp2"},
-    "mqa": {"tp2-sequence-parallel"},
+    "griffin": set(LAYOUTS) - {"tp2", "pp2-dp2", "tp2-pp2-sequence-parallel"},
+    "hawk": {"pp2"},
+    "mqa": {"dp2"},
 }
 CASES = [
     pytest.param(family, name, id=f"{family}-{name}", marks=[] if name in QUICK[family] else pytest.mark.slow)

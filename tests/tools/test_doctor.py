@@ -127,6 +127,7 @@ sys.exit(main(["doctor", "--dir", sys.argv[1]]))
     ],
     ids=["differs", "hangs"],
 )
+@pytest.mark.slow
 def test_a_failure_is_told_before_a_launcher_ends_all_ranks(tmp_path: Path, fault: str, expected: str) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}

@@ -131,6 +131,7 @@ def test_a_batch_in_the_order_of_its_file(checkpoint: Path, tmp_path: Path, capf
     assert [line["prompt_tokens"] for line in lines] == [1, 22, 16, 2]
 
 
+@pytest.mark.slow
 def test_on_two_ranks_of_this_machine(checkpoint: Path, capfd: pytest.CaptureFixture) -> None:
     arguments = [str(checkpoint), "--prompt", "hello", "--max-tokens", "20", "--temperature", "1", "--top-k", "20"]
     assert run(*arguments) == 0
@@ -303,7 +304,7 @@ def test_logits_leave_nothing_but_what_is_whole(tmp_path: Path, monkeypatch: pyt
     assert ids.read_bytes() == before
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_logits_that_are_stopped_leave_nothing(tmp_path: Path, tensor: int) -> None:
     folder, _ = converted(tmp_path)
     np.save(tmp_path / "tokens.npy", np.ones((50_000, 40), np.int64))  # 1.6 GB of logits, of which few are made

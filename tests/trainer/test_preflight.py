@@ -315,7 +315,8 @@ def test_a_clock_that_is_ahead(rank_pool: RankPool, config: Config, tmp_path: Pa
     assert "south: its clock is 5.0 s ahead of that of north, at most 1 s are expected" in warnings(answers)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 3])
 def test_a_rank_that_never_arrives(rank_pool: RankPool, config: Config, tmp_path: Path, rank: int) -> None:
     changes: dict[int, Changes] = {each: {f"{PLACE}.meeting.GRACE_SECONDS": Constant(1.0)} for each in range(4)}
     answers = rank_pool.run(examine, 4, config, tmp_path, changes, absent=[rank], limit=2.0)

@@ -112,6 +112,7 @@ def test_every_other_rank_leaves_its_stacks(stopped: tuple[Path, str]) -> None:
         assert "distributed_c10d.py" in text
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_the_last_checkpoint_with_nothing_lost(
     stopped: tuple[Path, str], config_path: Path, rank_pool: RankPool
 ) -> None:
