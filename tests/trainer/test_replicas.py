@@ -126,7 +126,7 @@ def test_a_copy_that_differs_is_named_and_nothing_is_saved(
     assert set(saved_steps(run_dir)) <= {3}  # the save of step 3 may be under way still
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -239,8 +239,8 @@ def test_without_it_the_update_is_made(rank_pool: RankPool, config_path: Path, s
     ("world_size", "settings"),
     [
         (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
-        (2, {"train.overlap": "on"}),
-        (1, {}),
+        pytest.param(2, {"train.overlap": "on"}, marks=pytest.mark.slow),
+        pytest.param(1, {}, marks=pytest.mark.slow),
     ],
     ids=["tp2-pp2", "dp2-overlap", "one"],
 )
@@ -298,6 +298,7 @@ def test_rewind_goes_on_from_the_checkpoint_with_the_data_after_the_spike(
     assert saved_files(expected, STEPS) == saved_files(rewound, STEPS)
 
 
+@pytest.mark.slow
 def test_rewind_takes_an_older_checkpoint_where_the_newest_leads_no_further(
     rank_pool: RankPool, config_path: Path, tmp_path: Path
 ) -> None:
@@ -334,6 +335,7 @@ def killed_run(ranks: Ranks, config: Config, run_dir: Path, steps: tuple[int, ..
 
 
 @pytest.mark.parametrize("at", [11, 13])
+@pytest.mark.slow
 def test_a_run_that_is_killed_after_it_went_back_ends_with_the_same_bits(
     rank_pool: RankPool, config_path: Path, tmp_path: Path, at: int
 ) -> None:
@@ -348,6 +350,7 @@ def test_a_run_that_is_killed_after_it_went_back_ends_with_the_same_bits(
     assert series(killed, "rewinds")[STEPS] == series(whole, "rewinds")[STEPS] == 2
 
 
+@pytest.mark.slow
 def test_rewind_to_what_an_earlier_attempt_saved(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
     """The newest one is lost meanwhile, and a later one is found again that was not complete at the start."""
     run_dir = tmp_path / "run"

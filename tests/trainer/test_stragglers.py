@@ -76,7 +76,7 @@ def _stop_for(seconds: float) -> None:
         pytest.param([], 2, 0, "loader", marks=pytest.mark.slow),
         pytest.param(["--train.steps", "8"], 2, 1, "stopped", marks=pytest.mark.slow),
         pytest.param(["--parallel.tensor", "2"], 4, 2, "sleep", marks=pytest.mark.slow),
-        (["--parallel.pipeline", "2"], 4, 3, "sleep"),
+        pytest.param(["--parallel.pipeline", "2"], 4, 3, "sleep", marks=pytest.mark.slow),
     ],
     ids=["data", "loader", "stopped", "tensor", "pipeline"],
 )

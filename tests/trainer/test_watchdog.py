@@ -178,6 +178,7 @@ def test_a_single_rank(config_path: Path, tmp_path: Path) -> None:
     assert "fall_asleep (" in hang(config(config_path), tmp_path / "run", 1, 0, fall_asleep)
 
 
+@pytest.mark.slow
 def test_a_process_in_which_no_python_runs_any_more_ends() -> None:
     """The interpreter's lock is held for good: the stack comes from C, to stderr, and the exit code is 1."""
     script = (
@@ -334,6 +335,7 @@ def watched_over_lost_connections(ranks: Ranks, run_dir: Path) -> int:
     return len(made)
 
 
+@pytest.mark.slow
 def test_a_lost_connection_is_made_anew(rank_pool: RankPool, tmp_path: Path) -> None:
     steady, made = rank_pool.run(watched_over_lost_connections, 2, tmp_path)
     assert steady == 0
