@@ -7,9 +7,7 @@ import time
 from datetime import datetime
 
 from griffin.trainer.json_lines import lines_from_end
-from griffin.trainer.run_folder import RunFolder
-
-STARTED_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+from griffin.trainer.run_folder import TIME_FORMAT, RunFolder
 
 
 class Goodput:
@@ -61,7 +59,7 @@ def _first_start(folder: RunFolder) -> float:
     """Unix time at which the run's first attempt began; now, where its file does not say."""
     try:
         started = json.loads(RunFolder(folder.path).environment.read_text(encoding="utf-8"))["started"]
-        return datetime.strptime(started, STARTED_FORMAT).timestamp()
+        return datetime.strptime(started, TIME_FORMAT).timestamp()
     except (OSError, ValueError, KeyError, TypeError):
         return time.time()
 

@@ -26,6 +26,7 @@ from griffin.trainer.config import Config, load_config, to_toml
 
 PACKAGES = ("torch", "megatron-core", "numpy", "triton", "apex", "transformer-engine")
 LAUNCH = "launch"  # folder of the jobs that start the run
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"  # of "started" in environment.json
 SOURCE = Path(__file__).resolve().parents[1]
 
 
@@ -148,7 +149,7 @@ def describe_environment(
         "git": _git(),
         "command": shlex.join(sys.argv),  # of the parent, in a rank that run_local started
         "hostname": socket.gethostname(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": time.strftime(TIME_FORMAT),
         "world_size": ranks.world_size,
         "launched_by": ranks.source,
         "layout": {

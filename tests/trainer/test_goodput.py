@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from griffin.trainer.config import load_config
-from griffin.trainer.goodput import STARTED_FORMAT, Goodput
-from griffin.trainer.run_folder import RunFolder
+from griffin.trainer.goodput import Goodput
+from griffin.trainer.run_folder import TIME_FORMAT, RunFolder
 from tests.ranks import RankPool
 from tests.small_runs import metrics, run, series, write_config
 
 
 def make_folder(path: Path, *, age: float, lines: list[dict[str, float]]) -> RunFolder:
-    started = time.strftime(STARTED_FORMAT, time.localtime(time.time() - age))
+    started = time.strftime(TIME_FORMAT, time.localtime(time.time() - age))
     (path / "environment.json").write_text(json.dumps({"started": started}))
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return RunFolder(path, 2)

@@ -156,7 +156,6 @@ def test_a_healthy_world(rank_pool: RankPool, config: Config, tmp_path: Path) ->
     assert all(line in text for line in found.lines)
     assert "ranks: 4: 2 on north, 2 on south" in text
     assert f"torch {torch.__version__}" in text
-    assert 0 < found.tflops < 100
     within, between, _ = found.lines[-3:]
     assert {"rank 0 (north) - rank 1 (north)", "rank 2 (south) - rank 3 (south)"} == slowest_and_fastest(within)
     assert {"rank 0 (north) - rank 2 (south)", "rank 1 (north) - rank 3 (south)"} == slowest_and_fastest(between)

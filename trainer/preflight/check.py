@@ -29,7 +29,6 @@ REPORTING_SECONDS = 3.0  # of them, for a rank whose exchange with another hangs
 class Preflight:
     """What was found, the same on every rank."""
 
-    tflops: float  # median rate of the ranks' devices in matrix products of train.dtype, 1e12 operations per second
     seconds: float
     lines: tuple[str, ...]  # "CHECK: what was found"
     warnings: tuple[str, ...]
@@ -60,7 +59,7 @@ def preflight(
     dtype = torch.float32 if config is None else getattr(torch, config.train.dtype)
     try:
         with ExitStack() as stack:
-            tflops, hosts = _check_machines(config, grid, run_dir, place, meeting, judge, dtype, stack)
+            hosts = _check_machines(config, grid, run_dir, place, meeting, judge, dtype, stack)
         if grid.world_size > 1:
             _check_links(grid, hosts, meeting, judge)
     except PreflightError as error:
@@ -70,7 +69,7 @@ def preflight(
 
     def conclude(_: list[None]) -> Preflight:
         seconds = time.monotonic() - begun
-        return Preflight(tflops=tflops, seconds=seconds, lines=tuple(judge.lines), warnings=tuple(judge.warnings))
+        return Preflight(seconds=seconds, lines=tuple(judge.lines), warnings=tuple(judge.warnings))
 
     found = meeting.agree("the end", None, conclude)
     _report(found.lines, found.warnings, found.seconds, say)
@@ -90,8 +89,8 @@ def _check_machines(
     judge: Judge,
     dtype: torch.dtype,
     stack: ExitStack,
-) -> tuple[float, list[list[int]]]:
-    """What needs no exchange of data; the devices' median rate, and the ranks of each host."""
+) -> list[list[int]]:
+    """What needs no exchange of data. The ranks of each host."""
 
     def begin(places: list[Place]) -> tuple[list[Place], Path]:
         judge.arrived(places)
@@ -113,16 +112,16 @@ def _check_machines(
     machine = describe_machine(config, grid.device, dtype, seen)
     again = meeting.agree("checking its machine and device", machine, see)
 
-    def rate(rates: list[Rates | None]) -> float:
+    def rate(rates: list[Rates | None]) -> None:
         judge.measured_again(rates)
-        return judge.rated()
+        judge.rated()
 
     rates = measure_rates(grid.device, dtype) if place.rank in again else None
-    tflops = meeting.agree("measuring its device", rates, rate)
+    meeting.agree("measuring its device", rates, rate)
     hosts: dict[str, list[int]] = {}
     for other in places:
         hosts.setdefault(other.host, []).append(other.rank)
-    return tflops, list(hosts.values())
+    return list(hosts.values())
 
 
 def _check_links(grid: Grid, hosts: list[list[int]], meeting: Meeting, judge: Judge) -> None:

@@ -70,8 +70,8 @@ class Judge:
                 old = self._rates[rank]
                 self._rates[rank] = Rates(tflops=max(old.tflops, new.tflops), copy=max(old.copy, new.copy))
 
-    def rated(self) -> float:
-        """The median rate of matrix products, 1e12 operations per second."""
+    def rated(self) -> None:
+        """No device is measured again."""
         self._warn(list(self._slow().values()))
         for name in dict.fromkeys(machine.device.name for machine in self._machines):
             mine = [
@@ -80,7 +80,6 @@ class Judge:
             products = _spread([rates.tflops for rates in mine], 1.0)
             copies = _spread([rates.copy for rates in mine], 1e9)
             self.lines.append(f"devices: {len(mine)} x {name}: {products} TFLOP/s, copies at {copies} GB/s")
-        return median(rates.tflops for rates in self._rates)
 
     def exchanged(self, exchanges: Sequence[Exchanges]) -> bool:
         """Whether all links are to be measured again."""
