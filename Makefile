@@ -7,17 +7,27 @@ STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('s
 HIDE_FEW_GPUS = gpus=$$($(BIN)/python -c "import torch; print(torch.cuda.device_count())"); \
 	if [ $$gpus -lt 4 ]; then export CUDA_VISIBLE_DEVICES=; fi;
 
-.PHONY: setup demo demo-resume test test-all test-gpu lint format clean
+.PHONY: setup setup-run demo demo-resume test test-all test-gpu lint format clean
 
+# Bytecode is compiled when it is first imported: doing it for all of PyTorch takes longer than the rest.
+INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/pip install --disable-pip-version-check --no-compile --editable
+
+# All that development and tests need.
 setup: $(VENV)/.complete
 
 $(VENV)/.complete: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(INSTALL) '.[dev]'
+	touch $(VENV)/.runtime $@
+
+# What running needs, and no more.
+setup-run: $(VENV)/.runtime
+
+$(VENV)/.runtime: pyproject.toml
+	$(INSTALL) .
 	touch $@
 
 # The standard library's own source files as bytes, one document a file; one file in twenty is held out.
-data/stdlib.json: | setup
+data/stdlib.json: | setup-run
 	$(BIN)/griffin data build data/stdlib "$(STDLIB)" --tokenizer bytes --glob '*.py' \
 	  --exclude site-packages --exclude test --exclude tests --exclude idle_test \
 	  --hold-out 0.05 --hold-out-prefix data/stdlib-held-out
