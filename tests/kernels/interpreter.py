@@ -35,4 +35,8 @@ def _missing() -> str | None:
 
 _reason = _missing()
 needs_interpreter = pytest.mark.skipif(_reason is not None, reason=_reason or "")
+# For what takes the interpreter seconds, and finds what quicker tests mostly find too.
+BACKENDS_TRITON_SLOW = pytest.mark.parametrize(
+    "backend", ["cpu", pytest.param("triton", marks=[needs_interpreter, pytest.mark.slow])]
+)
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_interpreter)])

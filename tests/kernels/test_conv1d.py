@@ -114,7 +114,7 @@ TRITON_SHAPES = given(
     window=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-test_any_shape_on_triton = needs_interpreter(settings(max_examples=12)(TRITON_SHAPES(triton_shape)))
+test_any_shape_on_triton = needs_interpreter(settings(max_examples=5)(TRITON_SHAPES(triton_shape)))
 test_many_shapes_on_triton = needs_interpreter(
     pytest.mark.slow(settings(max_examples=200)(TRITON_SHAPES(triton_shape)))
 )

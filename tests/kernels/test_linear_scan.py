@@ -57,7 +57,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 @needs_interpreter
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(
     steps=st.integers(1, 42),
     batch=st.integers(1, 2),

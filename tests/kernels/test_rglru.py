@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from griffin.kernels.linear_scan import cpu as scan_cpu
 from griffin.kernels.linear_scan.cpu import Tiling
 from griffin.kernels.rglru import rglru, rglru_step
-from tests.kernels.interpreter import BACKENDS, needs_interpreter
+from tests.kernels.interpreter import BACKENDS, BACKENDS_TRITON_SLOW, needs_interpreter
 from tests.kernels.rglru_inputs import (
     FLOAT32,
     LEAVES,
@@ -94,7 +94,7 @@ TRITON_SHAPES = given(
     chunk=st.sampled_from([0, 8, 16]),
     **SHAPES,
 )
-test_any_shape_on_triton = needs_interpreter(settings(max_examples=10)(TRITON_SHAPES(triton_shape)))
+test_any_shape_on_triton = needs_interpreter(settings(max_examples=4)(TRITON_SHAPES(triton_shape)))
 test_many_shapes_on_triton = needs_interpreter(
     pytest.mark.slow(settings(max_examples=200)(TRITON_SHAPES(triton_shape)))
 )
@@ -119,7 +119,7 @@ def test_default_tiling(steps, batch, width):
     ids=["a near 1", "saturated gates", "a near 0", "both"],
 )
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")  # 1 / (1 + inf) is 0
-@BACKENDS
+@BACKENDS_TRITON_SLOW
 def test_extreme_decays(backend, decay_range, gate_scale):
     """1 - a^2 keeps its digits, and the bound on the derivative of its root acts, where a is all but 1."""
     steps = STEPS[backend]
@@ -173,7 +173,7 @@ def test_position_0_without_starts(backend):
     assert not torch.equal(y[0], rglru(**inputs, backend=backend)[0][0])
 
 
-@BACKENDS
+@BACKENDS_TRITON_SLOW
 def test_strides_change_nothing(backend):
     """Gates that are halves of one tensor, x with another order of axes: bitwise the result of contiguous tensors."""
     inputs = make(20, 3, 7, state=True, branch=True)
@@ -203,7 +203,7 @@ def test_strides_change_nothing(backend):
 
 @pytest.mark.parametrize(("dtype", "epsilon"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 @pytest.mark.parametrize("branch", [False, True], ids=["", "branch"])
-@BACKENDS
+@BACKENDS_TRITON_SLOW
 def test_half_precision(backend, branch, dtype, epsilon):
     """Errors are those of rounding y and each gradient once, and y where the backward reads it as the state."""
     steps = STEPS[backend]
@@ -274,7 +274,7 @@ def test_a_sequence_in_two_parts_equals_one(backend):
     assert_close(results["parts"], results["whole"], FLOAT32)
 
 
-@BACKENDS
+@BACKENDS_TRITON_SLOW
 def test_starts_at_every_place_around_a_chunk(backend):
     """A sequence for each place of a start, before, at and after the first step of a chunk and of a round."""
     steps = 18

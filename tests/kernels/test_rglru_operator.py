@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from griffin.kernels import selection
 from griffin.kernels.rglru import ops, rglru
-from tests.kernels.interpreter import BACKENDS, needs_interpreter
+from tests.kernels.interpreter import BACKENDS, BACKENDS_TRITON_SLOW, needs_interpreter
 from tests.kernels.rglru_inputs import LEAVES, assert_close, make, run
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -34,7 +34,7 @@ def test_nothing_is_copied_where_channels_adjoin():
     ).term.is_contiguous()
 
 
-@BACKENDS
+@BACKENDS_TRITON_SLOW
 def test_recomputation_and_repeated_backward_are_bitwise(backend):
     inputs = make(30, 2, 5, state=True, branch=True)
     options = {"backend": backend, "chunk": 8}
@@ -53,7 +53,7 @@ def test_recomputation_and_repeated_backward_are_bitwise(backend):
         assert torch.equal(first, third)
 
 
-@BACKENDS
+@BACKENDS_TRITON_SLOW
 @pytest.mark.parametrize("save_states", [True, False])
 def test_operators_are_what_they_claim(backend, save_states):
     """Fake implementations, autograd and mutation, as torch.library.opcheck sees them."""

@@ -159,6 +159,7 @@ def test_a_rank_that_has_lost_its_gpus_ends_the_start(rank_pool: RankPool) -> No
         rank_pool.run(without_gpu, 2)
 
 
+@pytest.mark.slow
 def test_connections_that_never_come_end_the_process() -> None:
     code = """
 import time

@@ -37,7 +37,7 @@ LAYOUTS = {
 }
 RANKS = {name: (2 if "dp2" in name else 1) * layout.model_ranks for name, layout in LAYOUTS.items()}
 QUICK = {
-    "griffin": set(LAYOUTS) - {"tp2", "pp2-dp2", "tp2-pp2-sequence-parallel"},
+    "griffin": {"tp2-sequence-parallel", "tp2-pp2", "pp2-interleaved"},
     "hawk": {"pp2"},
     "mqa": {"dp2"},
 }

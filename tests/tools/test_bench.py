@@ -34,6 +34,7 @@ def test_step_prints_both_sides_and_their_ratio() -> None:
         assert float(ratio) == pytest.approx(times["transformers"] / times["griffin"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_generate_prints_both_sides_and_their_ratio() -> None:
     sizes = ("--prompt", "5", "--tokens", "12", "--window", "8", "--width", "64", "--batch", "1", "3")
     done = bench(*sizes, "--repeats", "2", "--threads", "1", what="generate")

@@ -128,6 +128,7 @@ def rows_of(printed: str) -> dict[str, list[str]]:
 NAMES = [operation.name for operation in OPERATIONS]
 
 
+@pytest.mark.slow
 def test_everything_is_checked_timed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     rows, peer_rows = measure(SMALL, CPU, small_clock())
     printed = capsys.readouterr().out

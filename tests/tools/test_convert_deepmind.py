@@ -165,7 +165,11 @@ SAVED: dict[str, Callable[[Any, Path], Path]] = {
 
 @pytest.mark.parametrize(
     ("how", "case"),
-    [(how, case) for how in ("torch", "orbax") for case in CASES]
+    [
+        pytest.param(how, case, marks=[] if case == "bfloat16" else pytest.mark.slow)
+        for how in ("torch", "orbax")
+        for case in CASES
+    ]
     + [(how, "bfloat16") for how in ("torch-transposed", "torch-repacked", "torch-views", "orbax-bare")],
 )
 def test_the_same_checkpoint(tmp_path: Path, how: str, case: str) -> None:
@@ -225,6 +229,7 @@ def test_options(tmp_path: Path) -> None:
     assert {spec.dtype for spec in manifest.arrays.values()} == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_several_workers(tmp_path: Path) -> None:
     model = make_model(torch.bfloat16)
     source = plain(model, tmp_path / "weights.pt")
@@ -357,6 +362,7 @@ def test_wrong_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "which orbax-checkpoint reads; pip install 'griffin-megatron[orbax]'" in refused(capsys, tmp_path)
 
 
+@pytest.mark.slow
 def test_damaged_folders(tmp_path: Path) -> None:
     """In a process of its own: orbax leaves exceptions of its tasks unheard."""
     source = save_orbax(flax_tree(make_model(num_hidden_layers=1)), tmp_path / "weights")

@@ -50,6 +50,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_import_no_torch(tmp_path: Path) -> None:
     """Nor does an export at all."""
     source = save_model(make_model(num_hidden_layers=1), tmp_path / "model")

@@ -41,6 +41,7 @@ def doctored(*words: str | Path) -> tuple[int, list[tuple[str, str]]]:
     return result.returncode, [(line[:8].strip(), line[9:]) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_two_ranks_of_a_healthy_machine(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     (tmp_path / "runs").mkdir()

@@ -304,7 +304,8 @@ def test_logits_leave_nothing_but_what_is_whole(tmp_path: Path, monkeypatch: pyt
     assert ids.read_bytes() == before
 
 
-@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 2])
 def test_logits_that_are_stopped_leave_nothing(tmp_path: Path, tensor: int) -> None:
     folder, _ = converted(tmp_path)
     np.save(tmp_path / "tokens.npy", np.ones((50_000, 40), np.int64))  # 1.6 GB of logits, of which few are made

@@ -37,6 +37,7 @@ def grid() -> Iterator[Grid]:
         yield grid
 
 
+@pytest.mark.slow
 def test_every_preset() -> None:
     """One run of the command: its rows agree with the published sizes, within seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -56,7 +56,7 @@ def expected(rank_pool: RankPool) -> list[tuple[float, float]]:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("layout", [pytest.param(n, marks=[] if n == "tp2-pp2" else pytest.mark.slow) for n in LAYOUTS])
+@pytest.mark.parametrize("layout", [pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
 def test_triton_trains_as_the_reference_does(
     rank_pool: RankPool, expected: list[tuple[float, float]], layout: str
 ) -> None:

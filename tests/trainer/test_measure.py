@@ -79,7 +79,9 @@ def test_a_pipeline_waits_and_one_stage_does_not(rank_pool: RankPool, one_rank: 
         assert 0 < measured["pipeline_bubble"] < 1
 
 
-@pytest.mark.parametrize("recompute", ["none", "mixer", "block", "states"])
+@pytest.mark.parametrize(
+    "recompute", ["none", *(pytest.param(part, marks=pytest.mark.slow) for part in ("mixer", "block", "states"))]
+)
 def test_measuring_changes_no_bit(rank_pool: RankPool, recompute: str) -> None:
     plain, measured = (
         rank_pool.run(train, 1, ParallelConfig(), measure, recompute=recompute)[0] for measure in (False, True)

@@ -86,7 +86,7 @@ MLP = "blocks.0.mlp.gate.weight"
 NORM = "blocks.1.mixer_norm.weight"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize(
     ("layout", "damaged", "name", "damage", "expected"),
     [
@@ -131,9 +131,12 @@ def test_a_copy_that_differs_is_named_and_nothing_is_saved(
     "overrides",
     [
         ["--parallel.tensor", "2", "--parallel.sequence_parallel", "true"],
-        ["--parallel.pipeline", "2", "--train.overlap", "on"],
-        ["--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2", "--model.pattern", "PATTERN"],
-        ["--train.overlap", "on", "--train.global_batch", "16"],
+        pytest.param(["--parallel.pipeline", "2", "--train.overlap", "on"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2", "--model.pattern", "PATTERN"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--train.overlap", "on", "--train.global_batch", "16"], marks=pytest.mark.slow),
     ],
     ids=["tp2-dp2-sequence", "pp2-dp2-overlap", "virtual", "dp4-overlap"],
 )

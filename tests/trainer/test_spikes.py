@@ -144,12 +144,13 @@ def test_without_it_the_update_is_made(rank_pool: RankPool, config_path: Path, s
     assert off[11] != skip[11]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "settings"),
     [
         (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
-        pytest.param(2, {"train.overlap": "on"}, marks=pytest.mark.slow),
-        pytest.param(1, {}, marks=pytest.mark.slow),
+        (2, {"train.overlap": "on"}),
+        (1, {}),
     ],
     ids=["tp2-pp2", "dp2-overlap", "one"],
 )
@@ -164,6 +165,7 @@ def test_every_layout_skips_the_same(
         assert loss == pytest.approx(expected[step], rel=1e-5)  # float32 sums in another order
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_after_a_skip_goes_on_as_if_it_had_not_been(
     rank_pool: RankPool, config_path: Path, tmp_path: Path, skipped: Path
 ) -> None:
@@ -304,6 +306,7 @@ def test_tensorboard_shows_the_curve_that_holds(rank_pool: RankPool, config_path
     assert shown == pytest.approx(series(tmp_path / "run", "loss"), rel=1e-6)  # TensorBoard keeps float32
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_rewind_skips(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
     settings = config(config_path, "rewind", checkpoint__interval=12)
     rank_pool.run(disturbed_run, 2, settings, tmp_path / "run")

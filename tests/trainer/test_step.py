@@ -52,7 +52,7 @@ def plant(ranks: Any, config: Config, name: str, rank: int, value: float) -> dic
     ],
     ids=["tp2-pp2", "dp2"],
 )
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 def test_a_planted_gradient_stops_before_the_update(
     rank_pool: RankPool, layout: ParallelConfig, world_size: int, name: str, rank: int, value: float
 ) -> None:
@@ -84,13 +84,19 @@ def test_a_loss_that_is_not_finite_stops(rank_pool: RankPool) -> None:
         assert message.startswith("step 1: loss nan, gradient norm nan; the first non-finite gradient is that of ")
 
 
-@pytest.mark.parametrize("part", ["mixer", "mlp", "block"])
-def test_recomputation_changes_nothing(rank_pool: RankPool, part: str) -> None:
+def recomputing(rank_pool: RankPool, part: str) -> dict[str, Any]:
     layout = ParallelConfig(tensor=2, sequence_parallel=True)
-    kept, recomputed = (
-        rank_pool.run(train, 2, make_config("griffin", layout, recompute=recompute), 4)[0]
-        for recompute in ("none", part)
-    )
+    return rank_pool.run(train, 2, make_config("griffin", layout, recompute=part), 4)[0]
+
+
+@pytest.fixture(scope="module")
+def kept(rank_pool: RankPool) -> dict[str, Any]:
+    return recomputing(rank_pool, "none")
+
+
+@pytest.mark.parametrize("part", [*(pytest.param(part, marks=pytest.mark.slow) for part in ("mixer", "mlp")), "block"])
+def test_recomputation_changes_nothing(rank_pool: RankPool, kept: dict[str, Any], part: str) -> None:
+    recomputed = recomputing(rank_pool, part)
     assert recomputed["loss"] == kept["loss"]
     assert recomputed["grad_norm"] == kept["grad_norm"]
     assert_all_close(recomputed["after"], kept["after"])  # bitwise
@@ -100,7 +106,9 @@ def test_recomputation_changes_nothing(rank_pool: RankPool, part: str) -> None:
     ("layout", "world_size", "dtype"),
     [
         (ParallelConfig(), 2, "float32"),
-        (ParallelConfig(pipeline=2, virtual_pipeline=2, stages=(1, 2, 1, 1)), 4, "bfloat16"),
+        pytest.param(
+            ParallelConfig(pipeline=2, virtual_pipeline=2, stages=(1, 2, 1, 1)), 4, "bfloat16", marks=pytest.mark.slow
+        ),
     ],
     ids=["dp2", "pp2-interleaved-dp2-bfloat16"],
 )
@@ -176,7 +184,10 @@ def train_bfloat16(ranks: Any, layout: ParallelConfig, steps: int) -> dict[str, 
 
 @pytest.mark.parametrize(
     ("layout", "world_size"),
-    [(ParallelConfig(), 2), (ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True), 4)],
+    [
+        (ParallelConfig(), 2),
+        pytest.param(ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True), 4, marks=pytest.mark.slow),
+    ],
     ids=["dp2", "tp2-pp2-sequence-parallel"],
 )
 def test_bfloat16_trains_with_float32_master_weights(

@@ -173,6 +173,7 @@ def assert_saves(team: Team, step: int) -> None:
     assert not list(team.root.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_process_that_stops_answering_is_given_up(folder: Path) -> None:
     with Team(Layout(1, 3, seed=3), folder / "checkpoints", timeout=2) as team:
         team.save(1, random_state(1))
@@ -259,7 +260,13 @@ def own_file(layout: Layout, rank: int) -> str:
     return ArraySpec(kind=MODEL, tensor=chunk.tensor, dtype=layout.dtype, chunks=chunk.chunks).file(chunk.index)
 
 
-@pytest.mark.parametrize("what", ["a chunk of rank 0", "a chunk of rank 1", "an array's metadata"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        *(pytest.param(what, marks=pytest.mark.slow) for what in ("a chunk of rank 0", "an array's metadata")),
+        "a chunk of rank 1",
+    ],
+)
 def test_a_write_that_hangs(folder: Path, what: str) -> None:
     layout = Layout(1, 2)
     (writer,) = {chunk.owner for chunk in layout.plans[0].chunks if chunk.tensor.name == "norm"}  # of all of it
