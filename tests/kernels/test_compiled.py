@@ -47,7 +47,7 @@ def _run(cache: Path, timeout: float, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("all", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the processes found, the same launches each, with the compiled programs of all of them."""
     cache = tmp_path_factory.mktemp("triton")
@@ -82,6 +82,7 @@ def _assert_none(entries: Iterable[Entry], *facts: str) -> None:
     assert not [_name(entry, *facts) for entry in entries]
 
 
+@pytest.mark.slow
 def test_every_program_is_compiled_and_both_paths(measured):
     compiled = measured["compiled"]
     assert {entry["program"] for entry in compiled} == set(measured["kernels"])
@@ -106,6 +107,7 @@ def test_every_program_is_compiled_and_both_paths(measured):
         assert len(flags) == 2 * 4 + 2 * 3
 
 
+@pytest.mark.slow
 def test_nothing_is_spilled(measured):
     """No value of a step is put away in memory.
 
@@ -132,6 +134,7 @@ def _warps(entry: Entry) -> int:
     return SPREAD if is_last_resort else SPREAD * 3 // 2
 
 
+@pytest.mark.slow
 def test_registers_leave_room_for_enough_programs(measured):
     def room(entry: Entry) -> int:
         if _is_nvidia(entry):  # 65,536 registers, given to warps of 32 lanes by 8 a lane
@@ -144,6 +147,7 @@ def test_registers_leave_room_for_enough_programs(measured):
 KILOBYTES = {"sm_80": 164, "sm_90": 228, "gfx942": 64}  # of shared memory, a multiprocessor's
 
 
+@pytest.mark.slow
 def test_shared_memory_leaves_room_for_enough_programs(measured):
     """In 16 bits twice as many as the chunked path gives it, on an A100 half as many again; in float32 half of that."""
 
@@ -169,6 +173,7 @@ def _rows(program: str, constants: dict[str, Any]) -> int:
     }[program]
 
 
+@pytest.mark.slow
 def test_rows_are_copied_asynchronously(measured):
     """What several rounds ahead are on the way hides the latency of memory, which one warp cannot."""
     seen = set()
@@ -193,6 +198,7 @@ BUDGET = {  # by program, and whether there is a branch
 }
 
 
+@pytest.mark.slow
 def test_arithmetic_takes_less_time_than_memory(measured):
     seen = set()
     for entry in measured["compiled"]:

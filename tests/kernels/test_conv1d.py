@@ -116,7 +116,7 @@ TRITON_SHAPES = given(
 )
 test_any_shape_on_triton = needs_interpreter(settings(max_examples=5)(TRITON_SHAPES(triton_shape)))
 test_many_shapes_on_triton = needs_interpreter(
-    pytest.mark.slow(settings(max_examples=200)(TRITON_SHAPES(triton_shape)))
+    pytest.mark.slow(settings(max_examples=100)(TRITON_SHAPES(triton_shape)))
 )
 
 

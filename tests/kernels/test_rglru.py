@@ -95,9 +95,7 @@ TRITON_SHAPES = given(
     **SHAPES,
 )
 test_any_shape_on_triton = needs_interpreter(settings(max_examples=4)(TRITON_SHAPES(triton_shape)))
-test_many_shapes_on_triton = needs_interpreter(
-    pytest.mark.slow(settings(max_examples=200)(TRITON_SHAPES(triton_shape)))
-)
+test_many_shapes_on_triton = needs_interpreter(pytest.mark.slow(settings(max_examples=80)(TRITON_SHAPES(triton_shape))))
 
 
 @pytest.mark.parametrize(("steps", "batch", "width"), [(701, 1, 257), (150, 3, 1001)])
