@@ -43,7 +43,8 @@ def test_the_table_names_what_exists_and_each_other_name_once() -> None:
     ],
 )
 def test_what_was_meant(written: str, meant: str) -> None:
-    assert suggest_setting(*written.split("."), KNOWN) == f"did you mean {meant}?"
+    section, _, key = written.partition(".")
+    assert suggest_setting(section, key, KNOWN) == f"did you mean {meant}?"
 
 
 def test_what_there_is_no_setting_for() -> None:
