@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from griffin.tools import bench_kernels_plot
+from griffin.tools.dtype_argument import add_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ def add_parser(kinds: argparse._SubParsersAction) -> None:
     parser.add_argument("--widths", default=widths, metavar="R,...", help=f"channels (default: {widths})")
     parser.add_argument("--lengths", default="2048,8192,32768", metavar="T,...", help="default: 2048,8192,32768")
     parser.add_argument("--batches", default="1,8", metavar="B,...", help="sequences (default: 1,8)")
-    parser.add_argument("--dtype", default="bfloat16", help=f"{' or '.join(DTYPES)} (default: bfloat16)")
+    add_dtype(parser, "of the inputs (default: bfloat16)", "bfloat16")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed rounds (default: 20)")
     parser.add_argument(
         "--chunk", type=int, metavar="N", help="steps of a chunk, 0 for a sequential scan (default: chosen by shape)"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from griffin.tools import checkpoint_plan
+from griffin.tools.dtype_argument import add_dtype
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 PATH_HELP = "folder of a step, or of steps (a run, its checkpoints)"
 NEWEST_HELP = "folder of a step; of a run or its checkpoints, the newest complete one is taken"
 
@@ -70,7 +70,7 @@ def add_parser(subparsers: Any) -> None:
     )
     command.add_argument("--virtual", type=int, metavar="V", help="stages of each pipeline rank; as --pipeline")
     command.add_argument("--weights-only", action="store_true", help="leave the optimizer's state out")
-    _add_dtype(command, "of the weights, rounded from the master weights where there are any")
+    add_dtype(command, "of the weights, rounded from the master weights where there are any")
     command.add_argument(
         "--rank-files",
         action="store_true",
@@ -84,7 +84,7 @@ def add_parser(subparsers: Any) -> None:
     )
     command.add_argument("sources", metavar="SRC", nargs="+", type=Path, help=NEWEST_HELP)
     command.add_argument("target", metavar="DST", type=Path, help="step folder to make; must not exist")
-    _add_dtype(command, "of the result (default: that of the newest SRC)")
+    add_dtype(command, "of the result (default: that of the newest SRC)")
     _add_workers(command)
 
     checkpoint_plan.add_parser(commands)
@@ -94,10 +94,6 @@ def _add(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentPars
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.set_defaults(run=run)
     return command
-
-
-def _add_dtype(command: argparse.ArgumentParser, text: str) -> None:
-    command.add_argument("--dtype", choices=DTYPES, help=text)
 
 
 def _add_workers(command: argparse.ArgumentParser) -> None:
@@ -153,7 +149,7 @@ def _reshard(args: argparse.Namespace) -> None:
                 ParallelConfig(**stated) if stated else None,
                 workers,
                 weights_only=args.weights_only,
-                dtype=DTYPES.get(args.dtype),
+                dtype=args.dtype,
                 from_ranks=args.from_ranks,
                 to_ranks=args.rank_files,
             )
@@ -165,4 +161,4 @@ def _average(args: argparse.Namespace) -> None:
 
     with start_workers(args.workers) as workers:
         if workers:
-            average(args.sources, args.target, workers, dtype=DTYPES.get(args.dtype))
+            average(args.sources, args.target, workers, dtype=args.dtype)

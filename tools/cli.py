@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import os
 import re
 import signal
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit code; 2 with one line on stderr for what the user can put right."""
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="griffin", description="Train Griffin and Hawk language models.")
+    parser.add_argument("--version", action="version", version=f"griffin-megatron {_version()}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"griffin.tools.{name}").add_parser(subparsers)
@@ -52,6 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who reads the output has seen enough; nor is it flushed at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("griffin-megatron")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path only
+        return "(not installed)"
 
 
 def report(error: Exception) -> int:

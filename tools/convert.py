@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.checkpoint import DTYPES
+from griffin.tools.dtype_argument import add_dtype
 
 MOST_WORKERS = 4  # by default: each has a chunk or two in memory
 MOST_TORCH_WORKERS = 2  # each has PyTorch in memory as well
@@ -73,10 +73,6 @@ def add_target(command: argparse.ArgumentParser, text: str) -> None:
     command.add_argument("target", metavar="DST", type=Path, help=text)
 
 
-def add_dtype(command: argparse.ArgumentParser, text: str) -> None:
-    command.add_argument("--dtype", choices=DTYPES, help=text)
-
-
 def add_workers(command: argparse.ArgumentParser, text: str = "") -> None:
     command.add_argument(
         "--workers",
@@ -92,7 +88,7 @@ def _hf(args: argparse.Namespace) -> None:
 
     with start_workers(args.workers, MOST_WORKERS) as workers:
         if workers:
-            convert_transformers(args.source, args.target, workers, dtype=DTYPES.get(args.dtype))
+            convert_transformers(args.source, args.target, workers, dtype=args.dtype)
 
 
 def _deepmind(args: argparse.Namespace) -> None:
@@ -117,6 +113,6 @@ def _deepmind(args: argparse.Namespace) -> None:
                 args.target,
                 workers,
                 unstored,
-                dtype=DTYPES.get(args.dtype),
+                dtype=args.dtype,
                 tokenizer=args.tokenizer,
             )

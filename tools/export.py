@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.checkpoint import DTYPES, NEWEST_HELP
-from griffin.tools.convert import MOST_WORKERS, add_dtype, add_format, add_target, add_workers
+from griffin.tools.checkpoint import NEWEST_HELP
+from griffin.tools.convert import MOST_WORKERS, add_format, add_target, add_workers
+from griffin.tools.dtype_argument import add_dtype
 
 GB = 10**9  # as transformers counts
 
@@ -44,6 +45,6 @@ def _hf(args: argparse.Namespace) -> None:
                 args.target,
                 workers,
                 shard_bytes=int(min(args.shard_size * GB, 2**62)),
-                dtype=DTYPES.get(args.dtype),
+                dtype=args.dtype,
                 tokenizer=args.tokenizer,
             )

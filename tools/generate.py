@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin.tools.checkpoint import DTYPES, NEWEST_HELP
+from griffin.tools.checkpoint import NEWEST_HELP
+from griffin.tools.dtype_argument import add_dtype
 
 if TYPE_CHECKING:
     from griffin.parallel.ranks import Ranks
@@ -66,7 +67,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `griffin.tools.inference.Checkpoint.find` reads."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=NEWEST_HELP)
     parser.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor-parallel ranks (default: 1)")
-    parser.add_argument("--dtype", choices=DTYPES, help="that the model computes in (default: that of its weights)")
+    add_dtype(parser, "that the model computes in (default: that of its weights)")
 
 
 def run(args: argparse.Namespace) -> int:

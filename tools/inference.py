@@ -24,7 +24,6 @@ from griffin.parallel.decode import Decoder
 from griffin.parallel.grid import Grid, rank_grid, single_rank_grid
 from griffin.parallel.ranks import Ranks
 from griffin.parallel.stage import Stage, build_stages
-from griffin.tools.checkpoint import DTYPES
 from griffin.tools.checkpoint_rewrite import check_layout
 from griffin.tools.workers import ended_by_sigterm
 from griffin.trainer.checkpoint.arrays import MODEL
@@ -55,7 +54,7 @@ class Checkpoint:
         if args.tensor < 1:
             raise ValueError(f"--tensor {args.tensor}: must be at least 1")
         check_layout(manifest, ParallelConfig(tensor=args.tensor))
-        dtype = DTYPES.get(args.dtype) or manifest.arrays[f"{MODEL}.embedding.weight"].dtype
+        dtype = args.dtype or manifest.arrays[f"{MODEL}.embedding.weight"].dtype
         return cls(folder, manifest, args.tensor, dtype)
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from griffin.launch import code
 from griffin.launch.slurm import IMAGE_FILES, JobFiles, SlurmJob, render
 from griffin.parallel.ranks import STOPPED
-from griffin.tools.train import add_init_arguments, check, discover_ranks, start_local
-from griffin.trainer.config import Config, load_config, read_data, to_toml
+from griffin.tools.train import add_init_arguments, check, discover_ranks, load_run_config, start_local
+from griffin.trainer.config import Config, read_data, to_toml
 from griffin.trainer.run_folder import RunFolder, default_run_folder
 
 # What `griffin launch slurm` writes for a job: NAME, NAME-2 and so on.
@@ -233,7 +233,7 @@ def run_local(args: argparse.Namespace) -> int:
     if discover_ranks(args.ranks) is not None:
         raise ValueError("griffin launch local starts ranks itself: start it without torchrun, srun or mpiexec")
     if args.run_dir is None:  # the same for all starts
-        args.run_dir = default_run_folder(args.config, load_config(args.config, args.overrides))
+        args.run_dir = default_run_folder(args.config, load_run_config(args))
     checkpoints = RunFolder(args.run_dir).checkpoints
     start = start_local(args)
     failures, best = 0, _newest(checkpoints)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from griffin.kernels.backends import AUTO
 from griffin.launch.ranks import discover, leave, slurm_tasks_unused
+from griffin.parallel.config import ModelConfig
 from griffin.parallel.ranks import STOPPED, Ranks
 from griffin.tools.cli import USER_ERRORS, report
-from griffin.trainer.config import Config, load_config
+from griffin.trainer.config import Config, load_config, to_toml
 from griffin.trainer.run_folder import RunFolder, default_run_folder
 from griffin.trainer.validate import validate, validate_data
 
@@ -37,12 +38,15 @@ def add_parser(subparsers: Any) -> None:
         "srun or mpiexec this process is one of their ranks; otherwise it starts --ranks processes here. A run folder "
         f"that has checkpoints is continued. SIGTERM or SIGUSR1 saves and stops, with exit code {STOPPED}.",
     )
-    parser.add_argument("config", metavar="CONFIG.toml", type=Path)
+    parser.add_argument("config", metavar="CONFIG.toml", type=Path, help="a file, or a packaged one's name: demo")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder (default: log.run_root/NAME-TIME)")
     parser.add_argument("--ranks", type=int, metavar="N", help="processes to start on this machine (default: 1)")
     add_init_arguments(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything for --ranks ranks, of any launcher, and start none"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every setting as resolved, as TOML, and start nothing"
     )
     parser.set_defaults(run=run, overrides=[])
 
@@ -53,7 +57,7 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="CHECKPOINT",
         help="start a new run from the step folder, or the newest step of the run folder, CHECKPOINT; a run that has "
-        "checkpoints of its own goes on from those",
+        "checkpoints of its own goes on from those. CONFIG.toml may leave out [model]: it is the checkpoint's",
     )
     parser.add_argument(
         "--init-what",
@@ -66,6 +70,9 @@ def run(args: argparse.Namespace) -> int:
     """Exit code of the training. What a user can put right is refused before any process or folder exists."""
     # A warning ahead of a stop must not end a rank that is just starting: it has nothing to save yet.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if args.print_config:
+        print(to_toml(load_run_config(args)), end="")
+        return 0
     if args.dry_run:
         check(args, args.ranks or 1)
         return 0
@@ -96,7 +103,7 @@ def check(
 
     if args.init_what and not args.init_from:
         raise ValueError(f"--init-what {args.init_what}: needs --init-from CHECKPOINT")
-    config = load_config(args.config, args.overrides)
+    config = load_run_config(args)
     validate(config, world_size)
     validate_data(config)
     if starts_here:
@@ -109,6 +116,19 @@ def check(
         if source.path and source.config:
             refuse_other_model(config.model, source.config["model"], source.path)
     return config, run_dir, init_from
+
+
+def load_run_config(args: argparse.Namespace) -> Config:
+    """The config of a training. A model that it does not state is that of its run folder, else of --init-from."""
+    from griffin.trainer.checkpoint.manifest import check as check_step
+    from griffin.trainer.checkpoint.manifest import resolve
+
+    def find_model() -> ModelConfig | None:
+        if args.run_dir is not None and RunFolder(args.run_dir).config.is_file():
+            return load_config(RunFolder(args.run_dir).config).model
+        return check_step(resolve(args.init_from)).model if args.init_from else None
+
+    return load_config(args.config, args.overrides, find_model=find_model)
 
 
 def _check_kernels(config: Config) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tomllib
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,11 @@ import tomli_w
 from griffin.kernels.backends import AUTO
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
 from griffin.trainer.data.prefix import DataInfo, read_blend
+from griffin.trainer.dtypes import canonical_dtype
 from griffin.trainer.presets import PRESETS, preset
+from griffin.trainer.suggestions import suggest_section, suggest_setting
 
+CONFIGS = Path(__file__).resolve().parent / "configs"  # those that come along, each found by its name
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 WSD_DECAYS = ("linear", "cosine", "exponential", "minus_sqrt")
 DTYPES = ("float32", "bfloat16")
@@ -136,16 +138,27 @@ ACCEPTED = {
 }
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    find_model: Callable[[], ModelConfig | None] = lambda: None,
+    needs_data: bool = True,
+) -> Config:
     """The config of a TOML file, changed by `overrides` (["--train.steps", "10", "--model.window=64", ...]).
 
     Defaults that depend on other settings are filled in: the vocabulary of the data's tokenizer (the only one that
-    looks at the data), the preset's model, the learning rate's schedule. Raises FileNotFoundError where there is no
-    such file, and ValueError that names the setting, its value and what is accepted.
+    looks at the data), the preset's model, the learning rate's schedule.
+
+    Args:
+        path: a file, or the name of a packaged config (see `find_config`).
+        find_model: asked for the model where neither a pattern nor a preset is stated; None where it has none.
+        needs_data: where the vocabulary is not stated and the data cannot be read, refuse; else take the preset's.
+
+    Raises FileNotFoundError where there is no such file, and ValueError that names the setting, its value and what is
+    accepted.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file")
+    path = find_config(path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of the decoder, or of the encoding
@@ -155,13 +168,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not isinstance(table, dict):
             raise ValueError(f"{section} = {table!r}: stands outside of any section; {_nearest('', section)}")
         if section not in SECTIONS:
-            nearest = difflib.get_close_matches(section, SECTIONS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"[{section}]: no such section; did you mean [{nearest}]?")
+            raise ValueError(f"[{section}]: no such section; did you mean [{suggest_section(section, SECTIONS)}]?")
         for key, value in table.items():
             settings[section][key] = _typed(section, key, value)
     for section, key, text in _split(overrides):
         settings[section][key] = _parsed(section, key, text)
-    return _resolve(settings)
+    return _resolve(settings, find_model, needs_data)
+
+
+def find_config(path: str | Path) -> Path:
+    """The file `path`, or where there is none, the packaged config of that name. FileNotFoundError if neither."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    packaged = {file.stem: file for file in sorted(CONFIGS.glob("*.toml"))}
+    if str(path) in packaged:
+        return packaged[str(path)]
+    raise FileNotFoundError(f"{path}: no such config file, and none of those that come along: {', '.join(packaged)}")
 
 
 def to_toml(config: Config) -> str:
@@ -188,12 +211,7 @@ def read_data(data: DataConfig) -> list[DataInfo]:
 
 
 def _nearest(section: str, key: str) -> str:
-    def likeness(name: str) -> float:
-        known_section, _, known = name.partition(".")
-        return difflib.SequenceMatcher(None, key, known).ratio() + 0.1 * (known_section == section)
-
-    names = [f"{name}.{known}" for name, types in TYPES.items() for known in types]
-    return f"did you mean {max(names, key=likeness)}?"
+    return suggest_setting(section, key, [f"{name}.{known}" for name, types in TYPES.items() for known in types])
 
 
 def _type(section: str, key: str) -> Any:
@@ -203,19 +221,30 @@ def _type(section: str, key: str) -> Any:
 
 
 def _typed(section: str, key: str, value: Any) -> Any:
-    """`value` as the setting's type: integers become floats, lists tuples, a string a tuple of one where asked for."""
+    """`value` as the setting's type: integers become floats, and floats without a fraction integers, lists tuples, a
+    string a tuple of one, another name of a dtype the canonical one, where asked for.
+    """
     kind = _type(section, key)
+    if kind is int and _is_integral(value):
+        return int(value)
     if kind is float and type(value) is int:
         return float(value)
     if kind == tuple[str, ...] and isinstance(value, str):
         return (value,)
     if isinstance(value, list) and typing.get_origin(kind) is tuple:
         element = typing.get_args(kind)[0]
+        if element is int:
+            value = [int(item) if _is_integral(item) else item for item in value]
         if all(type(item) is element for item in value):
             return tuple(value)
     elif type(value) is kind:  # not isinstance: true is no integer
-        return value
+        return canonical_dtype(value) if (section, key) == ("train", "dtype") else value
     raise ValueError(f"{section}.{key} = {value!r}: must be {ACCEPTED[kind]}")
+
+
+def _is_integral(value: Any) -> bool:
+    """Whether `value` is a float that stands for one integer: 1e6. Above 2^53 it may stand for several."""
+    return type(value) is float and value.is_integer() and abs(value) <= 2**53
 
 
 def _parsed(section: str, key: str, text: str) -> Any:
@@ -248,11 +277,13 @@ def _split(overrides: Sequence[str]) -> list[tuple[str, str, str]]:
     return split
 
 
-def _resolve(settings: dict[str, dict[str, Any]]) -> Config:
+def _resolve(
+    settings: dict[str, dict[str, Any]], find_model: Callable[[], ModelConfig | None], needs_data: bool
+) -> Config:
     data = DataConfig(**settings["data"])
     train = TrainConfig(**settings["train"])
     return Config(
-        model=_resolve_model(settings["model"], data),
+        model=_resolve_model(settings["model"], data, find_model, needs_data),
         parallel=ParallelConfig(**settings["parallel"]),
         data=data,
         optimizer=_resolve_optimizer(settings["optimizer"], train.steps),
@@ -263,20 +294,29 @@ def _resolve(settings: dict[str, dict[str, Any]]) -> Config:
     )
 
 
-def _resolve_model(stated: dict[str, Any], data: DataConfig) -> ModelConfig:
+def _resolve_model(
+    stated: dict[str, Any], data: DataConfig, find_model: Callable[[], ModelConfig | None], needs_data: bool
+) -> ModelConfig:
     stated = dict(stated)
     name = stated.pop("preset", None)
     if name is not None:
         settings = dataclasses.asdict(preset(name)) | stated
     elif "pattern" in stated:
         settings = _fill_widths(stated)
+    elif (model := find_model()) is not None:
+        return ModelConfig(**dataclasses.asdict(model) | stated)
     else:
         raise ValueError(
-            "model: must state model.pattern (a list of mixers), or model.preset: " + ", ".join(PRESETS) + "."
+            "model: must state model.pattern (a list of mixers), or model.preset: "
+            f"{', '.join(PRESETS)}; a training with --init-from CHECKPOINT takes the model from there"
         )
     # A preset's vocabulary is a figure for parameter counts; what the model trains on decides here.
     if "vocabulary" not in stated:
-        settings["vocabulary"] = read_data(data)[0].vocabulary
+        try:
+            settings["vocabulary"] = read_data(data)[0].vocabulary
+        except (ValueError, OSError):
+            if needs_data:
+                raise
     return ModelConfig(**settings)
 
 

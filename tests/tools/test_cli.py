@@ -152,6 +152,36 @@ def test_init_from(folder: Path, checkpoint: Path, started: list, words: list[st
     assert started[0][3] == InitFrom(path=Path("other"), everything=everything)
 
 
+def test_init_from_gives_the_model(
+    folder: Path, checkpoint: Path, started: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config without [model] has the checkpoint's, also when the run goes on without --init-from."""
+    there = load_config(folder / "small.toml", ["--data.train", "data/bytes", "--model.init", "torch"]).model
+    (folder / "tune.toml").write_text(CONFIG.split("head_dim = 16")[1])
+    tune = ["train", "tune.toml", "--data.train", "data/bytes", "--ranks", "2", "--run-dir", "run"]
+    assert main(tune) == 2
+    assert "model: must state model.pattern" in capsys.readouterr().err
+    assert main([*tune, "--init-from", "other"]) == 7
+    assert started[0][1].model == there
+    RunFolder.create(folder / "run", started[0][1], {})
+    assert main(tune) == 7
+    assert started[1][1].model == there
+
+
+def test_print_config(folder: Path, started: list, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main([*TRAIN, "--print-config", "--train.dtype", "bf16"]) == 0
+    (folder / "printed.toml").write_text(capsys.readouterr().out)
+    assert load_config("printed.toml") == load_config("small.toml", ["--data.train", "data/bytes"])
+    assert started == []
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert re.fullmatch(r"griffin-megatron (\d+\.\d+\.\d+|\(not installed\))\n", capsys.readouterr().out)
+
+
 def test_checkpoints_that_do_not_fit_are_refused_before_anything_starts(
     folder: Path, checkpoint: Path, started: list, capsys: pytest.CaptureFixture[str]
 ) -> None:

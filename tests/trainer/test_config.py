@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from griffin.parallel.config import INITS, MIXERS, RECOMPUTES, ModelConfig, ParallelConfig
 from griffin.tools.cli import main
 from griffin.trainer.config import (
+    CONFIGS,
     DTYPES,
     OVERLAPS,
     SCHEDULES,
@@ -23,11 +24,12 @@ from griffin.trainer.config import (
     LogConfig,
     OptimizerConfig,
     TrainConfig,
+    find_config,
     load_config,
     read_data,
     to_toml,
 )
-from griffin.trainer.presets import preset
+from griffin.trainer.presets import PRESETS, preset
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,6 +143,10 @@ def test_neither_pattern_nor_preset(load) -> None:
     [
         (["--train.steps", "7"], "train", "steps", 7),
         (["--train.steps=7"], "train", "steps", 7),
+        (["--train.steps", "1e6"], "train", "steps", 1_000_000),
+        (["--parallel.stages", "[1.0, 2]"], "parallel", "stages", (1, 2)),
+        (["--train.dtype", "bf16"], "train", "dtype", "bfloat16"),
+        (["--train.dtype", "torch.float32"], "train", "dtype", "float32"),
         (["--optimizer.learning_rate", "1"], "optimizer", "learning_rate", 1.0),
         (["--optimizer.learning_rate", "1e-3"], "optimizer", "learning_rate", 1e-3),
         (["--optimizer.learning_rate", "-1"], "optimizer", "learning_rate", -1.0),
@@ -172,6 +178,8 @@ def test_overrides(load, words: list[str], section: str, key: str, value: object
         (["--train.steps"], r"--train\.steps: needs a value, an integer"),
         (["--train.steps", "--train.seed", "1"], r"--train\.steps: needs a value, an integer"),
         (["--train.steps", "many"], r"train\.steps = 'many': must be an integer"),
+        (["--train.steps", "1e300"], r"train\.steps = '1e300': must be an integer"),
+        (["--train.steps", "inf"], r"train\.steps = 'inf': must be an integer"),
         (["--train.steps", "1.5"], r"train\.steps = '1\.5': must be an integer"),
         (["--train.steps", "1\nb = 2"], r"train\.steps = '1\\nb = 2': must be an integer"),
         (["--parallel.sequence_parallel", "1"], r"parallel\.sequence_parallel = '1': must be true or false"),
@@ -192,7 +200,7 @@ def test_refused_overrides(load, words: list[str], message: str) -> None:
         ("[trian]\nsteps = 3", r"\[trian\]: no such section; did you mean \[train\]\?"),
         ("steps = 3", r"steps = 3: stands outside of any section; did you mean train\.steps\?"),
         ("[model]\nwidth = '3'", r"model\.width = '3': must be an integer"),
-        ("[model]\nwidth = 3.0", r"model\.width = 3\.0: must be an integer"),
+        ("[model]\nwidth = 3.5", r"model\.width = 3\.5: must be an integer"),
         ("[model]\nwidth = true", r"model\.width = True: must be an integer"),
         ("[model]\nwidth = [3]", r"model\.width = \[3\]: must be an integer"),
         ("[model]\npreset = 3", r"model\.preset = 3: must be a string"),
@@ -208,6 +216,38 @@ def test_refused_overrides(load, words: list[str], message: str) -> None:
 def test_refused_files(load, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         load(text)
+
+
+def test_other_names_of_numbers_and_dtypes_in_files(load) -> None:
+    config = load(MODEL + '[train]\nsteps = 1e6\ndtype = "bf16"\n')
+    assert (config.train.steps, type(config.train.steps), config.train.dtype) == (1_000_000, int, "bfloat16")
+
+
+def test_model_that_is_not_stated_is_looked_for(load, tmp_path: Path) -> None:
+    model = load(MODEL).model
+    path = tmp_path / "none.toml"
+    path.write_text("[train]\nsteps = 3\n")
+    assert load_config(path, find_model=lambda: model).model == model
+    changed = load_config(path, ["--model.window=9"], find_model=lambda: model).model
+    assert changed == dataclasses.replace(model, window=9)
+    assert load_config(path, ["--model.preset=hawk-100m", "--model.vocabulary=9"], find_model=lambda: model).model == (
+        dataclasses.replace(preset("hawk-100m"), vocabulary=9)
+    )
+    with pytest.raises(ValueError, match="takes the model from there"):
+        load_config(path)
+
+
+def test_packaged_config_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of that name comes first; no name is a preset's too."""
+    monkeypatch.chdir(tmp_path)
+    names = {path.stem for path in CONFIGS.glob("*.toml")}
+    assert "demo" in names
+    assert not names & set(PRESETS)
+    assert {find_config(name) for name in names} == set(CONFIGS.glob("*.toml"))
+    (tmp_path / "demo").write_text(MODEL)
+    assert find_config("demo") == Path("demo")
+    with pytest.raises(FileNotFoundError, match=r"dem: no such config file, and none .*: demo, "):
+        find_config("dem")
 
 
 def test_missing_file(tmp_path: Path) -> None:
