@@ -39,8 +39,9 @@ def batches(
     """Endless micro-batches of steps that take the samples from number `first_sample` on in turn.
 
     There are global_batch / (micro_batch * data_size) a step. Each is a dict of the tensors of `Samples` with a leading
-    axis: [micro_batch, T], in pinned memory where there is a CUDA device. `workers` processes, forked from this
-    one, draw ahead; 0 draws in this process. They heed no signals but those of this process. Raises ValueError if the batch sizes do not fit.
+    axis: [micro_batch, T], in pinned memory where there is a CUDA device. `workers` processes, forked from this one,
+    draw ahead; 0 draws in this process. They heed no signals but those of this process. Raises ValueError if the batch
+    sizes do not fit.
     """
     if min(global_batch, micro_batch, data_size) < 1 or global_batch % (micro_batch * data_size):
         raise ValueError(
