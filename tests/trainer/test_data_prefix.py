@@ -152,7 +152,9 @@ def test_some_blocks_of_a_large_file_are_compared(tmp_path, small_blocks):
     assert blocks == 625
     chosen = checksums.sampled(blocks, 7)
     assert chosen == checksums.sampled(blocks, 7) != checksums.sampled(blocks, 8)
-    assert len(set(chosen)) == 64 and chosen[0] == 0 and chosen[-1] == 624
+    assert len(set(chosen)) == 64
+    assert chosen[0] == 0
+    assert chosen[-1] == 624
     found = []
     for block in range(blocks):
         flip(prefix + ".bin", block * 64)
@@ -175,6 +177,6 @@ def test_a_prefix_without_checksums_still_trains(tmp_path, caplog):
     assert messages[1].endswith(f"{prefix}.bin and {prefix}.idx cannot be compared with what was built")
     assert verify(info) == []
     flip(prefix + ".bin", 0)
-    with pytest.raises(ValueError, match="p.bin is damaged: bytes 0 to 319 are not what was built"):
+    with pytest.raises(ValueError, match=r"p\.bin is damaged: bytes 0 to 319 are not what was built"):
         check_contents(info, whole=True, seed=0)
     assert len(verify(info)) == 1
