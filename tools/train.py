@@ -33,7 +33,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train a model",
-        description="Train the model of CONFIG.toml. Any setting can follow as --section.key value. Under torchrun, "
+        description="Train the model of CONFIG.toml. Any setting can follow as --section.key value; "
+        '--data.train "0.7 a" "0.3 b" blends data, --data.eval none evaluates nothing. '
+        "Under torchrun, "
         "srun or mpiexec this process is one of their ranks; otherwise it starts --ranks processes here. A run folder "
         f"that has checkpoints is continued. SIGTERM or SIGUSR1 saves and stops, with exit code {STOPPED}.",
     )
