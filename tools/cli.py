@@ -29,6 +29,7 @@ COMMANDS = (
 
 USER_ERRORS = (ValueError, FileNotFoundError)
 OVERRIDE = re.compile(r"--[a-z_]+\.[a-z_0-9]+")
+BLEND_ENTRY = re.compile(r"[0-9.]\S*\s+\S")  # "WEIGHT PREFIX": no other argument looks like it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,15 +76,20 @@ def report(error: Exception) -> int:
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Part the settings, "--section.key value" or "--section.key=value", from the other arguments.
 
+    Several "WEIGHT PREFIX" may follow one setting.
+
     A sub-command takes them where it sets a default for `overrides`.
     """
     rest: list[str] = []
     overrides: list[str] = []
     awaited = False  # the value of the setting just read
+    continues = False  # a setting whose value stands in words of its own
     for word in words:
         is_override = OVERRIDE.match(word) is not None
         awaited = awaited and not word.startswith("--")
-        (overrides if is_override or awaited else rest).append(word)
+        belongs = is_override or awaited or (continues and BLEND_ENTRY.match(word) is not None)
+        (overrides if belongs else rest).append(word)
+        continues = belongs and not (is_override and "=" in word)
         awaited = is_override and "=" not in word
     return rest, overrides
 

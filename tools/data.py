@@ -11,8 +11,8 @@ INSPECTED_TOKENS = 64
 
 
 def add_parser(subparsers) -> None:
-    """Registers `data` with its sub-commands `build` and `inspect`."""
-    parser = subparsers.add_parser("data", help="build data sets from text, and inspect them")
+    """Registers `data` with its sub-commands `build`, `verify` and `inspect`."""
+    parser = subparsers.add_parser("data", help="build data sets from text, verify and inspect them")
     parser.set_defaults(run=run)
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
@@ -59,6 +59,9 @@ def add_parser(subparsers) -> None:
     )
     build.add_argument("--hold-out-prefix", metavar="PREFIX", help="where to write the documents set aside")
 
+    verify = commands.add_parser("verify", help="compare all of a data set's files with what was built")
+    verify.add_argument("prefix", metavar="PREFIX", help="as given to `griffin data build`")
+
     inspect = commands.add_parser("inspect", help="print what a data set holds")
     inspect.add_argument("prefix", metavar="PREFIX", help="as given to `griffin data build`")
 
@@ -66,7 +69,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the sub-command. Raises ValueError for what the user can put right."""
     warnings.filterwarnings("ignore", module=r"megatron\.core")  # of packages that data do not need
-    {"build": _build, "inspect": _inspect}[args.data_command](args)
+    {"build": _build, "inspect": _inspect, "verify": _verify}[args.data_command](args)
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -89,6 +92,20 @@ def _build(args: argparse.Namespace) -> None:
         print(f"{info.prefix}: {info.documents:,} documents, {info.tokens:,} tokens")
     if infos[0].empty or infos[0].undecodable:
         print(f"left out: {infos[0].empty:,} documents without text, {infos[0].undecodable:,} files that are not UTF-8")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from griffin.trainer.data.prefix import read_info, verify
+
+    info = read_info(args.prefix)
+    problems = verify(info)
+    if problems:
+        raise ValueError("\n".join(problems))
+    print(f"{args.prefix}.bin: as built")
+    if info.checksums is None:
+        print(f"{args.prefix}.idx: cannot be compared, {args.prefix}.json has no checksums of blocks")
+    else:
+        print(f"{args.prefix}.idx: as built")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -34,7 +34,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train a model",
-        description="Train the model of CONFIG.toml. Any setting can follow as --section.key value. Under torchrun, "
+        description="Train the model of CONFIG.toml. Any setting can follow as --section.key value; "
+        '--data.train "0.7 a" "0.3 b" blends data, --data.eval none evaluates nothing. '
+        "Under torchrun, "
         "srun or mpiexec this process is one of their ranks; otherwise it starts --ranks processes here. A run folder "
         f"that has checkpoints is continued. SIGTERM or SIGUSR1 saves and stops, with exit code {STOPPED}.",
     )
@@ -80,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
     if ranks is None:
         return start_local(args)()
     try:
-        config, run_dir, init_from = check(args, ranks.world_size, makes_folder=ranks.rank == 0)
+        config, run_dir, init_from = check(
+            args, ranks.world_size, makes_folder=ranks.rank == 0, reads_data=ranks.local_rank == 0
+        )
     except USER_ERRORS as error:
         leave(report(error))
     try:
@@ -96,7 +100,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(
-    args: argparse.Namespace, world_size: int, *, makes_folder: bool = True, starts_here: bool = True
+    args: argparse.Namespace,
+    world_size: int,
+    *,
+    makes_folder: bool = True,
+    starts_here: bool = True,
+    reads_data: bool = True,
 ) -> tuple[Config, Path, InitFrom | None]:
     """The config, the run folder and --init-from, found fit to start with; not here, but on other machines perhaps."""
     from griffin.trainer.checkpoint.source import InitFrom, find_source, refuse_other_model
@@ -105,7 +114,7 @@ def check(
         raise ValueError(f"--init-what {args.init_what}: needs --init-from CHECKPOINT")
     config = load_run_config(args)
     validate(config, world_size)
-    validate_data(config)
+    validate_data(config, contents=reads_data)
     if starts_here:
         _check_kernels(config)
     run_dir = args.run_dir or default_run_folder(args.config, config)

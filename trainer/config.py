@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 import typing
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ SPIKES = ("off", "skip", "rewind")
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: tuple[str, ...] = ()  # "PREFIX" or "WEIGHT PREFIX" of data built by `griffin data build`
-    eval: tuple[str, ...] = ()  # the same, for held-out evaluation; () is none
+    eval: tuple[str, ...] = ()  # the same, for held-out evaluation; () or "none" is none
     sequence_length: int = 2048  # tokens per sequence
     cache: str = ""  # folder of the index caches; "" keeps them beside the data
     workers: int = 2  # loader processes per rank; 0 loads in the rank itself
@@ -230,7 +231,7 @@ def _typed(section: str, key: str, value: Any) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if kind == tuple[str, ...] and isinstance(value, str):
-        return (value,)
+        return () if (section, key, value) == ("data", "eval", "none") else (value,)
     if isinstance(value, list) and typing.get_origin(kind) is tuple:
         element = typing.get_args(kind)[0]
         if element is int:
@@ -260,7 +261,7 @@ def _parsed(section: str, key: str, text: str) -> Any:
 
 
 def _split(overrides: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(section, key, text) of each "--section.key=text", or "--section.key" followed by "text"."""
+    """(section, key, text) of each "--section.key=text", or "--section.key" followed by "text" or several (a list)."""
     words, split = list(overrides), []
     while words:
         word = words.pop(0)
@@ -273,6 +274,11 @@ def _split(overrides: Sequence[str]) -> list[tuple[str, str, str]]:
             if not words or words[0].startswith("--"):
                 raise ValueError(f"--{section}.{key}: needs a value, {ACCEPTED[_type(section, key)]}")
             text = words.pop(0)
+            entries = [text]
+            while words and not words[0].startswith("--"):
+                entries.append(words.pop(0))
+            if len(entries) > 1:
+                text = json.dumps(entries, ensure_ascii=False)  # a list of TOML's too
         split.append((section, key, text))
     return split
 

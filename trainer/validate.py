@@ -27,9 +27,9 @@ from griffin.trainer.config import (
     OptimizerConfig,
     read_data,
 )
-from griffin.trainer.data.prefix import LAST_SEED, check_tokens
+from griffin.trainer.data.prefix import LAST_SEED, check_contents
 
-# Data up to this size are read for ids outside the vocabulary; of larger ones, each sample as it is drawn.
+# Data up to this size are compared wholly with what was built; of larger ones, some blocks.
 CHECKED_TOKENS = 2**26
 
 # Smallest accepted value of every integer setting; float settings have ranges of their own below.
@@ -104,9 +104,12 @@ def validate(config: Config, world_size: int) -> None:
         _refuse("data.train", [], "must name at least one PREFIX built by `griffin data build`")
 
 
-def validate_data(config: Config) -> None:
-    """Refuse data that are missing, damaged or too short, and a vocabulary too small for them: ValueError."""
-    data = read_data(config.data)
+def validate_data(config: Config, *, contents: bool = True) -> None:
+    """Refuse data that are missing, damaged or too short, and a vocabulary too small for them: ValueError.
+
+    Without `contents`, which one process of a host reads, only the structure of the data is looked at.
+    """
+    data = list({info.prefix: info for info in read_data(config.data)}.values())
     vocabulary = data[0].vocabulary
     if config.model.vocabulary < vocabulary:
         accepted = f"the data's tokenizer has {vocabulary} tokens; must be at least that, or left out"
@@ -115,8 +118,8 @@ def validate_data(config: Config) -> None:
         if info.tokens <= config.data.sequence_length:
             accepted = f"must be below {info.tokens}, the number of tokens of {info.prefix}"
             _refuse("data.sequence_length", config.data.sequence_length, accepted)
-        if info.tokens <= CHECKED_TOKENS:
-            check_tokens(info)
+        if contents:
+            check_contents(info, whole=info.tokens <= CHECKED_TOKENS, seed=config.train.seed)
 
 
 def _refuse(setting: str, value: Any, accepted: str) -> NoReturn:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from griffin.parallel.config import INITS, MIXERS, RECOMPUTES, ModelConfig, ParallelConfig
-from griffin.tools.cli import main
+from griffin.tools.cli import main, split_overrides
 from griffin.trainer.config import (
     CONFIGS,
     DTYPES,
@@ -355,3 +355,22 @@ def test_demo_config(bytes_data: str) -> None:
 def test_reading_a_config_imports_no_torch() -> None:
     code = "import griffin.trainer.config, griffin.trainer.validate, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("words", "rest", "train"),
+    [
+        (["--data.train", "0.7 a", "0.3 b", "c.toml"], ["c.toml"], ("0.7 a", "0.3 b")),
+        (["c.toml", "--data.train", "0.7 a", "0.3 b", "--ranks", "2"], ["c.toml", "--ranks", "2"], ("0.7 a", "0.3 b")),
+        (["--data.train", "a", "c.toml"], ["c.toml"], ("a",)),
+        (["--data.train=a", "c.toml"], ["c.toml"], ("a",)),
+        (["--data.train", '["a", "b"]', "c.toml"], ["c.toml"], ("a", "b")),
+    ],
+)
+def test_a_blend_on_the_command_line(tmp_path, words, rest, train):
+    found, overrides = split_overrides(words)
+    assert found == rest
+    (tmp_path / "c.toml").write_text('[model]\npreset = "hawk-100m"\nvocabulary = 100\n[data]\neval = "held-out"\n')
+    config = load_config(tmp_path / "c.toml", [*overrides, "--data.eval", "none"])
+    assert config.data.train == train
+    assert config.data.eval == ()

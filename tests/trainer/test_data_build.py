@@ -382,3 +382,27 @@ def test_registering_the_command_imports_nothing_heavy():
     script = "import sys, griffin.tools.data; print({'torch', 'numpy', 'megatron', 'tqdm'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.json", b'[{"text": "a"}]', "a JSON array is a data set"),
+        ("data.JSON", b"\xef\xbb\xbf\n [1]", "a JSON array is a data set"),
+        ("data.json", b" " * 70_000 + b"[1]", "a JSON array is a data set"),
+        ("data.parquet", b"PAR1", "Parquet is not read"),
+        ("data.arrow", b"ARROW1", "Arrow is not read"),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_formats_that_are_no_documents_are_refused(tmp_path, name, content, message, named):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(content)
+    inputs = [str(tmp_path / "in" / name) if named else str(tmp_path / "in")]
+    with pytest.raises(ValueError, match=message):
+        build(str(tmp_path / "p"), inputs, tokenizer="bytes", globs=["*.json", "*.JSON", "*.txt"])
+
+
+def test_a_json_object_is_a_document(tmp_path):
+    (tmp_path / "one.json").write_text('{"a": [1]}')
+    assert build(str(tmp_path / "p"), [str(tmp_path / "one.json")], tokenizer="bytes")[0].documents == 1

@@ -156,7 +156,7 @@ def test_index_files(tmp_path, always_files, caplog):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "p.cache").rglob("*.*")}
     build_index([prefix], sequence_length=16, seed=1, samples=per_epoch + 1)
     assert index_folders(tmp_path) == [f"{start}-length16-seed{s}" for s in (1, 2)]
-    assert len(times) == 4
+    assert len(times) == 3
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert oct((tmp_path / "p.cache").stat().st_mode) == oct(next((tmp_path / "p.cache").iterdir()).stat().st_mode)
 
@@ -226,6 +226,82 @@ def test_damaged_index_files(tmp_path, always_files):
         damaged.write_bytes(content)
         with pytest.raises(ValueError, match=r"index cache .*length16-seed1 is damaged .*: remove it"):
             open_samples([prefix], sequence_length=16, seed=1)[0]
+
+
+class Planted:
+    """Makes a file as it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def plant(path, kind, target):
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Planted(target)))
+    elif kind == "objects":
+        np.save(path, np.array([Planted(target)], dtype=object), allow_pickle=True)
+    elif kind == "archive":
+        np.savez(path.with_suffix(""), a=np.array([Planted(target)], dtype=object))
+        path.with_suffix(".npz").rename(path)
+    elif kind == "FIFO":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        array = np.load(path)
+        if kind == "dtype":
+            array = array.astype(np.float64)
+        elif kind == "length":
+            array = array[:-1]
+        elif kind == "range":
+            array[0] = 10_000
+        np.save(path, array)
+
+
+@pytest.mark.parametrize("name", ["document_index", "sample_index", "shuffle_index"])
+@pytest.mark.parametrize("kind", ["pickle", "objects", "archive", "FIFO", "dtype", "length", "range"])
+def test_planted_index_files_are_replaced_unread(tmp_path, always_files, caplog, kind, name):
+    prefix = write_prefix(tmp_path / "p", random_documents(0, 100))
+    build_index([prefix], sequence_length=16, seed=1, samples=10)
+    wanted = open_samples([prefix], sequence_length=16, seed=1)[3]
+    [path] = (tmp_path / "p.cache").rglob(f"{name}.npy")
+    plant(path, kind, tmp_path / "planted")
+    if kind != "range":  # of which rank 0 alone reads all numbers
+        with pytest.raises(ValueError, match=rf"index cache .* is damaged \({name}.npy: "):
+            open_samples([prefix], sequence_length=16, seed=1)[3]
+    build_index([prefix], sequence_length=16, seed=1, samples=10)
+    assert f"is damaged ({name}.npy: " in caplog.text
+    assert same(open_samples([prefix], sequence_length=16, seed=1)[3], wanted)
+    assert not (tmp_path / "planted").exists()
+    assert len(index_folders(tmp_path)) == 1
+
+
+def test_a_damaged_index_that_cannot_be_replaced_is_refused(tmp_path, always_files, monkeypatch):
+    prefix = write_prefix(tmp_path / "p", random_documents(0, 100))
+    build_index([prefix], sequence_length=16, seed=1, samples=10)
+    [path] = (tmp_path / "p.cache").rglob("shuffle_index.npy")
+    plant(path, "range", tmp_path / "planted")
+
+    def refuse(*paths):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(ValueError, match=r"is damaged .* cannot be replaced .*Permission denied.*data\.cache"):
+        build_index([prefix], sequence_length=16, seed=1, samples=10)
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o000])
+def test_others_may_read_the_index_and_not_write_it(tmp_path, always_files, umask):
+    prefix = write_prefix(tmp_path / "p", random_documents(0, 100))
+    before = os.umask(umask)
+    try:
+        build_index([prefix], sequence_length=16, seed=1, samples=10)
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "p.cache", *(tmp_path / "p.cache").rglob("*")]
+    assert [oct(path.stat().st_mode & 0o777) for path in paths] == ["0o755"] * 2 + ["0o644"] * 3
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, always_files, caplog):

@@ -1,8 +1,11 @@
 """Batches: the same global batch for every layout, from any step, with or without worker processes."""
 
+import multiprocessing
+import os
 import subprocess
 import time
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +56,19 @@ def test_worker_processes_change_nothing(samples):
     layout = {"global_batch": 4, "micro_batch": 2, "data_rank": 1, "data_size": 2}
     drawn = [list(islice(batches(samples, first_sample=4, **layout, workers=workers), 60)) for workers in (0, 2)]
     assert all(torch.equal(a[key], b[key]) for a, b in zip(*drawn, strict=True) for key in KEYS)
+
+
+def test_workers_are_forked_whatever_the_default(samples):
+    """A rank that a fork server started has that as its default, and its workers would import everything again."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        loader, workers = started(samples)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    parents = [Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[1] for worker in workers]
+    assert parents == [str(os.getpid())] * 2
+    del loader
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
 
 import pytest
 
-from griffin.trainer.data.prefix import parse_blend, read_blend, read_info
+from griffin.tools.cli import main
+from griffin.trainer.data import checksums
+from griffin.trainer.data import prefix as prefix_module
+from griffin.trainer.data.prefix import check_contents, parse_blend, read_blend, read_info, verify
 from tests.data_sets import write_prefix
 
 
@@ -28,6 +32,8 @@ def test_parse_blend():
         (["nan a"], "must be positive"),
         (["inf a"], "must be positive"),
         (["a", "b", "a"], "a prefix is given twice"),
+        (["a", "./x/../a"], "a prefix is given twice"),
+        (["1e308 a", "1e308 b"], "the weights' sum must be finite"),
     ],
 )
 def test_bad_blends(entries, message):
@@ -76,6 +82,11 @@ DAMAGE = {
         lambda p: patch(p + ".idx", 34 + 99 * 4, struct.pack("<i", 1)),
         r"p\.idx is damaged: its documents do not add up to",
     ),
+    "the numbers of documents": (
+        lambda p: patch(p + ".idx", 34 + 100 * 12 + 8, b"\7"),
+        r"p\.idx is damaged: its numbers",
+    ),
+    "checksums": (lambda p: edit(p + ".json", checksums={"block_bytes": 0, "bin": "", "idx": ""}), "p.json is damaged"),
     "documents": (lambda p: edit(p + ".json", documents=99), r"p\.idx is damaged: its header does not agree with"),
     "tokens": (lambda p: edit(p + ".json", tokens=1999), r"p\.bin is damaged: \d+ bytes long instead of 3998"),
     "format": (lambda p: edit(p + ".json", format="x"), "p.json is damaged: .*griffin-data-1"),
@@ -94,3 +105,78 @@ def test_damaged_prefixes(tmp_path, case):
     damage(prefix)
     with pytest.raises(ValueError, match=message):
         read_info(prefix)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(checksums, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(prefix_module, "BLOCK_BYTES", 64)
+
+
+def flip(path, place):
+    content = bytearray(Path(path).read_bytes())
+    content[place] ^= 1
+    Path(path).write_bytes(content)
+
+
+def test_every_flipped_bit_is_found_and_named(tmp_path, small_blocks):
+    prefix = write_prefix(tmp_path / "p", [[1, 2, 3] * (1 + i % 9) for i in range(12)])
+    info = read_info(prefix)
+    check_contents(info, whole=True, seed=0)
+    assert verify(info) == []
+    for suffix in (".bin", ".idx"):
+        for place in range(os.path.getsize(prefix + suffix)):
+            flip(prefix + suffix, place)
+            start = place // 64 * 64
+            last = min(start + 64, os.path.getsize(prefix + suffix)) - 1
+            problem = f"{prefix}{suffix} is damaged: bytes {start} to {last} are not what was built"
+            with pytest.raises(ValueError, match=re.escape(problem)):
+                check_contents(info, whole=True, seed=0)
+            assert verify(info) == [problem]
+            flip(prefix + suffix, place)
+
+
+def test_zeroed_tokens_are_found(tmp_path, capsys):
+    prefix = write_prefix(tmp_path / "p", [[1, 2, 3]] * 40)
+    assert main(["data", "verify", prefix]) == 0
+    assert capsys.readouterr().out == f"{prefix}.bin: as built\n{prefix}.idx: as built\n"
+    Path(prefix + ".bin").write_bytes(bytes(os.path.getsize(prefix + ".bin")))
+    assert main(["data", "verify", prefix]) == 2
+    assert "p.bin is damaged: bytes 0 to 319 are not what was built" in capsys.readouterr().err
+
+
+def test_some_blocks_of_a_large_file_are_compared(tmp_path, small_blocks):
+    prefix = write_prefix(tmp_path / "p", [[1] * 99] * 200)
+    info = read_info(prefix)
+    blocks = len(info.checksums.bin) // 8
+    assert blocks == 625
+    chosen = checksums.sampled(blocks, 7)
+    assert chosen == checksums.sampled(blocks, 7) != checksums.sampled(blocks, 8)
+    assert len(set(chosen)) == 64
+    assert chosen[0] == 0
+    assert chosen[-1] == 624
+    found = []
+    for block in range(blocks):
+        flip(prefix + ".bin", block * 64)
+        try:
+            check_contents(info, whole=False, seed=7)
+        except ValueError:
+            found.append(block)
+        flip(prefix + ".bin", block * 64)
+    assert found == chosen
+
+
+def test_a_prefix_without_checksums_still_trains(tmp_path, caplog):
+    prefix = write_prefix(tmp_path / "p", [[1, 2, 3]] * 40)
+    edit(prefix + ".json", checksums=...)
+    info = read_info(prefix)
+    check_contents(info, whole=True, seed=0)
+    check_contents(info, whole=False, seed=0)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0].endswith(f"{prefix}.idx cannot be compared with what was built")
+    assert messages[1].endswith(f"{prefix}.bin and {prefix}.idx cannot be compared with what was built")
+    assert verify(info) == []
+    flip(prefix + ".bin", 0)
+    with pytest.raises(ValueError, match=r"p\.bin is damaged: bytes 0 to 319 are not what was built"):
+        check_contents(info, whole=True, seed=0)
+    assert len(verify(info)) == 1

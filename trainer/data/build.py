@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -55,7 +56,7 @@ def build(
     if not 0 <= hold_out < 1:
         raise ValueError(f"--hold-out {hold_out}: expected a fraction between 0 and 1")
     prefixes = [prefix] if hold_out_prefix is None else [prefix, hold_out_prefix]
-    if len(set(prefixes)) < len(prefixes):
+    if len({os.path.realpath(one) for one in prefixes}) < len(prefixes):
         raise ValueError(f"--hold-out-prefix {hold_out_prefix}: must differ from the prefix itself")
     for one in prefixes:
         require_new(one)

@@ -18,12 +18,12 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import pickle
 import shutil
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from griffin.trainer.data.index_files import Index, make_folder, read_index, write_index
 from griffin.trainer.data.prefix import LAST_SEED, DataInfo, check_ids, read_blend
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ OPEN_EPOCHS = 2
 def build_index(
     entries: Sequence[str], *, sequence_length: int, seed: int, samples: int, cache: str | None = None
 ) -> None:
-    """Writes the index files that samples 0 ... samples - 1 need; those already there are kept.
+    """Writes the index files that samples 0 ... samples - 1 need; those already there are kept, and
+    damaged ones written again.
 
     To be called by one rank, which must be rank 0 where torch.distributed is initialised. Files go to PREFIX.cache/, or
     to the folder `cache`. Each epoch's folder appears under its name once it is complete. Where PREFIX.cache/ cannot be
@@ -94,7 +96,8 @@ class Samples(torch.utils.data.Dataset):
             raise ValueError(f"sequence_length {sequence_length}: expected at least 2")
         if not 0 <= seed < LAST_SEED:
             raise ValueError(f"seed {seed}: expected 0 to {LAST_SEED - 1}")
-        self._arguments = (tuple(blend), sequence_length, seed, cache)
+        small = tuple((weight, replace(info, checksums=None)) for weight, info in blend)
+        self._arguments = (small, sequence_length, seed, cache)
         self._parts = [_Part(info, sequence_length, seed, cache) for _, info in blend]
         self._source, self._place = _blend_index([weight for weight, _ in blend])
         self._per_period = np.bincount(self._source, minlength=len(blend)).tolist()
@@ -162,20 +165,52 @@ class _Part:
         return {"tokens": tokens, "labels": labels, "loss_mask": sample["loss_mask"], "positions": positions}
 
     def write_index(self, epoch: int) -> None:
-        """Writes the index files of an epoch, if they are not there."""
+        """Writes the index files of an epoch, if they are not there, or are damaged.
+
+        Raises ValueError if they are damaged and cannot be replaced.
+        """
         folder = self._folder(epoch)
-        if folder.is_dir():
+        damage = self._damage(folder)
+        if damage is None:
             return
         assert not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0, "rank 0 builds the index"
+        if damage:
+            logger.warning("index cache %s is damaged (%s): building it again", folder, damage)
         unfinished = self.cache / f".unfinished-{uuid.uuid4().hex}"
+        aside = unfinished.with_name(f"{unfinished.name}-damaged")
         try:
-            self._dataset(epoch, path_to_cache=str(unfinished))
+            make_folder(self.cache)
+            dataset = self._dataset(epoch)
+            write_index(unfinished, (dataset.document_index, dataset.sample_index, dataset.shuffle_index))
+            if damage:
+                os.rename(folder, aside)
             os.rename(unfinished, folder)
-        except OSError:
-            if not folder.is_dir():  # else another run was first, with the same content
+        except OSError as error:
+            # Another run may have been first, with the same content.
+            left = self._damage(folder)
+            if left:
+                raise ValueError(
+                    f"index cache {folder} is damaged ({left}) and cannot be replaced ({error}): remove it, or state "
+                    "another folder as data.cache"
+                ) from error
+            if left is not None:
                 raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with index files; "" where there are none, None where they are whole."""
+        try:
+            self._read_index(folder, ranges=True)
+        except FileNotFoundError:
+            return ""
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _read_index(self, folder: Path, *, ranges: bool) -> Index:
+        return read_index(folder, documents=self.info.documents, samples=self.samples_per_epoch, ranges=ranges)
 
     def _folder(self, epoch: int) -> Path:
         return self.cache / f"{self.info.sha256[:16]}-length{self.sequence_length}-seed{self.seed + epoch}"
@@ -191,18 +226,18 @@ class _Part:
 
     def _open(self, epoch: int) -> GPTDataset:
         if not self.uses_files:
-            return self._dataset(epoch, path_to_cache="")
+            return self._dataset(epoch)
         folder = self._folder(epoch)
         try:
-            return self._dataset(epoch, path_to_cache=str(folder), fast_cache_load=True)
+            return self._dataset(epoch, self._read_index(folder, ranges=False))
         except FileNotFoundError:
             logger.warning("no index files in %s: building the index in memory", folder)
-            return self._dataset(epoch, path_to_cache="")
-        except (ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+            return self._dataset(epoch)
+        except ValueError as error:
             raise ValueError(f"index cache {folder} is damaged ({error}): remove it") from error
 
-    def _dataset(self, epoch: int, *, path_to_cache: str, fast_cache_load: bool = False) -> GPTDataset:
-        """Exactly one epoch. With an empty `path_to_cache` its index stays in memory; `fast_cache_load` only loads."""
+    def _dataset(self, epoch: int, index: Index | None = None) -> GPTDataset:
+        """Exactly one epoch, with the index given, or one built in memory."""
         seed = self.seed + epoch
         if seed > LAST_SEED:
             raise ValueError(f"seed {self.seed} and epoch {epoch} of {self.info.prefix} add up past {LAST_SEED}")
@@ -210,8 +245,7 @@ class _Part:
             random_seed=seed,
             sequence_length=self.sequence_length,
             blend_per_split=[([self.info.prefix], None), None, None],
-            path_to_cache=path_to_cache,
-            fast_cache_load=fast_cache_load,
+            path_to_cache="",
             tokenizer=_DatasetTokenizer(self.info),
             reset_position_ids=True,
             reset_attention_mask=False,
@@ -221,9 +255,20 @@ class _Part:
         documents = np.arange(self.info.documents, dtype=np.int32)
         # The content stands for the path: a prefix may be moved, or rebuilt with other content.
         with _without_cache_warning():
-            dataset = GPTDataset(self._documents, self.info.sha256, documents, None, Split.train, config)
+            dataset = _Epoch(index, self._documents, self.info.sha256, documents, None, Split.train, config)
         assert len(dataset) == self.samples_per_epoch, (len(dataset), self.samples_per_epoch)
         return dataset
+
+
+class _Epoch(GPTDataset):
+    """GPTDataset with an index that was read before: its own reader runs what a pickle says."""
+
+    def __init__(self, index: Index | None, *args) -> None:
+        self._index = index
+        super().__init__(*args)
+
+    def _build_document_sample_shuffle_indices(self):
+        return self._index if self._index is not None else super()._build_document_sample_shuffle_indices()
 
 
 class _DatasetTokenizer:

@@ -28,6 +28,7 @@ from griffin.trainer.data.tokenizer import load_tokenizer
 TASK_BYTES = 2**20
 ZSTD_READ_BYTES = 2**14  # compressed; bounds what one call can expand to
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+NOT_READ = {".parquet": "Parquet", ".arrow": "Arrow", ".feather": "Feather"}
 DEFAULT_GLOBS = ("*.txt", "*.md", "*.rst", "*.py", *(f"*{suffix}" for suffix in JSON_LINES))
 
 
@@ -107,15 +108,19 @@ def find_sources(inputs: Sequence[str], globs: Sequence[str], exclude: Sequence[
 
     Folders are walked recursively; hidden files and folders and links to folders are passed over. `globs` pick files by
     name, or by relative path where they contain a slash; `exclude` drops files and whole folders by the same rule.
-    Raises ValueError for an input that does not exist.
+    Raises ValueError for an input that does not exist, or is of a format that is not read.
     """
     sources = []
     for name in inputs:
         path = Path(name)
         if path.is_dir():
             keys = sorted(_walk(path, exclude))
-            sources += [Source(path / key, key, named=False) for key in keys if _matches(key, globs)]
+            found = [Source(path / key, key, named=False) for key in keys if _matches(key, globs)]
+            for source in found or [Source(path / key, key, named=False) for key in keys]:
+                _refuse_other_formats(source.path, is_taken=bool(found))
+            sources += found
         elif path.is_file():
+            _refuse_other_formats(path)
             sources.append(Source(path, path.name, named=True))
         else:
             raise ValueError(f"input {name!r}: no such file or folder")
@@ -191,6 +196,35 @@ def _walk(folder: Path, exclude: Sequence[str]) -> Iterator[str]:
 
         folders[:] = filter(kept, folders)
         yield from (str(inside / name) for name in filter(kept, files) if Path(root, name).is_file())
+
+
+def _refuse_other_formats(path: Path, *, is_taken: bool = True) -> None:
+    """ValueError for Parquet and the like, and for an array in a .json file, which is a data set, not a document."""
+    suffix = path.suffix.lower()
+    if suffix in NOT_READ:
+        raise ValueError(
+            f"{path}: {NOT_READ[suffix]} is not read; write its rows as JSON Lines, for instance with "
+            f"pandas: DataFrame.to_json('data.jsonl', orient='records', lines=True)"
+        )
+    if suffix == ".json" and is_taken:
+        try:
+            with path.open("rb") as file:
+                is_array = _first_byte(file) == b"["
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error})") from error
+        if is_array:
+            raise ValueError(
+                f"{path}: a JSON array is a data set, not one document; write its elements as lines, for instance with "
+                f"jq -c '.[]' {path} > {path}l, or leave it out with --exclude"
+            )
+
+
+def _first_byte(file: BinaryIO) -> bytes:
+    """The first byte of a text that is no white space and no byte-order mark."""
+    while block := file.read(2**16):
+        if rest := block.removeprefix(b"\xef\xbb\xbf").lstrip():
+            return rest[:1]
+    return b""
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:

@@ -39,8 +39,9 @@ def batches(
     """Endless micro-batches of steps that take the samples from number `first_sample` on in turn.
 
     There are global_batch / (micro_batch * data_size) a step. Each is a dict of the tensors of `Samples` with a leading
-    axis: [micro_batch, T], in pinned memory where there is a CUDA device. `workers` processes draw ahead; 0 draws in
-    this process. They heed no signals but those of this process. Raises ValueError if the batch sizes do not fit.
+    axis: [micro_batch, T], in pinned memory where there is a CUDA device. `workers` processes, forked from this one,
+    draw ahead; 0 draws in this process. They heed no signals but those of this process. Raises ValueError if the batch
+    sizes do not fit.
     """
     if min(global_batch, micro_batch, data_size) < 1 or global_batch % (micro_batch * data_size):
         raise ValueError(
@@ -62,6 +63,9 @@ def batches(
         samples,
         batch_sampler=numbers(),
         num_workers=workers,
+        # Stated: the default of a rank that a fork server started is to start a server of its own, which imports
+        # everything again.
+        multiprocessing_context="fork" if workers else None,
         worker_init_fn=_shield_from_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws from, and so changes, torch's default generator

@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import struct
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from griffin.trainer.data.checksums import (
+    BLOCK_BYTES,
+    DIGITS,
+    BlockChecksums,
+    Checksums,
+    checksums_of_file,
+    differences,
+    sampled,
+)
 from griffin.trainer.data.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "griffin-data-1"
 SUFFIXES = (".bin", ".idx", ".json")
@@ -44,6 +56,7 @@ class DataInfo:
     inputs: tuple[str, ...]
     empty: int = 0  # documents without a token that were left out
     undecodable: int = 0  # files that are not UTF-8 that were left out
+    checksums: Checksums | None = None  # None: built before there were any
 
     @property
     def vocabulary(self) -> int:
@@ -97,7 +110,7 @@ class PrefixWriter:
         path = Path(prefix)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = str(path.parent / f".{path.name}.{uuid.uuid4().hex}.unfinished")
-        self._digest = hashlib.sha256()
+        self._digest, self._checksums = hashlib.sha256(), BlockChecksums()
         self._dtype = token_dtype(tokenizer["vocabulary"])
         self._builder = IndexedDatasetBuilder(self._temporary + ".bin", self._dtype)
 
@@ -113,6 +126,7 @@ class PrefixWriter:
         assert ids[-1] == self._tokenizer["eod"], f"{name} does not end in the end-of-document token"
         stored = ids.astype(self._dtype)
         self._digest.update(stored.data)
+        self._checksums.update(stored.tobytes())
         self._builder.add_document(stored, [stored.size])
         self.documents += 1
         self.tokens += stored.size
@@ -126,6 +140,11 @@ class PrefixWriter:
     def finish(self, inputs: Iterable[str], *, empty: int = 0, undecodable: int = 0) -> DataInfo:
         """Completes the files, still under their temporary names."""
         self._builder.finalize(self._temporary + ".idx")
+        checksums = Checksums(
+            block_bytes=BLOCK_BYTES,
+            bin=self._checksums.hexdigits(),
+            idx=checksums_of_file(self._temporary + ".idx"),
+        )
         info = DataInfo(
             prefix=self.prefix,
             tokenizer=self._tokenizer,
@@ -137,6 +156,7 @@ class PrefixWriter:
             inputs=tuple(inputs),
             empty=empty,
             undecodable=undecodable,
+            checksums=checksums,
         )
         record = {"format": FORMAT, **asdict(info)}
         del record["prefix"]  # files may be moved
@@ -170,13 +190,67 @@ def read_description(prefix: str) -> DataInfo:
         record = json.loads(Path(prefix + ".json").read_text())
         if record.pop("format") != FORMAT:
             raise ValueError(f'"format" is not {FORMAT!r}')
-        info = DataInfo(prefix=prefix, **{**record, "inputs": tuple(record["inputs"])})
+        checksums = Checksums(**record["checksums"]) if record.get("checksums") is not None else None
+        changed = {"inputs": tuple(record["inputs"]), "checksums": checksums}
+        info = DataInfo(prefix=prefix, **{**record, **changed})
         numbers = (info.documents, info.tokens, info.vocabulary, info.eod)
         if not all(type(number) is int for number in numbers) or min(numbers[:3]) < 1:
             raise ValueError("documents, tokens, vocabulary and eod must be positive integers")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{prefix}.json is damaged: {error!r}") from error
     return info
+
+
+def check_contents(info: DataInfo, *, whole: bool, seed: int) -> None:
+    """Compares PREFIX.bin and PREFIX.idx with what was built: all of them, or some blocks that `seed` chooses.
+
+    Raises ValueError naming the file and the bytes of the first block that differs. Of a prefix built before there were
+    checksums of blocks, a whole PREFIX.bin is compared by its sha256; a warning says what is not compared.
+    """
+    if info.checksums is None:
+        where = f"{info.prefix}.idx" if whole else f"{info.prefix}.bin and {info.prefix}.idx"
+        logger.warning(
+            "%s.json has no checksums of blocks: %s cannot be compared with what was built", info.prefix, where
+        )
+        if whole:
+            _check_sha256(info)
+        return
+    for problem in _problems(info, None if whole else seed):
+        raise ValueError(problem)
+
+
+def verify(info: DataInfo) -> list[str]:
+    """What is wrong with PREFIX.bin and PREFIX.idx, block by block, all of them having been read."""
+    if info.checksums is not None:
+        return list(_problems(info, None))
+    try:
+        _check_sha256(info)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _problems(info: DataInfo, seed: int | None) -> Iterator[str]:
+    """What is wrong with the blocks that `seed` chooses, or with all of them."""
+    assert info.checksums is not None
+    block_bytes = info.checksums.block_bytes
+    for suffix, digits in ((".idx", info.checksums.idx), (".bin", info.checksums.bin)):
+        path = info.prefix + suffix
+        blocks = -(-os.path.getsize(path) // block_bytes)
+        if len(digits) != DIGITS * blocks:
+            yield f"{info.prefix}.json is damaged: its checksums are not those of the {blocks} blocks of {path}"
+            continue
+        numbers = range(blocks) if seed is None else sampled(blocks, seed)
+        yield from differences(path, digits, block_bytes, numbers)
+
+
+def _check_sha256(info: DataInfo) -> None:
+    path = info.prefix + ".bin"
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != info.sha256:
+        check_tokens(info)  # says where, if it can
+        raise ValueError(f"{path} is damaged: bytes 0 to {os.path.getsize(path) - 1} are not what was built")
 
 
 def check_tokens(info: DataInfo) -> None:
@@ -190,8 +264,8 @@ def check_tokens(info: DataInfo) -> None:
 def parse_blend(entries: Sequence[str]) -> list[tuple[float | None, str]]:
     """(weight, prefix) of each entry, "PREFIX" or "WEIGHT PREFIX". Weights are None where no entry has one.
 
-    Raises ValueError for no entries, a weight that is not positive and finite, weights on some entries only, or a
-    prefix given twice.
+    Raises ValueError for no entries, a weight that is not positive and finite, weights whose sum overflows, weights on
+    some entries only, or a prefix given twice, by whatever path.
     """
     blend: list[tuple[float | None, str]] = []
     for entry in entries:
@@ -201,9 +275,11 @@ def parse_blend(entries: Sequence[str]) -> list[tuple[float | None, str]]:
             raise ValueError(f"data entry {entry!r}: the weight must be positive and finite")
         blend.append((weight, entry.strip() if weight is None else rest.strip()))
     prefixes = [prefix for _, prefix in blend]
+    if not math.isfinite(sum(weight or 0.0 for weight, _ in blend)):
+        raise ValueError(f"data entries {list(entries)!r}: the weights' sum must be finite")
     if not blend or not all(prefixes):
         raise ValueError(f'data entries {list(entries)!r}: expected at least one "PREFIX" or "WEIGHT PREFIX"')
-    if len(set(prefixes)) < len(prefixes):
+    if len({os.path.realpath(prefix + ".bin") for prefix in prefixes}) < len(prefixes):
         raise ValueError(f"data entries {list(entries)!r}: a prefix is given twice; give it once, with a weight")
     if len({weight is None for weight, _ in blend}) > 1:
         raise ValueError(f"data entries {list(entries)!r}: give every prefix a weight, or none")
@@ -274,5 +350,11 @@ def _check_index(info: DataInfo) -> None:
         if lengths.min() < 1 or not np.array_equal(ends - lengths * item, pointers):
             raise ValueError(f"{idx_path} is damaged: its documents' lengths and offsets do not agree")
         end = int(ends[-1])
+    ends_at = _INDEX_HEADER.size + all_lengths.nbytes + all_pointers.nbytes
+    numbers = np.memmap(idx_path, np.int64, "r", ends_at, (info.documents + 1,))
+    for start in range(0, info.documents + 1, _CHECKED_AT_ONCE):
+        part = numbers[start : start + _CHECKED_AT_ONCE]
+        if not np.array_equal(part, np.arange(start, start + part.size)):
+            raise ValueError(f"{idx_path} is damaged: its numbers of documents are not in turn")
     if end != info.tokens * item:
         raise ValueError(f"{idx_path} is damaged: its documents do not add up to {bin_path}")

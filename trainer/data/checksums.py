@@ -1,0 +1,85 @@
+"""Checksums of the blocks of a data set's files: what shows that they hold what was built, and where they do not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import google_crc32c
+
+BLOCK_BYTES = 2**22
+SAMPLED_BLOCKS = 64  # of a file too large to be compared wholly at every start
+DIGITS = 8  # hexadecimal, of one checksum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checksums:
+    """crc32c of each `block_bytes` bytes of PREFIX.bin and of PREFIX.idx: eight hexadecimal digits a block."""
+
+    block_bytes: int
+    bin: str
+    idx: str
+
+    def __post_init__(self) -> None:
+        if type(self.block_bytes) is not int or self.block_bytes < 1:
+            raise ValueError(f"block_bytes {self.block_bytes!r}: expected a positive integer")
+        for digits in (self.bin, self.idx):
+            if type(digits) is not str or len(digits) % DIGITS or set(digits) - set("0123456789abcdef"):
+                raise ValueError(f"checksums: expected {DIGITS} hexadecimal digits a block")
+
+
+class BlockChecksums:
+    """Checksums of a file's blocks as its bytes come."""
+
+    def __init__(self) -> None:
+        self._done: list[str] = []
+        self._crc = self._filled = 0
+
+    def update(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            part = view[: BLOCK_BYTES - self._filled]
+            self._crc = google_crc32c.extend(self._crc, bytes(part))
+            self._filled += len(part)
+            view = view[len(part) :]
+            if self._filled == BLOCK_BYTES:
+                self._end_block()
+
+    def hexdigits(self) -> str:
+        """Of all blocks; the last may be short. Nothing may follow."""
+        if self._filled:
+            self._end_block()
+        return "".join(self._done)
+
+    def _end_block(self) -> None:
+        self._done.append(f"{self._crc:0{DIGITS}x}")
+        self._crc = self._filled = 0
+
+
+def checksums_of_file(path: str) -> str:
+    """What `BlockChecksums.hexdigits` returns for the bytes of a file."""
+    checksums = BlockChecksums()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            checksums.update(block)
+    return checksums.hexdigits()
+
+
+def sampled(blocks: int, seed: int) -> list[int]:
+    """Numbers of up to `SAMPLED_BLOCKS` of a file's blocks, its first and last among them; the same for one seed."""
+    if blocks <= SAMPLED_BLOCKS:
+        return list(range(blocks))
+    inner = random.Random(seed).sample(range(1, blocks - 1), SAMPLED_BLOCKS - 2)
+    return [0, *sorted(inner), blocks - 1]
+
+
+def differences(path: str, digits: str, block_bytes: int, numbers: Iterable[int]) -> Iterator[str]:
+    """What is wrong with each of the blocks of these numbers that is not as built."""
+    with open(path, "rb") as file:
+        for number in numbers:
+            start = number * block_bytes
+            file.seek(start)
+            block = file.read(block_bytes)
+            if f"{google_crc32c.value(block):0{DIGITS}x}" != digits[number * DIGITS : (number + 1) * DIGITS]:
+                yield f"{path} is damaged: bytes {start} to {start + len(block) - 1} are not what was built"
