@@ -113,6 +113,7 @@ class JobFiles:
     python_path: tuple[str, ...] = ()  # $PYTHONPATH
     setup: Path | None = None  # shell commands ahead of everything, loading modules for instance
     init: tuple[str, ...] = ()  # --init-from PATH, --init-what
+    code: str = ""  # the package that ranks must import; "" where it is an image's own
 
     def validate(self) -> None:
         """Refuse paths that cannot stand in a batch script: ValueError."""
@@ -121,6 +122,7 @@ class JobFiles:
             ("--python", self.python),
             ("--init-from", self.init[1] if self.init else ""),
             ("working folder", str(self.working)),
+            ("code", self.code),
             *(("PYTHONPATH", entry) for entry in self.python_path),
         ):
             if path:
@@ -164,6 +166,7 @@ def render(job: SlurmJob, files: JobFiles) -> str:
         "gpus": (TEMPLATES / "gpus.sh").read_text(encoding="utf-8") if job.gpus_per_node else "",
         "options": "\n".join(f"  {option}" for option in _step_options(job, files)),
         "container": _apptainer(job, files),
+        "code": f" --code {files.code}" if files.code else "",
         "init": "".join(f" {word}" for word in files.init),
         "nodes": str(job.nodes),
         "tasks_per_node": str(job.ranks_per_node),

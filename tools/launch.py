@@ -164,6 +164,7 @@ def run_slurm(args: argparse.Namespace) -> int:
             str(folder / f"code{number}"),
             *(path for path in python_path if path != str(code.PACKAGE.parent)),
         )
+    expected = str(folder / f"code{number}/griffin") if args.snapshot else "" if args.container else str(code.PACKAGE)
     files = JobFiles(
         run_dir=run_dir,
         script=folder / f"job{number}.sbatch",
@@ -173,6 +174,7 @@ def run_slurm(args: argparse.Namespace) -> int:
         python_path=python_path,
         setup=folder / f"setup{number}.sh" if args.setup else None,
         init=init,
+        code=expected,
     )
     script = render(job, files)
 

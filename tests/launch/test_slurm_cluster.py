@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.slurm_cluster import PATIENCE, Cluster, running_cluster, why_not
+from tests.launch.slurm_cluster import PATIENCE, ROOT, Cluster, running_cluster, why_not
 from tests.small_runs import metrics, saved_files, saved_steps, series, wait_for, write_config
 
 if reason := why_not():
@@ -61,6 +61,31 @@ def test_job_trains_on_two_nodes(cluster: Cluster, config: Path) -> None:
         "data": 2,
     }
     assert "start 1 on n[1-2]; newest checkpoint: none" in cluster.output(number)
+
+
+def test_job_without_exports_runs_its_own_code(
+    cluster: Cluster, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SBATCH_EXPORT=NONE, as some sites set it, beside another griffin in the working folder's PYTHONPATH."""
+    run_dir = cluster.folder / "no_exports"
+    monkeypatch.setitem(cluster.environment, "SBATCH_EXPORT", "NONE")
+    setup = cluster.folder / "path.sh"
+    setup.write_text(f"export PATH={os.environ['PATH']}\n")
+    words = [*LAYOUT, "--snapshot", "--setup", str(setup), "--train.steps=1", "--train.eval_interval=0"]
+    number = cluster.launch(config, run_dir, *words)
+    job = cluster.wait_until_ended(number)
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), cluster.output(number)
+
+    # The script is a person's to edit: without the line, the ranks refuse what they import.
+    script = run_dir / "launch/job.sbatch"
+    edited = script.read_text().replace("export SLURM_EXPORT_ENV=ALL\n", "")
+    edited = edited.replace(f"run={run_dir}\n", f"run={cluster.folder}/other\n")
+    script.with_name("edited.sbatch").write_text(edited)
+    number = cluster.call("sbatch", "--parsable", script.with_name("edited.sbatch"))
+    job = cluster.wait_until_ended(number)
+    assert job["ExitCode"] == "2:0", cluster.output(number)
+    assert f"--code {run_dir}/launch/code/griffin: griffin was imported from {ROOT}" in cluster.output(number)
+    assert not (cluster.folder / "other").exists()
 
 
 # What follows disturbs runs of so many steps, of 30 to 60 ms each on an idle machine of two cores.

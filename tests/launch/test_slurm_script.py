@@ -250,7 +250,7 @@ def test_complete(tmp_path: Path) -> None:
     dry, real = (tmp_path / "calls").read_text().splitlines()
     run = f"/venv/bin/python -P -m griffin.tools.cli train {tmp_path}/run/launch/config.toml --run-dir {tmp_path}/run"
     assert dry.endswith(f"--nodes=1 --ntasks=1 --ntasks-per-node=1 {run} --ranks 2 --dry-run")
-    assert real == f"--label --kill-on-bad-exit=1 --cpu-bind=none --nodes=1 --ntasks=2 --ntasks-per-node=2 {run}"
+    assert real == f"--label --kill-on-bad-exit=1 --mpi=none --cpu-bind=none --nodes=1 --ntasks=2 --ntasks-per-node=2 {run}"
 
 
 def test_mistakes_are_not_tried_again(tmp_path: Path) -> None:
