@@ -63,9 +63,7 @@ def test_job_trains_on_two_nodes(cluster: Cluster, config: Path) -> None:
     assert "start 1 on n[1-2]; newest checkpoint: none" in cluster.output(number)
 
 
-def test_job_without_exports_runs_its_own_code(
-    cluster: Cluster, config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_without_exports_runs_its_own_code(cluster: Cluster, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SBATCH_EXPORT=NONE, as some sites set it, beside another griffin in the working folder's PYTHONPATH."""
     run_dir = cluster.folder / "no_exports"
     monkeypatch.setitem(cluster.environment, "SBATCH_EXPORT", "NONE")
