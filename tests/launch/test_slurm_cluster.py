@@ -69,7 +69,7 @@ def test_job_without_exports_runs_its_own_code(cluster: Cluster, config: Path, m
     monkeypatch.setitem(cluster.environment, "SBATCH_EXPORT", "NONE")
     setup = cluster.folder / "path.sh"
     setup.write_text(f"export PATH={os.environ['PATH']}\n")
-    words = [*LAYOUT, "--snapshot", "--setup", str(setup), "--train.steps=1", "--train.eval_interval=0"]
+    words = [*LAYOUT, "--snapshot", "--setup", str(setup), "--train.steps=3", "--train.eval_interval=0"]
     number = cluster.launch(config, run_dir, *words)
     job = cluster.wait_until_ended(number)
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), cluster.output(number)
