@@ -54,6 +54,15 @@ def python_path(python: str) -> tuple[str, ...]:
     raise ValueError(f"--python {python}: cannot import what the training needs ({reason[0]})")
 
 
+def refuse_other(expected: Path) -> None:
+    """ValueError where the package that runs here is not that of the folder `expected`."""
+    if not (expected.is_dir() and expected.samefile(PACKAGE)):
+        raise ValueError(
+            f"--code {expected}: griffin was imported from {PACKAGE} instead; look at PYTHONPATH, and at what srun or "
+            "--setup does to it"
+        )
+
+
 def _git(root: Path, *arguments: str) -> bytes:
     """What git answers; nothing where it is not installed, or fails."""
     try:

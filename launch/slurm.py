@@ -14,12 +14,13 @@ TEMPLATES = Path(__file__).with_name("templates")
 PLAIN_PATH = re.compile(r"[\w./+=@-]+")
 IMAGE_FILES = (".sif", ".sqsh")  # of Apptainer, and of enroot for pyxis; other images are names in a registry
 LONGEST_SIGNAL = 65_535  # seconds; SLURM's limit
-# Options of sbatch that the script states itself.
+# Options of sbatch that only the options of `griffin launch slurm` may state: the script counts on them.
 STATED = (
-    "job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "gpus-per-task", "gres", "exclusive", "mem",
-    "cpus-per-task", "time", "partition", "account", "qos", "output", "error", "open-mode", "chdir", "signal",
-    "requeue", "no-requeue", "dependency", "kill-on-invalid-dep", "array", "wrap",
+    "job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "gpus-per-task", "gres",
+    "cpus-per-task", "time", "chdir", "signal", "array", "wrap",
 )  # fmt: skip
+
+OPPOSITES = {"--no-requeue": "--requeue", "--mem-per-cpu": "--mem", "--mem-per-gpu": "--mem"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,11 @@ class SlurmJob:
     name: str
     nodes: int
     gpus_per_node: int
+    gpu_type: str = ""  # as the site names it; "" takes any
+    gres: bool = False  # GPUs by --gres, where a site knows no --gpus-per-node
+    exclusive: bool = True  # nodes with GPUs as a whole
+    mem: str = ""  # of a node; "" is all of it on nodes with GPUs, else the site's default
+    cpu_bind: str = ""  # srun's; "" binds to --cpus-per-task where stated
     time: str  # as SLURM has it: minutes, HH:MM:SS, D-HH:MM:SS and so on
     tasks_per_node: int = 0  # ranks of a node; 0 is one per GPU
     cpus_per_task: int = 0  # 0: all of the node's for all of its ranks
@@ -77,6 +83,8 @@ class SlurmJob:
             _refuse("--time", self.time, accepted)
         for option, text in (
             ("--job-name", self.name),
+            ("--gpus-per-node", self.gpu_type),
+            ("--mem", self.mem),
             ("--partition", self.partition),
             ("--account", self.account),
             ("--qos", self.qos),
@@ -89,6 +97,8 @@ class SlurmJob:
                 _refuse("--sbatch-option", option, "must be NAME or NAME=VALUE, without spaces and quotes")
             if match[1] in STATED:
                 _refuse("--sbatch-option", option, "is an option that the script states itself")
+        if self.cpu_bind and not re.fullmatch(r"[\w,:-]+", self.cpu_bind):
+            _refuse("--cpu-bind", self.cpu_bind, "must be as srun has it, such as cores or ldoms")
         if self.container and not re.fullmatch(r"[\w./+=@:#-]+", self.container):
             _refuse("--container", self.container, "must consist of letters, digits and ._/+=@:#-")
         for folder in self.mounts:
@@ -113,6 +123,7 @@ class JobFiles:
     python_path: tuple[str, ...] = ()  # $PYTHONPATH
     setup: Path | None = None  # shell commands ahead of everything, loading modules for instance
     init: tuple[str, ...] = ()  # --init-from PATH, --init-what
+    code: str = ""  # the package that ranks must import; "" where it is an image's own
 
     def validate(self) -> None:
         """Refuse paths that cannot stand in a batch script: ValueError."""
@@ -121,6 +132,7 @@ class JobFiles:
             ("--python", self.python),
             ("--init-from", self.init[1] if self.init else ""),
             ("working folder", str(self.working)),
+            ("code", self.code),
             *(("PYTHONPATH", entry) for entry in self.python_path),
         ):
             if path:
@@ -164,6 +176,7 @@ def render(job: SlurmJob, files: JobFiles) -> str:
         "gpus": (TEMPLATES / "gpus.sh").read_text(encoding="utf-8") if job.gpus_per_node else "",
         "options": "\n".join(f"  {option}" for option in _step_options(job, files)),
         "container": _apptainer(job, files),
+        "code": f" --code {files.code}" if files.code else "",
         "init": "".join(f" {word}" for word in files.init),
         "nodes": str(job.nodes),
         "tasks_per_node": str(job.ranks_per_node),
@@ -174,6 +187,7 @@ def render(job: SlurmJob, files: JobFiles) -> str:
 
 
 def _directives(job: SlurmJob, files: JobFiles) -> list[str]:
+    gpus = f"{job.gpu_type}:{job.gpus_per_node}" if job.gpu_type else f"{job.gpus_per_node}"
     lines = [
         f"#SBATCH --job-name={job.name}",
         f"#SBATCH --nodes={job.nodes}",
@@ -183,16 +197,17 @@ def _directives(job: SlurmJob, files: JobFiles) -> list[str]:
         lines += [
             "# All GPUs of a node are visible to all of its ranks, and each takes that of its local rank. With",
             "# --gpus-per-task a rank would see its own alone, which hides the direct links between them from NCCL.",
-            f"#SBATCH --gpus-per-node={job.gpus_per_node}",
-            "# Whole nodes, with all of their memory: loaders and checkpoints in the making live there.",
-            "#SBATCH --exclusive",
-            "#SBATCH --mem=0",
+            f"#SBATCH --{'gres=gpu:' if job.gres else 'gpus-per-node='}{gpus}",
+            "# Memory of the nodes: loaders and checkpoints in the making live there. 0 is all of it.",
         ]
+        lines += ["#SBATCH --exclusive"] if job.exclusive else []
+    memory = job.mem or ("0" if job.gpus_per_node and job.exclusive else "")
+    lines += [f"#SBATCH --mem={memory}"] if memory else []
     if job.cpus_per_task:
         lines += [f"#SBATCH --cpus-per-task={job.cpus_per_task}"]
     lines += [f"#SBATCH --time={job.time}"]
-    asked = {"partition": job.partition, "account": job.account, "qos": job.qos}
-    lines += [f"#SBATCH --{option}={text}" for option, text in asked.items() if text]
+    billed = {"partition": job.partition, "account": job.account, "qos": job.qos}
+    lines += [f"#SBATCH --{option}={text}" for option, text in billed.items() if text]
     lines += [
         f"#SBATCH --chdir={files.working}",
         f"#SBATCH --output={files.script.parent}/slurm-%j.out",
@@ -206,7 +221,11 @@ def _directives(job: SlurmJob, files: JobFiles) -> list[str]:
         "# One job of this name at a time: two would write the same run folder.",
         "#SBATCH --dependency=singleton",
     ]
-    return lines + [f"#SBATCH {option}" for option in job.options]
+    # A further option takes the place of what is stated, so that no option stands twice.
+    asked = {option.partition("=")[0]: option for option in job.options}
+    replaced = {OPPOSITES.get(name, name) for name in asked} | set(asked)
+    lines = [line for line in lines if line.removeprefix("#SBATCH ").partition("=")[0] not in replaced]
+    return lines + [f"#SBATCH {option}" for option in asked.values()]
 
 
 def _step_options(job: SlurmJob, files: JobFiles) -> list[str]:
@@ -214,6 +233,8 @@ def _step_options(job: SlurmJob, files: JobFiles) -> list[str]:
         options = [f"--cpus-per-task={job.cpus_per_task}  # sbatch's does not reach srun"]
     else:
         options = ["--cpu-bind=none      # loaders and saving processes use what a node has"]
+    if job.cpu_bind:
+        options = [option for option in options if not option.startswith("--cpu-bind")] + [f"--cpu-bind={job.cpu_bind}"]
     if job.container and not job.is_apptainer:
         mounts = ",".join(f"{path}:{path}" for path in job.mounts)
         options += [f"--container-image={job.container}", f"--container-workdir={files.working}"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -47,16 +49,26 @@ def _add_slurm(subparsers: Any) -> None:
     parser.add_argument("--run-dir", type=Path, metavar="RUN", help="run folder (default: log.run_root/NAME-TIME)")
     add_init_arguments(parser)
     parser.add_argument("--nodes", type=int, required=True, metavar="N")
-    parser.add_argument("--gpus-per-node", type=int, required=True, metavar="N", help="0 trains on CPUs")
+    parser.add_argument("--gpus-per-node", required=True, metavar="[TYPE:]N", help="such as h100:8; 0 trains on CPUs")
+    parser.add_argument("--gres", action="store_true", help="ask for GPUs by --gres=gpu:...")
+    parser.add_argument("--no-exclusive", action="store_true", help="share nodes with other jobs")
+    parser.add_argument("--mem", default="", metavar="SIZE", help="memory of a node (default: all of a whole node)")
+    parser.add_argument("--cpu-bind", default="", metavar="HOW", help="srun's --cpu-bind, such as cores or ldoms")
     parser.add_argument("--tasks-per-node", type=int, default=0, metavar="N", help="ranks per node without GPUs")
     parser.add_argument("--time", required=True, metavar="TIME", help="limit of a job, such as 24:00:00 or 2-00:00:00")
     parser.add_argument("--cpus-per-task", type=int, default=0, metavar="N", help="default: a node's ranks share them")
     parser.add_argument("--partition", default="")
     parser.add_argument("--account", default="")
     parser.add_argument("--qos", default="")
-    parser.add_argument("--job-name", metavar="NAME", help="default: griffin-RUN; jobs of a name run one after another")
     parser.add_argument(
-        "--sbatch-option", action="append", default=[], metavar="NAME=VALUE", help="a further option of sbatch"
+        "--job-name", metavar="NAME", help="default: griffin-RUN-HASH of its path; jobs of a name run one after another"
+    )
+    parser.add_argument(
+        "--sbatch-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a further option of sbatch, or one in the place of what the script states",
     )
     parser.add_argument(
         "--container",
@@ -123,10 +135,18 @@ def run_slurm(args: argparse.Namespace) -> int:
     for folder in args.mount:
         if not folder.is_dir():
             raise ValueError(f"--mount {folder}: no such folder")
+    gpu_type, _, gpus = args.gpus_per_node.rpartition(":")
+    if not re.fullmatch("-?[0-9]+", gpus):
+        raise ValueError(f"--gpus-per-node {args.gpus_per_node}: must be a number, or TYPE:NUMBER such as h100:8")
     job = SlurmJob(
         name=args.job_name or "griffin",
         nodes=args.nodes,
-        gpus_per_node=args.gpus_per_node,
+        gpus_per_node=int(gpus),
+        gpu_type=gpu_type,
+        gres=args.gres,
+        exclusive=not args.no_exclusive,
+        mem=args.mem,
+        cpu_bind=args.cpu_bind,
         time=args.time,
         tasks_per_node=args.tasks_per_node,
         cpus_per_task=args.cpus_per_task,
@@ -147,7 +167,7 @@ def run_slurm(args: argparse.Namespace) -> int:
     mounts = [run_dir, working, *(Path(folder).absolute() for folder in args.mount), *_data_folders(config)]
     job = dataclasses.replace(
         job,
-        name=args.job_name or f"griffin-{run_dir.name}",
+        name=args.job_name or f"griffin-{run_dir.name}-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6]}",
         mounts=tuple(dict.fromkeys(mounts + [Path(path) for path in init[1:2]])) if args.container else (),
     )
     # Absolute, but for links: a virtual environment's interpreter is one.
@@ -164,6 +184,7 @@ def run_slurm(args: argparse.Namespace) -> int:
             str(folder / f"code{number}"),
             *(path for path in python_path if path != str(code.PACKAGE.parent)),
         )
+    expected = str(folder / f"code{number}/griffin") if args.snapshot else "" if args.container else str(code.PACKAGE)
     files = JobFiles(
         run_dir=run_dir,
         script=folder / f"job{number}.sbatch",
@@ -173,8 +194,11 @@ def run_slurm(args: argparse.Namespace) -> int:
         python_path=python_path,
         setup=folder / f"setup{number}.sh" if args.setup else None,
         init=init,
+        code=expected,
     )
     script = render(job, files)
+    if run_dir.is_relative_to("/tmp"):
+        _say(f"warning: --run-dir {run_dir}: below /tmp, of which every node may have its own")
 
     folder.mkdir(parents=True, exist_ok=True)
     if args.container and config.data.cache:  # what is mounted must be there

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin.kernels.backends import AUTO
+from griffin.launch import code
 from griffin.launch.ranks import discover, leave, slurm_tasks_unused
 from griffin.parallel.config import ModelConfig
 from griffin.parallel.ranks import STOPPED, Ranks
@@ -45,6 +46,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--ranks", type=int, metavar="N", help="processes to start on this machine (default: 1)")
     add_init_arguments(parser)
     parser.add_argument(
+        "--code", type=Path, metavar="DIR", help="refuse to run unless this is the folder that griffin is imported from"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check everything for --ranks ranks, of any launcher, and start none"
     )
     parser.add_argument(
@@ -72,6 +76,11 @@ def run(args: argparse.Namespace) -> int:
     """Exit code of the training. What a user can put right is refused before any process or folder exists."""
     # A warning ahead of a stop must not end a rank that is just starting: it has nothing to save yet.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if args.code is not None:
+        try:
+            code.refuse_other(args.code)
+        except ValueError as error:
+            leave(report(error))
     if args.print_config:
         print(to_toml(load_run_config(args)), end="")
         return 0

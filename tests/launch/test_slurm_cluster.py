@@ -63,6 +63,32 @@ def test_job_trains_on_two_nodes(cluster: Cluster, config: Path) -> None:
     assert "start 1 on n[1-2]; newest checkpoint: none" in cluster.output(number)
 
 
+@pytest.mark.slow
+def test_job_without_exports_runs_its_own_code(cluster: Cluster, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SBATCH_EXPORT=NONE, as some sites set it."""
+    run_dir = cluster.folder / "no_exports"
+    monkeypatch.setitem(cluster.environment, "SBATCH_EXPORT", "NONE")
+    setup = cluster.folder / "path.sh"
+    setup.write_text(f"export PATH={os.environ['PATH']}\n")
+    words = [*LAYOUT, "--snapshot", "--setup", str(setup), "--train.steps=3", "--train.eval_interval=0"]
+    number = cluster.launch(config, run_dir, *words)
+    job = cluster.wait_until_ended(number)
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), cluster.output(number)
+
+    # A setup, say, that leads to other code: the ranks refuse what they import.
+    stale = cluster.folder / "stale"
+    shutil.copytree(run_dir / "launch/code", stale)
+    script = run_dir / "launch/job.sbatch"
+    edited = re.sub(r"(?m)^export PYTHONPATH=.*$", f"export PYTHONPATH={stale}", script.read_text())
+    edited = edited.replace(f"run={run_dir}\n", f"run={cluster.folder}/other\n")
+    script.with_name("edited.sbatch").write_text(edited)
+    number = cluster.call("sbatch", "--parsable", script.with_name("edited.sbatch"))
+    job = cluster.wait_until_ended(number)
+    assert job["ExitCode"] == "2:0", cluster.output(number)
+    assert f"--code {run_dir}/launch/code/griffin: griffin was imported from {stale}/griffin" in cluster.output(number)
+    assert not (cluster.folder / "other").exists()
+
+
 # What follows disturbs runs of so many steps, of 30 to 60 ms each on an idle machine of two cores.
 STEPS = 140
 SETTINGS = [f"--train.steps={STEPS}", "--checkpoint.interval=20", "--train.eval_interval=0", "--log.interval=1"]

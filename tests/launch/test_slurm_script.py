@@ -103,6 +103,29 @@ def test_text(settings: dict, tmp_path: Path) -> None:
         assert '--container-mounts="/data:/data,/home/me:/home/me"\n' in text
 
 
+@pytest.mark.parametrize(
+    ("settings", "stated", "left_out"),
+    [
+        ({"gpu_type": "h100"}, {"gpus-per-node": "h100:8", "mem": "0", "exclusive": ""}, ["gres"]),
+        ({"gpu_type": "h100", "gres": True}, {"gres": "gpu:h100:8"}, ["gpus-per-node"]),
+        ({"exclusive": False, "mem": "200G"}, {"mem": "200G"}, ["exclusive"]),
+        ({"exclusive": False}, {}, ["exclusive", "mem"]),
+        ({"options": ("--mem=3G", "--no-requeue")}, {"mem": "3G", "no-requeue": ""}, ["requeue"]),
+        ({"options": ("--mem-per-gpu=9G", "--open-mode=truncate")}, {"open-mode": "truncate"}, ["mem"]),
+    ],
+)
+def test_what_sites_differ_in(settings: dict, stated: dict, left_out: list[str]) -> None:
+    found = directives(render(job(**settings), files()))
+    assert stated.items() <= found.items()
+    assert not found.keys() & set(left_out)
+
+
+def test_binding_to_cores() -> None:
+    text = render(job(cpu_bind="ldoms"), files())
+    assert "\n  --cpu-bind=ldoms\n" in text
+    assert text.count("--cpu-bind") == 1
+
+
 def test_apptainer(tmp_path: Path) -> None:
     image = tmp_path / "griffin.sif"
     with pytest.raises(ValueError, match=re.escape(f"--container {image}: no such file")):
@@ -140,7 +163,7 @@ def test_time(text: str, seconds: int | None) -> None:
         ({"tasks_per_node": 4}, "--tasks-per-node 4: must be --gpus-per-node 8, or left out"),
         ({"partition": "a b"}, "--partition a b: must consist of"),
         ({"signal_seconds": 70_000, "time": "2-0"}, "--signal-seconds 70000: must be at most 65535"),
-        ({"options": ("--mem=3G",)}, "--sbatch-option --mem=3G: is an option that the script states itself"),
+        ({"options": ("--nodes=3",)}, "--sbatch-option --nodes=3: is an option that the script states itself"),
         ({"options": ("-C gpu",)}, "--sbatch-option -C gpu: must be NAME or NAME=VALUE"),
         ({"container": "a image"}, "--container a image: must consist of"),
     ],
@@ -250,7 +273,8 @@ def test_complete(tmp_path: Path) -> None:
     dry, real = (tmp_path / "calls").read_text().splitlines()
     run = f"/venv/bin/python -P -m griffin.tools.cli train {tmp_path}/run/launch/config.toml --run-dir {tmp_path}/run"
     assert dry.endswith(f"--nodes=1 --ntasks=1 --ntasks-per-node=1 {run} --ranks 2 --dry-run")
-    assert real == f"--label --kill-on-bad-exit=1 --cpu-bind=none --nodes=1 --ntasks=2 --ntasks-per-node=2 {run}"
+    options = "--label --kill-on-bad-exit=1 --mpi=none --cpu-bind=none --nodes=1 --ntasks=2 --ntasks-per-node=2"
+    assert real == f"{options} {run}"
 
 
 def test_mistakes_are_not_tried_again(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,8 +40,8 @@ def test_job_is_written_beside_its_run(config: Path, capsys: pytest.CaptureFixtu
     script = (folder / "job.sbatch").read_text()
     captured = capsys.readouterr()
     assert captured.out == script + "\n"
-    assert captured.err == f"griffin: to submit it: sbatch {folder}/job.sbatch\n"
-    assert "#SBATCH --job-name=griffin-a\n" in script
+    assert captured.err.splitlines()[-1] + "\n" == f"griffin: to submit it: sbatch {folder}/job.sbatch\n"
+    assert re.search("#SBATCH --job-name=griffin-a-[0-9a-f]{6}\n", script)
     assert f"#SBATCH --chdir={config.parent}\n" in script  # where relative paths of data lead as they do here
     assert load_config(folder / "config.toml") == load_config(config, ["--parallel.tensor=2"])
     code = json.loads((folder / "code.json").read_text())
@@ -131,6 +132,7 @@ def test_submission_of_a_chain(
         (["--nodes", "3"], "train.global_batch = 8: must be a multiple of"),
         (["--parallel.tensor", "3"], "parallel.tensor = 3: must divide"),
         (["--data.train", "absent"], "absent"),
+        (["--gpus-per-node", "h100"], "--gpus-per-node h100: must be a number, or TYPE:NUMBER"),
         (["--time", "soon"], "--time soon: must be MINUTES"),
         (["--run-dir", "a b"], "SLURM mangles such paths"),
         (["--run-dir", "config.toml"], "--run-dir config.toml: exists and is not an empty folder"),
