@@ -18,7 +18,7 @@ from griffin.parallel.ranks import STOPPED, Ranks
 from griffin.tools.cli import USER_ERRORS, report
 from griffin.trainer.config import Config, load_config
 from griffin.trainer.run_folder import RunFolder, default_run_folder
-from griffin.trainer.validate import validate, validate_data
+from griffin.trainer.validate import MOST_RANKS, validate, validate_data
 
 if TYPE_CHECKING:
     from griffin.trainer.checkpoint.source import InitFrom
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     # A warning ahead of a stop must not end a rank that is just starting: it has nothing to save yet.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if args.dry_run:
+        _check_ranks(args.ranks)
         check(args, args.ranks or 1)
         return 0
     ranks = discover_ranks(args.ranks)
@@ -132,8 +133,7 @@ def train_rank(ranks: Ranks, config: Config, run_dir: Path, init_from: InitFrom 
 
 def discover_ranks(local_ranks: int | None) -> Ranks | None:
     """The launcher's ranks, or None where this process starts its own."""
-    if local_ranks is not None and local_ranks < 1:
-        raise ValueError(f"--ranks {local_ranks}: must be at least 1")
+    _check_ranks(local_ranks)
     ranks = discover()
     tasks, nodes = slurm_tasks_unused(), int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
     if ranks is None and tasks > 1 and (local_ranks != tasks or nodes > 1):
@@ -152,6 +152,11 @@ def discover_ranks(local_ranks: int | None) -> Ranks | None:
     else:
         ranks = None  # an interactive shell that srun started is a world of one
     return ranks
+
+
+def _check_ranks(ranks: int | None) -> None:
+    if ranks is not None and not 1 <= ranks <= MOST_RANKS:
+        raise ValueError(f"--ranks {ranks}: must be from 1 to {MOST_RANKS}")
 
 
 def start_local(args: argparse.Namespace) -> Callable[[], int]:

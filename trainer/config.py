@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import tomllib
+import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ import tomli_w
 from griffin.kernels.backends import AUTO
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
 from griffin.trainer.data.prefix import DataInfo, read_blend
+from griffin.trainer.files import SETTINGS_BYTES, parse_toml, read_regular
 from griffin.trainer.presets import PRESETS, preset
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
@@ -144,10 +145,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     such file, and ValueError that names the setting, its value and what is accepted.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such config file")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = parse_toml(read_regular(path, SETTINGS_BYTES).decode())
     except ValueError as error:  # of the decoder, or of the encoding
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     settings: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
@@ -158,7 +159,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             nearest = difflib.get_close_matches(section, SECTIONS, n=1, cutoff=0.0)[0]
             raise ValueError(f"[{section}]: no such section; did you mean [{nearest}]?")
         for key, value in table.items():
-            settings[section][key] = _typed(section, key, value)
+            settings[section][key] = typed(section, key, value)
     for section, key, text in _split(overrides):
         settings[section][key] = _parsed(section, key, text)
     return _resolve(settings)
@@ -202,10 +203,13 @@ def _type(section: str, key: str) -> Any:
     return TYPES[section][key]
 
 
-def _typed(section: str, key: str, value: Any) -> Any:
-    """`value` as the setting's type: integers become floats, lists tuples, a string a tuple of one where asked for."""
+def typed(section: str, key: str, value: Any) -> Any:
+    """`value` as the setting's type: integers become floats, lists tuples, a string a tuple of one where asked for.
+
+    Raises ValueError where it is of another type.
+    """
     kind = _type(section, key)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if kind == tuple[str, ...] and isinstance(value, str):
         return (value,)
@@ -222,12 +226,12 @@ def _parsed(section: str, key: str, text: str) -> Any:
     """The value of an override: TOML where that fits the setting, otherwise the text itself."""
     _type(section, key)
     try:
-        table = tomllib.loads(f"value = {text}")
+        table = parse_toml(f"value = {text}")
         if table.keys() == {"value"}:
-            return _typed(section, key, table["value"])
+            return typed(section, key, table["value"])
     except ValueError:
         pass
-    return _typed(section, key, text)
+    return typed(section, key, text)
 
 
 def _split(overrides: Sequence[str]) -> list[tuple[str, str, str]]:
