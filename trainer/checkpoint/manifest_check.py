@@ -147,14 +147,16 @@ def _check_layout(layout: Any) -> None:
 def _check_spikes(spikes: Mapping[str, Any]) -> None:
     """As `trainer.spikes.SpikeDetector.state` has it."""
     for key in ("losses", "log_grad_norms"):
-        values = spikes.get(key)
+        values = spikes.get(key, [])
         fits = isinstance(values, list) and all(type(value) in (int, float) for value in values)
         _require(fits, f"spikes.{key}", values, "a list of numbers")
-    steps = spikes.get("spikes")
+    steps = spikes.get("spikes", [])
     fits = isinstance(steps, list) and all(is_integer(step, 0, MOST_INTEGER) for step in steps)
     _require(fits, "spikes.spikes", steps, "a list of steps")
     for key in ("skipped", "rewinds"):
-        _require(is_integer(spikes.get(key), 0, MOST_INTEGER), f"spikes.{key}", spikes.get(key), "an integer from 0 on")
+        _require(
+            is_integer(spikes.get(key, 0), 0, MOST_INTEGER), f"spikes.{key}", spikes.get(key), "an integer from 0 on"
+        )
 
 
 def _are_sizes(values: Any) -> bool:
