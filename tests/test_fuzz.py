@@ -10,6 +10,7 @@ import signal
 import string
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from griffin.tools import rank_files
-from griffin.tools.carried_files import read_object
+from griffin.tools.carried_files import files_of, read_object
 from griffin.tools.logits import _read as read_tokens
 from griffin.tools.prompts import read_prompts
 from griffin.tools.safetensors_files import lay_out, read_entries
@@ -39,10 +40,14 @@ ODD: list[Any] = [
 ]
 
 
+class HangError(BaseException):
+    """No reader takes it for an error of its file."""
+
+
 @contextmanager
 def in_time() -> Iterator[None]:
     def ended(*_: Any) -> None:
-        raise TimeoutError("hangs")
+        raise HangError
 
     before = signal.signal(signal.SIGALRM, ended)
     signal.alarm(SECONDS)
@@ -215,6 +220,10 @@ def overrides(draw: random.Random) -> list[str]:
     return [f"--{draw.choice(names)}={draw.choice([*map(str, ODD), odd, '[' * 100_000, '1e999', '2147483648'])}"]
 
 
+def read_overridden(config: Path, words: list[str]) -> None:
+    validate(load_config(config, words), 1)
+
+
 def run_cases(folder: Path, count: int) -> int:
     """So many cases of each reader; how many were run."""
     done = 0
@@ -239,7 +248,7 @@ def run_cases(folder: Path, count: int) -> int:
                     content = changed_bytes(reader.content, draw)
                 path.write_bytes(content)
             before = sorted(str(found) for found in folder.rglob("*"))
-            expect_refusal(lambda reader=reader, path=path: reader.read(path), f"{name}, case {case}")
+            expect_refusal(partial(reader.read, path), f"{name}, case {case}")
             assert sorted(str(found) for found in folder.rglob("*")) == before, f"{name}, case {case}: wrote files"
             if content:
                 assert path.read_bytes() == content, f"{name}, case {case}: changed its input"
@@ -252,8 +261,8 @@ def run_cases(folder: Path, count: int) -> int:
     valid.write_bytes(CONFIG)
     for case in range(count):
         words = overrides(random.Random(case))
-        expect_refusal(lambda words=words: validate(load_config(valid, words), 1), f"overrides, case {case}")
-        expect_refusal(lambda words=words: parse_blend([words[0][2:], "0.5 a"]), f"blend, case {case}")
+        expect_refusal(partial(read_overridden, valid, words), f"overrides, case {case}")
+        expect_refusal(partial(parse_blend, [words[0][2:], "0.5 a"]), f"blend, case {case}")
         done += 2
     return done
 
@@ -263,7 +272,7 @@ def expect_refusal(read: Callable[[], object], case: str) -> None:
     with in_time():
         try:
             read()
-        except TimeoutError:
+        except HangError:
             raise AssertionError(f"{case}: hangs") from None
         except (ValueError, OSError):
             pass
@@ -291,3 +300,40 @@ def test_an_array_is_named_for_a_place_in_its_folder(tmp_path, name):
     path.write_bytes(with_checksum(values))
     with pytest.raises(ValueError, match="is no array's name"):
         read_manifest(step)
+
+
+def test_a_link_is_not_followed_out_of_a_folder(tmp_path):
+    secret, folder = tmp_path / "secret", tmp_path / "stranger"
+    secret.write_text("{}")
+    folder.mkdir()
+    (folder / "tokenizer.json").symlink_to(secret)
+    with pytest.raises(ValueError, match="leads out of"):
+        files_of(folder)
+
+
+def test_links_of_a_cache_are_followed(tmp_path):
+    """To `blobs` beside `snapshots`, as Hugging Face lays its cache out."""
+    snapshot, blob = tmp_path / "snapshots" / "1", tmp_path / "blobs" / "a"
+    for place in (snapshot, blob.parent):
+        place.mkdir(parents=True)
+    blob.write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/a")
+    assert files_of(snapshot) == {"config.json": snapshot / "config.json"}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.workers=257",
+        "train.steps=1000000000000",
+        "train.spike_window=1000000",
+        "model.mlp_expansion=2147483648",
+        "health.hang_seconds=1e-9",
+    ],
+)
+def test_settings_are_bounded(tmp_path, setting):
+    config = tmp_path / "valid.toml"
+    config.write_bytes(CONFIG)
+    validate(load_config(config), 1)
+    with pytest.raises(ValueError, match=setting.partition("=")[0]):
+        read_overridden(config, [f"--{setting}"])

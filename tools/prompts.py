@@ -99,7 +99,7 @@ def _ids(key: str, configs: Sequence[Mapping[str, Any]]) -> list[int]:
         if (found := values.get(key)) is not None:
             ids = found if isinstance(found, list) else [found]
             if not ids or not all(is_integer(one, 0, MOST_VOCABULARY) for one in ids):
-                raise ValueError(f"{key} = {found!r} in the checkpoint's {SOURCE}/: must be an integer from 0, or some")
+                raise ValueError(f"{key} = {found!r} in the checkpoint's {SOURCE}/: must be an integer or some, from 0")
             return ids
     return []
 

@@ -263,7 +263,8 @@ def _layout(values: Mapping[str, Any], specs: Mapping[str, ArraySpec]) -> Parall
     if missing := [key for key in keys if key not in stated]:
         raise ValueError(f"lacks layout.{missing[0]}")
     layout = ParallelConfig(**{key: stated[key] for key in keys})
-    if layout.model_ranks != len(values.get("files") or ()):  # before so many are laid out
+    records = values.get("files")
+    if not isinstance(records, Mapping) or layout.model_ranks != len(records):  # before so many are laid out
         raise ValueError(f"files must be those of {layout.tensor} x {layout.pipeline} ranks")
     blocks = model_of(values["config"]).blocks
     if not (

@@ -115,7 +115,7 @@ def validate(config: Config, world_size: int) -> None:
         for section in dataclasses.fields(config)
         for key, value in dataclasses.asdict(getattr(config, section.name)).items()
     }
-    for setting in LEAST:
+    for setting in sorted(LEAST, key=lambda name: name != "train.steps"):  # defaults of others follow from that one
         _require_range(setting, settings[setting])
     for setting, choices in CHOICES.items():
         if settings[setting] not in choices:
@@ -216,9 +216,9 @@ def _validate_layout(config: Config) -> None:
 
 def _validate_batches(config: Config, world_size: int) -> None:
     parallel, train = config.parallel, config.train
-    if not 1 <= world_size <= MOST_RANKS:
-        _refuse("world size", world_size, f"must be from 1 to {MOST_RANKS}")
-    if world_size % parallel.model_ranks:
+    if world_size > MOST_RANKS:
+        _refuse("world size", world_size, f"must be at most {MOST_RANKS}")
+    if world_size < 1 or world_size % parallel.model_ranks:
         accepted = (
             f"must be a multiple of parallel.tensor x parallel.pipeline = "
             f"{parallel.tensor} x {parallel.pipeline} = {parallel.model_ranks}"

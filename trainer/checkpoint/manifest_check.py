@@ -124,7 +124,7 @@ def _check_config(config: Any) -> None:
 
 def model_of(config: Mapping[str, Any]) -> ModelConfig:
     """The architecture in a manifest's config, which has been checked. ValueError where it is not all there."""
-    needed = {"model": ("pattern", "width", "recurrent_width", "heads", "head_dim")}
+    needed: dict[str, tuple[str, ...]] = {"model": ("pattern", "width", "recurrent_width", "heads", "head_dim")}
     needed |= {"data": ("train", "sequence_length"), "parallel": ("stages",)}
     for section, keys in needed.items():
         if missing := [key for key in keys if key not in config.get(section, {})]:

@@ -167,9 +167,9 @@ def _refusing(what: str) -> Iterator[None]:
     """Whatever a library raises becomes a ValueError that begins with `what`."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
     except BaseException as error:  # bare Exceptions of tokenizers; where its Rust code panics, not even those
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"{what} ({error})") from None
 
 
