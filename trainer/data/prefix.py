@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from griffin.trainer.data.tokenizer import Tokenizer, load_tokenizer
+from griffin.trainer.files import parse_json, read_regular
 
 FORMAT = "griffin-data-1"
 SUFFIXES = (".bin", ".idx", ".json")
@@ -167,7 +168,7 @@ def read_description(prefix: str) -> DataInfo:
     if not Path(prefix + ".json").is_file():
         raise ValueError(f"data prefix {prefix!r}: {prefix}.json is missing (build it with `griffin data build`)")
     try:
-        record = json.loads(Path(prefix + ".json").read_text())
+        record = parse_json(read_regular(prefix + ".json"))
         if record.pop("format") != FORMAT:
             raise ValueError(f'"format" is not {FORMAT!r}')
         info = DataInfo(prefix=prefix, **{**record, "inputs": tuple(record["inputs"])})
