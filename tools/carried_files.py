@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, naming, synchronise
+from griffin.trainer.files import open_regular, parse_json, read_regular
 
 SOURCE = "source"  # the subfolder of a checkpoint that holds them
 CONFIG = "config.json"
@@ -27,8 +27,25 @@ CARRIED = (*TOKENIZER_FILES, "generation_config.json", CONFIG)
 
 
 def files_of(folder: Path, names: Iterable[str] = CARRIED) -> dict[str, Path]:
-    """Those of `names` that a folder holds, with where they are; none if there is no such folder."""
-    return {name: folder / name for name in names if (folder / name).is_file()}
+    """Those of `names` that a folder holds, with where they are; none if there is no such folder.
+
+    Raises CheckpointError for a symbolic link that leads out of it.
+    """
+    return {name: require_inside(folder, name) for name in names if (folder / name).is_file()}
+
+
+def require_inside(folder: Path, name: str) -> Path:
+    """The path of a folder's file. CheckpointError where it is a symbolic link that leads out of the folder.
+
+    Whoever made the folder would have other files of the reader's copied. In Hugging Face's cache a folder
+    `snapshots/X` is of links to `blobs` beside it, which are inside.
+    """
+    path, root = folder / name, folder.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    if not path.resolve().is_relative_to(root):
+        raise CheckpointError(f"{path}: is a symbolic link that leads out of {root}; must be a file there")
+    return path
 
 
 def carried_files(checkpoint: Path) -> dict[str, Path]:
@@ -39,7 +56,7 @@ def carried_files(checkpoint: Path) -> dict[str, Path]:
 def copy_files(files: Mapping[str, Path], folder: Path) -> None:
     """Copy files into a folder under new names, durably. Raises CheckpointError naming one that cannot be read."""
     for name, path in files.items():
-        with naming(path), open(path, "rb") as source, open(folder / name, "xb") as copy:
+        with naming(path), open_regular(path) as source, open(folder / name, "xb") as copy:
             shutil.copyfileobj(source, copy)
             copy.flush()
             os.fsync(copy.fileno())
@@ -49,10 +66,10 @@ def copy_files(files: Mapping[str, Path], folder: Path) -> None:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object of a file. Raises CheckpointError naming the file for anything else."""
     with naming(path):
-        text = path.read_bytes()
+        text = read_regular(path)
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{path}: is no JSON: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: must be a JSON object")

@@ -81,8 +81,8 @@ def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str
     """Write the mean of the weights of several checkpoints of one model to the new folder `target`.
 
     Means are taken in float64, of the master weights where there are any, and rounded to float32, then to `dtype` (by
-    default that of the newest of them). The result has weights only; all else it has from the newest, and in
-    layout["average_of"] what it was made from. Raises as `reshard` does.
+    default that of the newest of them). The result has weights only; all else it has from the newest, and in `sources`
+    what it was made from. Raises as `reshard` does.
     """
     refuse_target(target)
     if len(paths) < 2:

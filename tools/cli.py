@@ -27,7 +27,8 @@ COMMANDS = (
     "bench",
 )
 
-USER_ERRORS = (ValueError, FileNotFoundError)
+# An OSError is what the system refuses: a permission, a name that is too long, a full disk.
+USER_ERRORS = (ValueError, OSError)
 OVERRIDE = re.compile(r"--[a-z_]+\.[a-z_0-9]+")
 BLEND_ENTRY = re.compile(r"[0-9.]\S*\s+\S")  # "WEIGHT PREFIX": no other argument looks like it
 
@@ -47,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         return args.run(args) or 0
-    except USER_ERRORS as error:
-        return report(error)
     except KeyboardInterrupt:
         print("griffin: stopped by SIGINT", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # who reads the output has seen enough; nor is it flushed at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except USER_ERRORS as error:
+        return report(error)
 
 
 def _version() -> str:
@@ -66,11 +67,17 @@ def _version() -> str:
 
 def report(error: Exception) -> int:
     """Say what the user can put right, and return the exit code that says so."""
-    message = str(error)
-    if isinstance(error, OSError) and error.filename is not None:  # raised by the system, not by a check
-        message = f"{error.filename}: {error.strerror}"
-    print(f"griffin: error: {message}", file=sys.stderr)
+    print(f"griffin: error: {described(error)}", file=sys.stderr)
     return 2
+
+
+def described(error: BaseException) -> str:
+    """An error in words, without what a terminal would take for a command: names are anybody's."""
+    message = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror is not None:  # raised by the system, not by a check
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
+        message = error.strerror if name is None else f"{name}: {error.strerror}"
+    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in message)
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -19,7 +19,8 @@ from griffin.tools.carried_files import (
 )
 from griffin.tools.stored_arrays import Source
 from griffin.trainer.data.prefix import DataInfo, parse_blend, read_description
-from griffin.trainer.data.tokenizer import BYTES
+from griffin.trainer.data.tokenizer import BYTES, MOST_FILE_BYTES
+from griffin.trainer.files import read_regular
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -61,7 +62,7 @@ def sentencepiece_ids(path: Path) -> dict[str, int | None]:
     from sentencepiece import SentencePieceProcessor
 
     try:
-        model = SentencePieceProcessor(model_file=str(path))
+        model = SentencePieceProcessor(model_proto=read_regular(path, MOST_FILE_BYTES))
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path}: not a SentencePiece model ({error})") from None
     ids = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id(), "pad_token_id": model.pad_id()}

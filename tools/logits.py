@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import secrets
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +16,15 @@ import numpy as np
 
 from griffin.tools.generate import add_model_arguments
 from griffin.trainer.checkpoint.zarr_io import naming, synchronise
+from griffin.trainer.files import is_integer, open_regular
 
 if TYPE_CHECKING:
     from griffin.parallel.ranks import Ranks
     from griffin.tools.inference import Checkpoint
 
 SLICE_ELEMENTS = 2**24  # logits that are computed at a time
+_MOST_TOKENS = 2**40
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,16 +50,32 @@ def run(args: argparse.Namespace) -> int:
         return run_on_ranks(write_logits, checkpoint.tensor, (checkpoint, tokens, file, args.out))
 
 
+class _ShapeError(ValueError):
+    """An array, but not of tokens."""
+
+
 def _read(path: Path, vocabulary: int) -> np.ndarray:
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"--tokens {path}: no such file")
     try:
-        tokens = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--tokens {path}: not a .npy file of numbers ({error})") from None
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or tokens.size == 0 or tokens.dtype.kind not in "iu":
-        found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else "an archive"
-        raise ValueError(f"--tokens {path}: holds {found}; must be integers [B, T], neither 0")
+        with open_regular(path) as file:
+            version = np.lib.format.read_magic(file)
+            if version not in _HEADERS:
+                raise ValueError(f"its version {version} is of no plain array")
+            shape, in_columns, dtype = _HEADERS[version](file)
+            sizes_fit = len(shape) == 2 and all(is_integer(size, 1, _MOST_TOKENS) for size in shape)
+            if not sizes_fit or dtype.kind not in "iu":
+                raise _ShapeError(f"--tokens {path}: holds {dtype} {list(shape)}; must be integers [B, T], neither 0")
+            # Compared before so much is allocated.
+            size, there = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
+            if there != size:
+                raise ValueError(f"it has {there:,} bytes of values instead of {size:,}")
+            tokens = np.frombuffer(file.read(size), dtype).reshape(shape, order="F" if in_columns else "C")
+    except _ShapeError:
+        raise
+    except Exception as error:  # numpy has Python read the header, which raises of all kinds
+        why = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
+        raise ValueError(f"--tokens {path}: not a .npy file of numbers ({why})") from None
     smallest, largest = int(tokens.min()), int(tokens.max())
     if smallest < 0 or largest >= vocabulary:
         wrong = smallest if smallest < 0 else largest

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.carried_files import CONFIG, SOURCE, TOKENIZER_JSON, TOKENIZER_MODEL, read_object
+from griffin.tools.carried_files import CONFIG, SOURCE, TOKENIZER_JSON, TOKENIZER_MODEL, files_of, read_object
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.data.prefix import parse_blend, read_description
-from griffin.trainer.data.tokenizer import Tokenizer, load_tokenizer
+from griffin.trainer.data.tokenizer import MOST_VOCABULARY, Tokenizer, load_tokenizer
+from griffin.trainer.files import is_integer, parse_json, read_regular
 
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 TOKENIZERS = (TOKENIZER_JSON, TOKENIZER_MODEL)
@@ -71,7 +71,7 @@ def find_language(folder: Path, manifest: Manifest, tokenizer: str | None = None
     source = folder / SOURCE
     if tokenizer is not None:
         found = load_tokenizer(tokenizer, eod)
-    elif (file := next((path for path in map(source.joinpath, TOKENIZERS) if path.is_file()), None)) is not None:
+    elif (file := next(iter(files_of(source, TOKENIZERS).values()), None)) is not None:
         found = load_tokenizer(str(file), eod or _name(_read(source / TOKENIZER_CONFIG).get("eos_token")))
     elif data := manifest.config["data"]["train"]:
         found = _of_data(data)
@@ -98,8 +98,8 @@ def _ids(key: str, configs: Sequence[Mapping[str, Any]]) -> list[int]:
     for values in configs:
         if (found := values.get(key)) is not None:
             ids = found if isinstance(found, list) else [found]
-            if not ids or any(type(one) is not int for one in ids):
-                raise ValueError(f"{key} = {found!r} in the checkpoint's {SOURCE}/: must be an integer or some")
+            if not ids or not all(is_integer(one, 0, MOST_VOCABULARY) for one in ids):
+                raise ValueError(f"{key} = {found!r} in the checkpoint's {SOURCE}/: must be an integer or some, from 0")
             return ids
     return []
 
@@ -111,7 +111,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _name(token: Any) -> str | None:
     """The text of a special token, which transformers writes as it is or with its properties."""
-    return token.get("content") if isinstance(token, dict) else token
+    found = token.get("content") if isinstance(token, dict) else token
+    if found is not None and not isinstance(found, str):
+        raise ValueError(
+            f"eos_token = {token!r} in the checkpoint's {SOURCE}/{TOKENIZER_CONFIG}: must be a token's text"
+        )
+    return found
 
 
 def read_prompts(path: Path) -> dict[str, str]:
@@ -120,7 +125,7 @@ def read_prompts(path: Path) -> dict[str, str]:
     Raises ValueError naming the line that holds none.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_regular(path).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except OSError as error:
         raise ValueError(f"--batch {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -138,8 +143,8 @@ def read_prompts(path: Path) -> dict[str, str]:
 
 def _prompt(line: str, where: str) -> str:
     try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        prompt = parse_json(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
         prompt = None
     if not isinstance(prompt, str):
         raise ValueError(f'{where}: must be a JSON object with a string "prompt"')

@@ -26,13 +26,15 @@ from griffin.tools import safetensors_files
 from griffin.tools.safetensors_files import Entry, read_box, read_bytes
 from griffin.tools.stored_arrays import Source
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box, intersection, numpy_dtype, shape_of, within
-from griffin.trainer.checkpoint.manifest import Manifest
+from griffin.trainer.checkpoint.manifest import MANIFEST_KEYS, Manifest, parse_arrays, read_checked, refusing
+from griffin.trainer.checkpoint.manifest_check import check_description, model_of
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
+from griffin.trainer.files import is_integer
 
 INDEX = "index.json"
 FORMAT = 1
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -227,12 +229,15 @@ def open_rank_folder(folder: Path) -> tuple[Source, list[tuple[RankFile, Mapping
     Raises CheckpointError where the index is not there or was edited, or where a file is missing, or has another size
     or header than it was written with.
     """
-    values = _read_index(folder / INDEX)
-    layout = ParallelConfig(**{key: values["layout"][key] for key in ("tensor", "pipeline", "virtual_pipeline")})
-    specs = {name: ArraySpec.from_json(name, array) for name, array in values["arrays"].items()}
-    files = lay_out(list(specs.values()), layout, values["stages"])
+    values = read_checked(folder / INDEX, _checksum, FORMAT)
+    with refusing(folder / INDEX):
+        specs = parse_arrays(values)
+        known, required = MANIFEST_KEYS
+        check_description(values, (*known, "stages"), (*set(required) - {"files"}, "stages"))
+        layout = _layout(values, specs)
+        files = lay_out(list(specs.values()), layout, values["stages"])
+        _check_records(files, values.get("files"))
     records = values["files"]
-    assert records.keys() == {file.name for file in files}, sorted(records)
     parts: dict[str, dict[int, tuple[Path, Part]]] = {name: {} for name in specs}
     for file in files:
         path = folder / file.name
@@ -245,24 +250,49 @@ def open_rank_folder(folder: Path) -> tuple[Source, list[tuple[RankFile, Mapping
             raise CheckpointError(f"{path}: its header was changed")
         for part in file.parts:
             parts[part.spec.name].setdefault(part.tensor_rank, (path, part))
-    known = {
-        field.name: values[field.name] for field in fields(Manifest) if field.name in values
-    }  # may be an older one
+    kept = {key: values[key] for key in known if key in values}
     arrays = {name: RankArray(spec, tuple(parts[name].values())) for name, spec in specs.items()}
-    manifest = Manifest(**known | {"arrays": specs, "files": {}, "sources": tuple(values["sources"])})
+    manifest = Manifest(**kept | {"arrays": specs, "files": {}, "sources": tuple(values.get("sources", ()))})
     return Source(folder, manifest, arrays), [(file, records[file.name]["crc32"]) for file in files]
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-        damaged = values.pop("checksum") != _checksum(values)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        damaged = True
-    if damaged:
-        raise CheckpointError(f"{path} is damaged or was edited: its content does not match its checksum")
-    if values.pop("format") != FORMAT:
-        raise CheckpointError(f"{path} is of another format than {FORMAT}, which this version reads")
-    return values
+def _layout(values: Mapping[str, Any], specs: Mapping[str, ArraySpec]) -> ParallelConfig:
+    """The layout of an index that was checked but for `stages`. ValueError where its arrays cannot be cut so."""
+    stated, stages = values["layout"], values["stages"]
+    keys = ("tensor", "pipeline", "virtual_pipeline")
+    if missing := [key for key in keys if key not in stated]:
+        raise ValueError(f"lacks layout.{missing[0]}")
+    layout = ParallelConfig(**{key: stated[key] for key in keys})
+    records = values.get("files")
+    if not isinstance(records, Mapping) or layout.model_ranks != len(records):  # before so many are laid out
+        raise ValueError(f"files must be those of {layout.tensor} x {layout.pipeline} ranks")
+    blocks = model_of(values["config"]).blocks
+    if not (
+        isinstance(stages, list)
+        and len(stages) == layout.pipeline * layout.virtual_pipeline
+        and all(is_integer(count, 1, blocks) for count in stages)
+        and sum(stages) == blocks
+    ):
+        raise ValueError(f"stages must be the numbers of blocks of {layout.pipeline} x {layout.virtual_pipeline}")
+    for spec in specs.values():
+        if spec.tensor.axis is not None and spec.tensor.atoms % layout.tensor:
+            raise ValueError(f"{spec.name} cannot be cut for {layout.tensor} tensor ranks")
+        if (block := _BLOCK.match(spec.tensor.name)) is not None and int(block[1]) >= blocks:
+            raise ValueError(f"{spec.name} is of none of the model's {blocks} blocks")
+    return layout
+
+
+def _check_records(files: Sequence[RankFile], records: Any) -> None:
+    """Refuse records of other files, arrays and slices than the layout has: ValueError."""
+    if not isinstance(records, Mapping) or records.keys() != {file.name for file in files}:
+        raise ValueError("files must be those of its layout")
+    for file in files:
+        record = records[file.name]
+        checksums = record.get("crc32") if isinstance(record, Mapping) else None
+        expected = {part.spec.name: len(part.slices()) for part in file.parts}
+        if not (
+            isinstance(checksums, Mapping)
+            and checksums.keys() == expected.keys()
+            and all(isinstance(found, list) and len(found) == expected[name] for name, found in checksums.items())
+        ):
+            raise ValueError(f"files.{file.name} must have a checksum of each slice of its arrays")

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from griffin.trainer.checkpoint.arrays import Box, numpy_dtype, shape_of
-from griffin.trainer.checkpoint.zarr_io import CheckpointError
+from griffin.trainer.checkpoint.zarr_io import CheckpointError, naming
+from griffin.trainer.files import is_integer, open_regular, parse_json
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 READ_BYTES = 16 * 2**20  # read at once where only some columns of many rows are wanted
@@ -25,6 +26,8 @@ _NAMES = {short: name for name, short in DTYPES.items()}
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 100_000_000  # what other readers accept
+_MOST_DIMENSIONS = 32
+_MOST_INTEGER = 2**62
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,11 @@ def write_values(path: Path, values: Sequence[tuple[int, np.ndarray]], *, durabl
 
 def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
     """`count` bytes of a file, uint8. Raises CheckpointError where they are not there."""
-    try:
-        values = np.fromfile(path, np.uint8, count, offset=offset)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    if values.size != count:
-        raise CheckpointError(f"{path} ends {count - values.size:,} bytes too early")
-    return values
+    with naming(path), open_regular(path, buffering=0) as file:
+        missing = offset + count - os.fstat(file.fileno()).st_size
+        if missing > 0:
+            raise CheckpointError(f"{path} ends {missing:,} bytes too early")
+        return np.fromfile(file, np.uint8, count, offset=offset)
 
 
 def require_written(path: Path, offset: int, values: np.ndarray) -> None:
@@ -135,22 +136,20 @@ def read_entries(path: Path) -> dict[str, Entry]:
     Raises CheckpointError naming the file where its header is damaged, where the file is not as long as its header
     says, or where a tensor is of a dtype that is none of DTYPES.
     """
-    try:
+    with naming(path):
         size = path.stat().st_size
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
     length = int.from_bytes(read_bytes(path, 0, _LENGTH_BYTES).tobytes(), "little")
     if not 0 < length <= _MOST_HEADER_BYTES:
         raise CheckpointError(f"{path}: is no safetensors file, or is damaged: its header would have {length:,} bytes")
     text = read_bytes(path, _LENGTH_BYTES, length).tobytes()
     begin = _LENGTH_BYTES + length
     try:
-        described = json.loads(text)
+        described = parse_json(text)
         described.pop(_METADATA, None)
         entries = [_entry(path, name, values, begin) for name, values in described.items()]
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: is damaged: its header is none of a safetensors file") from None
     end = begin
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
@@ -168,9 +167,11 @@ def _entry(path: Path, name: str, values: Mapping[str, Any], begin: int) -> Entr
     if values["dtype"] not in _NAMES:
         raise CheckpointError(f"{path}: {name} is of dtype {values['dtype']}; must be {', '.join(_NAMES)}")
     first, last = values["data_offsets"]
-    entry = Entry(name, _NAMES[values["dtype"]], tuple(values["shape"]), begin + first)
-    if not all(type(number) is int and number >= 0 for number in (first, last, *entry.shape)):
+    shape = tuple(values["shape"])
+    numbers = (first, last, *shape)
+    if len(shape) > _MOST_DIMENSIONS or not all(is_integer(number, 0, _MOST_INTEGER) for number in numbers):
         raise TypeError
+    entry = Entry(name, _NAMES[values["dtype"]], shape, begin + first)
     if last - first != entry.nbytes:
         raise CheckpointError(
             f"{path}: is damaged: {name} has {last - first:,} bytes instead of {entry.nbytes:,} for its shape"

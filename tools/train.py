@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         print(to_toml(load_run_config(args)), end="")
         return 0
     if args.dry_run:
+        _check_ranks(args.ranks)
         check(args, args.ranks or 1)
         return 0
     ranks = discover_ranks(args.ranks)
@@ -170,8 +171,7 @@ def train_rank(ranks: Ranks, config: Config, run_dir: Path, init_from: InitFrom 
 
 def discover_ranks(local_ranks: int | None) -> Ranks | None:
     """The launcher's ranks, or None where this process starts its own."""
-    if local_ranks is not None and local_ranks < 1:
-        raise ValueError(f"--ranks {local_ranks}: must be at least 1")
+    _check_ranks(local_ranks)
     ranks = discover()
     tasks, nodes = slurm_tasks_unused(), int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
     if ranks is None and tasks > 1 and (local_ranks != tasks or nodes > 1):
@@ -190,6 +190,11 @@ def discover_ranks(local_ranks: int | None) -> Ranks | None:
     else:
         ranks = None  # an interactive shell that srun started is a world of one
     return ranks
+
+
+def _check_ranks(ranks: int | None) -> None:
+    if ranks is not None and ranks < 1:
+        raise ValueError(f"--ranks {ranks}: must be at least 1")
 
 
 def start_local(args: argparse.Namespace) -> Callable[[], int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.carried_files import CONFIG, read_object
+from griffin.tools.carried_files import CONFIG, read_object, require_inside
 from griffin.tools.safetensors_files import Entry, read_entries
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
@@ -31,26 +31,26 @@ def open_transformers_folder(path: Path) -> TransformersFolder:
     """
     if not path.is_dir():
         raise ValueError(f"{path}: must be a folder with {CONFIG} and {WEIGHTS} or {INDEX}")
-    config = read_object(path / CONFIG)
+    config = read_object(require_inside(path, CONFIG))
     if (path / INDEX).is_file():
         if (path / WEIGHTS).exists():
             raise CheckpointError(f"{path}: holds {WEIGHTS} and {INDEX}; must hold one of them, the model's")
         return TransformersFolder(path, config, _sharded(path))
     if not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{path}: holds neither {WEIGHTS} nor {INDEX}; weights in other files are not read")
-    file = path / WEIGHTS
+    file = require_inside(path, WEIGHTS)
     return TransformersFolder(path, config, {name: (file, entry) for name, entry in read_entries(file).items()})
 
 
 def _sharded(path: Path) -> dict[str, tuple[Path, Entry]]:
-    names = read_object(path / INDEX).get("weight_map")
+    names = read_object(require_inside(path, INDEX)).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) and _is_name(file) for file in names.values()):
         raise CheckpointError(f'{path / INDEX}: is damaged: "weight_map" must name the file of each tensor')
     files = {}
     for file in sorted(set(names.values())):
         if not (path / file).is_file():
             raise CheckpointError(f"{path / file} is missing; {INDEX} names it")
-        files[file] = read_entries(path / file)
+        files[file] = read_entries(require_inside(path, file))
     tensors = {}
     for name, file in names.items():
         if name not in files[file]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from griffin.kernels.backends import AUTO
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
 from griffin.trainer.data.prefix import DataInfo, read_blend
 from griffin.trainer.dtypes import canonical_dtype
+from griffin.trainer.files import SETTINGS_BYTES, parse_toml, read_regular
 from griffin.trainer.presets import PRESETS, preset
 from griffin.trainer.suggestions import suggest_section, suggest_setting
 
@@ -161,7 +162,7 @@ def load_config(
     """
     path = find_config(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = parse_toml(read_regular(path, SETTINGS_BYTES).decode())
     except ValueError as error:  # of the decoder, or of the encoding
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     settings: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
@@ -171,7 +172,7 @@ def load_config(
         if section not in SECTIONS:
             raise ValueError(f"[{section}]: no such section; did you mean [{suggest_section(section, SECTIONS)}]?")
         for key, value in table.items():
-            settings[section][key] = _typed(section, key, value)
+            settings[section][key] = typed(section, key, value)
     for section, key, text in _split(overrides):
         settings[section][key] = _parsed(section, key, text)
     return _resolve(settings, find_model, needs_data)
@@ -180,11 +181,11 @@ def load_config(
 def find_config(path: str | Path) -> Path:
     """The file `path`, or where there is none, the packaged config of that name. FileNotFoundError if neither."""
     path = Path(path)
-    if path.is_file():
-        return path
     packaged = {file.stem: file for file in sorted(CONFIGS.glob("*.toml"))}
-    if str(path) in packaged:
+    if not path.is_file() and str(path) in packaged:
         return packaged[str(path)]
+    if path.exists():
+        return path
     raise FileNotFoundError(f"{path}: no such config file, and none of those that come along: {', '.join(packaged)}")
 
 
@@ -221,14 +222,16 @@ def _type(section: str, key: str) -> Any:
     return TYPES[section][key]
 
 
-def _typed(section: str, key: str, value: Any) -> Any:
+def typed(section: str, key: str, value: Any) -> Any:
     """`value` as the setting's type: integers become floats, and floats without a fraction integers, lists tuples, a
     string a tuple of one, another name of a dtype the canonical one, where asked for.
+
+    Raises ValueError where it is of another type.
     """
     kind = _type(section, key)
     if kind is int and _is_integral(value):
         return int(value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if kind == tuple[str, ...] and isinstance(value, str):
         return () if (section, key, value) == ("data", "eval", "none") else (value,)
@@ -252,12 +255,12 @@ def _parsed(section: str, key: str, text: str) -> Any:
     """The value of an override: TOML where that fits the setting, otherwise the text itself."""
     _type(section, key)
     try:
-        table = tomllib.loads(f"value = {text}")
+        table = parse_toml(f"value = {text}")
         if table.keys() == {"value"}:
-            return _typed(section, key, table["value"])
+            return typed(section, key, table["value"])
     except ValueError:
         pass
-    return _typed(section, key, text)
+    return typed(section, key, text)
 
 
 def _split(overrides: Sequence[str]) -> list[tuple[str, str, str]]:

@@ -28,6 +28,7 @@ from griffin.trainer.config import (
     read_data,
 )
 from griffin.trainer.data.prefix import LAST_SEED, check_contents
+from griffin.trainer.data.tokenizer import MOST_VOCABULARY
 
 # Data up to this size are compared wholly with what was built; of larger ones, some blocks.
 CHECKED_TOKENS = 2**26
@@ -65,6 +66,33 @@ LEAST = {
     "log.health_interval": 0,
 }
 
+# Largest accepted value: far above what anybody means, and small enough to compute with and to allocate by.
+COUNT = 2**31 - 1
+MOST = dict.fromkeys(LEAST, COUNT) | {
+    "model.width": 2**20,
+    "model.recurrent_width": 2**20,
+    "model.heads": 2**12,
+    "model.head_dim": 2**12,
+    "model.gate_blocks": 2**12,
+    "model.mlp_expansion": 2**8,
+    "model.window": 2**24,
+    "model.vocabulary": MOST_VOCABULARY,
+    "parallel.tensor": 2**12,
+    "parallel.pipeline": 2**12,
+    "parallel.virtual_pipeline": 2**12,
+    "data.sequence_length": 2**24,
+    "data.workers": 256,
+    "train.global_batch": 2**24,
+    "train.micro_batch": 2**20,
+    "train.seed": LAST_SEED - 1,
+    "train.spike_window": 2**16,
+}
+MOST_BLOCKS = 2**12
+MOST_RANKS = 2**20
+MOST_SAMPLES = 2**40  # that a training draws
+LEAST_HANG_SECONDS = 1.0
+MOST_HANG_SECONDS = 7 * 86400.0  # a week
+
 CHOICES = {
     "model.init": INITS,
     "optimizer.schedule": SCHEDULES,
@@ -87,15 +115,12 @@ def validate(config: Config, world_size: int) -> None:
         for section in dataclasses.fields(config)
         for key, value in dataclasses.asdict(getattr(config, section.name)).items()
     }
-    for setting, least in LEAST.items():
-        if settings[setting] < least:
-            _refuse(setting, settings[setting], f"must be at least {least}")
+    for setting in sorted(LEAST, key=lambda name: name != "train.steps"):  # defaults of others follow from that one
+        _require_range(setting, settings[setting])
     for setting, choices in CHOICES.items():
         if settings[setting] not in choices:
             _refuse(setting, settings[setting], f"must be one of {', '.join(choices)}")
-    if config.train.seed >= LAST_SEED:
-        _refuse("train.seed", config.train.seed, f"must be below {LAST_SEED}")
-    _validate_model(config.model)
+    validate_model(config.model)
     _validate_layout(config)
     _validate_batches(config, world_size)
     _validate_optimizer(config.optimizer, config.train.steps)
@@ -126,9 +151,24 @@ def _refuse(setting: str, value: Any, accepted: str) -> NoReturn:
     raise ValueError(f"{setting} = {value!r}: {accepted}")
 
 
-def _validate_model(model: ModelConfig) -> None:
+def _require_range(setting: str, value: int) -> None:
+    if value < LEAST[setting]:
+        _refuse(setting, value, f"must be at least {LEAST[setting]}")
+    if value > MOST[setting]:
+        _refuse(setting, value, f"must be at most {MOST[setting]}")
+
+
+def validate_model(model: ModelConfig) -> None:
+    """Refuse a model that cannot be computed: ValueError naming the setting, its value and what is accepted."""
+    for field in dataclasses.fields(model):
+        if (setting := f"model.{field.name}") in LEAST:
+            _require_range(setting, getattr(model, field.name))
+    if model.init not in INITS:
+        _refuse("model.init", model.init, f"must be one of {', '.join(INITS)}")
     if not model.pattern:
         _refuse("model.pattern", [], "must name at least one block's mixer")
+    if model.blocks > MOST_BLOCKS:
+        raise ValueError(f"model.pattern names {model.blocks} blocks: must be at most {MOST_BLOCKS}")
     for mixer in model.pattern:
         if mixer not in MIXERS:
             _refuse("model.pattern", mixer, f"must be a list of {', '.join(MIXERS)}")
@@ -137,8 +177,8 @@ def _validate_model(model: ModelConfig) -> None:
         _refuse("model.gate_blocks", model.gate_blocks, accepted)
     if _attends(model) and model.head_dim % 4:
         _refuse("model.head_dim", model.head_dim, "must be a multiple of 4: rotary embedding turns half of it in pairs")
-    if not 0 <= model.logit_soft_cap < math.inf:
-        _refuse("model.logit_soft_cap", model.logit_soft_cap, "must be 0 (off) or more")
+    if not 0 <= model.logit_soft_cap <= 1e30:
+        _refuse("model.logit_soft_cap", model.logit_soft_cap, "must be 0 (off) or more, and at most 1e30")
 
 
 def _validate_layout(config: Config) -> None:
@@ -179,6 +219,8 @@ def _validate_layout(config: Config) -> None:
 
 def _validate_batches(config: Config, world_size: int) -> None:
     parallel, train = config.parallel, config.train
+    if world_size > MOST_RANKS:
+        _refuse("world size", world_size, f"must be at most {MOST_RANKS}")
     if world_size < 1 or world_size % parallel.model_ranks:
         accepted = (
             f"must be a multiple of parallel.tensor x parallel.pipeline = "
@@ -192,6 +234,9 @@ def _validate_batches(config: Config, world_size: int) -> None:
             f"{train.micro_batch} x {data_parallel} = {train.micro_batch * data_parallel}"
         )
         _refuse("train.global_batch", train.global_batch, accepted)
+    if train.steps * train.global_batch > MOST_SAMPLES:
+        accepted = f"must be at most {MOST_SAMPLES // train.global_batch} for train.global_batch = {train.global_batch}"
+        _refuse("train.steps", train.steps, accepted)
     micro_batches = train.global_batch // (train.micro_batch * data_parallel)
     if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
         multiple = train.micro_batch * data_parallel * parallel.pipeline
@@ -233,12 +278,12 @@ def _validate_health(config: Config) -> None:
         _refuse("train.spike_deviations", config.train.spike_deviations, "must be at least 1")
     if config.train.spike == "rewind" and config.checkpoint.interval == 0:
         _refuse("checkpoint.interval", 0, 'must be at least 1 for train.spike = "rewind", which goes back to one')
-    for setting, value in (
-        ("health.hang_seconds", config.health.hang_seconds),
-        ("log.peak_tflops", config.log.peak_tflops),
-    ):
-        if not 0 <= value < math.inf:
-            _refuse(setting, value, "must be 0 or more")
+    if not 0 <= config.log.peak_tflops < math.inf:
+        _refuse("log.peak_tflops", config.log.peak_tflops, "must be 0 or more")
+    seconds = config.health.hang_seconds
+    if seconds != 0 and not LEAST_HANG_SECONDS <= seconds <= MOST_HANG_SECONDS:
+        accepted = f"must be 0 (off), or from {LEAST_HANG_SECONDS:g} to {MOST_HANG_SECONDS:g}"
+        _refuse("health.hang_seconds", seconds, accepted)
 
 
 def _recurs(model: ModelConfig) -> bool:

@@ -26,12 +26,12 @@ COVERED_TENSOR_SIZE = 8  # tensor-parallel sizes up to this one hold whole chunk
 
 Box = tuple[slice, ...]
 
-_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def numpy_dtype(name: str) -> np.dtype:
     """The numpy dtype of "float32", "float16" or "bfloat16"."""
-    return np.dtype(_DTYPES[name])
+    return np.dtype(DTYPES[name])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from griffin.parallel.config import ModelConfig
 from griffin.trainer.checkpoint.arrays import ArraySpec
+from griffin.trainer.checkpoint.manifest_check import array_spec, check_description, check_files, model_of
 from griffin.trainer.checkpoint.zarr_io import (
     Array,
     CheckpointError,
@@ -28,6 +30,7 @@ from griffin.trainer.checkpoint.zarr_io import (
     open_array,
     synchronise,
 )
+from griffin.trainer.files import parse_json, read_regular
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -56,9 +59,11 @@ class Manifest:
 
     @property
     def model(self) -> ModelConfig:
-        """The architecture."""
-        settings = self.config["model"]
-        return ModelConfig(**settings | {"pattern": tuple(settings["pattern"])})
+        """The architecture. CheckpointError where the manifest does not say it, or not one that can be computed."""
+        try:
+            return model_of(self.config)
+        except ValueError as error:
+            raise CheckpointError(f"the manifest of step {self.step}: {error}") from None
 
     def chunk_files(self) -> Iterator[str]:
         """The path of every chunk of every array."""
@@ -88,7 +93,7 @@ def _read_json(path: Path) -> Any:
 def _record(path: Path) -> FileRecord:
     """The record of a small file, which is read whole."""
     with naming(path):
-        content = path.read_bytes()
+        content = read_regular(path)
     return FileRecord(len(content), f"sha256:{hashlib.sha256(content).hexdigest()}")
 
 
@@ -206,23 +211,53 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: it is missing, cannot be read, was edited or is of another format.
     """
     path = folder / MANIFEST
-    with naming(path):
-        text = path.read_bytes()
+    values = read_checked(path, _checksum, FORMAT)
+    with refusing(path):
+        arrays, records = parse_arrays(values), values.get("files")
+        check_files(arrays, records, GROUP)
+        check_description(values, *MANIFEST_KEYS)
+    files = {name: FileRecord(**record) for name, record in values["files"].items()}
+    return Manifest(**values | {"sources": tuple(values.get("sources", ())), "arrays": arrays, "files": files})
+
+
+MANIFEST_KEYS = (
+    tuple(field.name for field in fields(Manifest)),
+    tuple(field.name for field in fields(Manifest) if field.default is MISSING),
+)
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """What is wrong with the content of a file becomes a CheckpointError that names it."""
     try:
-        values = json.loads(text)
-        checksum = values.pop("checksum")
-        damaged = checksum != _checksum(values)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged, or of another version: {error}") from None
+
+
+def read_checked(path: Path, checksum_of: Callable[[Mapping[str, Any]], str], version: int) -> dict[str, Any]:
+    """What a JSON object of a file says besides its checksum and format. CheckpointError where those do not fit."""
+    with naming(path):
+        text = read_regular(path)
+    try:
+        values = parse_json(text)
+        damaged = values.pop("checksum") != checksum_of(values)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         damaged = True
     if damaged:
         raise CheckpointError(f"{path} is damaged or was edited: its content does not match its checksum")
-    version = values.pop("format")
-    if version != FORMAT:
-        raise CheckpointError(f"{path} is of format {version}; this version reads format {FORMAT}")
-    values["sources"] = tuple(values["sources"])
-    values["arrays"] = {name: ArraySpec.from_json(name, array) for name, array in values["arrays"].items()}
-    values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
-    return Manifest(**values)
+    found = values.pop("format", None)
+    if found != version:
+        raise CheckpointError(f"{path} is of format {found!r}; this version reads format {version}")
+    return values
+
+
+def parse_arrays(values: Mapping[str, Any]) -> dict[str, ArraySpec]:
+    """The arrays of a manifest. ValueError for what they cannot be."""
+    arrays = values.get("arrays")
+    if not isinstance(arrays, Mapping):
+        raise ValueError("must have arrays by their names")
+    return {name: array_spec(name, array) for name, array in arrays.items()}
 
 
 def _mismatches(folder: Path, manifest: Manifest) -> list[str]:

@@ -22,6 +22,7 @@ import google_crc32c
 import numpy as np
 
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box, intersection, numpy_dtype, shape_of, within
+from griffin.trainer.files import open_regular, parse_json, read_regular
 
 assert sys.byteorder == "little", "values are stored as they lie in memory"
 
@@ -99,10 +100,10 @@ def open_array(folder: Path, spec: ArraySpec) -> Array:
     """
     path = folder / spec.metadata_file
     with naming(path):
-        text = path.read_bytes()
+        text = read_regular(path)
     found: Any = None
     with suppress(ValueError):
-        found = json.loads(text)
+        found = parse_json(text)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: is no Zarr metadata")
     expected = _metadata(spec)
@@ -184,7 +185,7 @@ class Array:
         spec = self.spec
         path = self.folder / spec.file(index)
         expected = self.file_bytes
-        with naming(path), open(path, "rb", buffering=0) as file:
+        with naming(path), open_regular(path, buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size != expected:
                 raise CheckpointError(f"{path} has {size:,} bytes instead of {expected:,}")

@@ -29,6 +29,7 @@ from griffin.trainer.data.checksums import (
     sampled,
 )
 from griffin.trainer.data.tokenizer import Tokenizer, load_tokenizer
+from griffin.trainer.files import parse_json, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ def read_description(prefix: str) -> DataInfo:
     if not Path(prefix + ".json").is_file():
         raise ValueError(f"data prefix {prefix!r}: {prefix}.json is missing (build it with `griffin data build`)")
     try:
-        record = json.loads(Path(prefix + ".json").read_text())
+        record = parse_json(read_regular(prefix + ".json"))
         if record.pop("format") != FORMAT:
             raise ValueError(f'"format" is not {FORMAT!r}')
         checksums = Checksums(**record["checksums"]) if record.get("checksums") is not None else None

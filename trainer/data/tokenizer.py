@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from griffin.trainer.files import read_regular
+
 BYTES = "bytes"
 # Names that published tokenizers give to the token that ends a document, tried in this order.
+MOST_VOCABULARY = 2**24
+MOST_FILE_BYTES = 2**28
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 
 
@@ -65,21 +70,21 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path, eod: str | None) -> None:
         from tokenizers import Tokenizer as Backend
 
-        try:
-            self._backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"tokenizer {path}: not a Hugging Face tokenizer file ({error})") from error
+        content = _read(path)
+        with _refusing(f"tokenizer {path}: not a Hugging Face tokenizer file"):
+            self._backend = Backend.from_buffer(content)
         # A saved truncation or padding would cut or fill documents; special tokens named in a text are text.
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
         self.spec = str(path.absolute())
-        self.sha256 = _sha256(path)
-        self.vocabulary = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.vocabulary = _checked(path, 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1))
         self.eod = _find_eod(path, self._backend.token_to_id, eod)
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        with _refusing(f"tokenizer {self.spec}: cannot encode a text"):
+            return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def encode_prompt(self, text: str) -> np.ndarray:
         self._backend.encode_special_tokens = False
@@ -100,13 +105,12 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path, eod: str | None) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        try:
-            self._backend = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"tokenizer {path}: not a SentencePiece model ({error})") from error
+        content = _read(path)
+        with _refusing(f"tokenizer {path}: not a SentencePiece model"):
+            self._backend = SentencePieceProcessor(model_proto=content)
         self.spec = str(path.absolute())
-        self.sha256 = _sha256(path)
-        self.vocabulary = self._backend.vocab_size()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.vocabulary = _checked(path, self._backend.vocab_size())
         self.bos = self._backend.bos_id() if self._backend.bos_id() >= 0 else None
         if eod is None and self._backend.eos_id() >= 0:
             self.eod = self._backend.eos_id()
@@ -142,14 +146,37 @@ def load_tokenizer(spec: str, eod: str | None = None) -> Tokenizer:
             f'tokenizer {spec!r}: expected "{BYTES}", a Hugging Face tokenizer file (.json) or a SentencePiece model '
             "(.model)"
         )
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"tokenizer {spec!r}: no such file")
     return kinds[path.suffix](path, eod)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _read(path: Path) -> bytes:
+    """A tokenizer's file. ValueError where it cannot be read, is empty or is too large."""
+    try:
+        content = read_regular(path, MOST_FILE_BYTES)
+    except OSError as error:
+        raise ValueError(f"tokenizer {path}: {error.strerror}") from None
+    if not content:
+        raise ValueError(f"tokenizer {path}: is empty")
+    return content
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever a library raises becomes a ValueError that begins with `what`."""
+    try:
+        yield
+    except BaseException as error:  # bare Exceptions of tokenizers; where its Rust code panics, not even those
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what} ({error})") from None
+
+
+def _checked(path: Path, vocabulary: int) -> int:
+    if not 1 <= vocabulary <= MOST_VOCABULARY:
+        raise ValueError(f"tokenizer {path}: has {vocabulary} tokens; must have from 1 to {MOST_VOCABULARY}")
+    return vocabulary
 
 
 def _find_eod(path: Path, id_of, eod: str | None) -> int:
