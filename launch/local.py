@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -17,9 +18,8 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from griffin.launch.ranks import leave
-from griffin.parallel.ranks import HUNG, STOPPED, OtherRankError, Ranks
+from griffin.parallel.ranks import HUNG, LOOPBACK, STOPPED, OtherRankError, Ranks, serve_store
 
-ADDRESS = "127.0.0.1"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 0.1  # how soon a signal is passed on; a rank's end wakes the parent at once
@@ -62,9 +62,8 @@ def run_local(
         context.set_forkserver_preload(list(preload))
         with _ignored(FORWARDED):  # inherited: a signal to the whole process group must leave the server alone
             forkserver.ensure_running()
-        from torch.distributed import TCPStore  # slow: while the server imports what it preloads
-
-        store = TCPStore(ADDRESS, 0, is_master=True, wait_for_workers=False)
+        store = serve_store(LOOPBACK, 0, None)  # imports torch, while the server imports what it preloads
+        key = secrets.token_bytes(32)
         group = _Group(grace_seconds, save_seconds)
         try:
             for rank in range(ranks):
@@ -72,10 +71,11 @@ def run_local(
                     rank=rank,
                     world_size=ranks,
                     local_rank=rank,
-                    address=ADDRESS,
+                    address=LOOPBACK,
                     port=store.port,
                     source="local",
                     store_served=True,
+                    key=key,
                 )
                 reader, writer = context.Pipe(duplex=False)
                 process = context.Process(target=_run_rank, args=(target, place, tuple(args), writer))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import secrets
 import socket
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from griffin.parallel.ranks import Ranks, allow_connections
+from griffin.parallel.ranks import LOOPBACK, Ranks, is_loopback, serve_store
 
 # Ports for jobs whose ranks have no other channel to agree on one: below Linux's ephemeral range.
 FIRST_PORT, PORTS = 20_000, 10_000
+# The run's key, as hexadecimal digits: a job's script draws it, and srun hands it on to the ranks alone.
+KEY = "GRIFFIN_RUN_KEY"
 
 
 def discover() -> Ranks | None:
@@ -57,6 +61,13 @@ def _integer(environment: Mapping[str, str], name: str, source: str) -> int:
     if not re.fullmatch(r"[0-9]+", text):
         raise ValueError(f"{name} = {text!r} ({source}): must be an integer")
     return int(text)
+
+
+def _key(environment: Mapping[str, str]) -> bytes:
+    text = environment.get(KEY, "")
+    if not re.fullmatch(r"([0-9a-f]{32,})?", text):
+        raise ValueError(f"{KEY}: must be at least 32 hexadecimal digits, in lower case, that others cannot know")
+    return text.encode()
 
 
 def _agree(name: str, value: int, environment: Mapping[str, str], *others: str) -> None:
@@ -109,6 +120,7 @@ def _torchrun(environment: Mapping[str, str]) -> Ranks:
         port=_integer(environment, "MASTER_PORT", "torchrun"),
         source="torchrun",
         store_served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        key=_key(environment),
     )
 
 
@@ -118,15 +130,18 @@ def _slurm(environment: Mapping[str, str]) -> Ranks:
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if not hosts:
         raise ValueError("SLURM_STEP_NODELIST: missing from the environment, which otherwise looks like that of srun")
-    address = environment.get("MASTER_ADDR") or first_host(hosts)
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
-    if nodes > 1 and (address == "localhost" or address.startswith("127.")):
+    is_alone = environment.get("SLURM_STEP_NUM_NODES") == "1"
+    address = environment.get("MASTER_ADDR") or (LOOPBACK if is_alone else first_host(hosts))
+    if nodes > 1 and is_loopback(address):
         raise ValueError(f"MASTER_ADDR = {address!r}: must be reachable from all {nodes} nodes, or left out")
     if "MASTER_PORT" in environment:
         port = _integer(environment, "MASTER_PORT", "srun")
     else:  # jobs that share a node have different ids, and the steps of a job too
         job, step = (_integer(environment, name, "srun") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-        port = FIRST_PORT + (job * 17 + step) % PORTS
+        # Whoever knows the job's number alone does not know the port, where there is a key.
+        secret = int.from_bytes(hashlib.sha256(b"port" + key).digest()) if (key := _key(environment)) else 0
+        port = FIRST_PORT + (secret + job * 17 + step) % PORTS
     return Ranks(
         rank=_integer(environment, "SLURM_PROCID", "srun"),
         world_size=world_size,
@@ -135,6 +150,7 @@ def _slurm(environment: Mapping[str, str]) -> Ranks:
         port=port,
         source="slurm",
         store_served=False,
+        key=_key(environment),
     )
 
 
@@ -176,13 +192,11 @@ def _mpi(environment: Mapping[str, str]) -> Ranks:
     _agree_with_slurm(world.size, node.size == world.size, environment)
     server, place = None, None
     if world.rank == 0:
-        from torch.distributed import TCPStore
-
-        allow_connections()
-        server = TCPStore("127.0.0.1", 0, world.size, is_master=True, wait_for_workers=False)
-        host = "127.0.0.1" if node.size == world.size else socket.gethostname()
-        place = (environment.get("MASTER_ADDR") or host, server.port)
-    address, port = world.bcast(place, root=0)
+        host = LOOPBACK if node.size == world.size else socket.gethostname()
+        address = environment.get("MASTER_ADDR") or host
+        server = serve_store(address, 0, world.size)
+        place = (address, server.port, secrets.token_bytes(32))
+    address, port, key = world.bcast(place, root=0)
     return Ranks(
         rank=world.rank,
         world_size=world.size,
@@ -191,5 +205,6 @@ def _mpi(environment: Mapping[str, str]) -> Ranks:
         port=port,
         source="mpi",
         store_served=True,
+        key=key,
         server=server,
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import datetime
 import faulthandler
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from megatron.core import parallel_state
 
 from griffin.parallel import host
 from griffin.parallel.config import ParallelConfig
+from griffin.parallel.messages import seal, unseal
 from griffin.parallel.ranks import OtherRankError, Ranks
 
 T = TypeVar("T")
@@ -44,6 +46,7 @@ class Grid:
     embedding_group: dist.ProcessGroup | None  # first and last stage; None on other stages and where there is one stage
     device: torch.device
     store: dist.Store
+    key: bytes = field(default=b"", repr=False)  # that ranks sign with what they put into the store
 
     @property
     def is_first_rank(self) -> bool:
@@ -74,9 +77,9 @@ class Grid:
             try:
                 work()
             except BaseException as error:
-                self.store.set(key, f"{type(error).__name__}: {error}")
+                self.put(key, f"{type(error).__name__}: {error}")
                 raise
-            self.store.set(key, "")
+            self.put(key, "")
             return
         while True:
             try:
@@ -84,8 +87,31 @@ class Grid:
                 break
             except dist.DistStoreError:
                 continue
-        if failure := self.store.get(key).decode():
+        if failure := self.get(key, str):
             raise OtherRankError(f"rank 0 failed at {name}: {failure}")
+
+    def put(self, name: str, value: Any) -> None:
+        """Put a value into the store, signed."""
+        self.store.set(name, seal(self.key, name, value))  # type: ignore[arg-type]  # it takes bytes as well
+
+    def get(self, name: str, kind: Any) -> Any:
+        """A value that a rank has put into the store. ForgedError where no rank of this run has."""
+        return unseal(self.key, name, self.store.get(name), kind)
+
+
+def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
+    """What every rank of the default process group gives, in the order of ranks."""
+    world_size = dist.get_world_size()
+    sizes = torch.empty(world_size, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([len(data)], device=device))
+    longest = int(sizes.max())
+    mine = torch.zeros(longest, dtype=torch.uint8, device=device)
+    if data:
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    everyone = torch.empty(world_size * longest, dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(everyone, mine)
+    rows = everyone.cpu().view(world_size, longest)
+    return [row[:size].numpy().tobytes() for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
 @contextmanager
@@ -105,7 +131,9 @@ def rank_grid(
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = host.device(ranks.local_rank)
     store = ranks.store()
-    _agree_on_backend(store, ranks.rank, _backend(device))
+    _agree_on_backend(store, ranks, _backend(device))
+    if ranks.is_on_one_machine:
+        _stay_on_this_machine()
     host.install()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -120,8 +148,9 @@ def rank_grid(
                 device_id=device if device.type == "cuda" else None,
             )
             stack.enter_context(_model_parallel(layout, timeout))
-            dist.barrier()  # the first collective makes connections too
-        yield _read(device, store)
+            # The first collective makes connections too. Where the launcher has given no key, ranks have one from here.
+            drawn = gather_bytes(secrets.token_bytes(32) if ranks.rank == 0 else b"", device)[0]
+        yield _read(device, store, ranks.key + drawn)
     # Not after an error: the other ranks may be in a collective, and waiting for them would be in vain.
     dist.destroy_process_group()
     _leave_together(store, ranks)
@@ -138,13 +167,26 @@ def _starting() -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _agree_on_backend(store: dist.Store, rank: int, backend: str) -> None:
+def _agree_on_backend(store: dist.Store, ranks: Ranks, backend: str) -> None:
     """A rank whose GPUs have failed falls back to gloo: NCCL of the others would wait for it without end."""
-    mine = f"{backend} rank {rank} on {socket.gethostname()}"
-    theirs, _, other = store.compare_set("griffin/backend", "", mine).decode().partition(" ")
-    if theirs != backend:
-        sees = {"nccl": "sees a GPU", "gloo": "sees no GPU"}
-        raise RuntimeError(f"{mine.partition(' ')[2]} {sees[backend]}, but {other} {sees[theirs]}")
+    name, mine = "griffin/backend", f"rank {ranks.rank} on {socket.gethostname()}"
+    sealed = seal(ranks.key, name, (backend == "nccl", mine))
+    found = store.compare_set(name, "", sealed)  # type: ignore[arg-type]  # it takes bytes as well
+    on_gpu, other = unseal(ranks.key, name, found, tuple[bool, str])
+    if on_gpu != (backend == "nccl"):
+        raise RuntimeError(f"{mine} {_sees(not on_gpu)}, but {other} {_sees(on_gpu)}")
+
+
+def _sees(on_gpu: bool) -> str:
+    return "sees a GPU" if on_gpu else "sees no GPU"
+
+
+def _stay_on_this_machine() -> None:
+    """Let gloo and NCCL listen on the loopback interface alone, unless their user has chosen."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is not None:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, loopback)
 
 
 def _leave_together(store: dist.Store, ranks: Ranks) -> None:
@@ -213,7 +255,7 @@ def _model_parallel(layout: ParallelConfig, timeout: datetime.timedelta) -> Iter
         parallel_state.destroy_model_parallel()
 
 
-def _read(device: torch.device, store: dist.Store) -> Grid:
+def _read(device: torch.device, store: dist.Store, key: bytes = b"") -> Grid:
     """Read megatron-core's global state once; everything else is handed a Grid."""
     tensor, pipeline = (
         parallel_state.get_tensor_model_parallel_group(),
@@ -234,4 +276,5 @@ def _read(device: torch.device, store: dist.Store) -> Grid:
         embedding_group=parallel_state.get_embedding_group(check_initialized=False) if pipeline.size() > 1 else None,
         device=device,
         store=store,
+        key=key,
     )

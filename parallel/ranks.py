@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
+LOOPBACK = "127.0.0.1"
 
 # Exit code of a training that was asked to stop: what it has done is saved, and starting it again goes on.
 STOPPED = 85
@@ -30,6 +31,34 @@ def allow_connections() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def is_loopback(address: str) -> bool:
+    """Whether an address or a host's name is that of this machine alone."""
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def serve_store(
+    address: str, port: int, world_size: int | None, timeout: timedelta = timedelta(minutes=5), *, waits: bool = False
+) -> TCPStore:
+    """Serve the store at a port, 0 for a free one; where `waits`, once all ranks have come.
+
+    By itself a store listens on every interface of the machine: at a loopback address it does on that one alone.
+    """
+    from torch.distributed import TCPStore
+
+    allow_connections()
+    listening = None
+    if is_loopback(address):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        server = socket.create_server(("::1" if ":" in address else LOOPBACK, port), family=family, backlog=4096)
+        port, listening = server.getsockname()[1], server.detach()  # the store closes it
+    return TCPStore(address, port, world_size, True, timeout, waits, master_listen_fd=listening)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     """Rank of this process, and where the rendezvous store listens. Launchers make it; the trainer only reads it."""
@@ -41,11 +70,18 @@ class Ranks:
     port: int
     source: str  # "local", "torchrun", "slurm" or "mpi"
     store_served: bool  # a launcher serves the store already; otherwise rank 0 does, from `store` on
+    # Known to the run's ranks alone, by which they sign what they put into the store; b"" where a launcher gives none.
+    key: bytes = field(default=b"", repr=False, compare=False)
     server: object = field(default=None, repr=False, compare=False)  # keeps a store's server alive in its process
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank = {self.rank} ({self.source}): must lie in 0 ... {self.world_size - 1}")
+
+    @property
+    def is_on_one_machine(self) -> bool:
+        """Whether the ranks find each other at a loopback address: nobody else need reach them."""
+        return is_loopback(self.address)
 
     def host(self) -> str:
         """The address at which the other ranks reach this machine: that from which it reaches the rendezvous."""
@@ -63,10 +99,9 @@ class Ranks:
         """
         from torch.distributed import TCPStore
 
-        is_master = self.rank == 0 and not self.store_served
-        if is_master:
-            allow_connections()
-        return TCPStore(self.address, self.port, self.world_size, is_master, timeout)
+        if self.rank == 0 and not self.store_served:
+            return serve_store(self.address, self.port, self.world_size, timeout, waits=True)
+        return TCPStore(self.address, self.port, self.world_size, False, timeout)
 
     def another_connection(self, timeout: timedelta) -> TCPStore:
         """A further connection to a store that is served already, for another thread: the calls of one take turns."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from griffin.parallel.ranks import Ranks
+from griffin.parallel.ranks import LOOPBACK, Ranks, serve_store
 
 SIZE = 4
 PRELOAD = ["griffin.trainer.loop"]
@@ -47,8 +48,7 @@ class RankPool:
     """
 
     def __init__(self) -> None:
-        # Inherited by the ranks: one thread each (they share few cores), gloo on the loopback interface.
-        os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the ranks, which share few cores
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
         self._workers: list[tuple[Any, Connection]] = []
@@ -63,16 +63,17 @@ class RankPool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
-        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        server, key = serve_store(LOOPBACK, 0, None), secrets.token_bytes(32)
         for rank in range(world_size):
             ranks = Ranks(
                 rank=rank,
                 world_size=world_size,
                 local_rank=rank,
-                address="127.0.0.1",
+                address=LOOPBACK,
                 port=server.port,
                 source="test",
                 store_served=True,
+                key=key,
             )
             self._workers[rank][1].send((function, ranks, args, kwargs))
         return self._collect(world_size, timeout)

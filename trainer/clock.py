@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 
+from griffin.trainer.rank_state import transparent
+
 T = TypeVar("T")
 
 
@@ -151,6 +153,7 @@ class WorkClock:
         return _event() if self._on_gpu else now
 
     def _timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
+        @transparent
         def timed(*args: Any, **kwargs: Any) -> Any:
             begun = time.perf_counter()
             try:

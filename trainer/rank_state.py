@@ -8,13 +8,18 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+_TRANSPARENT: set[CodeType] = set()  # code that only wraps what is called
+
 RECENT = 30  # collectives that are listed of a rank
+
+
+F = TypeVar("F", bound=Any)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +64,18 @@ class RankState:
         return f"rank {self.rank} on {self.host} (pid {self.pid})"
 
 
+def transparent(function: F) -> F:
+    """Leave the frames of a function that only wraps another out of what is said of a rank."""
+    _TRANSPARENT.add(function.__code__)
+    return function
+
+
 def main_frames() -> list[FrameType]:
     """Stack of this process's main thread, innermost frame first."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     frames = []
     while frame is not None:
-        if _module(frame) != "griffin.trainer.stragglers":  # only times what is waited for
+        if frame.f_code not in _TRANSPARENT:
             frames.append(frame)
         frame = frame.f_back
     return frames

@@ -119,6 +119,28 @@ def test_slurm_steps_of_one_job_use_different_ports(environment) -> None:
     assert len(ports) == 3
 
 
+def test_slurm_port_is_not_known_without_the_key(environment) -> None:
+    ports = set()
+    for key in ("", "0" * 64, "1" * 64):
+        environment(SLURM | {"GRIFFIN_RUN_KEY": key})
+        ranks = discover()
+        assert ranks is not None
+        assert ranks.key == key.encode()
+        assert key == "" or key not in repr(ranks)
+        ports.add(ranks.port)
+    assert len(ports) == 3
+    environment(SLURM | {"GRIFFIN_RUN_KEY": "guess"})
+    with pytest.raises(ValueError, match=r"^GRIFFIN_RUN_KEY: must be at least 32 hexadecimal digits"):
+        discover()
+
+
+def test_slurm_on_one_node_stays_on_it(environment) -> None:
+    environment(SLURM | {"SLURM_STEP_NUM_NODES": "1"})
+    ranks = discover()
+    assert ranks is not None
+    assert ranks.is_on_one_machine
+
+
 def test_slurm_with_a_stated_rendezvous(environment) -> None:
     environment(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
     ranks = discover()
@@ -235,8 +257,8 @@ def test_mpiexec_inside_of_a_job(
         def Split_type(self, kind: object) -> types.SimpleNamespace:  # noqa: N802
             return types.SimpleNamespace(size=on_node, rank=0)
 
-        def bcast(self, place: object, root: int) -> tuple[str, int]:
-            return "n1", 7
+        def bcast(self, place: object, root: int) -> tuple[str, int, bytes]:
+            return "n1", 7, b"key"
 
     mpi = types.SimpleNamespace(COMM_WORLD=World(), COMM_TYPE_SHARED=0)
     monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=mpi))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from griffin.trainer.clock import Own, StepClock, StepTimes, WorkClock
+from griffin.trainer.rank_state import main_frames, where
 
 
 def slow_batches(seconds: float) -> Iterator[str]:
@@ -108,3 +109,21 @@ def test_batches_end() -> None:
     clock = StepClock(torch.device("cpu"))
     clock.begin()
     assert list(clock.timed(iter("ab"))) == ["a", "b"]
+
+
+def test_a_waiting_rank_is_where_it_calls_not_in_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def waiting(work: object) -> None:
+        frames = main_frames()
+        inside = next(place for place, frame in enumerate(frames) if frame.f_code is waiting.__code__)
+        said.append(where(frames[inside + 1 :]))
+
+    monkeypatch.setattr(torch.distributed.Work, "wait", waiting)
+
+    def caller() -> None:
+        torch.distributed.Work.wait(None)  # type: ignore[arg-type]
+
+    with WorkClock(torch.device("cpu")).running():
+        caller()
+    assert said[0].startswith("caller (")

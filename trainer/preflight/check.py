@@ -17,7 +17,7 @@ from griffin.trainer.config import Config
 from griffin.trainer.preflight.clocks import measure_skews
 from griffin.trainer.preflight.folder import meeting_place, unseen, visit
 from griffin.trainer.preflight.judge import Judge
-from griffin.trainer.preflight.links import link_rounds, measure_all_reduce, measure_links
+from griffin.trainer.preflight.links import AllReduce, Exchanges, link_rounds, measure_all_reduce, measure_links
 from griffin.trainer.preflight.machine import Machine, Rates, describe_machine, measure_rates
 from griffin.trainer.preflight.meeting import Meeting, Place, PreflightError
 
@@ -71,7 +71,7 @@ def preflight(
         seconds = time.monotonic() - begun
         return Preflight(seconds=seconds, lines=tuple(judge.lines), warnings=tuple(judge.warnings))
 
-    found = meeting.agree("the end", None, conclude)
+    found = meeting.agree("the end", None, None, conclude, Preflight)
     _report(found.lines, found.warnings, found.seconds, say)
     return found
 
@@ -100,9 +100,9 @@ def _check_machines(
             path = run_dir.absolute()
             raise PreflightError([f"{place.host} (rank 0) cannot write in {path}: {error.strerror}"]) from None
 
-    places, folder = meeting.agree("arriving", place, begin)
+    places, folder = meeting.agree("arriving", place, Place, begin, tuple[list[Place], Path])
     leaders = [other.rank for other in places if other.local_rank == 0 and other.rank != 0]
-    skews = measure_skews(grid.store, place.rank, leaders, meeting.deadline)
+    skews = measure_skews(grid, place.rank, leaders, meeting.deadline)
     seen = visit(folder, place.rank) if place.rank in leaders else None
 
     def see(machines: list[Machine]) -> frozenset[int]:
@@ -110,14 +110,14 @@ def _check_machines(
         return judge.saw(machines, unseen(folder, visitors), skews)
 
     machine = describe_machine(config, grid.device, dtype, seen)
-    again = meeting.agree("checking its machine and device", machine, see)
+    again = meeting.agree("checking its machine and device", machine, Machine, see, frozenset[int])
 
     def rate(rates: list[Rates | None]) -> None:
         judge.measured_again(rates)
         judge.rated()
 
     rates = measure_rates(grid.device, dtype) if place.rank in again else None
-    meeting.agree("measuring its device", rates, rate)
+    meeting.agree("measuring its device", rates, Rates | None, rate, None)
     hosts: dict[str, list[int]] = {}
     for other in places:
         hosts.setdefault(other.host, []).append(other.rank)
@@ -129,10 +129,15 @@ def _check_links(grid: Grid, hosts: list[list[int]], meeting: Meeting, judge: Ju
     rounds = link_rounds(hosts)
     for name in ("exchanging data with its neighbours", "doing so again"):  # an outlier is named after a second look
         exchanges = measure_links(grid, rounds, deadline)
-        if not meeting.agree(name, exchanges, judge.exchanged, complaints=lambda each: each.complaints):
+        if not meeting.agree(name, exchanges, Exchanges, judge.exchanged, bool, lambda each: each.complaints):
             break
     meeting.agree(
-        "an all-reduce", measure_all_reduce(grid, deadline), judge.reduced, complaints=lambda each: each.complaints
+        "an all-reduce",
+        measure_all_reduce(grid, deadline),
+        AllReduce,
+        judge.reduced,
+        None,
+        lambda each: each.complaints,
     )
 
 

@@ -235,7 +235,12 @@ class Judge:
     def _slow_links(self) -> list[str]:
         """A host whose links of a kind are all slow is named once; other slow links one by one."""
         texts = []
-        for kind, links in self._kinds().items():
+        # Ranks of a machine without GPUs share its cores, and their exchanges wait for one: that is no link's fault.
+        shared = {self._hosts[rank] for rank, machine in enumerate(self._machines) if machine.device.name == "CPU"}
+        for kind, every in self._kinds().items():
+            links = [link for link in every if kind == BETWEEN or not self._ends(link) & shared]
+            if not links:
+                continue
             rates = sorted(link.bandwidth for link in links)
             # On a ring of few hosts, half of the links are those of a sick one: there the upper quartile is the usual.
             usual = median(rates) if kind == WITHIN else rates[3 * len(rates) // 4]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from griffin.parallel.grid import Grid
+from griffin.parallel.messages import ForgedError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,6 +39,15 @@ class PreflightError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Failed:
+    """A PreflightError as it travels."""
+
+    failures: tuple[str, ...]
+    warnings: tuple[str, ...]
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Place:
     rank: int
     local_rank: int
@@ -52,7 +61,7 @@ class Meeting:
     """All ranks of a grid, which have `seconds` from now for everything that they agree on here."""
 
     def __init__(self, grid: Grid, place: Place, seconds: float) -> None:
-        self._store, self._place, self._world_size = grid.store, place, grid.world_size
+        self._grid, self._store, self._place, self._world_size = grid, grid.store, place, grid.world_size
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
         self._hosts: dict[int, str] = {}  # of ranks that have been heard of, on rank 0
@@ -63,27 +72,34 @@ class Meeting:
         return self._deadline
 
     def agree(
-        self, name: str, value: T, judge: Callable[[list[T]], R], complaints: Callable[[T], Iterable[str]] | None = None
+        self,
+        name: str,
+        value: T,
+        kind: Any,
+        judge: Callable[[list[T]], R],
+        answer_kind: Any,
+        complaints: Callable[[T], Iterable[str]] | None = None,
     ) -> R:
         """What rank 0's `judge` makes of all ranks' values, on every rank. `name` is what the ranks have been doing.
 
         Raises PreflightError everywhere where `judge` raises it, or where ranks are late: it names them, with the
-        complaints of those that are there. Values and answer travel by pickle; a name is used once.
+        complaints of those that are there. Values are read as `kind`, the answer as `answer_kind` (see
+        `parallel.messages`); a name is used once. What no rank has written is a failure too.
         """
         key = f"griffin/preflight/{name}"
         if self._place.rank != 0:
-            self._put(f"{key}/{self._place.rank}", (self._place.host, value))
+            self._grid.put(f"{key}/{self._place.rank}", (self._place.host, value))
             self._store.add(f"{key}/count", 1)
-            return self._answer(name, key)
+            return self._answer(name, key, answer_kind)
         try:
-            answer = judge(self._collect(name, key, value, complaints))
+            answer = judge(self._collect(name, key, value, kind, complaints))
         except BaseException as error:
             told = error if isinstance(error, PreflightError) else PreflightError([f"rank 0 failed at {name}: {error}"])
-            self._put(key, told)
+            self._grid.put(key, (_Failed(failures=told.failures, warnings=told.warnings, lines=told.lines), None))
             # Rank 0 may serve the store: it stays until the others have heard.
             self._wait_for_count(f"{key}/heard", time.monotonic() + GRACE_SECONDS, self._store.add(f"{key}/count", 0))
             raise
-        self._put(key, answer)
+        self._grid.put(key, (None, answer))
         return answer
 
     def part(self) -> None:
@@ -96,30 +112,34 @@ class Meeting:
             with suppress(dist.DistError):  # rank 0 hangs, or is gone
                 self._store.wait([key], timedelta(seconds=2 * GRACE_SECONDS))
 
-    def _put(self, key: str, value: object) -> None:
-        self._store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # it takes bytes as well
+    def _get(self, key: str, kind: Any) -> Any:
+        try:
+            return self._grid.get(key, kind)
+        except ForgedError as error:
+            raise PreflightError([str(error)]) from None
 
-    def _answer(self, name: str, key: str) -> Any:
+    def _answer(self, name: str, key: str, kind: Any) -> Any:
         left = max(0.0, self._deadline - time.monotonic()) + GRACE_SECONDS
         try:
             self._store.wait([key], timedelta(seconds=left))
         except dist.DistStoreError:
             raise PreflightError([f"rank 0 was not done with {name} within {self._seconds:g} s"]) from None
-        answer = pickle.loads(self._store.get(key))
-        if isinstance(answer, PreflightError):
+        failed, answer = self._get(key, tuple[_Failed, None] | tuple[None, kind])
+        if failed is not None:
             self._store.add(f"{key}/heard", 1)
-            raise answer
+            raise PreflightError(failed.failures, failed.warnings, failed.lines)
         return answer
 
-    def _collect(self, name: str, key: str, value: T, complaints: Callable[[T], Iterable[str]] | None) -> list[T]:
+    def _collect(
+        self, name: str, key: str, value: T, kind: Any, complaints: Callable[[T], Iterable[str]] | None
+    ) -> list[T]:
         others = range(1, self._world_size)
         complete = self._wait_for_count(f"{key}/count", self._deadline, len(others))
         keys = {rank: f"{key}/{rank}" for rank in others if complete or self._store.check([f"{key}/{rank}"])}
         values = {0: value}
         self._hosts[0] = self._place.host
-        if keys:
-            for rank, text in zip(keys, self._store.multi_get(list(keys.values())), strict=True):
-                self._hosts[rank], values[rank] = pickle.loads(text)
+        for rank in keys:
+            self._hosts[rank], values[rank] = self._get(keys[rank], tuple[str, kind])
         if complete:
             return [values[rank] for rank in range(self._world_size)]
         late = name_ranks([rank for rank in others if rank not in keys], self._hosts)

@@ -1,0 +1,133 @@
+"""What travels between ranks comes back as it was; what a stranger puts into the store is not believed, or run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from griffin.parallel.config import ParallelConfig
+from griffin.parallel.grid import rank_grid
+from griffin.parallel.messages import ForgedError, pack, seal, unpack, unseal
+from griffin.parallel.ranks import LOOPBACK, Ranks, serve_store
+from griffin.trainer.preflight.links import Exchanges, Link
+from griffin.trainer.preflight.meeting import Meeting, Place, PreflightError
+from tests.ranks import RankPool
+
+KEY = b"k" * 32
+
+
+class Bomb:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (Exchanges(links=(Link(pair=(0, 1), seconds=0.5, bandwidth=1.0),), complaints=("a",)), Exchanges),
+        ((Path("a"), None, frozenset({2, 1})), tuple[Path, int | None, frozenset[int]]),
+        ([{"a": (True, 2)}], list[dict[str, tuple[bool, int]]]),
+        (b"\0\xff", bytes),
+    ],
+)
+def test_values_come_back(value: Any, kind: Any) -> None:
+    assert unseal(KEY, "name", seal(KEY, "name", value), kind) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (b"1", str),
+        (b"true", int),
+        (b"[1]", tuple[int, int]),
+        (b"{}", Place),
+        (b"[" * 100_000, Any),
+        (b"\xff", Any),
+        (pickle.dumps(1), Any),
+    ],
+)
+def test_other_kinds_are_refused(text: bytes, kind: Any) -> None:
+    with pytest.raises(ForgedError):
+        unpack(text, kind)
+
+
+@pytest.mark.parametrize(("key", "name"), [(b"other", "name"), (KEY, "another name")])
+def test_what_was_not_sealed_for_it_is_refused(key: bytes, name: str) -> None:
+    with pytest.raises(ForgedError, match="name: the rendezvous store holds what no rank of this run has written"):
+        unseal(KEY, "name", seal(key, name, 1), int)
+    with pytest.raises(ForgedError):
+        unseal(KEY, "name", pack(1), int)
+
+
+def listening(inodes: set[str]) -> set[str]:
+    """Addresses, in hexadecimal digits, at which sockets listen."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                found.add(fields[1].partition(":")[0])
+    return found
+
+
+def sockets_of(pid: int) -> set[str]:
+    links = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            links.append(os.readlink(entry))
+        except OSError:  # closed meanwhile
+            continue
+    return {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
+
+
+def test_a_local_store_listens_on_the_loopback_interface_alone() -> None:
+    before = sockets_of(os.getpid())
+    store = serve_store(LOOPBACK, 0, None)
+    assert listening(sockets_of(os.getpid()) - before) == {"0100007F"}
+    with socket.create_connection((LOOPBACK, store.port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+
+
+def meet(ranks: Ranks, bomb: Path) -> tuple[str, set[str]]:
+    """Two ranks agree while a stranger puts a pickle where rank 1's word, or rank 0's answer, is looked for."""
+    with rank_grid(ParallelConfig(), ranks) as grid:
+        addresses = listening(sockets_of(os.getpid()))
+        meeting = Meeting(grid, Place(rank=ranks.rank, local_rank=0, host="n0"), 5.0)
+        stranger = dist.TCPStore(LOOPBACK, ranks.port, is_master=False, wait_for_workers=False)
+        said = ""
+        if ranks.rank == 1:
+            stranger.set("griffin/preflight/first/1", pickle.dumps(Bomb(bomb)))  # type: ignore[arg-type]
+            stranger.add("griffin/preflight/first/count", 1)
+            stranger.set("griffin/preflight/second", pickle.dumps(Bomb(bomb)))  # type: ignore[arg-type]
+        try:
+            if ranks.rank == 0:
+                meeting.agree("first", 1, int, sum, int)
+            else:
+                meeting.agree("second", 1, int, sum, int)
+        except PreflightError as error:
+            said = str(error)
+    return said, addresses
+
+
+def test_a_pickle_in_the_store_is_not_run(rank_pool: RankPool, tmp_path: Path) -> None:
+    answers = rank_pool.run(meet, 2, tmp_path / "bomb")
+    assert not (tmp_path / "bomb").exists()
+    for (said, addresses), name in zip(answers, ("first/1", "second"), strict=True):
+        assert f"griffin/preflight/{name}: the rendezvous store holds what no rank of this run has written" in said
+        assert addresses
+        assert addresses <= {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "bomb")))
+    assert (tmp_path / "bomb").exists()  # it would have gone off
