@@ -63,6 +63,8 @@ def _read(path: Path, vocabulary: int) -> np.ndarray:
             if version not in _HEADERS:
                 raise ValueError(f"its version {version} is of no plain array")
             shape, in_columns, dtype = _HEADERS[version](file)
+            if dtype.hasobject:
+                raise ValueError("it holds pickled objects")
             sizes_fit = len(shape) == 2 and all(is_integer(size, 1, _MOST_TOKENS) for size in shape)
             if not sizes_fit or dtype.kind not in "iu":
                 raise _ShapeError(f"--tokens {path}: holds {dtype} {list(shape)}; must be integers [B, T], neither 0")

@@ -317,9 +317,11 @@ def test_arrays_of_another_model_are_refused(
     stored = read_manifest(folder)
     known = dict(stored.arrays)
     embedding, norm = (known.pop(f"model.{name}.weight") for name in ("embedding", "final_norm"))
-    wide = replace(embedding, tensor=replace(embedding.tensor, shape=(257, 48)))
+    wide = replace(embedding, tensor=replace(embedding.tensor, shape=(257, 48)), chunks=(257, 48))
     other = replace(norm, tensor=replace(norm.tensor, name="norm.weight"))
-    changed = replace(stored, arrays=known | {array.name: array for array in (wide, other)})
+    (folder / norm.name).rename(folder / other.name)
+    files = {path.replace(f"{norm.name}/", f"{other.name}/"): record for path, record in stored.files.items()}
+    changed = replace(stored, arrays=known | {array.name: array for array in (wide, other)}, files=files)
     (folder / manifests.MANIFEST).write_text(manifests._to_text(changed))
     init_from = InitFrom(path=folder, everything=False)
     with pytest.raises(RankError) as error:
