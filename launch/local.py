@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-from griffin.launch.ranks import leave
+from griffin.launch.ranks import failure_text, leave
 from griffin.parallel.ranks import HUNG, LOOPBACK, STOPPED, OtherRankError, Ranks, serve_store
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -200,7 +199,7 @@ def _run_rank(
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except BaseException as error:
-        text = traceback.format_exc()[-LONGEST_TRACEBACK:]
+        text = failure_text(error)[-LONGEST_TRACEBACK:]
         failures.send((time.monotonic(), text, isinstance(error, OtherRankError)))
         code = 1
     leave(code)

@@ -8,11 +8,12 @@ import re
 import secrets
 import socket
 import sys
+import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from griffin.parallel.ranks import LOOPBACK, Ranks, is_loopback, serve_store
+from griffin.parallel.ranks import LOOPBACK, Ranks, RunError, is_loopback, serve_store
 
 # Ports for jobs whose ranks have no other channel to agree on one: below Linux's ephemeral range.
 FIRST_PORT, PORTS = 20_000, 10_000
@@ -37,6 +38,13 @@ def discover() -> Ranks | None:
     if "PMI_RANK" in environment or "PMIX_RANK" in environment:
         return _mpi(environment)
     return None
+
+
+def failure_text(error: BaseException) -> str:
+    """What a rank that fails prints: the error alone where it tells all, else its traceback too."""
+    tells_all = isinstance(error, RunError) or (isinstance(error, OSError) and error.filename is not None)
+    lines = traceback.format_exception_only(error) if tells_all else traceback.format_exception(error)
+    return "".join(lines)
 
 
 def leave(code: int) -> NoReturn:

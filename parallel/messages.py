@@ -14,10 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from griffin.parallel.ranks import RunError
+
 _DIGEST = hashlib.sha256().digest_size
 
 
-class ForgedError(RuntimeError):
+class ForgedError(RunError):
     """Something in the store or from a peer is not what a rank of this run writes."""
 
 

@@ -20,6 +20,10 @@ STOPPED = 85
 HUNG = 86
 
 
+class RunError(RuntimeError):
+    """Ends a run for a reason that its message tells in full: it is printed without a traceback."""
+
+
 class OtherRankError(RuntimeError):
     """Another rank failed, and tells why itself."""
 

@@ -6,7 +6,6 @@ import argparse
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from griffin.kernels.backends import AUTO
 from griffin.launch import code
-from griffin.launch.ranks import discover, leave, slurm_tasks_unused
+from griffin.launch.ranks import discover, failure_text, leave, slurm_tasks_unused
 from griffin.parallel.config import ModelConfig
 from griffin.parallel.ranks import STOPPED, Ranks
 from griffin.tools.cli import USER_ERRORS, report
@@ -103,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
         if ranks.source != "slurm":  # srun takes the code of a rank that leaves late, and that it ends, for the step's
             raise
         leave(stop.code if isinstance(stop.code, int) else 1)
-    except (Exception, KeyboardInterrupt):
-        traceback.print_exc()
+    except (Exception, KeyboardInterrupt) as error:
+        print(failure_text(error), end="", file=sys.stderr)
         leave(1)
     return 0
 

@@ -14,7 +14,7 @@ from griffin.kernels import local_attention
 from griffin.kernels.selection import resolve_backend
 from griffin.parallel.grid import Grid, rank_grid
 from griffin.parallel.norm import apex_rms_norm
-from griffin.parallel.ranks import Ranks
+from griffin.parallel.ranks import Ranks, RunError
 from griffin.trainer.checkpoint.keeper import Checkpoints, Position
 from griffin.trainer.checkpoint.lock import RunLock
 from griffin.trainer.checkpoint.manifest import clean
@@ -97,11 +97,14 @@ def _open_folder(
     config: Config, run_dir: Path, init_from: InitFrom | None, environment: Mapping[str, Any], stack: ExitStack
 ) -> Opened:
     """Lock the run folder until `stack` ends, find what to start from, and begin an attempt in it."""
-    lock = stack.enter_context(RunLock.acquire(run_dir))
-    source = find_source(run_dir, init_from)
-    if source.config is not None:
-        refuse_other_model(config.model, source.config["model"], str(source.path))
-    folder = RunFolder.create(run_dir, config, environment)
+    try:  # checked before ranks started, but not held since
+        lock = stack.enter_context(RunLock.acquire(run_dir))
+        source = find_source(run_dir, init_from)
+        if source.config is not None:
+            refuse_other_model(config.model, source.config["model"], str(source.path))
+        folder = RunFolder.create(run_dir, config, environment)
+    except ValueError as error:
+        raise RunError(str(error)) from error
     clean(folder.checkpoints)
     return Opened(folder, source, (lock.path, lock.token))
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from griffin.parallel.grid import Grid
+from griffin.parallel.ranks import RunError
 
 EMBEDDING = "embedding.weight"
 CHUNK = 1 << 22  # elements that are widened to 64 bits at a time
@@ -27,7 +28,7 @@ _CHAIN = 0x5851F42D4C957F2D
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class ReplicaError(RuntimeError):
+class ReplicaError(RunError):
     """Copies of a weight differ. Raised on every rank, before the step changes a weight."""
 
 

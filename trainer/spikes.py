@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from griffin.parallel.grid import Grid
+from griffin.parallel.ranks import RunError
 from griffin.trainer.config import TrainConfig
 from griffin.trainer.log_file import LogFile
 from griffin.trainer.run_folder import RunFolder
@@ -26,7 +27,7 @@ NORMAL = 1.4826
 LEAST_LOSS, LEAST_LOG_GRAD_NORM = 0.005, 0.02
 
 
-class SpikeError(RuntimeError):
+class SpikeError(RunError):
     """More spikes than `train.spike_limit` allows. Raised on every rank, before the optimizer changes a weight."""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from griffin.parallel import host
 from griffin.parallel.gradients import finalize_gradients
 from griffin.parallel.grid import Grid
+from griffin.parallel.ranks import RunError
 from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import Stage, build_stages
 from griffin.trainer import measure as measures
@@ -31,7 +32,7 @@ from griffin.trainer.spikes import Spike
 Batch = Mapping[str, Tensor]
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """The loss or a gradient is NaN or infinite. Raised on every rank before the optimizer changes a weight."""
 
 

@@ -249,7 +249,7 @@ def test_damaged_data_are_refused_before_anything_is_written(
         (["--parallel.tensor", "2"], 1, "parallel.tensor"),
         (["--data.train", "nowhere"], 1, "nowhere"),
         (["--data.sequence_length", "100000"], 1, "data.sequence_length = 100000: must be below"),
-        (["--train.seed", "4294967295"], 1, "train.seed = 4294967295: must be below"),
+        (["--train.seed", "4294967295"], 1, "train.seed = 4294967295: must be at most"),
         (["--model.vocabulary", "100"], 1, "model.vocabulary = 100"),
         (["--model.widht", "64"], 1, "did you mean model.width?"),
         (["--train.warmup", "64"], 1, "did you mean optimizer.warmup_steps?"),

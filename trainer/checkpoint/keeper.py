@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from griffin.parallel.grid import Grid
+from griffin.parallel.ranks import RunError
 from griffin.trainer.checkpoint.lock import is_taken_over
 from griffin.trainer.checkpoint.manifest import CheckpointError, newest_complete, read_manifest, set_aside
 from griffin.trainer.checkpoint.saver import Outcome, Saver
@@ -25,7 +26,7 @@ from griffin.trainer.spikes import SpikeDetector, SpikeError
 from griffin.trainer.step import NonFiniteError, Training
 
 
-class SaveError(RuntimeError):
+class SaveError(RunError):
     """The last state of a training could not be saved. Earlier checkpoints stand."""
 
 

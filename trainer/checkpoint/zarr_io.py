@@ -21,6 +21,7 @@ from typing import IO, Any, BinaryIO
 import google_crc32c
 import numpy as np
 
+from griffin.parallel.ranks import RunError
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box, intersection, numpy_dtype, shape_of, within
 from griffin.trainer.files import open_regular, parse_json, read_regular
 
@@ -31,7 +32,7 @@ BLOCK_BYTES = 2**20  # read or written, and added to the checksum, while it is i
 CRC_BYTES = 4  # a chunk's file ends with the crc32c of what precedes it, little endian
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RunError, ValueError):
     """A checkpoint that cannot be written, is incomplete or is damaged; the message names the file."""
 
 

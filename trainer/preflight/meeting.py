@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from griffin.parallel.grid import Grid
 from griffin.parallel.messages import ForgedError
+from griffin.parallel.ranks import RunError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -24,7 +25,7 @@ HEARING_SECONDS = 0.5  # in which ranks that wait for a word of rank 0 hear it
 NAMED_HOSTS = 8  # of which a message lists the ranks
 
 
-class PreflightError(RuntimeError):
+class PreflightError(RunError):
     """Checks failed: the same on every rank. `lines` tell what was found to be well, `warnings` what was odd."""
 
     def __init__(self, failures: Sequence[str], warnings: Sequence[str] = (), lines: Sequence[str] = ()) -> None:
