@@ -93,6 +93,7 @@ def check(
 ) -> tuple[Config, Path, InitFrom | None]:
     """The config, the run folder and --init-from, found fit to start with; not here, but on other machines perhaps."""
     from griffin.trainer.checkpoint.source import InitFrom, find_source, refuse_other_model
+    from griffin.trainer.schedule import Earlier
 
     if args.init_what and not args.init_from:
         raise ValueError(f"--init-what {args.init_what}: needs --init-from CHECKPOINT")
@@ -108,6 +109,10 @@ def check(
         source = find_source(run_dir, init_from)
         if source.path and source.config:
             refuse_other_model(config.model, source.config["model"], source.path)
+        if source.everything and source.config:
+            earlier = Earlier(config=source.config, step=source.step)
+            config = load_config(args.config, args.overrides, earlier=earlier)
+            validate(config, world_size)
     return config, run_dir, init_from
 
 

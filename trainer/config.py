@@ -17,6 +17,7 @@ from griffin.kernels.backends import AUTO
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
 from griffin.trainer.data.prefix import DataInfo, read_blend
 from griffin.trainer.presets import PRESETS, preset
+from griffin.trainer.schedule import Earlier, keep_schedule
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 WSD_DECAYS = ("linear", "cosine", "exponential", "minus_sqrt")
@@ -50,6 +51,7 @@ class OptimizerConfig:
     # Length of the decay: after the warm-up (cosine, linear), or at the end of training (wsd).
     # Left out of a file: all that follows the warm-up, or a fifth of train.steps for wsd.
     decay_steps: int = 0
+    decay_end: int = 0  # step after which wsd's decay has ended; 0 is train.steps
     wsd_decay: str = "linear"  # shape of wsd's decay
 
 
@@ -136,12 +138,13 @@ ACCEPTED = {
 }
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, earlier: Earlier | None = None) -> Config:
     """The config of a TOML file, changed by `overrides` (["--train.steps", "10", "--model.window=64", ...]).
 
     Defaults that depend on other settings are filled in: the vocabulary of the data's tokenizer (the only one that
-    looks at the data), the preset's model, the learning rate's schedule. Raises FileNotFoundError where there is no
-    such file, and ValueError that names the setting, its value and what is accepted.
+    looks at the data), the preset's model, the learning rate's schedule, which is that of the `earlier` config where
+    the run goes on (see `keep_schedule`). Raises FileNotFoundError where there is no such file, and ValueError that
+    names the setting, its value and what is accepted.
     """
     path = Path(path)
     if not path.is_file():
@@ -159,8 +162,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"[{section}]: no such section; did you mean [{nearest}]?")
         for key, value in table.items():
             settings[section][key] = _typed(section, key, value)
+    told = {name: set[str]() for name in SECTIONS}
     for section, key, text in _split(overrides):
         settings[section][key] = _parsed(section, key, text)
+        told[section].add(key)
+    if earlier is not None:
+        settings["optimizer"] = keep_schedule(
+            settings["optimizer"], told["optimizer"], OptimizerConfig.schedule, earlier
+        )
     return _resolve(settings)
 
 

@@ -25,6 +25,7 @@ from griffin.trainer.console import Console
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.goodput import Goodput
 from griffin.trainer.metrics import MetricsWriter
+from griffin.trainer.optimizer import schedule_end
 from griffin.trainer.peak import peak
 from griffin.trainer.rglru_health import layer_name
 from griffin.trainer.run_folder import RunFolder, changed_settings
@@ -70,6 +71,12 @@ class Report:
         self._console.print(source.text)
         if source.everything and source.config is not None and (changed := changed_settings(config, source.config)):
             self._console.print(f"Changed since then: {', '.join(changed)}")
+        if (end := schedule_end(config)) < config.train.steps:
+            least = config.optimizer.min_learning_rate
+            self._console.print(
+                f"Learning rate: steps after {end}, where its decay ends, run at optimizer.min_learning_rate = {least:g}; "
+                "state optimizer.decay_steps for another decay"
+            )
         return self
 
     def __exit__(
