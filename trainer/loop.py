@@ -138,8 +138,8 @@ class _Run:
             if eval_samples is not None and _evaluates(config, position.step) and position.step != rewound:
                 held_out = self.watchdog.progress(_batches(config, self.grid, eval_samples, 0, workers=0))
                 with self.watchdog.watching("evaluation at step", position.step):
-                    loss = training.evaluate(held_out, config.train.eval_batches)
-                report.evaluation(position.step, loss)
+                    loss, tokens = training.evaluate(held_out, config.train.eval_batches)
+                report.evaluation(position.step, loss, tokens)
             if position.step == config.train.steps:
                 break
             stop = self.requests.requested is not None or checkpoints.is_taken_over

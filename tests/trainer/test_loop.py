@@ -145,7 +145,7 @@ def test_every_figure_is_in_tensorboard_and_finite(run_dir: Path) -> None:
 
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     saves = {"checkpoint_stall_seconds", "checkpoint_seconds", "checkpoint_bytes"}
-    assert set(events.Tags()["scalars"]) == LOGGED | HEALTH | saves | {"eval_loss"}
+    assert set(events.Tags()["scalars"]) == LOGGED | HEALTH | saves | {"eval_loss", "eval_loss_tokens"}
     for tag in events.Tags()["scalars"]:
         assert all(math.isfinite(event.value) for event in events.Scalars(tag)), tag
     for tag in LOGGED - {"trained_seconds"}:  # saves note that one too

@@ -164,7 +164,8 @@ def test_made_longer_it_goes_on_with_the_schedule_that_it_had(
     assert rank_pool.run(run_of, 2, [told, told], runs[1], stops) == [True, True]
     assert_same_end(*runs, step=14)
     assert list(series(runs[0], "learning_rate").values())[-2:] == pytest.approx([1e-3, 1e-3])
-    assert "Changed since then: train.steps 12 -> 40" in text(runs[0])
+    assert ", train.steps 12 -> 40, " in text(runs[0])
+    assert "optimizer." not in text(runs[0]).partition("Changed since then: ")[2].partition("\n")[0]
     assert "Learning rate: steps after 12, where its decay ends, run at optimizer.min_learning_rate = 0.001;" in (
         text(runs[0])
     )
