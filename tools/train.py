@@ -92,6 +92,7 @@ def check(
     args: argparse.Namespace, world_size: int, *, makes_folder: bool = True, starts_here: bool = True
 ) -> tuple[Config, Path, InitFrom | None]:
     """The config, the run folder and --init-from, found fit to start with; not here, but on other machines perhaps."""
+    from griffin.tools.transformers_names import differences
     from griffin.trainer.checkpoint.source import InitFrom, find_source, refuse_other_model
     from griffin.trainer.schedule import Earlier
 
@@ -104,6 +105,8 @@ def check(
         _check_kernels(config)
     run_dir = args.run_dir or default_run_folder(args.config, config)
     init_from = InitFrom(path=args.init_from, everything=args.init_what == "all") if args.init_from else None
+    if makes_folder and (found := differences(config.model)):
+        print(f"Note: `griffin export hf` will refuse this model, which transformers does not have: {'; '.join(found)}")
     if makes_folder:  # other ranks may look when it has been made
         RunFolder.check(run_dir, config)
         source = find_source(run_dir, init_from)

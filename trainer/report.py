@@ -74,8 +74,8 @@ class Report:
         if (end := schedule_end(config)) < config.train.steps:
             least = config.optimizer.min_learning_rate
             self._console.print(
-                f"Learning rate: steps after {end}, where its decay ends, run at optimizer.min_learning_rate = {least:g}; "
-                "state optimizer.decay_steps for another decay"
+                f"Learning rate: steps after {end}, where its decay ends, run at optimizer.min_learning_rate = "
+                f"{least:g}; state optimizer.decay_steps for another decay"
             )
         return self
 

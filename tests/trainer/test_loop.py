@@ -223,6 +223,18 @@ def scribble(path: Path) -> None:
     path.write_bytes(b"\xff" * path.stat().st_size)
 
 
+def test_an_export_that_will_be_impossible_is_said_at_the_start(
+    config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", str(config_path), "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    for words in ("griffin export hf", "logit_soft_cap = 0: must be above 0", "scale_embedding = false: must be true"):
+        assert words in said
+    assert main([*command, "--model.logit_soft_cap=30", "--model.scale_embedding=true"]) == 0
+    assert "export" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("damage", [cut, empty, scribble, Path.unlink], ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
 @pytest.mark.parametrize("blend", ["train", "eval"])

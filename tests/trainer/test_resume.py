@@ -162,7 +162,7 @@ def test_made_longer_it_goes_on_with_the_schedule_that_it_had(
     assert rank_pool.run(run_of, 2, [kept, load_config(path, settings)], runs[0], stops) == [True, True]
     told = load_config(path, [*settings, "--optimizer.warmup_steps=2", "--optimizer.decay_steps=10"])
     assert rank_pool.run(run_of, 2, [told, told], runs[1], stops) == [True, True]
-    assert_same_end(*runs, step=14)
+    assert_same_end(runs[0], runs[1], 14)
     assert list(series(runs[0], "learning_rate").values())[-2:] == pytest.approx([1e-3, 1e-3])
     assert ", train.steps 12 -> 40, " in text(runs[0])
     assert "optimizer." not in text(runs[0]).partition("Changed since then: ")[2].partition("\n")[0]
