@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from griffin.tools.run_state import FAILED, FINISHED, GONE, HUNG, RUNNING, SILENT, RunState, duration
+from griffin.trainer.metrics import NOTHING_PREDICTED, is_predicted
 
 COLOURS = {RUNNING: "green", FINISHED: "green", SILENT: "yellow", HUNG: "red", GONE: "red", FAILED: "red"}
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -75,6 +76,8 @@ class _Find:
         if name not in self._figures:
             return ABSENT
         value = self._figures[name]
+        if not is_predicted(name, self._figures):
+            return NOTHING_PREDICTED
         return "not finite" if value is None else form(value)
 
 

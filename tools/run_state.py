@@ -15,6 +15,7 @@ from typing import Any
 
 from griffin.trainer.checkpoint.lock import PATIENCE_SECONDS, Owner
 from griffin.trainer.json_lines import Follower
+from griffin.trainer.metrics import is_predicted
 from griffin.trainer.run_folder import RunFolder
 
 HISTORY = 400  # logged losses that are kept
@@ -109,7 +110,7 @@ class RunReader:
         if "loss" in line:
             while self._losses and self._losses[-1][0] >= step:  # the run has gone back
                 self._losses.pop()
-            if line["loss"] is not None:
+            if line["loss"] is not None and is_predicted("loss", line):
                 self._losses.append((step, line["loss"]))
             self._step = step
         if "eval_loss" in line:

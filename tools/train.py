@@ -19,6 +19,7 @@ from griffin.parallel.ranks import STOPPED, Ranks
 from griffin.tools.cli import USER_ERRORS, report
 from griffin.trainer.config import Config, load_config, to_toml
 from griffin.trainer.run_folder import RunFolder, default_run_folder
+from griffin.trainer.schedule import Earlier
 from griffin.trainer.validate import validate, validate_data
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def check(
     reads_data: bool = True,
 ) -> tuple[Config, Path, InitFrom | None]:
     """The config, the run folder and --init-from, found fit to start with; not here, but on other machines perhaps."""
+    from griffin.tools.transformers_names import differences
     from griffin.trainer.checkpoint.source import InitFrom, find_source, refuse_other_model
 
     if args.init_what and not args.init_from:
@@ -128,16 +130,23 @@ def check(
         _check_kernels(config)
     run_dir = args.run_dir or default_run_folder(args.config, config)
     init_from = InitFrom(path=args.init_from, everything=args.init_what == "all") if args.init_from else None
+    if makes_folder and (found := differences(config.model)):
+        print(f"Note: `griffin export hf` will refuse this model, which transformers does not have: {'; '.join(found)}")
     if makes_folder:  # other ranks may look when it has been made
         RunFolder.check(run_dir, config)
         source = find_source(run_dir, init_from)
         if source.path and source.config:
             refuse_other_model(config.model, source.config["model"], source.path)
+        if source.everything and source.config:
+            earlier = Earlier(config=source.config, step=source.step)
+            config = load_run_config(args, earlier)
+            validate(config, world_size)
     return config, run_dir, init_from
 
 
-def load_run_config(args: argparse.Namespace) -> Config:
-    """The config of a training. A model that it does not state is that of its run folder, else of --init-from."""
+def load_run_config(args: argparse.Namespace, earlier: Earlier | None = None) -> Config:
+    """The config of a training. A model that it does not state is that of its run folder, else of --init-from; the
+    schedule is that of the `earlier` config where the run goes on."""
     from griffin.trainer.checkpoint.manifest import check as check_step
     from griffin.trainer.checkpoint.manifest import resolve
 
@@ -146,7 +155,7 @@ def load_run_config(args: argparse.Namespace) -> Config:
             return load_config(RunFolder(args.run_dir).config).model
         return check_step(resolve(args.init_from)).model if args.init_from else None
 
-    return load_config(args.config, args.overrides, find_model=find_model)
+    return load_config(args.config, args.overrides, find_model=find_model, earlier=earlier)
 
 
 def _check_kernels(config: Config) -> None:

@@ -85,14 +85,26 @@ def gate_heads(model: ModelConfig) -> int:
     return model.heads
 
 
+def differences(model: ModelConfig) -> list[str]:
+    """Each setting for which transformers has no such model, its value and what must stand there; none: it has one."""
+    found = []
+    if foreign := set(model.pattern) - {RECURRENT, ATTENTION}:
+        found.append(f"model.pattern = {min(foreign)!r}: must hold {RECURRENT} and {ATTENTION} only")
+    if model.logit_soft_cap <= 0:
+        found.append(f"model.logit_soft_cap = {model.logit_soft_cap:g}: must be above 0")
+    if not model.scale_embedding:
+        found.append("model.scale_embedding = false: must be true")
+    try:
+        gate_heads(model)
+    except ValueError as error:
+        found.append(str(error))
+    return found
+
+
 def transformers_settings(model: ModelConfig) -> dict[str, Any]:
     """Arguments of transformers' RecurrentGemmaConfig for the same model; ValueError where it has no such model."""
-    if foreign := set(model.pattern) - {RECURRENT, ATTENTION}:
-        raise ValueError(f"model.pattern = {min(foreign)!r}: must hold {RECURRENT} and {ATTENTION} only")
-    if model.logit_soft_cap <= 0:
-        raise ValueError(f"model.logit_soft_cap = {model.logit_soft_cap:g}: must be above 0")
-    if not model.scale_embedding:
-        raise ValueError("model.scale_embedding = false: must be true")
+    if found := differences(model):
+        raise ValueError("; ".join(found))
     return {
         "vocab_size": model.vocabulary,
         "hidden_size": model.width,

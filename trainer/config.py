@@ -19,6 +19,7 @@ from griffin.trainer.data.prefix import DataInfo, read_blend
 from griffin.trainer.dtypes import canonical_dtype
 from griffin.trainer.files import SETTINGS_BYTES, parse_toml, read_regular
 from griffin.trainer.presets import PRESETS, preset
+from griffin.trainer.schedule import Earlier, keep_schedule
 from griffin.trainer.suggestions import suggest_section, suggest_setting
 
 CONFIGS = Path(__file__).resolve().parent / "configs"  # those that come along, each found by its name
@@ -54,6 +55,7 @@ class OptimizerConfig:
     # Length of the decay: after the warm-up (cosine, linear), or at the end of training (wsd).
     # Left out of a file: all that follows the warm-up, or a fifth of train.steps for wsd.
     decay_steps: int = 0
+    decay_end: int = 0  # step after which wsd's decay has ended; 0 is train.steps
     wsd_decay: str = "linear"  # shape of wsd's decay
 
 
@@ -146,6 +148,7 @@ def load_config(
     *,
     find_model: Callable[[], ModelConfig | None] = lambda: None,
     needs_data: bool = True,
+    earlier: Earlier | None = None,
 ) -> Config:
     """The config of a TOML file, changed by `overrides` (["--train.steps", "10", "--model.window=64", ...]).
 
@@ -155,6 +158,7 @@ def load_config(
     Args:
         path: a file, or the name of a packaged config (see `find_config`).
         find_model: asked for the model where neither a pattern nor a preset is stated; None where it has none.
+        earlier: the config of the run that goes on, whose schedule is kept (see `keep_schedule`).
         needs_data: where the vocabulary is not stated and the data cannot be read, refuse; else take the preset's.
 
     Raises FileNotFoundError where there is no such file, and ValueError that names the setting, its value and what is
@@ -173,8 +177,14 @@ def load_config(
             raise ValueError(f"[{section}]: no such section; did you mean [{suggest_section(section, SECTIONS)}]?")
         for key, value in table.items():
             settings[section][key] = typed(section, key, value)
+    told = {name: set[str]() for name in SECTIONS}
     for section, key, text in _split(overrides):
         settings[section][key] = _parsed(section, key, text)
+        told[section].add(key)
+    if earlier is not None:
+        settings["optimizer"] = keep_schedule(
+            settings["optimizer"], told["optimizer"], OptimizerConfig.schedule, earlier
+        )
     return _resolve(settings, find_model, needs_data)
 
 

@@ -13,6 +13,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from griffin.trainer.log_file import LogFile
+from griffin.trainer.metrics import NOTHING_PREDICTED, is_predicted
 from griffin.trainer.run_folder import RunFolder
 
 
@@ -55,7 +56,7 @@ class Console:
         if values is None:
             return
         text = f"step {step:>{len(str(self._steps))}}/{self._steps}  " + "  ".join(
-            _FORMATS[key](values[key]) for key in _FORMATS if key in values
+            _figure(key, values) for key in _FORMATS if key in values
         )
         if step > self._begun[0]:
             left = (now - self._begun[1]) / (step - self._begun[0]) * (self._steps - step)
@@ -63,7 +64,7 @@ class Console:
         if self._bar is None:
             self._show(text)
         else:
-            shown = [_FORMATS[key](values[key]) for key in ("loss", "tokens_per_second") if key in values]
+            shown = [_figure(key, values) for key in ("loss", "tokens_per_second") if key in values]
             with suppress(OSError):
                 self._bar.set_postfix_str(", ".join(shown))
         self._log.write(f"{text}\n")
@@ -80,9 +81,25 @@ class Console:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
+        if is_interrupt(error):
+            self._log.write(
+                "Stopped by Ctrl-C: started again with this run folder, the training goes on from its newest "
+                "checkpoint.\n"
+            )
+        elif error is not None:
             self._log.write("".join(traceback.format_exception(error)))
         self.close()
+
+
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C (SIGINT) led to it: perhaps it came up while the interrupt was dealt with."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _figure(key: str, values: Mapping[str, float]) -> str:
+    return _FORMATS[key](values[key]) if is_predicted(key, values) else f"{key}: {NOTHING_PREDICTED}"
 
 
 _FORMATS = {

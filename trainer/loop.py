@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from griffin.trainer.checkpoint.keeper import Checkpoints, Position
 from griffin.trainer.checkpoint.lock import RunLock
 from griffin.trainer.checkpoint.manifest import clean
 from griffin.trainer.checkpoint.source import InitFrom, Source, find_source, refuse_other_model
-from griffin.trainer.config import Config
+from griffin.trainer.config import Config, OptimizerConfig
 from griffin.trainer.data.dataset import Samples, build_index, open_samples
 from griffin.trainer.data.loader import batches
 from griffin.trainer.optimizer import optimizer_name
@@ -58,6 +58,7 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
         opened = grid.all_gather(opened)[0]
         assert opened is not None, "rank 0 has opened the folder"
         source, folder = opened.source, opened.folder
+        config = replace(config, optimizer=opened.optimizer)
         report = stack.enter_context(Report(config, grid, folder, source))
         if config.health.preflight:
             preflight(config, ranks, grid, folder.path, report.say)
@@ -91,6 +92,7 @@ class Opened:
     folder: RunFolder
     source: Source
     lock: tuple[Path, str]  # file and token
+    optimizer: OptimizerConfig  # with the schedule that goes on, of which other ranks do not know
 
 
 def _open_folder(
@@ -106,7 +108,7 @@ def _open_folder(
     except ValueError as error:
         raise RunError(str(error)) from error
     clean(folder.checkpoints)
-    return Opened(folder, source, (lock.path, lock.token))
+    return Opened(folder, source, (lock.path, lock.token), config.optimizer)
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,8 @@ class _Run:
             if eval_samples is not None and _evaluates(config, position.step) and position.step != rewound:
                 held_out = self.watchdog.progress(_batches(config, self.grid, eval_samples, 0, workers=0))
                 with self.watchdog.watching("evaluation at step", position.step):
-                    loss = training.evaluate(held_out, config.train.eval_batches)
-                report.evaluation(position.step, loss)
+                    loss, tokens = training.evaluate(held_out, config.train.eval_batches)
+                report.evaluation(position.step, loss, tokens)
             if position.step == config.train.steps:
                 break
             stop = self.requests.requested is not None or checkpoints.is_taken_over

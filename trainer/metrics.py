@@ -18,6 +18,14 @@ if TYPE_CHECKING:  # it takes a second to import
     from torch.utils.tensorboard import SummaryWriter
 
 
+NOTHING_PREDICTED = "no token was predicted"
+
+
+def is_predicted(key: str, values: Mapping[str, float]) -> bool:
+    """Whether a figure of a step means anything: a loss over no token, by "loss_tokens" beside it, is 0.0 and none."""
+    return not (key in ("loss", "eval_loss") and values.get(f"{key}_tokens") == 0)
+
+
 class MetricsWriter:
     """Appends to a run folder's metrics.jsonl, and to its tensorboard/ where asked for; used by rank 0 only.
 
@@ -61,7 +69,10 @@ class MetricsWriter:
         if self._tensorboard is not None:
             with self._tensorboard_errors():
                 for key, value in values.items():
-                    self._tensorboard.add_scalar(key, value, step)
+                    if is_predicted(key, values):
+                        self._tensorboard.add_scalar(key, value, step)
+                    else:  # a gap in the curve, and why
+                        self._tensorboard.add_text(key, f"step {step}: {NOTHING_PREDICTED}", step)
                 self._tensorboard.flush()
 
     def histograms(self, step: int, histograms: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:

@@ -49,14 +49,24 @@ def build_optimizer(
         )
 
 
+def schedule_end(config: Config) -> int:
+    """The step after which the learning rate has come down to `min_learning_rate`; without a decay, the last one."""
+    settings = config.optimizer
+    if settings.schedule == "constant":
+        return config.train.steps
+    if settings.schedule == "wsd":
+        return settings.decay_end or config.train.steps
+    return settings.warmup_steps + settings.decay_steps
+
+
 def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then the configured decay down to `min_learning_rate`.
+    """Linear warm-up from 0, then the configured decay down to `min_learning_rate`, where later steps stay.
 
     Steps count from 1: the first step trains with learning_rate / warmup_steps.
     """
     settings = config.optimizer
     wsd = settings.schedule == "wsd"
-    last = config.train.steps if wsd else settings.warmup_steps + settings.decay_steps
+    last = schedule_end(config)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

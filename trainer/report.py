@@ -24,7 +24,8 @@ from griffin.trainer.config import Config
 from griffin.trainer.console import Console
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.goodput import Goodput
-from griffin.trainer.metrics import MetricsWriter
+from griffin.trainer.metrics import NOTHING_PREDICTED, MetricsWriter, is_predicted
+from griffin.trainer.optimizer import schedule_end
 from griffin.trainer.peak import peak
 from griffin.trainer.rglru_health import layer_name
 from griffin.trainer.run_folder import RunFolder, changed_settings
@@ -70,6 +71,12 @@ class Report:
         self._console.print(source.text)
         if source.everything and source.config is not None and (changed := changed_settings(config, source.config)):
             self._console.print(f"Changed since then: {', '.join(changed)}")
+        if (end := schedule_end(config)) < config.train.steps:
+            least = config.optimizer.min_learning_rate
+            self._console.print(
+                f"Learning rate: steps after {end}, where its decay ends, run at optimizer.min_learning_rate = "
+                f"{least:g}; state optimizer.decay_steps for another decay"
+            )
         return self
 
     def __exit__(
@@ -150,7 +157,8 @@ class Report:
         figures = self._figures(position, result) | _counts(spikes)
         self._metrics.log(step, figures)
         self._console.step(step, figures)
-        self._note("training", result.loss)
+        if is_predicted("loss", figures):
+            self._note("training", result.loss)
         self._restart_clock()
 
     def _figures(self, position: Position, result: StepResult) -> dict[str, float]:
@@ -194,12 +202,17 @@ class Report:
             self._goodput.rewind(back)
             self._restart_clock()
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluation(self, step: int, loss: float, tokens: int) -> None:
+        """Mean loss over so many tokens of held-out data."""
         if not self._grid.is_first_rank:
             return
-        self._metrics.log(step, {"eval_loss": loss})
-        self._console.print(f"step {step}: eval_loss {loss:.4f}")
-        self._note("held-out", loss)
+        figures = {"eval_loss": loss, "eval_loss_tokens": tokens}
+        self._metrics.log(step, figures)
+        if is_predicted("eval_loss", figures):
+            self._console.print(f"step {step}: eval_loss {loss:.4f}")
+            self._note("held-out", loss)
+        else:
+            self._console.print(f"step {step}: eval_loss: {NOTHING_PREDICTED}")
         self._restart_clock()  # the evaluation's time is no step's
 
     def end(self) -> None:

@@ -247,18 +247,18 @@ class Training:
                 else:  # the fused ones count for each group
                     group["step"] = updates
 
-    def evaluate(self, batches: Iterator[Batch], global_batches: int) -> float:
-        """Mean loss (nats per unmasked token) over the next global batches, without gradients."""
+    def evaluate(self, batches: Iterator[Batch], global_batches: int) -> tuple[float, int]:
+        """Mean loss (nats per unmasked token) over the next global batches, without gradients, and those tokens."""
         for chunk in self.chunks:
             chunk.eval()
             if self.overlap:
                 chunk.disable_forward_pre_hook()
         with torch.no_grad():
-            loss, _, _ = self._run(batches, self.micro_batches * global_batches, forward_only=True)
+            loss, tokens, _ = self._run(batches, self.micro_batches * global_batches, forward_only=True)
         if self.overlap:
             for chunk in self.chunks:
                 chunk.enable_forward_pre_hook()
-        return loss
+        return loss, tokens
 
     def _run(
         self, batches: Iterator[Batch], micro_batches: int, *, forward_only: bool, stop: bool = False

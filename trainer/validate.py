@@ -50,6 +50,7 @@ LEAST = {
     "data.workers": 0,
     "optimizer.warmup_steps": 0,
     "optimizer.decay_steps": 0,
+    "optimizer.decay_end": 0,
     "train.steps": 1,
     "train.global_batch": 1,
     "train.micro_batch": 1,
@@ -268,8 +269,12 @@ def _validate_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
     if optimizer.schedule != "constant" and optimizer.decay_steps < 1:
         accepted = f"must be at least 1 for optimizer.schedule = {optimizer.schedule!r}"
         _refuse("optimizer.decay_steps", optimizer.decay_steps, accepted)
-    if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_steps > steps:
-        accepted = f"must be at most train.steps - optimizer.warmup_steps = {steps - optimizer.warmup_steps}"
+    if optimizer.schedule != "wsd" and optimizer.decay_end:
+        accepted = f'must be 0 for optimizer.schedule = {optimizer.schedule!r}; it is for "wsd"'
+        _refuse("optimizer.decay_end", optimizer.decay_end, accepted)
+    end, name = (optimizer.decay_end, "optimizer.decay_end") if optimizer.decay_end else (steps, "train.steps")
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_steps > end:
+        accepted = f"must be at most {name} - optimizer.warmup_steps = {end - optimizer.warmup_steps}"
         _refuse("optimizer.decay_steps", optimizer.decay_steps, accepted)
 
 

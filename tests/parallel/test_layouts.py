@@ -107,7 +107,7 @@ def train(ranks: Any, config: Config, steps: int = STEPS) -> dict[str, Any]:
         results = [
             training.step(iter(micro_batches(config, step, grid.data_rank, grid.data_size))) for step in range(steps)
         ]
-        held_out = training.evaluate(iter(micro_batches(config, steps, grid.data_rank, grid.data_size)), 1)
+        held_out, _ = training.evaluate(iter(micro_batches(config, steps, grid.data_rank, grid.data_size)), 1)
         return {
             "before": before,
             "after": sharding.gather(training.stages, grid),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import pty
@@ -25,6 +26,8 @@ from griffin.tools.monitor_view import one_run, several_runs, sparkline
 from griffin.tools.run_state import FAILED, FINISHED, GONE, HUNG, RUNNING, SILENT, STOPPED, RunReader, duration
 from griffin.trainer.checkpoint.lock import Owner
 from griffin.trainer.config import load_config
+from griffin.trainer.console import Console as Trainer
+from griffin.trainer.run_folder import RunFolder
 from tests.ranks import RankPool
 from tests.small_runs import run, write_config
 
@@ -154,8 +157,37 @@ def test_a_run_without_lock_stopped_or_failed(run_dir: Path) -> None:
     state = reader.read()
     assert (state.status, state.said) == (FAILED, "NonFiniteError: step 13: loss nan")
     with (run_dir / "console.log").open("a") as file:
+        file.write(f"Run folder: {run_dir}, attempt 2\n")
+    with pytest.raises(KeyboardInterrupt), Trainer(RunFolder(run_dir, 2), steps=20, stream=io.StringIO()):
+        raise KeyboardInterrupt
+    assert reader.read().status == STOPPED
+    with pytest.raises(ConnectionError), Trainer(RunFolder(run_dir, 2), steps=20, stream=io.StringIO()):
+        interrupted_and_cut_off()
+    assert (state := reader.read()).status == STOPPED, "Ctrl-C, after which other ranks were not reached"
+    assert state.said.startswith("Stopped by Ctrl-C")
+    with (run_dir / "console.log").open("a") as file:
         file.write(f"Run folder: {run_dir}, attempt 2\nStopped on request\n")
     assert reader.read().status == STOPPED, "the attempt that failed was an earlier one"
+
+
+def interrupted_and_cut_off() -> None:
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise ConnectionError("closed by peer")
+
+
+def test_a_loss_over_no_token_is_none(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    append(run_dir / "metrics.jsonl", {"step": 16, "loss": 0.0, "loss_tokens": 0})
+    append(run_dir / "metrics.jsonl", {"step": 16, "eval_loss": 0.0, "eval_loss_tokens": 0})
+    text = shown(capsys, run_dir)
+    assert text.count("no token was predicted") == 2
+    assert "0.0000" not in text
+    state = RunReader(run_dir).read()
+    assert [step for step, _ in state.losses] == [1, 4, 8, 12]
+    assert "0.0000" not in shown(capsys, run_dir, run_dir)
+    append(run_dir / "metrics.jsonl", {"step": 20, "loss": 0.5, "loss_tokens": 256})
+    assert shown(capsys, run_dir).count("no token was predicted") == 1
 
 
 def test_what_no_run_writes_is_passed_over(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

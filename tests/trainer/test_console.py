@@ -35,6 +35,15 @@ def test_the_error_that_ends_a_run_is_raised_though_it_cannot_be_kept(tmp_path: 
         raise RuntimeError("the oven is cold")
 
 
+def test_a_loss_over_no_token_is_none(tmp_path: Path) -> None:
+    with Console(RunFolder(tmp_path), steps=2, stream=io.StringIO()) as console:
+        console.step(1, {"loss": 0.0, "loss_tokens": 0, "grad_norm": 0.0})
+        console.step(2, {"loss": 0.0, "loss_tokens": 5, "grad_norm": 0.0})
+    first, last = (tmp_path / "console.log").read_text().splitlines()
+    assert first == "step 1/2  loss: no token was predicted  grad_norm 0.000"
+    assert last.startswith("step 2/2  loss 0.0000  grad_norm 0.000")
+
+
 class Gone(io.StringIO):
     """A terminal that was closed, or a pipe whose reader ended."""
 

@@ -145,7 +145,7 @@ def test_every_figure_is_in_tensorboard_and_finite(run_dir: Path) -> None:
 
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     saves = {"checkpoint_stall_seconds", "checkpoint_seconds", "checkpoint_bytes"}
-    assert set(events.Tags()["scalars"]) == LOGGED | HEALTH | saves | {"eval_loss"}
+    assert set(events.Tags()["scalars"]) == LOGGED | HEALTH | saves | {"eval_loss", "eval_loss_tokens"}
     for tag in events.Tags()["scalars"]:
         assert all(math.isfinite(event.value) for event in events.Scalars(tag)), tag
     for tag in LOGGED - {"trained_seconds"}:  # saves note that one too
@@ -221,6 +221,18 @@ def empty(path: Path) -> None:
 def scribble(path: Path) -> None:
     """Ids past the vocabulary, or no index, or no JSON."""
     path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+def test_an_export_that_will_be_impossible_is_said_at_the_start(
+    config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", str(config_path), "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    for words in ("griffin export hf", "logit_soft_cap = 0: must be above 0", "scale_embedding = false: must be true"):
+        assert words in said
+    assert main([*command, "--model.logit_soft_cap=30", "--model.scale_embedding=true"]) == 0
+    assert "export" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [cut, empty, scribble, Path.unlink], ids=lambda damage: damage.__name__)

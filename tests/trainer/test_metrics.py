@@ -75,6 +75,21 @@ def test_tensorboard_has_the_same_and_the_config(folder: RunFolder) -> None:
         assert b"width = 32" in config.tensor_proto.string_val[0]
 
 
+def test_a_loss_over_no_token_is_no_point_of_a_curve(folder: RunFolder) -> None:
+    with MetricsWriter(folder, tensorboard=True) as metrics:
+        metrics.log(1, {"loss": 5.5, "loss_tokens": 10})
+        metrics.log(2, {"loss": 0.0, "loss_tokens": 0})
+        metrics.log(2, {"eval_loss": 0.0, "eval_loss_tokens": 0})
+    assert [line.get("loss") for line in lines(folder)] == [5.5, 0.0, None]
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1]
+    assert [event.value for event in events.Scalars("loss_tokens")] == [10, 0]
+    assert "eval_loss" not in events.Tags()["scalars"]
+    for key in ("loss", "eval_loss"):
+        (text,) = events.Tensors(f"{key}/text_summary")
+        assert text.tensor_proto.string_val[0] == b"step 2: no token was predicted"
+
+
 @pytest.mark.parametrize(
     ("start", "expected"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -18,7 +19,9 @@ import numpy as np
 import pytest
 import zarr
 
+from griffin.parallel.ranks import Ranks
 from griffin.tools.cli import main
+from griffin.tools.train import add_parser, check
 from griffin.trainer.checkpoint import manifest as manifests
 from griffin.trainer.checkpoint.arrays import EXP_AVG, EXP_AVG_SQ, MASTER, MODEL
 from griffin.trainer.checkpoint.manifest import newest_complete, read_manifest, step_name, verify
@@ -136,6 +139,41 @@ def test_killed_twice_it_trains_on_every_sample_once(killed: Path) -> None:
     for attempt in attempts:
         for step, numbers in attempt.items():
             assert numbers == list(range(8 * (step - 1), 8 * step))
+
+
+@pytest.mark.slow
+def test_made_longer_it_goes_on_with_the_schedule_that_it_had(
+    rank_pool: RankPool, config_path: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Ranks other than the first, which have not looked into the folder, follow it."""
+    path = tmp_path / "config.toml"
+    path.write_text(config_path.read_text().replace("warmup_steps = 2\n", ""))
+    assert config(path).optimizer.warmup_steps == 1
+    runs = [Path(shutil.copytree(uninterrupted, tmp_path / name)) for name in ("run", "told")]
+    settings = ["--train.steps=40", "--checkpoint.interval=4", "--log.interval=1", "--train.eval_interval=0"]
+    command = argparse.ArgumentParser()
+    add_parser(command.add_subparsers())
+    args = command.parse_args(["train", str(path), "--run-dir", str(runs[0])])
+    args.overrides = settings
+    kept, _, _ = check(args, 2)
+    assert (kept.optimizer.warmup_steps, kept.optimizer.decay_steps) == (2, 10)
+    assert check(args, 2, makes_folder=False)[0].optimizer.warmup_steps == 4
+    stops = {(0, 13): partial(signal_this_process, signal.SIGTERM)}
+    assert rank_pool.run(run_of, 2, [kept, load_config(path, settings)], runs[0], stops) == [True, True]
+    told = load_config(path, [*settings, "--optimizer.warmup_steps=2", "--optimizer.decay_steps=10"])
+    assert rank_pool.run(run_of, 2, [told, told], runs[1], stops) == [True, True]
+    assert_same_end(runs[0], runs[1], 14)
+    assert list(series(runs[0], "learning_rate").values())[-2:] == pytest.approx([1e-3, 1e-3])
+    assert ", train.steps 12 -> 40, " in text(runs[0])
+    assert "optimizer." not in text(runs[0]).partition("Changed since then: ")[2].partition("\n")[0]
+    assert "Learning rate: steps after 12, where its decay ends, run at optimizer.min_learning_rate = 0.001;" in (
+        text(runs[0])
+    )
+
+
+def run_of(ranks: Ranks, configs: list[Config], run_dir: Path, at_step: dict[tuple[int, int], Any]) -> bool:
+    """A rank that has a config of its own."""
+    return run(ranks, configs[ranks.rank], run_dir, None, Watch(at_step=at_step))
 
 
 def test_checkpoints_that_are_kept(killed: Path, uninterrupted: Path) -> None:

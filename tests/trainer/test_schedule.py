@@ -1,0 +1,127 @@
+"""The schedule of a run that goes on for longer: what it had, unless told otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from griffin.trainer.config import SCHEDULES, Config, load_config, to_toml
+from griffin.trainer.optimizer import build_schedule, schedule_end
+from griffin.trainer.schedule import Earlier
+from griffin.trainer.validate import validate
+
+MODEL = '[model]\npattern = ["recurrent"]\nwidth = 32\nrecurrent_width = 32\ngate_blocks = 2\nvocabulary = 257\n'
+DATA = '[data]\ntrain = ["x"]\n'
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "config.toml").write_text(MODEL + DATA + "[train]\nsteps = 100\n")
+    return tmp_path / "config.toml"
+
+
+def rates(config: Config) -> list[float]:
+    """The learning rate of every step."""
+    validate(config, 1)
+    optimizer = SimpleNamespace(param_groups=[{}])
+    schedule = build_schedule(config, optimizer)  # type: ignore[arg-type]
+    found = []
+    for _ in range(config.train.steps):
+        schedule.step(1)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def earlier(config: Config, step: int) -> Earlier:
+    return Earlier(config=dataclasses.asdict(config), step=step)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("from_resolved_file", [False, True])
+def test_more_steps_change_no_step_that_was_planned(path: Path, schedule: str, from_resolved_file: bool) -> None:
+    """At its end and again after that; also with the run's own config.toml, which states every setting."""
+    stated = ["--optimizer.schedule", schedule]
+    first = load_config(path, stated)
+    if from_resolved_file:
+        path.write_text(to_toml(first))
+    longer = load_config(path, [*stated, "--train.steps", "250"], earlier=earlier(first, 100))
+    longest = load_config(path, [*stated, "--train.steps", "400"], earlier=earlier(longer, 180))
+    least = first.optimizer.learning_rate if schedule == "constant" else first.optimizer.min_learning_rate
+    assert rates(longest) == pytest.approx([*rates(first), *itertools.repeat(least, 300)])
+    assert rates(longest)[:250] == rates(longer)
+    if schedule != "constant":
+        assert schedule_end(longest) == 100
+    assert longest.train.steps == 400
+
+
+def test_a_stable_phase_becomes_longer(path: Path) -> None:
+    """A decay at the end of training that has not begun is still at the end, and as long as it was."""
+    first = load_config(path, ["--optimizer.schedule", "wsd"])
+    stated = ["--optimizer.schedule", "wsd", "--train.steps", "200"]
+    assert (first.optimizer.warmup_steps, first.optimizer.decay_steps) == (10, 20)
+    expected = rates(first)[:80] + [first.optimizer.learning_rate] * 100 + rates(first)[80:]
+    assert rates(load_config(path, stated, earlier=earlier(first, 80))) == pytest.approx(expected)
+    ended = load_config(path, stated, earlier=earlier(first, 81))
+    assert rates(ended)[80:] == pytest.approx(rates(first)[80:] + [first.optimizer.min_learning_rate] * 100)
+    # Told to, it decays once more.
+    again = load_config(path, [*stated, "--optimizer.decay_steps=20"], earlier=earlier(ended, 100))
+    assert rates(again) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("by", ["command line", "file"])
+@pytest.mark.parametrize(("key", "value"), [("warmup_steps", 10), ("decay_steps", 150), ("warmup_steps", 40)])
+def test_what_is_told_holds(path: Path, by: str, key: str, value: int) -> None:
+    """On the command line also where it is what the run had, or the default for so many steps."""
+    first = load_config(path)
+    settings = ["--train.steps", "400"]
+    if by == "command line":
+        settings += [f"--optimizer.{key}={value}"]
+    else:
+        path.write_text(path.read_text() + f"[optimizer]\n{key} = {value}\n")
+    found = load_config(path, settings, earlier=earlier(first, 100)).optimizer
+    kept = {"warmup_steps": 10, "decay_steps": 90}
+    assert {name: getattr(found, name) for name in kept} == {**kept, key: value}
+    validate(load_config(path, settings, earlier=earlier(first, 100)), 1)
+
+
+def test_a_file_that_was_changed_since(path: Path) -> None:
+    path.write_text(path.read_text() + "[optimizer]\nwarmup_steps = 5\n")
+    first = load_config(path, ["--optimizer.warmup_steps=7"])
+    assert load_config(path, earlier=earlier(first, 50)).optimizer.warmup_steps == 5
+    assert load_config(path, earlier=earlier(load_config(path), 50)).optimizer.warmup_steps == 5
+
+
+def test_another_schedule_decays_as_if_new(path: Path) -> None:
+    first = load_config(path)
+    found = load_config(path, ["--optimizer.schedule=wsd", "--train.steps=400"], earlier=earlier(first, 100)).optimizer
+    assert (found.warmup_steps, found.decay_steps, found.decay_end) == (10, 80, 0)
+
+
+def test_checkpoints_made_before_a_setting_was_known(path: Path) -> None:
+    """Of other programs too, which know no settings at all."""
+    first = dataclasses.asdict(load_config(path, ["--optimizer.schedule=wsd"]))
+    del first["optimizer"]["decay_end"]
+    settings = ["--optimizer.schedule=wsd", "--train.steps=400"]
+    assert load_config(path, settings, earlier=Earlier(config=first, step=100)).optimizer.decay_end == 100
+    first["optimizer"] = {}
+    found = load_config(path, settings, earlier=Earlier(config=first, step=100)).optimizer
+    assert (found.warmup_steps, found.decay_steps, found.decay_end) == (40, 80, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["--optimizer.decay_end=90"], "optimizer.decay_end = 90: must be 0 for optimizer.schedule = 'cosine'"),
+        (
+            ["--optimizer.schedule=wsd", "--optimizer.decay_end=25"],
+            "optimizer.decay_steps = 20: must be at most optimizer.decay_end - optimizer.warmup_steps = 15",
+        ),
+    ],
+)
+def test_an_end_that_cannot_be(path: Path, settings: list[str], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        validate(load_config(path, settings), 1)
