@@ -115,7 +115,10 @@ class Inputs:
 
 
 def make_inputs(operation: Operation, shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
-    """Sets of random inputs; decays as a Griffin begins with them: where r = 1, a is between 0.9 and 0.999."""
+    """Sets of random inputs; decays for which a is between 0.9 and 0.999 where r = 1: long memories.
+
+    A Griffin begins with shorter ones: there the eighth root of a is in that range.
+    """
     generator = torch.Generator(device).manual_seed(0)
     full = (shape.steps, shape.batch, shape.width)
     element_size = torch.empty((), dtype=dtype).element_size()

@@ -9,6 +9,7 @@ from griffin.kernels.arguments import FLOATING, check_argument, check_sequences
 from griffin.kernels.backends import AUTO
 from griffin.kernels.conv1d import ops
 from griffin.kernels.conv1d.reference import causal_conv1d_reference
+from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.selection import resolve_backend
 
 __all__ = ["causal_conv1d"]
@@ -48,6 +49,7 @@ def causal_conv1d(
         y, with shape and dtype of x.
 
     Raises:
+        NotImplementedError: forward-mode differentiation by another backend than "reference".
         ValueError: an argument's shape, dtype or device does not fit x, or the backend is unknown or cannot run.
     """
     check_sequences("x", x)
@@ -72,5 +74,6 @@ def causal_conv1d(
     if backend == "reference":
         y = causal_conv1d_reference(x, weight, bias, starts, initial_window)
     else:
+        x, weight, bias, initial_window = without_tangents(x, weight, bias, initial_window)
         y = ops.forward(x, weight, bias, starts, initial_window, backend)
     return y.transpose(0, 1) if batch_first else y

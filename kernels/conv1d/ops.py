@@ -5,6 +5,7 @@
 import torch
 from torch import Tensor
 
+from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.layout import accumulation_dtype, like
 from griffin.kernels.selection import implementation
 
@@ -46,6 +47,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_y):
     x, weight, starts, window = ctx.saved_tensors
+    (grad_y,) = without_tangents(grad_y)
     grad_x, grad_weight, grad_bias, grad_window = backward(grad_y, x, weight, starts, window, ctx.backend)
     return (
         grad_x,

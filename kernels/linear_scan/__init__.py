@@ -7,6 +7,7 @@ from torch import Tensor
 
 from griffin.kernels.arguments import FLOATING, check_argument, check_chunk, check_sequences
 from griffin.kernels.backends import AUTO
+from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.linear_scan import ops
 from griffin.kernels.linear_scan.reference import linear_scan_reference
 from griffin.kernels.selection import resolve_backend
@@ -31,6 +32,11 @@ def linear_scan(
     States and sums are float32, or float64 where b is; h is rounded once. Gradients flow to a, b and initial_state,
     from both results; the same inputs give the same bits.
 
+    Backend "cpu" is finite where the loop is, also where products of a overflow. With u = 2^-24 (2^-53 in float64), a
+    state's error is within some 4 L u of the sum of its terms' absolute values, where L, at most 256 steps on CPUs, is
+    the length of a chunk; roundings do not add up over more steps, as they do in a loop. Where batch and channels are
+    8192 or more there are no chunks, and it is a loop. Triton's chunks are chained by products of a.
+
     Args:
         a, b: [T, B, R], of any strides and one dtype: bfloat16, float16, float32 or float64. Where channels adjoin,
             nothing is copied.
@@ -48,6 +54,7 @@ def linear_scan(
         h, with shape and dtype of b, and the state after the last position, [B, R] in float32 (float64 where b is).
 
     Raises:
+        NotImplementedError: forward-mode differentiation by another backend than "reference".
         ValueError: an argument's shape, dtype or device does not fit b, or the backend is unknown or cannot run.
     """
     check_sequences("b", b)
@@ -66,5 +73,6 @@ def linear_scan(
     if backend == "reference":
         h, last_state = linear_scan_reference(a, b, starts, initial_state)
     else:
+        a, b, initial_state = without_tangents(a, b, initial_state)
         h, last_state = ops.forward(a, b, starts, initial_state, chunk, backend)
     return h.transpose(0, 1) if batch_first else h, last_state

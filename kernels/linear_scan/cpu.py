@@ -2,7 +2,8 @@
 
 Time is walked in tiles small enough that what is done with them stays in cache. Within a tile the recurrence is a
 two-level scan: all chunks of the tile advance side by side from a zero state, the states at the chunk ends are chained,
-and each chunk then adds the decayed state it should have begun with.
+and all chunks advance side by side again, from the states that they begin with. What cannot be chained, or is not
+finite, is walked step by step.
 
 Axes: S steps of a tile (= N chunks of L steps), B sequences, R channels.
 """
@@ -10,7 +11,7 @@ Axes: S steps of a tile (= N chunks of L steps), B sequences, R channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,10 @@ STEP_ELEMENTS = 2**13  # elements that one step of all chunks covers: amortises 
 # Elsewhere (CUDA) there is no such cache to stay in and calls are dear: the tile only bounds memory.
 DEVICE_TILE_ELEMENTS = 2**26
 DEVICE_STEP_ELEMENTS = 2**20
+
+# The largest product of a over a chunk with which it is chained. The state after a chunk, p h + end, is as exact as the
+# largest of its terms: where p h is large and the sum is not, the loop's digits are lost.
+GROWTH = 4.0
 
 
 @dataclass(frozen=True)
@@ -53,29 +58,60 @@ class Tiling:
             yield slice(first, min(first + self.tile, self.steps))
 
 
-def scan_(a: Tensor, b: Tensor, state: Tensor, tiling: Tiling, *, reverse: bool = False) -> Tensor:
-    """Turn b into h of h_t = a_t h_{t-1} + b_t in place, from `state` [B, R]; returns the last state, spoils a.
+def scan_(
+    a: Tensor, b: Tensor, state: Tensor, tiling: Tiling, *, reverse: bool = False, products: Tensor | None = None
+) -> Tensor:
+    """Turn b into h of h_t = a_t h_{t-1} + b_t in place, from `state` [B, R]; returns the last state.
 
-    `reverse` runs from the last step to the first. a, b [S, B, R], contiguous.
+    a, b [S, B, R], contiguous; `reverse` runs from the last step to the first. `products` [N, B, R], float64, are those
+    of a over each chunk, for a caller who knows them better than rounded factors do.
     """
-    chunked = (tiling.chunks, tiling.chunk, *a.shape[1:])
-    a, b = a.view(chunked), b.view(chunked)
     order = slice(None, None, -1 if reverse else 1)
-    a_steps, b_steps = a.unbind(1)[order], b.unbind(1)[order]  # L of [N, B, R]
-    if tiling.chunks == 1:
-        previous = state[None]
-        for a_l, b_l in zip(a_steps, b_steps, strict=True):
-            previous = b_l.addcmul_(a_l, previous)
-        return previous[0].clone()
+    if tiling.chunks > 1:
+        chunked = (tiling.chunks, tiling.chunk, *a.shape[1:])
+        a_steps, b_steps = (tensor.view(chunked).unbind(1)[order] for tensor in (a, b))  # L of [N, B, R]
+        states = torch.stack(_chain(a_steps, b_steps, state, products, order)[order]).to(b.dtype)
+        if states.isfinite().all():
+            firsts, last = (states[1:], states[0]) if reverse else (states[:-1], states[-1])
+            _walk_(a_steps, b_steps, firsts)
+            return last.clone()
+    return _walk_(a.unbind(0)[order], b.unbind(0)[order], state).clone()
 
-    for step in range(1, tiling.chunk):
-        b_steps[step].addcmul_(a_steps[step], b_steps[step - 1])
-        a_steps[step].mul_(a_steps[step - 1])
-    states = [state]
-    for a_n, b_n in zip(a_steps[-1].unbind(0)[order], b_steps[-1].unbind(0)[order], strict=True):
-        states.append(torch.addcmul(b_n, a_n, states[-1]))
-    b.addcmul_(a, torch.stack(states[:-1][order])[:, None])
-    return states[-1]
+
+def _walk_(a_steps: Sequence[Tensor], b_steps: Sequence[Tensor], state: Tensor) -> Tensor:
+    for a_l, b_l in zip(a_steps, b_steps, strict=True):
+        state = b_l.addcmul_(a_l, state)
+    return state
+
+
+def _chain(
+    a_steps: Sequence[Tensor], b_steps: Sequence[Tensor], state: Tensor, products: Tensor | None, order: slice
+) -> list[Tensor]:
+    """N + 1 of [B, R], float64, in the order of the walk: the state before each chunk, and the last one.
+
+    Products are float64 as well: near 1, those in float32 would be rounded the same way at every step. A
+    chunk is walked step by step where its end cannot be had from a zero state: see GROWTH.
+    """
+    wide = torch.float64
+    ends = b_steps[0].clone()
+    for a_l, b_l in zip(a_steps[1:], b_steps[1:], strict=True):
+        torch.addcmul(b_l, a_l, ends, out=ends)
+    if products is None:
+        products = a_steps[0].to(wide, copy=True)
+        for a_l in a_steps[1:]:
+            products.mul_(a_l)
+    chains = ((products.abs() <= GROWTH) & ends.isfinite()).flatten(1).all(1).tolist()
+    wide_ends = ends.to(wide)
+    states = [state.to(wide)]
+    for n in range(len(chains))[order]:
+        if chains[n]:
+            states.append(torch.addcmul(wide_ends[n], products[n], states[-1]))
+        else:
+            last = states[-1].to(ends.dtype)
+            for a_l, b_l in zip(a_steps, b_steps, strict=True):
+                last = torch.addcmul(b_l[n], a_l[n], last)
+            states.append(last.to(wide))
+    return states
 
 
 def or_at_0(starts: Tensor | None, initial_state: Tensor | None, x: Tensor) -> Tensor | None:
@@ -148,7 +184,7 @@ def backward(
         steps = span.stop - span.start
         torch.mul(tile.a[:steps], grad_h[span], out=tile.b[:steps])
         carry_after, carry = carry, scan_(tile.a, tile.b, carry, tiling, reverse=True)
-        total = tile.a[:steps]  # the scan has spent a
+        total = tile.a[:steps]  # which the scan needs no more
         total[:-1] = tile.b[1:steps]
         total[-1] = carry_after
         total += grad_h[span]

@@ -5,6 +5,7 @@
 import torch
 from torch import Tensor
 
+from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.layout import accumulation_dtype, like
 from griffin.kernels.selection import implementation
 
@@ -55,6 +56,7 @@ def _backward(ctx, grad_h, grad_last):
         grad_h = torch.zeros_like(h)
     if grad_last is None:
         grad_last = h.new_zeros(h.shape[1:], dtype=accumulation_dtype(h))
+    grad_h, grad_last = without_tangents(grad_h, grad_last)
     grad_a, grad_b, grad_initial = backward(grad_h, grad_last, a, starts, initial_state, h, ctx.chunk, ctx.backend)
     if initial_state is not None:
         grad_initial = grad_initial.to(initial_state.dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from griffin.kernels.arguments import FLOATING, check_argument, check_chunk, check_sequences
 from griffin.kernels.backends import AUTO
+from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.rglru import ops
 from griffin.kernels.rglru.reference import Given, rglru_reference
 from griffin.kernels.rglru.step import rglru_step
@@ -59,6 +60,7 @@ def rglru(
         y, with shape and dtype of x, and the state after the last position, [B, R] in float32 (float64 where x is).
 
     Raises:
+        NotImplementedError: forward-mode differentiation by another backend than "reference".
         ValueError: an argument's shape, dtype or device does not fit x, or the backend is unknown or cannot run.
     """
     check_sequences("x", x)
@@ -81,5 +83,9 @@ def rglru(
     if backend == "reference":
         y, last_state = rglru_reference(given)
     else:
+        x, input_gate, recurrence_gate, decay, branch, initial_state = without_tangents(
+            x, input_gate, recurrence_gate, decay, branch, initial_state
+        )
+        given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
         y, last_state, _, _ = ops.forward(*given, save_states, chunk, backend)
     return y.transpose(0, 1) if batch_first else y, last_state

@@ -46,6 +46,18 @@ class _Workspace:
             a.view(-1, a.shape[-1]).index_fill_(0, rows, 0)
             m.view(-1, m.shape[-1]).index_fill_(0, rows, 1)
         self.a[steps:] = 1
+        self.r[steps:] = 0
+
+    def products(self, starts: Tensor | None, tiling: Tiling) -> Tensor | None:
+        """Of a over each chunk, [N, B, R] in float64, from the sums of log a: what a is rounded by does not add up."""
+        if tiling.chunks == 1:
+            return None
+        sums = self.r.view(tiling.chunks, tiling.chunk, *self.r.shape[1:]).sum(1)
+        products = sums.double().mul_(self.rate).exp_()
+        if starts is not None:
+            padded = F.pad(starts, (0, 0, 0, tiling.tile - len(starts)))
+            products.masked_fill_(padded.view(tiling.chunks, tiling.chunk, -1).any(1)[..., None], 0)
+        return products
 
 
 def forward(given: Given, save_states: bool, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor | None, None]:
@@ -58,12 +70,13 @@ def forward(given: Given, save_states: bool, chunk: int | None = None) -> tuple[
     y = like(x)
     states = like(x) if save_states and branch is not None else None
     for span in tiling.spans():
-        work.gates(input_gate[span], recurrence_gate[span], part(starts, span))
+        starting = part(starts, span)
+        work.gates(input_gate[span], recurrence_gate[span], starting)
         steps = span.stop - span.start
         b = work.i  # b = m i x
         b[:steps].mul_(x[span]).mul_(work.m[:steps])
         b[steps:] = 0
-        state = scan_(work.a, b, state, tiling)
+        state = scan_(work.a, b, state, tiling, products=work.products(starting, tiling))
         if states is not None:
             states[span] = b[:steps]
         if branch is not None:
@@ -96,7 +109,8 @@ def backward(
     # carry_t = a_t dL/dh_t is what reaches h_{t-1}: dL/dh_t = dL/dy_t + carry_{t+1}.
     carry = grad_last
     for span in reversed(list(tiling.spans())):
-        work.gates(input_gate[span], recurrence_gate[span], part(starts, span))
+        starting = part(starts, span)
+        work.gates(input_gate[span], recurrence_gate[span], starting)
         steps = span.stop - span.start
         i, r, a, m, c, q, g = (t[:steps] for t in (work.i, work.r, work.a, work.m, carries, slope, grads))
         g.copy_(grad_y[span])
@@ -111,8 +125,9 @@ def backward(
         torch.div(a, q, out=q).mul_(a)  # -dm/dlog a = a^2 / m, bounded
         torch.mul(a, g, out=c)
         carries[steps:] = 0
-        carry_after, carry = carry, scan_(work.a, carries, carry, tiling, reverse=True)
-        grad_h = a  # the scan has spent a
+        products = work.products(starting, tiling)
+        carry_after, carry = carry, scan_(work.a, carries, carry, tiling, reverse=True, products=products)
+        grad_h = a  # which the scan needs no more
         grad_h[:-1] = c[1:]
         grad_h[-1] = carry_after
         grad_h += g

@@ -8,6 +8,7 @@ Both have no notion of what happens inside. Optional results are tensors without
 import torch
 from torch import Tensor
 
+from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.launch import multiprocessors
 from griffin.kernels.layout import accumulation_dtype, like
 from griffin.kernels.linear_scan.plan import select_plan
@@ -117,6 +118,7 @@ def _backward(ctx, grad_y, grad_last, *_):
         grad_y = torch.zeros_like(given.x)
     if grad_last is None:
         grad_last = given.x.new_zeros(given.x.shape[1:], dtype=accumulation_dtype(given.x))
+    grad_y, grad_last = without_tangents(grad_y, grad_last)
     *grads, grad_decay, grad_branch, grad_initial = backward(
         *given, states, first_states, grad_y, grad_last, ctx.chunk, ctx.backend
     )

@@ -29,15 +29,26 @@ class Given(NamedTuple):
 class _BoundedSqrt(torch.autograd.Function):
     """Square root whose derivative is 1 / sqrt(max(4 x, 1e-6))."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(x: Tensor) -> Tensor:
         return x.sqrt()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return grad / (4 * x.clamp(min=MIN_SQRT_ARGUMENT)).sqrt()
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangent / (4 * x.clamp(min=MIN_SQRT_ARGUMENT)).sqrt()
 
 
 def rglru_reference(given: Given) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.layout import accumulation_dtype
 from griffin.kernels.rglru import ops
 from griffin.kernels.rglru.reference import GATE_SCALE
@@ -29,6 +30,9 @@ def rglru_step(decay: Tensor, backend: str) -> Step:
     if backend == "triton":
 
         def fused(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, branch: Tensor, state: Tensor) -> Tensor:
+            x, input_gate, recurrence_gate, branch, state = without_tangents(
+                x, input_gate, recurrence_gate, branch, state
+            )
             x, input_gate, recurrence_gate, branch = (
                 tensor.t()[None].contiguous() for tensor in (x, input_gate, recurrence_gate, branch)
             )

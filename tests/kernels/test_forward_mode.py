@@ -1,0 +1,119 @@
+"""Forward-mode differentiation of every public operation: the derivative, or an error, never tangents dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from griffin.kernels.conv1d import causal_conv1d
+from griffin.kernels.linear_scan import linear_scan
+from griffin.kernels.local_attention import attention_mask, multi_query_attention
+from griffin.kernels.rglru import rglru, rglru_step
+from tests.kernels.interpreter import needs_interpreter
+
+SHAPE = (5, 2, 3)
+TRITON = pytest.param("triton", marks=needs_interpreter)
+
+
+def first(function: Callable[..., tuple[Tensor, Tensor]], names: str, **options: Any) -> Callable[..., Tensor]:
+    """Of positional tensors, the two results as one."""
+    return lambda *tensors: torch.cat(
+        [result.flatten() for result in function(**dict(zip(names.split(), tensors, strict=True)), **options)]
+    )
+
+
+def operation(name: str, backend: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """A function of tensors, and these."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    if name == "linear_scan":
+        tensors = (random(*SHAPE), random(*SHAPE), random(*SHAPE[1:]))
+        return first(linear_scan, "a b initial_state", backend=backend), tensors
+    if name == "rglru":
+        names = "x input_gate recurrence_gate branch decay initial_state"
+        return first(rglru, names, backend=backend), (*random(4, *SHAPE), random(3), random(*SHAPE[1:]))
+    if name == "rglru_step":
+        step = rglru_step(torch.zeros(3), backend)
+
+        def stepped(x: Tensor, gate: Tensor, state: Tensor) -> Tensor:
+            return step(x, gate, gate, gate, state.clone())
+
+        return stepped, tuple(random(3, 3, 2))
+    if name == "causal_conv1d":
+        tensors = (random(*SHAPE), random(4, 3), random(3))
+        return lambda *leaves: causal_conv1d(*leaves, backend=backend), tensors
+    mask = attention_mask(torch.zeros(2, 5, dtype=torch.int64), 3, backend=backend)
+    return lambda q, k, v: multi_query_attention(q, k, v, mask), (
+        random(5, 2, 2, 16),
+        random(5, 2, 16),
+        random(5, 2, 16),
+    )
+
+
+OPERATIONS = [
+    pytest.param(name, *getattr(backend, "values", (backend,)), marks=getattr(backend, "marks", ()))
+    for name in ("linear_scan", "rglru", "rglru_step", "causal_conv1d")
+    for backend in ("cpu", TRITON, "reference")
+] + [("attention", "sdpa"), ("attention", "flex")]
+
+
+def derivative(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
+    """By differences in float32."""
+    step = 1e-3
+    ahead, behind = (
+        function(*(tensor + sign * step * tangent for tensor, tangent in zip(tensors, tangents, strict=True)))
+        for sign in (1, -1)
+    )
+    return (ahead - behind) / (2 * step)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize(("name", "backend"), OPERATIONS)
+def test_jvp_is_right_or_raises(name: str, backend: str) -> None:
+    function, tensors = operation(name, backend)
+    tangents = tuple(torch.ones_like(tensor) for tensor in tensors)
+    expected = derivative(function, tensors, tangents)
+    assert expected.abs().max() > 0.1
+    try:
+        _, found = torch.func.jvp(function, tensors, tangents)
+    except (NotImplementedError, RuntimeError):
+        assert (name, backend) not in {(n, "reference") for n in ("linear_scan", "rglru", "causal_conv1d")}
+    else:
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["cpu", TRITON])
+@pytest.mark.parametrize("name", ["linear_scan", "rglru", "causal_conv1d"])
+def test_refuses_under_transforms(name: str, backend: str) -> None:
+    """Whatever the order of jvp and vmap, and where the tangent enters by the gradient alone."""
+    function, tensors = operation(name, backend)
+    refused = pytest.raises(NotImplementedError, match='backend="reference"')
+    rest = tensors[1:]
+
+    def of_first(x: Tensor) -> Tensor:
+        return function(x, *rest)
+
+    x = tensors[0]
+    many = torch.stack([x, 2 * x])
+    with refused:
+        torch.func.jacfwd(of_first)(x)
+    with refused:
+        torch.func.jvp(torch.func.vmap(of_first), (many,), (many,))
+    with refused:
+        torch.func.vmap(lambda one: torch.func.jvp(of_first, (one,), (one,)))(many)
+    with torch.autograd.forward_ad.dual_level(), refused:
+        of_first(torch.autograd.forward_ad.make_dual(x, x))
+    leaf = x.clone().requires_grad_()
+    y = of_first(leaf)
+    with torch.autograd.forward_ad.dual_level(), refused:
+        torch.autograd.grad(y, leaf, torch.autograd.forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))
+    # What has no tangent is not concerned.
+    _, tangent = torch.func.jvp(lambda scale: scale * of_first(x), (torch.ones(()),), (torch.ones(()),))
+    torch.testing.assert_close(tangent, of_first(x))

@@ -1,0 +1,133 @@
+"""Recurrences whose products over some hundred steps overflow, or are of factors so near 1 that roundings add up."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from griffin.kernels.linear_scan import cpu, linear_scan
+from griffin.kernels.linear_scan.cpu import Tiling
+from griffin.kernels.rglru import rglru
+
+LONG = 16384
+ROUNDING = 2.0**-24  # of float32
+
+
+def results(a: Tensor, b: Tensor, starts: Tensor | None, backend: str) -> list[Tensor]:
+    """h, the last state, and the gradients of a and b for a gradient of ones: what has no memory of signs drifts."""
+    leaves = [a.detach().requires_grad_(), b.detach().requires_grad_()]
+    h, last = linear_scan(*leaves, starts=starts, backend=backend)
+    grads = torch.autograd.grad((h, last), leaves, (torch.ones_like(h), torch.ones_like(last)))
+    return [h.detach(), last.detach(), *grads]
+
+
+def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """Largest errors relative to the largest values."""
+    return [
+        ((one.double() - other).abs().max() / other.abs().max().clamp(min=1e-30)).item()
+        for one, other in zip(found, expected, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("start", [None, 150, 190, 7000])
+def test_products_that_overflow(reverse: bool, start: int | None) -> None:
+    """a = 3 for 200 steps; what flows through them is zero, forward or backward."""
+    a = torch.full((LONG, 1, 8), 0.5)
+    steps = slice(-201, -1) if reverse else slice(200)
+    a[steps] = 3.0
+    state = torch.zeros(LONG, 1, 8)
+    starts = None
+    if start is not None:
+        starts = torch.zeros(LONG, 1, dtype=torch.bool)
+        starts[[0, LONG - 1 - start if reverse else start]] = True
+    tiling = Tiling.of(state)
+    assert tiling.chunks > 1
+    assert 3.0**tiling.chunk > torch.finfo(torch.float32).max
+    leaves = [a.requires_grad_(), state.requires_grad_()]
+    h, last = linear_scan(*leaves, starts=starts)
+    grads = torch.autograd.grad((h, last), leaves, (torch.zeros_like(h), torch.zeros_like(last)))
+    for found in (h, last, *grads):
+        assert found.count_nonzero() == 0  # also what is not a number counts
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_growth_that_cancels(reverse: bool) -> None:
+    """h = 3 h - 2 stays 1, though a chunk from a zero state ends at -3^L."""
+    a, b = torch.full((300, 1, 2), 3.0), torch.full((300, 1, 2), -2.0)
+    if reverse:  # a_t (g_t + carry) = 3 (-2/3 + 1)
+        h, last = linear_scan(a, b.zero_().requires_grad_(), initial_state=torch.zeros(1, 2))
+        grads = (torch.full_like(h, -2.0), torch.full_like(last, 3.0))
+        (found,) = torch.autograd.grad((h, last), b, grads)  # dL/dh_t = g_t + 3 dL/dh_t+1 = 1
+    else:
+        found, _ = linear_scan(a, b, initial_state=torch.ones(1, 2))
+    assert torch.equal(found, torch.ones_like(found))
+
+
+@settings(max_examples=40)
+@given(
+    steps=st.integers(2, 90),
+    magnitudes=st.lists(st.sampled_from([0.0, 1e-3, 0.5, 0.99999, 1.0, 1.01, 3.0, 1e3]), min_size=1, max_size=90),
+    sizes=st.lists(st.sampled_from([0.0, 1e-3, 1.0]), min_size=1, max_size=5),
+    starts=st.one_of(st.none(), st.sets(st.integers(0, 89), max_size=6)),
+    seed=st.integers(0, 2**31),
+)
+def test_finite_and_close_wherever_the_loop_is(steps, magnitudes, sizes, starts, seed):
+    """Step by step: within a few roundings of the largest state so far, as far as products let them grow."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (2, steps, 1, 2), generator=generator) * 2.0 - 1
+    a = torch.tensor([magnitudes[t % len(magnitudes)] for t in range(steps)])[:, None, None] * signs[0]
+    b = torch.tensor([sizes[t % len(sizes)] for t in range(steps)])[:, None, None] * signs[1]
+    flags = None
+    if starts is not None:
+        flags = torch.zeros(steps, 1, dtype=torch.bool)
+        flags[[place % steps for place in starts]] = True
+    loop = results(a, b, flags, "reference")
+    exact = results(a.double(), b.double(), flags, "reference")
+    # Each rounding grows as everything does: as in the recurrence of absolute values.
+    bound = results(a.double().abs(), b.double().abs(), flags, "reference")
+    with mock.patch.multiple(cpu, TILE_ELEMENTS=60, STEP_ELEMENTS=12):  # tiles of several chunks
+        found = results(a, b, flags, "cpu")
+    for value, plain, wide, size in zip(found, loop, exact, bound, strict=True):
+        finite = plain.isfinite()
+        assert value.isfinite()[finite].all()
+        error, underflow = ((one.double() - wide).abs()[finite] for one in (value, plain))
+        assert (error <= ROUNDING * 4 * steps * size[finite] + 2 * underflow).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4), (1, 64)])
+def test_decays_near_1_do_not_drift(shape: tuple[int, int]) -> None:
+    """No worse than 100 roundings at the largest; products that round the same way make 4e-4 of it."""
+    a, b = torch.full((LONG, *shape), 0.99999), torch.ones(LONG, *shape)
+    # The closed form of the loop in float64, with the float32 number nearest to .99999.
+    decay = a[0, 0, 0].double()
+    powers = decay ** torch.arange(1, LONG + 1)
+    h = (1 - powers) / (1 - decay)
+    found = results(a, b, None, "cpu")
+    # Of b: the steps from it on, and the last state once more.
+    backward = (1 - powers) / (1 - decay) + powers / decay
+    expected = [h, h[-1], backward.flip(0)]
+    picked = [found[0][:, 0, 0], found[1][0, 0], found[3][:, 0, 0]]
+    assert max(errors(picked, expected)) < 100 * ROUNDING
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4), (1, 64)])
+def test_rglru_near_1_is_closer_than_the_rounded_decay(shape: tuple[int, int]) -> None:
+    """log a = -6.6e-6: a is rounded by up to half a percent of that, which chunks must not add up."""
+    x, gate = torch.ones(LONG, *shape), torch.full((LONG, *shape), -5.0)
+    decay = torch.full(shape[1:], -9.0)
+    y, last = rglru(x, gate, gate, decay, backend="cpu")
+    wide = [tensor.double() for tensor in (gate[0, 0, 0], gate[0, 0, 0], decay[0])]
+    i, r, p = wide
+    i, r = i.sigmoid(), r.sigmoid()
+    log_a = -8 * r * torch.nn.functional.softplus(p)
+    time = torch.arange(LONG)
+    # h_0 = i x, then m i x more at each step.
+    sums = torch.expm1(time * log_a) / torch.expm1(log_a)
+    expected = i * ((time * log_a).exp() + (-torch.expm1(2 * log_a)).sqrt() * sums)
+    assert max(errors([y[:, 0, 0], last[0, 0]], [expected, expected[-1]])) < 5e-6
