@@ -23,6 +23,8 @@ from griffin.trainer.run_folder import RunFolder, default_run_folder
 
 # What `griffin launch slurm` writes for a job: NAME, NAME-2 and so on.
 FILES = (("job", ".sbatch"), ("config", ".toml"), ("setup", ".sh"), ("code", ".json"), ("code", ".diff"), ("code", ""))
+# Folders of which every node has its own, as a rule.
+NODE_LOCAL = ("/tmp", "/dev/shm", "/run")
 # Exit codes after which a training on this machine is not started again: complete, or stopped by a person.
 ENDS = (0, STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -197,8 +199,10 @@ def run_slurm(args: argparse.Namespace) -> int:
         code=expected,
     )
     script = render(job, files)
-    if run_dir.is_relative_to("/tmp"):
-        _say(f"warning: --run-dir {run_dir}: below /tmp, of which every node may have its own")
+    for local in NODE_LOCAL:
+        if run_dir.is_relative_to(local) or run_dir.resolve().is_relative_to(local):
+            _say(f"warning: --run-dir {run_dir}: below {local}, of which every node may have its own")
+            break
 
     folder.mkdir(parents=True, exist_ok=True)
     if args.container and config.data.cache:  # what is mounted must be there

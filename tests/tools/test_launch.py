@@ -65,6 +65,20 @@ def test_further_options_of_sbatch(config: Path, words: list[str]) -> None:
     assert "\n#SBATCH --reservation=april\n" in (config.parent / "run/launch/job.sbatch").read_text()
 
 
+@pytest.mark.parametrize(("run_dir", "warns"), [("local/run", True), ("link/run", True), ("local-not/run", False)])
+def test_run_folders_that_nodes_do_not_share(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_dir: str, warns: bool
+) -> None:
+    assert {"/tmp", "/dev/shm"} <= set(griffin.tools.launch.NODE_LOCAL)
+    local = config.parent.resolve() / "local"
+    local.mkdir()
+    Path("link").symlink_to(local)
+    monkeypatch.setattr(griffin.tools.launch, "NODE_LOCAL", (str(local),))
+    assert main(["launch", "slurm", str(config), *JOB, "--run-dir", run_dir]) == 0
+    warning = f"warning: --run-dir {config.parent / run_dir}: below {local}, of which every node may have its own"
+    assert (warning in capsys.readouterr().err) == warns
+
+
 def test_changes_in_any_encoding_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkout = tmp_path / "checkout"
     (checkout / "trainer").mkdir(parents=True)
