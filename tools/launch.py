@@ -23,6 +23,8 @@ from griffin.trainer.run_folder import RunFolder, default_run_folder
 
 # What `griffin launch slurm` writes for a job: NAME, NAME-2 and so on.
 FILES = (("job", ".sbatch"), ("config", ".toml"), ("setup", ".sh"), ("code", ".json"), ("code", ".diff"), ("code", ""))
+# Folders of which every node has its own, as a rule.
+NODE_LOCAL = ("/tmp", "/dev/shm", "/run")
 # Exit codes after which a training on this machine is not started again: complete, or stopped by a person.
 ENDS = (0, STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -197,8 +199,10 @@ def run_slurm(args: argparse.Namespace) -> int:
         code=expected,
     )
     script = render(job, files)
-    if run_dir.is_relative_to("/tmp"):
-        _say(f"warning: --run-dir {run_dir}: below /tmp, of which every node may have its own")
+    for local in NODE_LOCAL:
+        if run_dir.is_relative_to(local) or run_dir.resolve().is_relative_to(local):
+            _say(f"warning: --run-dir {run_dir}: below {local}, of which every node may have its own")
+            break
 
     folder.mkdir(parents=True, exist_ok=True)
     if args.container and config.data.cache:  # what is mounted must be there
@@ -258,27 +262,33 @@ def run_local(args: argparse.Namespace) -> int:
         raise ValueError("griffin launch local starts ranks itself: start it without torchrun, srun or mpiexec")
     if args.run_dir is None:  # the same for all starts
         args.run_dir = default_run_folder(args.config, load_run_config(args))
+    from griffin.trainer.checkpoint.unreadable import why_unreadable
+
     checkpoints = RunFolder(args.run_dir).checkpoints
     start = start_local(args)
-    failures, best = 0, _newest(checkpoints)
+    failures, best = 0, _newest(checkpoints)[0]
     while True:
         exit_code = start()
         if exit_code in ENDS:
             return exit_code
-        newest = _newest(checkpoints)
+        newest, folder = _newest(checkpoints)
         is_newer = newest is not None and (best is None or newest > best)  # a run can go back, and set one aside
         failures, best = (1, newest) if is_newer else (failures + 1, best)
         at = "no checkpoint" if newest is None else f"the checkpoint of step {newest}"
+        if folder is not None and (why := why_unreadable(args.run_dir, folder)):
+            _say(f"the newest checkpoint cannot be read back, and restarts do not mend it: {folder.name} {why}")
+            _say(f"to go on from the one before it, rename {folder} to {folder.name}.damaged")
         if failures > args.max_restarts:
             _say(f"failed {failures} times in a row with {at} as the newest: not tried again")
             return exit_code
         _say(f"failed with exit code {exit_code}: starting again from {at}")
 
 
-def _newest(checkpoints: Path) -> int | None:
+def _newest(checkpoints: Path) -> tuple[int, Path] | tuple[None, None]:
     from griffin.trainer.checkpoint.manifest import steps
 
-    return max((step for step, _ in steps(checkpoints)), default=None)
+    found = steps(checkpoints)
+    return found[-1] if found else (None, None)
 
 
 def _say(text: str) -> None:

@@ -19,6 +19,7 @@ from griffin.trainer.checkpoint.keeper import Checkpoints, Position
 from griffin.trainer.checkpoint.lock import RunLock
 from griffin.trainer.checkpoint.manifest import clean
 from griffin.trainer.checkpoint.source import InitFrom, Source, find_source, refuse_other_model
+from griffin.trainer.checkpoint.unreadable import note_skipped, noting
 from griffin.trainer.config import Config, OptimizerConfig
 from griffin.trainer.data.dataset import Samples, build_index, open_samples
 from griffin.trainer.data.loader import batches
@@ -79,7 +80,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
                 spikes=spikes,
             )
         )
-        position = checkpoints.load(source)
+        with noting(folder.path, source):
+            position = checkpoints.load(source)
         stragglers = Stragglers(grid, folder.stragglers)
         run = _Run(config, grid, training, checkpoints, report, requests, spikes, ledger, watchdog, stragglers)
         return run.go_on_from(position)
@@ -108,6 +110,7 @@ def _open_folder(
     except ValueError as error:
         raise RunError(str(error)) from error
     clean(folder.checkpoints)
+    note_skipped(folder.path, folder.checkpoints, source)
     return Opened(folder, source, (lock.path, lock.token), config.optimizer)
 
 

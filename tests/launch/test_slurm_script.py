@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from griffin.launch.slurm import JobFiles, SlurmJob, render, time_seconds
+from griffin.trainer.checkpoint import unreadable
 from tests.small_runs import wait_for
 
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
@@ -378,6 +379,23 @@ def test_a_run_that_went_back_has_made_no_progress(tmp_path: Path) -> None:
     (checkpoints / "step-00000008").mkdir()
     assert pretended.run() == 1
     assert "failed with exit code 1, 3 times in a row with no checkpoint newer than step-00000008" in pretended.said
+
+
+def test_newest_checkpoint_that_cannot_be_read_back(tmp_path: Path) -> None:
+    """It is said, and is no progress; one that was saved anew since is not blamed."""
+    pretended = Pretended(tmp_path, "1 step-00000008", "1", "1", max_restarts=2)
+    assert pretended.run() == 1
+    assert "cannot be read back" not in pretended.said
+    folder, noted = tmp_path / "run/checkpoints/step-00000008", tmp_path / "run" / unreadable.NAME
+    noted.write_text("step-00000004 is missing\nstep-00000008 c/0 is damaged\n")
+    assert pretended.run() == 1
+    assert "failure 2 with no checkpoint newer than step-00000008" in pretended.said
+    told = "the newest checkpoint cannot be read back, and restarts do not mend it: step-00000008 c/0 is damaged"
+    assert pretended.said.count(told) == 1
+    os.utime(folder, (noted.stat().st_mtime + 1,) * 2)
+    assert pretended.run() == 1
+    assert pretended.said.count(told) == 1
+    assert pretended.requeues == 2
 
 
 def test_failure_that_cannot_be_noted_is_the_last(tmp_path: Path) -> None:

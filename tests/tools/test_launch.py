@@ -17,9 +17,12 @@ import griffin.tools.launch
 from griffin.launch import code
 from griffin.parallel.ranks import STOPPED
 from griffin.tools.cli import main
+from griffin.trainer.checkpoint import unreadable
+from griffin.trainer.checkpoint.manifest import step_name
 from griffin.trainer.config import load_config
 from griffin.trainer.run_folder import RunFolder
-from tests.small_runs import metrics, saved_steps, series, snapshot, wait_for, write_config
+from tests.ranks import RankError, RankPool
+from tests.small_runs import metrics, run, saved_steps, series, snapshot, wait_for, write_config
 
 JOB = ["--nodes", "2", "--gpus-per-node", "2", "--time", "1:00:00"]
 
@@ -63,6 +66,20 @@ def test_job_is_written_beside_its_run(config: Path, capsys: pytest.CaptureFixtu
 def test_further_options_of_sbatch(config: Path, words: list[str]) -> None:
     assert main(["launch", "slurm", str(config), *JOB, "--run-dir", "run", *words]) == 0
     assert "\n#SBATCH --reservation=april\n" in (config.parent / "run/launch/job.sbatch").read_text()
+
+
+@pytest.mark.parametrize(("run_dir", "warns"), [("local/run", True), ("link/run", True), ("local-not/run", False)])
+def test_run_folders_that_nodes_do_not_share(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_dir: str, warns: bool
+) -> None:
+    assert {"/tmp", "/dev/shm"} <= set(griffin.tools.launch.NODE_LOCAL)
+    local = config.parent.resolve() / "local"
+    local.mkdir()
+    Path("link").symlink_to(local)
+    monkeypatch.setattr(griffin.tools.launch, "NODE_LOCAL", (str(local),))
+    assert main(["launch", "slurm", str(config), *JOB, "--run-dir", run_dir]) == 0
+    warning = f"warning: --run-dir {config.parent / run_dir}: below {local}, of which every node may have its own"
+    assert (warning in capsys.readouterr().err) == warns
 
 
 def test_changes_in_any_encoding_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +210,42 @@ def test_local_starts_again_while_there_is_progress(
     monkeypatch.setattr(griffin.tools.launch, "start_local", lambda args: pretended)
     assert main(["launch", "local", str(config), "--ranks", "2", "--run-dir", "run", "--max-restarts", "2"]) == code
     assert pretended.count == starts
+
+
+def test_local_says_that_the_newest_checkpoint_cannot_be_read_back(
+    config: Path, rank_pool: RankPool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the training itself finds out, here of a chunk whose bytes are not what was saved."""
+    run_dir = config.parent / "run"
+
+    def start(steps: int) -> int:
+        settings = [f"--train.steps={steps}", "--checkpoint.interval=1", "--train.eval_interval=0"]
+        try:
+            return int(rank_pool.run(run, 1, load_config(config, settings), run_dir)[0])
+        except RankError:
+            return 1
+
+    assert start(2) == 0
+    folder = run_dir / "checkpoints" / step_name(2)
+    chunk = max(
+        (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"),
+        key=lambda path: path.stat().st_size,
+    )
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    monkeypatch.setattr(griffin.tools.launch, "start_local", lambda args: lambda: start(3))
+    assert main(["launch", "local", str(config), "--run-dir", str(run_dir), "--max-restarts", "0"]) == 1
+    said = capsys.readouterr().err
+    told = f"griffin: the newest checkpoint cannot be read back, and restarts do not mend it: {folder.name} {chunk} is"
+    assert said.count(told) == 1
+    assert "failed 1 times in a row with the checkpoint of step 2 as the newest: not tried again" in said
+
+    chunk.write_bytes(content[:-1])  # a size is looked at before anything is loaded: the one before it is taken
+    assert start(3) == 0
+    assert (run_dir / unreadable.NAME).read_text().startswith(f"{folder.name} {chunk} has ")
+    assert unreadable.why_unreadable(run_dir, folder) == ""  # it was saved anew
+    assert start(3) == 0
+    assert not (run_dir / unreadable.NAME).exists()
 
 
 def test_local_is_not_started_by_another_launcher(
