@@ -228,7 +228,7 @@ def build_stages(
 
 
 def meta_stage(model: ModelConfig, grid: Grid) -> Stage:
-    """The whole model as one stage of meta tensors: names and shapes, no memory. For a grid of one rank."""
+    """The whole model as one stage of meta tensors: names and shapes, no memory. For a first rank only."""
     with host.on_meta():
         (stage,) = build_stages(
             model, ParallelConfig(), grid, dtype=torch.float32, sequence=1, device=torch.device("meta")

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         _config(model, args.ranks, ParallelConfig(tensor=tensor))  # refused before any long work
 
     from griffin.parallel.grid import single_rank_grid
-    from griffin.tools.model import count_parameters
+    from griffin.trainer.summary import count_parameters
 
     with single_rank_grid() as grid:
         size = BYTES_PER_PARAMETER * sum(count_parameters(model, grid))

@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.dry_run:
         _check_ranks(args.ranks)
-        check(args, args.ranks or 1)
+        config, _, _ = check(args, args.ranks or 1)
+        _print_summary(config, args.ranks or 1)
         return 0
     ranks = discover_ranks(args.ranks)
     if ranks is None:
@@ -107,6 +108,14 @@ def run(args: argparse.Namespace) -> int:
         print(failure_text(error), end="", file=sys.stderr)
         leave(1)
     return 0
+
+
+def _print_summary(config: Config, world_size: int) -> None:
+    from griffin.parallel.grid import single_rank_grid
+    from griffin.trainer.summary import summarize
+
+    with single_rank_grid() as grid:
+        print(summarize(config, world_size, grid))
 
 
 def check(

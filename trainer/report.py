@@ -15,7 +15,6 @@ import torch
 from griffin.parallel.config import RECURRENT
 from griffin.parallel.cost import train_flops_per_token
 from griffin.parallel.grid import Grid
-from griffin.parallel.stage import stage_blocks
 from griffin.trainer.checkpoint.keeper import Position
 from griffin.trainer.checkpoint.saver import Outcome
 from griffin.trainer.checkpoint.source import Source
@@ -31,6 +30,7 @@ from griffin.trainer.rglru_health import layer_name
 from griffin.trainer.run_folder import RunFolder, changed_settings
 from griffin.trainer.spikes import SpikeDetector
 from griffin.trainer.step import StepResult
+from griffin.trainer.summary import summarize
 
 
 def _tensorboard() -> str:
@@ -60,11 +60,9 @@ class Report:
             MetricsWriter(folder, config.log.tensorboard, folder.attempt, source.step, say=self._console.print)
         )
         self._goodput = Goodput(folder, source.step)
-        sizes = stage_blocks(config.model, config.parallel, config.data.sequence_length)
         self._console.print(
             f"Run folder: {folder.path}{f', attempt {folder.attempt}' * (folder.attempt > 1)}\n"
-            f"{grid.world_size} rank{'s' * (grid.world_size > 1)}: tensor {grid.tensor_size} x pipeline "
-            f"{grid.pipeline_size} x data {grid.data_size}; blocks per stage {', '.join(map(str, sizes))}"
+            f"{summarize(config, grid.world_size, grid)}"
         )
         for text in source.skipped:
             self._console.print(f"DAMAGED CHECKPOINT, passed over: {text}")

@@ -111,6 +111,13 @@ def validate(config: Config, world_size: int) -> None:
 
     Looks at the config only; `validate_data` looks at the data.
     """
+    validate_settings(config, world_size)
+    if not config.data.train:
+        _refuse("data.train", [], "must name at least one PREFIX built by `griffin data build`")
+
+
+def validate_settings(config: Config, world_size: int) -> None:
+    """`validate` for what needs no data: they need not be named."""
     settings = {
         f"{section.name}.{key}": value
         for section in dataclasses.fields(config)
@@ -126,8 +133,6 @@ def validate(config: Config, world_size: int) -> None:
     _validate_batches(config, world_size)
     _validate_optimizer(config.optimizer, config.train.steps)
     _validate_health(config)
-    if not config.data.train:
-        _refuse("data.train", [], "must name at least one PREFIX built by `griffin data build`")
 
 
 def validate_data(config: Config, *, contents: bool = True) -> None:

@@ -12,8 +12,10 @@ import pytest
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT
 from griffin.parallel.grid import Grid, single_rank_grid
 from griffin.tools.cli import main
-from griffin.tools.model import count_parameters, describe_pattern
+from griffin.trainer.config import CONFIGS
 from griffin.trainer.presets import PRESETS, preset
+from griffin.trainer.summary import count_parameters, describe_pattern
+from tests.data_sets import write_prefix
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,6 +93,85 @@ def test_unknown_preset(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr()
     assert printed.out == "", "nothing is counted if one name is wrong"
     assert printed.err.startswith("griffin: error: model.preset = 'grifin-7b': no such preset; nearest: griffin-7b,")
+
+
+CONFIG = """
+[model]
+pattern = ["recurrent", "attention"]
+width = 64
+recurrent_width = 64
+heads = 2
+head_dim = 16
+[parallel]
+tensor = 2
+[data]
+train = "absent"
+sequence_length = 64
+[train]
+steps = 30
+global_batch = 4
+"""
+# Without the embedding: 2 MLPs of 37,312, 5 norms of 64, a recurrence of 13,504 and an attention of 6,208 parameters.
+SUMMARY = """small.toml
+Model: 16,478,656 parameters, 16,384,000 of them embedding (vocabulary 256,000); 1 recurrent, 1 attention
+2 ranks: tensor 2 x pipeline 1 x data 1; blocks per stage 2
+Training: 30 steps of 4 sequences of 64 tokens: 120 sequences, 7,680 tokens
+The data were not read, which may change the vocabulary: """
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "small.toml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_config_whose_data_are_elsewhere(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "small.toml"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(SUMMARY)
+    assert "absent" in printed.removeprefix(SUMMARY)
+
+
+def test_config_whose_data_are_here(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings that follow count, and the vocabulary is that of the data; so does the dry run of a training say."""
+    prefix = write_prefix(folder / "data", [[1] * 500], vocabulary=100)
+    words = ["small.toml", "--data.train", prefix, "--train.steps=5", "--ranks", "4"]
+    assert main(["model", *words]) == 0
+    name, *lines = capsys.readouterr().out.splitlines()
+    assert name == "small.toml"
+    assert lines == [
+        "Model: 101,056 parameters, 6,400 of them embedding (vocabulary 100); 1 recurrent, 1 attention",
+        "4 ranks: tensor 2 x pipeline 1 x data 2; blocks per stage 2",
+        "Training: 5 steps of 4 sequences of 64 tokens: 20 sequences, 1,280 tokens",
+    ]
+    assert main(["train", *words, "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    assert not (folder / "runs").exists()
+
+
+def test_packaged_configs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "demo"]) == 0
+    assert "4 ranks: tensor 2 x pipeline 2 x data 1; blocks" in capsys.readouterr().out
+    assert not set(PRESETS) & {path.stem for path in CONFIGS.glob("*.toml")}, "a name stands for one thing"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["absent.toml"], "absent.toml: no such config file"),
+        (["small.toml", "--model.gate_blocks", "7"], "model.gate_blocks = 7: must divide model.recurrent_width = 64"),
+        (["small.toml", "--ranks", "3"], "world size = 3: must be a multiple of"),
+        (["small.toml", "--ranks", "0"], "world size = 0: must be a multiple of"),
+        (["small.toml", "hawk-100m", "--ranks", "2"], "--ranks 2: is for configs; hawk-100m is a preset"),
+        (["hawk-100m", "--model.width", "64"], "--model.width: settings are for configs; hawk-100m is a preset"),
+    ],
+)
+def test_refused(folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert main(["model", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"griffin: error: {message}")
 
 
 def test_padding_of_the_vocabulary_is_not_counted(grid: Grid) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from griffin.parallel.grid import single_rank_grid
 from griffin.tools.cli import main
 from griffin.trainer.checkpoint.manifest import newest_complete, verify
-from griffin.trainer.config import load_config
+from griffin.trainer.config import Config, load_config
+from griffin.trainer.summary import summarize
 from griffin.trainer.validate import validate_data
 from tests.ranks import RankPool
 from tests.small_runs import metrics, run, write_config
@@ -82,8 +84,14 @@ def test_environment_and_config(run_dir: Path, config_path: Path) -> None:
     assert load_config(run_dir / "config.toml") == load_config(config_path, ["--parallel.tensor", "2"])
 
 
+def summary(config: Config, world_size: int) -> str:
+    with single_rank_grid() as grid:
+        return summarize(config, world_size, grid)
+
+
 def test_console_ends_with_where_to_look(run_dir: Path) -> None:
     text = (run_dir / "console.log").read_text()
+    assert summary(load_config(run_dir / "config.toml"), 4) in text
     assert "4 ranks: tensor 2 x pipeline 1 x data 2; blocks per stage 3" in text
     first, last = (line["loss"] for line in metrics(run_dir) if line["step"] in (1, 12) and "loss" in line)
     assert f"training loss: {first:.3f} -> {last:.3f} nats per token" in text

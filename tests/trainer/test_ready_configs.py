@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from griffin.parallel.grid import single_rank_grid
-from griffin.tools.model import count_parameters
 from griffin.trainer.config import load_config
+from griffin.trainer.summary import count_parameters
 from griffin.trainer.validate import validate, validate_data
 from tests.data_sets import write_prefix
 

@@ -1,0 +1,57 @@
+"""What a training is, in lines for a person: parameters, layout, tokens and samples."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from griffin.parallel.config import ModelConfig
+from griffin.parallel.grid import Grid
+from griffin.parallel.sharding import named_pieces
+from griffin.parallel.stage import meta_stage, stage_blocks
+from griffin.trainer.config import Config
+
+
+def summarize(config: Config, world_size: int, grid: Grid) -> str:
+    """Three lines: the model, its layout over `world_size` ranks, and what the training draws.
+
+    `grid` is that of a first rank in whatever world: the model is counted on it, with meta tensors.
+    """
+    model, parallel, train = config.model, config.parallel, config.train
+    embedding, rest = count_parameters(model, grid)
+    sizes = stage_blocks(model, parallel, config.data.sequence_length)
+    samples = train.steps * train.global_batch
+    return (
+        f"Model: {embedding + rest:,} parameters, {embedding:,} of them embedding (vocabulary {model.vocabulary:,}); "
+        f"{describe_pattern(model.pattern)}\n"
+        f"{world_size} rank{'s' * (world_size > 1)}: tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
+        f"{world_size // parallel.model_ranks}; blocks per stage {', '.join(map(str, sizes))}\n"
+        f"Training: {train.steps:,} steps of {train.global_batch:,} sequences of {config.data.sequence_length:,} "
+        f"tokens: {samples:,} sequences, {samples * config.data.sequence_length:,} tokens"
+    )
+
+
+def count_parameters(model: ModelConfig, grid: Grid) -> tuple[int, int]:
+    """(embedding, all other) parameters of the whole model, without the padding of the vocabulary.
+
+    `grid` is that of a first rank: pieces have their global shapes, whatever its tensor-parallel size.
+    """
+    counts = {piece.name: math.prod(piece.shape) for piece, _ in named_pieces([meta_stage(model, grid)])}
+    embedding = counts.pop("embedding.weight")
+    return embedding, sum(counts.values())
+
+
+def describe_pattern(pattern: tuple[str, ...]) -> str:
+    """`8 x (2 recurrent, 1 attention), 2 recurrent`: the shortest repeated unit, then what is left."""
+    runs = [(mixer, len(list(group))) for mixer, group in itertools.groupby(pattern)]
+    for size in (1, 2):
+        unit = runs[:size]
+        repeats = 0
+        while repeats * size < len(runs) and runs[repeats * size : (repeats + 1) * size] == unit:
+            repeats += 1
+        rest = runs[repeats * size :]
+        if repeats > 1 or len(runs) == size:
+            text = ", ".join(f"{count} {mixer}" for mixer, count in unit)
+            parts = [f"{repeats} x ({text})" if repeats > 1 else text]
+            return ", ".join(parts + [f"{count} {mixer}" for mixer, count in rest])
+    return ", ".join(f"{count} {mixer}" for mixer, count in runs)
