@@ -43,8 +43,7 @@ def discover() -> Ranks | None:
 def failure_text(error: BaseException) -> str:
     """What a rank that fails prints: the error alone where it tells all, else its traceback too."""
     tells_all = isinstance(error, RunError) or (isinstance(error, OSError) and error.filename is not None)
-    lines = traceback.format_exception_only(error) if tells_all else traceback.format_exception(error)
-    return "".join(lines)
+    return f"{type(error).__name__}: {error}\n" if tells_all else "".join(traceback.format_exception(error))
 
 
 def leave(code: int) -> NoReturn:
