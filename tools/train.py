@@ -139,8 +139,6 @@ def check(
         _check_kernels(config)
     run_dir = args.run_dir or default_run_folder(args.config, config)
     init_from = InitFrom(path=args.init_from, everything=args.init_what == "all") if args.init_from else None
-    if makes_folder and (found := differences(config.model)):
-        print(f"Note: `griffin export hf` will refuse this model, which transformers does not have: {'; '.join(found)}")
     if makes_folder:  # other ranks may look when it has been made
         RunFolder.check(run_dir, config)
         source = find_source(run_dir, init_from)
@@ -150,6 +148,9 @@ def check(
             earlier = Earlier(config=source.config, step=source.step)
             config = load_run_config(args, earlier)
             validate(config, world_size)
+    if makes_folder and (found := differences(config.model)):
+        note = f"Note: `griffin export hf` will refuse this model, which transformers does not have: {'; '.join(found)}"
+        print(note, file=sys.stderr)  # stdout may be a job's script
     return config, run_dir, init_from
 
 

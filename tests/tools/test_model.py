@@ -146,7 +146,7 @@ def test_config_whose_data_are_here(folder: Path, capsys: pytest.CaptureFixture[
         "Training: 5 steps of 4 sequences of 64 tokens: 20 sequences, 1,280 tokens",
     ]
     assert main(["train", *words, "--dry-run"]) == 0
-    assert capsys.readouterr().out.splitlines()[-len(lines) :] == lines
+    assert capsys.readouterr().out.splitlines() == lines
     assert not (folder / "runs").exists()
 
 

@@ -236,11 +236,11 @@ def test_an_export_that_will_be_impossible_is_said_at_the_start(
 ) -> None:
     command = ["train", str(config_path), "--run-dir", str(tmp_path / "run"), "--dry-run"]
     assert main(command) == 0
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     for words in ("griffin export hf", "logit_soft_cap = 0: must be above 0", "scale_embedding = false: must be true"):
         assert words in said
     assert main([*command, "--model.logit_soft_cap=30", "--model.scale_embedding=true"]) == 0
-    assert "export" not in capsys.readouterr().out
+    assert "export" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [cut, empty, scribble, Path.unlink], ids=lambda damage: damage.__name__)
