@@ -8,6 +8,7 @@ import secrets
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from griffin.parallel.ranks import LOOPBACK, Ranks, serve_store
 
 SIZE = 4
+ROOT = Path(__file__).parents[1]
 PRELOAD = ["griffin.trainer.loop"]
 
 
@@ -25,6 +27,7 @@ class RankError(AssertionError):
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    os.chdir(ROOT)  # the fork server's folder may be that of a test which is over
     while True:
         try:
             job = connection.recv()
