@@ -29,7 +29,7 @@ def test_documented_defaults(section: str) -> None:
     fields = {field.name: field.default for field in dataclasses.fields(SECTIONS[section])}
     checked = 0
     for key, default in re.findall(
-        r"^\| `(\w+)` \| ([^|]*?) \|", README.split(f"`[{section}]`")[1].split("\n`[")[0], flags=re.MULTILINE
+        r"^\| `(\w+)` \| ([^|]*?) \|", README.split(f"\n`[{section}]`")[1].split("\n`[")[0], flags=re.MULTILINE
     ):
         if key not in fields or not re.fullmatch(r"[\d.e-]+|true|false|`\"\w+\"`", default):
             continue
