@@ -56,12 +56,15 @@ class Grid:
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
 
-    def all_gather(self, value: T) -> list[T]:
-        """Every rank's value, in the order of ranks; values travel by pickle. A collective of all ranks."""
-        everyone = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(everyone, value)
-        return everyone
+    def all_gather(self, value: T, kind: Any) -> list[T]:
+        """Every rank's value, in the order of ranks, read as `kind` (see `parallel.messages`). A collective.
+
+        ForgedError where a peer gives what no rank of this run has written, or something of another kind.
+        """
+        if self.world_size == 1:
+            return [value]
+        words = gather_bytes(seal(self.key, _word(self.rank), value), self.device)
+        return [unseal(self.key, _word(rank), word, kind, "a peer gave") for rank, word in enumerate(words)]
 
     def first_rank_does(self, name: str, work: Callable[[], object]) -> None:
         """Run `work` on rank 0 while the others wait for as long as it takes.
@@ -97,6 +100,10 @@ class Grid:
     def get(self, name: str, kind: Any) -> Any:
         """A value that a rank has put into the store. ForgedError where no rank of this run has."""
         return unseal(self.key, name, self.store.get(name), kind)
+
+
+def _word(rank: int) -> str:
+    return f"word of rank {rank}"
 
 
 def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:

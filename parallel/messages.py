@@ -45,11 +45,11 @@ def seal(key: bytes, name: str, value: Any) -> bytes:
     return _signature(key, name, text) + text
 
 
-def unseal(key: bytes, name: str, sealed: bytes, kind: Any) -> Any:
+def unseal(key: bytes, name: str, sealed: bytes, kind: Any, source: str = "the rendezvous store holds") -> Any:
     """What was sealed. ForgedError where it was with another key, for another name, or is of another kind."""
     signature, text = sealed[:_DIGEST], sealed[_DIGEST:]
     if not hmac.compare_digest(signature, _signature(key, name, text)):
-        raise ForgedError(f"{name}: the rendezvous store holds what no rank of this run has written")
+        raise ForgedError(f"{name}: {source} what no rank of this run has written")
     return unpack(text, kind)
 
 

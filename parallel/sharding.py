@@ -9,16 +9,22 @@ whole atoms.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from griffin.parallel.grid import Grid
+from griffin.parallel.grid import Grid, gather_bytes
+from griffin.parallel.messages import ForgedError
 
+# (sharded axis, global shape, a rank's part)
+Part = tuple[int | None, tuple[int, ...], Tensor]
 # (shape of the draw, generator) -> float32 values
 Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 def normal(std: float) -> Init:
@@ -170,7 +176,7 @@ def load(modules: Iterable[nn.Module], grid: Grid, tensors: Mapping[str, Tensor]
         for parameter in module.parameters()
         for piece in parameter.pieces  # type: ignore[attr-defined]
     ]
-    known = grid.all_gather({piece.name for piece, _ in held})
+    known = grid.all_gather({piece.name for piece, _ in held}, set[str])
     if unknown := tensors.keys() - set().union(*known):
         raise ValueError(f"no parameter is called {', '.join(sorted(unknown))}")
     for piece, _ in held:
@@ -200,12 +206,11 @@ def gather(
     has to fit into every rank's memory: meant for tests and small models.
     """
     mine = {
-        piece.name: (piece, piece.view(value(parameter), grid.tensor_size).detach().cpu())
+        piece.name: (piece.axis, piece.shape, piece.view(value(parameter), grid.tensor_size).detach().cpu())
         for piece, parameter in named_pieces(modules)
     }
-    sent = {name: (p.axis, p.shape, part) for name, (p, part) in mine.items()} if grid.data_rank == 0 else {}
-    everyone = grid.all_gather(sent)
-    parts: dict[str, list[tuple[int | None, tuple[int, ...], Tensor]]] = {}
+    everyone = _all_gather_parts(mine if grid.data_rank == 0 else {}, grid)
+    parts: dict[str, list[Part]] = {}
     for held in everyone:  # ranks of one tensor group follow each other in order
         for name, part in held.items():
             parts.setdefault(name, []).append(part)
@@ -217,3 +222,45 @@ def gather(
         else:
             tensors[name] = torch.cat([part for _, _, part in found], dim=axis).narrow(axis, 0, shape[axis]).clone()
     return tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Described:
+    """A part of a tensor whose bytes travel on their own."""
+
+    name: str
+    axis: int | None
+    shape: tuple[int, ...]
+    part_shape: tuple[int, ...]
+    dtype: str
+
+
+def _all_gather_parts(mine: Mapping[str, Part], grid: Grid) -> list[Mapping[str, Part]]:
+    """Every rank's parts by name, in the order of ranks. ForgedError where bytes and their description differ."""
+    if grid.world_size == 1:
+        return [mine]
+    described = [
+        _Described(name=name, axis=axis, shape=shape, part_shape=tuple(part.shape), dtype=str(part.dtype))
+        for name, (axis, shape, part) in mine.items()
+    ]
+    values = b"".join(part.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for *_, part in mine.values())
+    everyone = grid.all_gather(described, list[_Described])
+    return [
+        _read_parts(each, received) for each, received in zip(everyone, gather_bytes(values, grid.device), strict=True)
+    ]
+
+
+def _read_parts(described: Sequence[_Described], values: bytes) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    left = memoryview(bytearray(values))
+    for each in described:
+        dtype = _DTYPES.get(each.dtype)
+        size = math.prod(each.part_shape) * (dtype.itemsize if dtype else 0)
+        if dtype is None or min(each.part_shape, default=0) < 0 or size > len(left):
+            raise ForgedError(f"{each.name}: a peer gave no tensor {each.part_shape} of {each.dtype}")
+        value = torch.frombuffer(left[:size], dtype=dtype) if size else torch.empty(0, dtype=dtype)
+        parts[each.name] = each.axis, each.shape, value.view(each.part_shape)
+        left = left[size:]
+    if left:
+        raise ForgedError(f"a peer gave {len(left)} bytes that belong to no tensor")
+    return parts

@@ -150,7 +150,7 @@ class Team:
             return Saver(
                 root=root,
                 plan=layout.plans[rank],
-                all_gather=lambda value: self._gather(rank, value),
+                all_gather=lambda value, _: self._gather(rank, value),
                 rank=rank,
                 world_size=layout.size,
                 **settings,

@@ -188,7 +188,7 @@ class Stopwatch:
 
     def add(self, side: str, seconds: float) -> None:
         """The time of the slowest rank. A collective."""
-        self._seconds.setdefault(side, []).append(max(self._grid.all_gather(seconds)))
+        self._seconds.setdefault(side, []).append(max(self._grid.all_gather(seconds, float)))
 
     def report(self, what: str, rate: Callable[[float], str], notes: Mapping[str, str] | None = None) -> None:
         """Print medians without the first round, and the ratio of each of DCP's to ours, of all and of each round."""

@@ -56,7 +56,7 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
             opened = _open_folder(config, run_dir, init_from, environment, stack)
 
         grid.first_rank_does("run folder", open_folder)
-        opened = grid.all_gather(opened)[0]
+        opened = grid.all_gather(opened, Opened | None)[0]
         assert opened is not None, "rank 0 has opened the folder"
         source, folder = opened.source, opened.folder
         config = replace(config, optimizer=opened.optimizer)

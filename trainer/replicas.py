@@ -88,7 +88,7 @@ def check_replicas(modules: Sequence[nn.Module], grid: Grid, step: int) -> None:
             for parameter, value in zip(parameters, sums.tolist(), strict=True)
         },
     )
-    raise ReplicaError(f"step {step}: {_describe(grid.all_gather(held))}. No weight was changed by this step.")
+    raise ReplicaError(f"step {step}: {_describe(grid.all_gather(held, _Held))}. No weight was changed by this step.")
 
 
 def _differs(sums: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -301,7 +301,7 @@ class Training:
             )
             if not piece.view(parameter.main_grad, self.grid.tensor_size).isfinite().all()
         ]
-        found = self.grid.all_gather((self.grid.pipeline_rank, mine))
+        found = self.grid.all_gather((self.grid.pipeline_rank, mine), tuple[int, list[tuple[int, str]]])
         offenders = sorted((_model_order(name), name) for _, names in found for _, name in names)
         if not offenders:
             return "every gradient is finite"

@@ -88,7 +88,7 @@ class Stragglers:
     def __init__(self, grid: Grid, path: Path) -> None:
         self._path = path
         self._layout = Layout(tensor=grid.tensor_size, data=grid.data_size, pipeline=grid.pipeline_size)
-        self._hosts = tuple(grid.all_gather(socket.gethostname()))
+        self._hosts = tuple(grid.all_gather(socket.gethostname(), str))
         self._slow: dict[int, int] = {}  # rank -> logged steps in a row in which it was slow
         self._told: set[int] = set()
 

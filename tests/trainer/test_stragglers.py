@@ -135,7 +135,7 @@ def test_what_cannot_be_written_is_lost(tmp_path: Path) -> None:
 
 
 def test_one_rank_alone_leaves_no_report_of_an_earlier_attempt(tmp_path: Path) -> None:
-    grid = mock.Mock(tensor_size=1, data_size=1, pipeline_size=1, all_gather=lambda host: [host])
+    grid = mock.Mock(tensor_size=1, data_size=1, pipeline_size=1, all_gather=lambda host, _: [host])
     path = tmp_path / "stragglers.json"
     work(1.0, 2.0).write(path)
     for step in (1, 2):

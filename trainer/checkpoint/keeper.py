@@ -129,7 +129,7 @@ class Checkpoints:
         """
         self._tell(self._saver.wait())
         found = self._last_good() if self._grid.is_first_rank else (None, None)
-        path, aside = self._grid.all_gather(found)[0]
+        path, aside = self._grid.all_gather(found, tuple[Path | None, Path | None])[0]
         if path is None:
             return None
         self._rewound = path, self._training.steps_done
@@ -186,7 +186,7 @@ class Checkpoints:
                 self.save(position)
             self._tell(self._saver.wait())
             # Rank 0's saving process is the one that knows whether the checkpoint stands.
-            ended = self._grid.all_gather(self._ended)[0]
+            ended = self._grid.all_gather(self._ended, Outcome | None)[0]
             assert ended is not None, "a save has been begun"
             if ended.error is None:
                 return

@@ -67,7 +67,7 @@ class Saver:
         *,
         root: Path,
         plan: SavePlan,
-        all_gather: Callable[[Any], list[Any]],
+        all_gather: Callable[[Any, Any], list[Any]],
         rank: int,
         world_size: int,
         host: str,
@@ -78,6 +78,8 @@ class Saver:
     ):
         """`root` is the folder of all steps; `host` the name at which other ranks' machines reach this one.
 
+        `all_gather` is that of Grid.
+
         `lock` is the (path, token) of the run folder's lock, without which rank 0 commits nothing; None for no check.
         `timeout`, in seconds, is that of every wait for another process or a file. MemoryError, on every rank, where
         a machine, or a control group, has no memory for the staged state of all its ranks.
@@ -85,7 +87,7 @@ class Saver:
         self._rank, self._host, self._timeout, self._all_gather = rank, host, timeout, all_gather
         size = max(1, ROWS * plan.elements * 4)
         request = Request(rank=rank, host=host, size=size, left=memory_left())
-        answers = all_gather((secrets.token_bytes(32) if rank == 0 else b"", request))
+        answers = all_gather((secrets.token_bytes(32) if rank == 0 else b"", request), tuple[bytes, Request])
         problems = shortages([request for _, request in answers])
         if problems:
             raise MemoryError("; ".join(problems))
@@ -119,7 +121,7 @@ class Saver:
             memory = _shared_memory(size)
         except MemoryError as caught:
             error = f"rank {self._rank} on {self._host}: {caught}"
-        errors = [error for error in self._all_gather(error) if error is not None]
+        errors = [error for error in self._all_gather(error, str | None) if error is not None]
         if errors:
             if memory is not None:
                 os.close(memory[0])
@@ -147,7 +149,7 @@ class Saver:
         self._flight = _Flight(step=step, begun=time.monotonic())
         self._saves += 1
         error = self._ensure_ready()
-        answers = self._all_gather((self._host, self._port, error))
+        answers = self._all_gather((self._host, self._port, error), tuple[str, int | None, str | None])
         errors = [error for _, _, error in answers if error is not None]
         if errors:
             self._flight.error = "; ".join(errors)

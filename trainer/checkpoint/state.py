@@ -60,7 +60,8 @@ class ShardedState:
             for placed in layout.tensors
             if is_owned and grid.data_rank == 0 and grid.tensor_rank == 0
         ]
-        everyone = grid.all_gather((grid.pipeline_rank, grid.tensor_rank, ranges, owned))
+        kind = tuple[int, int, list[tuple[int, int]], list[tuple[tuple[int, int], GlobalTensor]]]
+        everyone = grid.all_gather((grid.pipeline_rank, grid.tensor_rank, ranges, owned), kind)
         self._stage_ranks = [
             (rank, tensor_rank, ranges)
             for rank, (pipeline_rank, tensor_rank, ranges, _) in enumerate(everyone)

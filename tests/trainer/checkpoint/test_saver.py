@@ -141,7 +141,7 @@ from pathlib import Path
 from tests.saving import Layout
 from griffin.trainer.checkpoint.saver import Saver
 settings = dict(rank=0, world_size=1, host="127.0.0.1", keep_last=0, keep_every=0, lock=None)
-saver = Saver(root=Path("checkpoints"), plan=Layout(1, 1).plans[0], all_gather=lambda value: [value], **settings)
+saver = Saver(root=Path("checkpoints"), plan=Layout(1, 1).plans[0], all_gather=lambda value, _: [value], **settings)
 assert saver._ensure_ready() is None
 worker = os.fork()
 if worker == 0:
@@ -284,7 +284,7 @@ def test_a_saver_that_never_saves_leaves_nothing(tmp_path: Path) -> None:
     saver = Saver(
         root=tmp_path / "checkpoints",
         plan=Layout(1, 1).plans[0],
-        all_gather=lambda value: [value],
+        all_gather=lambda value, _: [value],
         rank=0,
         world_size=1,
         host="127.0.0.1",
