@@ -34,8 +34,8 @@ def linear_scan(
 
     Backend "cpu" is finite where the loop is, also where products of a overflow. With u = 2^-24 (2^-53 in float64), a
     state's error is within some 4 L u of the sum of its terms' absolute values, where L, at most 256 steps on CPUs, is
-    the length of a chunk; roundings do not add up over more steps, as they do in a loop. With more than 4096 channels of
-    a batch there are no chunks, and it is a loop. Triton's chunks are chained by products of a.
+    the length of a chunk; roundings do not add up over more steps, as they do in a loop. With more than 4096 channels
+    of a batch there are no chunks, and it is a loop. Triton's chunks are chained by products of a.
 
     Args:
         a, b: [T, B, R], of any strides and one dtype: bfloat16, float16, float32 or float64. Where channels adjoin,
