@@ -297,7 +297,7 @@ slow = pytest.mark.slow
 # What claims a command: a pattern for all of it, and the way.
 RUN: list[tuple[str, Callable[[list[str]], None]]] = [
     (r"griffin data build .*", build),
-    (r"griffin data inspect .*", run),
+    (r"griffin data (inspect|verify) .*", run),
     (r"griffin train my\.toml --ranks 8", dry_run),
     (r"griffin train tune\.toml --init-from .*", dry_run),
     (r"torchrun .*", torchrun),
