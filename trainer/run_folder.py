@@ -73,6 +73,10 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
     def console(self) -> Path:
         return self.path / "console.log"
 
