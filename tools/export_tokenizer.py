@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from griffin.tools.carried_files import (
     tokenizer_text,
 )
 from griffin.tools.stored_arrays import Source
-from griffin.trainer.data.prefix import DataInfo, parse_blend, read_description
-from griffin.trainer.data.tokenizer import BYTES, MOST_FILE_BYTES
+from griffin.trainer.data.prefix import parse_blend, read_description
+from griffin.trainer.data.tokenizer import BYTES, MOST_FILE_BYTES, Tokenizer
 from griffin.trainer.files import read_regular
+from griffin.trainer.tokenizer_copy import find_tokenizer
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -70,35 +72,33 @@ def sentencepiece_ids(path: Path) -> dict[str, int | None]:
 
 
 def _of_training(source: Source) -> Companions:
-    """Of the data that the checkpoint was trained on, as far as they are still there."""
+    """Of the data that the checkpoint was trained on, or of the copy in its run's folder, as far as they are there."""
     ids: dict[str, Any] = dict.fromkeys(_IDS)
     entries = source.manifest.config["data"]["train"]
     if not entries:
         return Companions(ids, "no tokenizer: none is known of this checkpoint")
     try:
-        info = read_description(parse_blend(entries)[0][1])
+        tokenizer = find_tokenizer(source.path, entries)
     except ValueError as error:
+        with suppress(ValueError):  # the data may know the id without the file
+            ids["eos_token_id"] = read_description(parse_blend(entries)[0][1]).eod
         return Companions(ids, f"no tokenizer: {error}")
-    ids["eos_token_id"] = info.eod
-    if info.tokenizer_spec == BYTES:
+    ids["eos_token_id"] = tokenizer.eod
+    if tokenizer.spec == BYTES:
         return Companions(ids, "no tokenizer: the model was trained on bytes")
-    try:
-        return _of_file(info, ids)
-    except ValueError as error:
-        return Companions(ids, f"no tokenizer: {error}")
+    return _of_file(tokenizer, ids)
 
 
-def _of_file(info: DataInfo, ids: dict[str, Any]) -> Companions:
-    """The tokenizer's file of a data set. Raises ValueError if it is gone or is another one now."""
-    info.load_tokenizer()
-    path = Path(info.tokenizer_spec)
+def _of_file(tokenizer: Tokenizer, ids: dict[str, Any]) -> Companions:
+    """The file of a data set's tokenizer."""
+    path = Path(tokenizer.spec)
     if path.suffix == ".model":
         return Companions(ids, f"tokenizer files: {TOKENIZER_MODEL} ({path})", files={TOKENIZER_MODEL: path})
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer as Backend
 
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": Tokenizer.from_file(str(path)).id_to_token(info.eod),
+        "eos_token": Backend.from_file(str(path)).id_to_token(tokenizer.eod),
     }
     written = {"tokenizer_config.json": described}
     text = f"tokenizer files: {TOKENIZER_JSON} ({path}), {', '.join(written)}"

@@ -9,9 +9,9 @@ from typing import Any
 
 from griffin.tools.carried_files import CONFIG, SOURCE, TOKENIZER_JSON, TOKENIZER_MODEL, files_of, read_object
 from griffin.trainer.checkpoint.manifest import Manifest
-from griffin.trainer.data.prefix import parse_blend, read_description
 from griffin.trainer.data.tokenizer import MOST_VOCABULARY, Tokenizer, load_tokenizer
 from griffin.trainer.files import is_integer, parse_json, read_regular
+from griffin.trainer.tokenizer_copy import find_tokenizer
 
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 TOKENIZERS = (TOKENIZER_JSON, TOKENIZER_MODEL)
@@ -74,7 +74,7 @@ def find_language(folder: Path, manifest: Manifest, tokenizer: str | None = None
     elif (file := next(iter(files_of(source, TOKENIZERS).values()), None)) is not None:
         found = load_tokenizer(str(file), eod or _name(_read(source / TOKENIZER_CONFIG).get("eos_token")))
     elif data := manifest.config["data"]["train"]:
-        found = _of_data(data)
+        found = _of_data(folder, data)
     else:
         raise ValueError(f"{folder}: carries no tokenizer; name one with --tokenizer FILE")
     configs = [_read(source / name) for name in (GENERATION_CONFIG, CONFIG)]
@@ -85,10 +85,10 @@ def find_language(folder: Path, manifest: Manifest, tokenizer: str | None = None
     return Language(found, bos[0] if bos else None, frozenset(stops))
 
 
-def _of_data(entries: Sequence[str]) -> Tokenizer:
+def _of_data(folder: Path, entries: Sequence[str]) -> Tokenizer:
     """The tokenizer of a trained model's data. Its documents begin with no token of their own."""
     try:
-        return read_description(parse_blend(entries)[0][1]).load_tokenizer()
+        return find_tokenizer(folder, entries)
     except ValueError as error:
         raise ValueError(f"{error}; or name the tokenizer with --tokenizer FILE") from None
 

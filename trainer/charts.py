@@ -1,8 +1,42 @@
-"""The first page of TensorBoard's custom scalars: what state a run is in."""
+"""TensorBoard's pages of a run: figures in groups, and the first page of custom scalars: what state the run is in."""
 
 from __future__ import annotations
 
-# Category -> chart -> regular expressions of its tags.
+from collections.abc import Callable
+
+# Figures by group, up to their first slash. TensorBoard sorts groups by name: the numbers put the loss first.
+_GROUPS = {
+    "1_loss": ("loss", "eval_loss"),
+    "2_optimizer": ("grad_norm", "param_norm", "learning_rate", "skipped_updates", "rewinds"),
+    "3_speed": (
+        "tokens_per_second",
+        "mfu",
+        "model_tflops_per_device",
+        "step_seconds",
+        "forward_backward_seconds",
+        "optimizer_seconds",
+        "data_wait_seconds",
+        "other_seconds",
+        "pipeline_bubble",
+        "data_parallel_imbalance",
+    ),
+    "4_memory": ("memory_allocated_gib", "memory_reserved_gib", "memory_peak_gib"),
+    "5_rglru": ("rglru",),
+    "6_run": (
+        "tokens",
+        "loss_tokens",
+        "eval_loss_tokens",
+        "goodput",
+        "trained_seconds",
+        "restarts",
+        "checkpoint_stall_seconds",
+        "checkpoint_seconds",
+        "checkpoint_bytes",
+    ),
+}
+_GROUP_OF = {figure: group for group, figures in _GROUPS.items() for figure in figures}
+OTHERS = "7_other"
+# Category -> chart -> regular expressions of its figures, literal up to their first slash.
 _CHARTS = {
     "Run": {
         "Loss (nats per token)": ["loss", "eval_loss"],
@@ -38,9 +72,17 @@ _CHARTS = {
 }
 
 
-def layout() -> dict[str, dict[str, list]]:
-    """For SummaryWriter.add_custom_scalars."""
+def grouped(figure: str) -> str:
+    """A figure's tag: GROUP/FIGURE, where a figure that has its group's name first has it once."""
+    group = _GROUP_OF.get(figure.split("/")[0], OTHERS)
+    return f"{group}/{figure.removeprefix(group[2:] + '/')}"
+
+
+def layout(tag: Callable[[str], str] = grouped) -> dict[str, dict[str, list]]:
+    """For SummaryWriter.add_custom_scalars, with what makes a figure's tag."""
     return {
-        category: {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in charts.items()}
+        category: {
+            title: ["Multiline", [f"^{tag(figure)}$" for figure in figures]] for title, figures in charts.items()
+        }
         for category, charts in _CHARTS.items()
     }

@@ -31,6 +31,7 @@ from griffin.trainer.signals import StopRequests
 from griffin.trainer.spikes import REWIND, SKIP, Ledger, Spike, SpikeDetector, SpikeError
 from griffin.trainer.step import Batch, Training
 from griffin.trainer.stragglers import Stragglers
+from griffin.trainer.tokenizer_copy import keep_tokenizer
 from griffin.trainer.watchdog import Watchdog, communication_timeout
 
 
@@ -61,6 +62,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
         source, folder = opened.source, opened.folder
         config = replace(config, optimizer=opened.optimizer)
         report = stack.enter_context(Report(config, grid, folder, source))
+        if grid.is_first_rank and (problem := keep_tokenizer(folder, config.data.train)) is not None:
+            report.say(problem)
         if config.health.preflight:
             preflight(config, ranks, grid, folder.path, report.say)
         watchdog = stack.enter_context(Watchdog(config.health.hang_seconds, ranks, grid, folder))

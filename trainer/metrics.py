@@ -7,10 +7,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from griffin.trainer.charts import layout
+from griffin.trainer.charts import grouped, layout
 from griffin.trainer.log_file import LogFile
 from griffin.trainer.run_folder import RunFolder
 
@@ -33,6 +34,8 @@ class MetricsWriter:
     from an attempt that ended after its last checkpoint, stay in metrics.jsonl under that attempt's number, and are
     hidden from TensorBoard's curves.
 
+    TensorBoard shows the figures in groups, under the run's name, but for a run that an older version began.
+
     What cannot be written is lost and nothing is raised; `say` is told once for each of the two. metrics.jsonl is tried
     again with each line, TensorBoard's writer, whose thread ends with its first error, is not.
     """
@@ -48,7 +51,8 @@ class MetricsWriter:
         self._attempt = attempt
         self._say = say
         self._file = LogFile(folder.metrics, say)
-        self._folder = folder.tensorboard
+        self._folder = folder
+        self._tag: Callable[[str], str] = str if folder.begun_flat else grouped
         self._tensorboard: SummaryWriter | None = None
         if tensorboard:
             # Before the first step there may have been an evaluation, which a run from scratch does again.
@@ -57,7 +61,7 @@ class MetricsWriter:
             text = folder.config.read_text(encoding="utf-8")
             with self._tensorboard_errors():
                 self._tensorboard.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), start)
-                self._tensorboard.add_custom_scalars(layout())
+                self._tensorboard.add_custom_scalars(layout(self._tag))
                 self._tensorboard.flush()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -70,20 +74,20 @@ class MetricsWriter:
             with self._tensorboard_errors():
                 for key, value in values.items():
                     if is_predicted(key, values):
-                        self._tensorboard.add_scalar(key, value, step)
+                        self._tensorboard.add_scalar(self._tag(key), value, step)
                     else:  # a gap in the curve, and why
-                        self._tensorboard.add_text(key, f"step {step}: {NOTHING_PREDICTED}", step)
+                        self._tensorboard.add_text(self._tag(key), f"step {step}: {NOTHING_PREDICTED}", step)
                 self._tensorboard.flush()
 
     def histograms(self, step: int, histograms: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
-        """Write (upper ends of bins, ascending, and counts) by tag: to TensorBoard only."""
+        """Write (upper ends of bins, ascending, and counts) by figure: to TensorBoard only."""
         if self._tensorboard is None:
             return
         with self._tensorboard_errors():
-            for tag, (ends, counts) in histograms.items():
+            for figure, (ends, counts) in histograms.items():
                 filled = [end for end, count in zip(ends, counts, strict=True) if count]
                 self._tensorboard.add_histogram_raw(
-                    tag,
+                    self._tag(figure),
                     min=filled[0],
                     max=filled[-1],
                     num=int(sum(counts)),
@@ -109,7 +113,16 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         with self._tensorboard_errors():
-            self._tensorboard = SummaryWriter(str(self._folder), purge_step=purge)
+            self._tensorboard = SummaryWriter(str(self._events()), purge_step=purge)
+
+    def _events(self) -> Path:
+        """The events' folder. That of a run whose folder was renamed or copied is renamed too, and its curves go on."""
+        events = self._folder.events
+        if not (self._folder.begun_flat or events.exists()) and self._folder.tensorboard.is_dir():
+            earlier = [path for path in self._folder.tensorboard.iterdir() if any(path.glob("events.out.tfevents.*"))]
+            if len(earlier) == 1:
+                earlier[0].rename(events)
+        return events
 
     def close(self) -> None:
         self._file.close()

@@ -221,7 +221,7 @@ class Report:
             self._console.print(f"{name} loss: {self._first[name]:.3f} -> {last:.3f} nats per token")
         self._console.print(f"Run folder: {self._folder.path}")
         if self._config.log.tensorboard:
-            self._console.print(f"Curves: {_tensorboard()} --logdir {self._folder.path}")
+            self._console.print(f"Curves: {_tensorboard()} --logdir {self._folder.events.parent}")
 
     def _note(self, name: str, loss: float) -> None:
         self._first.setdefault(name, loss)

@@ -73,6 +73,20 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def events(self) -> Path:
+        """TensorBoard's events: in a folder of the run's name, which is shown. Of a run `begun_flat`, tensorboard/."""
+        return self.tensorboard if self.begun_flat else self.tensorboard / (self.path.resolve().name or "run")
+
+    @property
+    def begun_flat(self) -> bool:
+        """Whether an older version began the run, whose curves then go on as they were: no folder, no groups."""
+        return any(self.tensorboard.glob("events.out.tfevents.*"))
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
     def console(self) -> Path:
         return self.path / "console.log"
 

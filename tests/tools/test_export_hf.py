@@ -17,6 +17,8 @@ from griffin.tools.imported import model_tensors, write_imported
 from griffin.tools.workers import start_workers
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec, Box
 from griffin.trainer.checkpoint.manifest import read_manifest
+from griffin.trainer.run_folder import RunFolder
+from griffin.trainer.tokenizer_copy import keep_tokenizer
 from tests.checkpoints import config_json, make_checkpoint, read_arrays, reshard
 from tests.ranks import RankPool
 from tests.tools.test_convert_parity import LAYOUTS, batch, compute
@@ -238,6 +240,22 @@ def test_tokenizer_of_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "no tokenizer: data prefix" in capsys.readouterr().out
     assert ids_of(tmp_path / "none") == [None, None, None]
     assert not list((tmp_path / "none").glob("tokenizer*"))
+
+
+def test_the_copy_in_the_run_folder_where_the_data_are_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_tokenizer(tmp_path / "mine.json")
+    content, step, run = path.read_bytes(), trained(tmp_path, str(path)), RunFolder(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    step.rename(run.checkpoints / "step-00000001")
+    assert keep_tokenizer(run, [f"1.0 {tmp_path / 'data/train'}"]) is None
+    path.unlink()
+    (tmp_path / "data/train.json").unlink()
+    capsys.readouterr()
+    assert export(run.path, tmp_path / "out") == 0
+    copy = run.tokenizer / "tokenizer.json"
+    assert f"tokenizer files: tokenizer.json ({copy}), tokenizer_config.json" in capsys.readouterr().out
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == content
+    assert ids_of(tmp_path / "out") == [None, 1, None]
 
 
 def test_bytes_have_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,10 @@ import pytest
 
 from griffin.parallel.grid import single_rank_grid
 from griffin.tools.cli import main
+from griffin.trainer.charts import OTHERS, grouped
 from griffin.trainer.checkpoint.manifest import newest_complete, verify
 from griffin.trainer.config import Config, load_config
+from griffin.trainer.run_folder import RunFolder
 from griffin.trainer.summary import summarize
 from griffin.trainer.validate import validate_data
 from tests.ranks import RankPool
@@ -96,16 +98,16 @@ def test_console_ends_with_where_to_look(run_dir: Path) -> None:
     first, last = (line["loss"] for line in metrics(run_dir) if line["step"] in (1, 12) and "loss" in line)
     assert f"training loss: {first:.3f} -> {last:.3f} nats per token" in text
     assert f"Run folder: {run_dir}" in text
-    assert f"tensorboard --logdir {run_dir}" in text
+    assert f"tensorboard --logdir {run_dir}/tensorboard\n" in text
 
 
 def test_tensorboard_reads_the_same_back(run_dir: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events = EventAccumulator(str(RunFolder(run_dir).events))
     events.Reload()
     logged = {
-        (line["step"], key): value
+        (line["step"], grouped(key)): value
         for line in metrics(run_dir)
         for key, value in line.items()
         if key not in ("step", "attempt", "time")
@@ -148,26 +150,45 @@ HEALTH = {
 }
 
 
+def tags_of(figures: set[str]) -> set[str]:
+    return {grouped(figure) for figure in figures}
+
+
+def test_every_figure_has_a_group_and_the_loss_the_first(run_dir: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = sorted(EventAccumulator(str(RunFolder(run_dir).events)).Reload().Tags()["scalars"])
+    assert tags[:2] == ["1_loss/eval_loss", "1_loss/loss"]
+    assert {tag.split("/")[0] for tag in tags} == {
+        "1_loss",
+        "2_optimizer",
+        "3_speed",
+        "4_memory",
+        "5_rglru",
+        "6_run",
+    }, f"what is in {OTHERS} has no group"
+
+
 def test_every_figure_is_in_tensorboard_and_finite(run_dir: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    events = EventAccumulator(str(RunFolder(run_dir).events)).Reload()
     saves = {"checkpoint_stall_seconds", "checkpoint_seconds", "checkpoint_bytes"}
-    assert set(events.Tags()["scalars"]) == LOGGED | HEALTH | saves | {"eval_loss", "eval_loss_tokens"}
+    assert set(events.Tags()["scalars"]) == tags_of(LOGGED | HEALTH | saves | {"eval_loss", "eval_loss_tokens"})
     for tag in events.Tags()["scalars"]:
         assert all(math.isfinite(event.value) for event in events.Scalars(tag)), tag
-    for tag in LOGGED - {"trained_seconds"}:  # saves note that one too
+    for tag in tags_of(LOGGED - {"trained_seconds"}):  # saves note that one too
         assert [event.step for event in events.Scalars(tag)] == [1, 4, 8, 12], tag
-    for tag in HEALTH:  # every 100 steps, at the first and at the last
+    for tag in tags_of(HEALTH):  # every 100 steps, at the first and at the last
         assert [event.step for event in events.Scalars(tag)] == [1, 12], tag
-    assert set(events.Tags()["histograms"]) == {f"rglru/log2_memory/{layer}" for layer in ("layer-00", "layer-02")}
+    assert set(events.Tags()["histograms"]) == {f"5_rglru/log2_memory/{layer}" for layer in ("layer-00", "layer-02")}
 
 
 def test_the_first_page_of_charts_shows_what_is_logged(run_dir: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.custom_scalar import layout_pb2
 
-    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    events = EventAccumulator(str(RunFolder(run_dir).events)).Reload()
     (event,) = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == ["Run", "RG-LRU by layer"]
@@ -180,7 +201,7 @@ def test_the_first_page_of_charts_shows_what_is_logged(run_dir: Path) -> None:
             shown |= found
     # Of what is left out there is another form.
     missing = {"tokens", "loss_tokens", "model_tflops_per_device", "trained_seconds", "checkpoint_bytes"}
-    assert LOGGED | {"eval_loss"} <= shown | missing
+    assert tags_of(LOGGED | {"eval_loss"}) <= shown | tags_of(missing)
 
 
 def test_parts_of_a_step_make_its_time(run_dir: Path) -> None:

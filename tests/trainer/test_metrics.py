@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import resource
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from griffin.trainer.metrics import MetricsWriter
 from griffin.trainer.run_folder import RunFolder
@@ -68,9 +70,9 @@ def test_tensorboard_has_the_same_and_the_config(folder: RunFolder) -> None:
     with MetricsWriter(folder, tensorboard=True) as metrics:
         metrics.log(1, {"loss": 5.5, "tokens": 4096})
         metrics.log(10, {"loss": 4.25, "tokens": 40960})
-        events = EventAccumulator(str(folder.tensorboard)).Reload()  # flushed: a run that is killed keeps its figures
-        assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 5.5), (10, 4.25)]
-        assert [(event.step, event.value) for event in events.Scalars("tokens")] == [(1, 4096), (10, 40960)]
+        events = EventAccumulator(str(folder.events)).Reload()  # flushed: a run that is killed keeps its figures
+        assert [(event.step, event.value) for event in events.Scalars("1_loss/loss")] == [(1, 5.5), (10, 4.25)]
+        assert [(event.step, event.value) for event in events.Scalars("6_run/tokens")] == [(1, 4096), (10, 40960)]
         (config,) = events.Tensors("config/text_summary")
         assert b"width = 32" in config.tensor_proto.string_val[0]
 
@@ -81,12 +83,12 @@ def test_a_loss_over_no_token_is_no_point_of_a_curve(folder: RunFolder) -> None:
         metrics.log(2, {"loss": 0.0, "loss_tokens": 0})
         metrics.log(2, {"eval_loss": 0.0, "eval_loss_tokens": 0})
     assert [line.get("loss") for line in lines(folder)] == [5.5, 0.0, None]
-    events = EventAccumulator(str(folder.tensorboard)).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1]
-    assert [event.value for event in events.Scalars("loss_tokens")] == [10, 0]
-    assert "eval_loss" not in events.Tags()["scalars"]
+    events = EventAccumulator(str(folder.events)).Reload()
+    assert [event.step for event in events.Scalars("1_loss/loss")] == [1]
+    assert [event.value for event in events.Scalars("6_run/loss_tokens")] == [10, 0]
+    assert "1_loss/eval_loss" not in events.Tags()["scalars"]
     for key in ("loss", "eval_loss"):
-        (text,) = events.Tensors(f"{key}/text_summary")
+        (text,) = events.Tensors(f"1_loss/{key}/text_summary")
         assert text.tensor_proto.string_val[0] == b"step 2: no token was predicted"
 
 
@@ -108,15 +110,60 @@ def test_curves_go_on_where_the_next_attempt_does(
         for step, _ in expected:
             if step > start or start == 0:
                 metrics.log(step, {"loss": 2.0})
-    events = EventAccumulator(str(folder.tensorboard)).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+    events = EventAccumulator(str(folder.events)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("1_loss/loss")] == expected
     assert b"width = 64" in events.Tensors("config/text_summary")[-1].tensor_proto.string_val[0]
+
+
+def log_steps(folder: RunFolder, *steps: int) -> None:
+    with MetricsWriter(folder, tensorboard=True, attempt=steps[0], start=steps[0] - 1) as metrics:
+        for step in steps:
+            metrics.log(step, {"loss": float(step), "rglru/decay_mean/all": 0.5})
+
+
+def shown_runs(logdir: Path) -> dict[str, list[tuple[str, list[int]]]]:
+    """Steps of each curve of each run, as TensorBoard names and orders them."""
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    runs = EventMultiplexer().AddRunsFromDirectory(str(logdir)).Reload()
+    return {
+        run: [(tag, [event.step for event in runs.Scalars(run, tag)]) for tag in sorted(tags["scalars"])]
+        for run, tags in runs.Runs().items()
+    }
+
+
+CURVES = ("1_loss/loss", "5_rglru/decay_mean/all")
+
+
+def test_the_run_is_shown_by_its_name_also_when_it_was_renamed(folder: RunFolder, tmp_path: Path) -> None:
+    first = RunFolder(folder.path / "first")
+    first.path.mkdir()
+    shutil.copy(folder.config, first.config)
+    log_steps(first, 1, 2)
+    assert shown_runs(first.events.parent) == {"first": [(tag, [1, 2]) for tag in CURVES]}
+    second = RunFolder(first.path.rename(tmp_path / "second"))
+    log_steps(second, 2, 3)
+    assert shown_runs(second.events.parent) == {"second": [(tag, [1, 2, 3]) for tag in CURVES]}
+    assert shown_runs(tmp_path) == {"second/tensorboard/second": [(tag, [1, 2, 3]) for tag in CURVES]}
+
+
+def test_a_run_that_an_older_version_began_goes_on_as_it_was(folder: RunFolder) -> None:
+    with SummaryWriter(str(folder.tensorboard)) as writer:
+        for step in (1, 2):
+            writer.add_scalar("loss", 1.0, step)
+            writer.add_scalar("rglru/decay_mean/all", 0.5, step)
+    log_steps(folder, 2, 3)
+    curves = [(tag, [1, 2, 3]) for tag in ("loss", "rglru/decay_mean/all")]
+    assert folder.events.parent == folder.path
+    assert shown_runs(folder.events.parent) == {"tensorboard": curves}
+    text = EventAccumulator(str(folder.events)).Reload().Tensors("custom_scalars__config__")[-1]
+    assert b"^loss$" in text.tensor_proto.string_val[0]
 
 
 def test_histograms_read_back(folder: RunFolder) -> None:
     with MetricsWriter(folder, tensorboard=True) as metrics:
         metrics.histograms(3, {"rglru/log2_memory/layer-00": ([1.0, 1.5, 2.0], [4.0, 0.0, 2.0])})
-    (event,) = EventAccumulator(str(folder.tensorboard)).Reload().Histograms("rglru/log2_memory/layer-00")
+    (event,) = EventAccumulator(str(folder.events)).Reload().Histograms("5_rglru/log2_memory/layer-00")
     assert event.step == 3
     value = event.histogram_value
     assert (value.num, value.min, value.max, value.sum) == (6, 1.0, 2.0, 8.0)
@@ -177,7 +224,7 @@ def test_tensorboard_is_given_up(folder: RunFolder, fails_at_once: bool, capsys:
         metrics = stack.enter_context(MetricsWriter(folder, tensorboard=True))
         metrics.log(1, {"loss": 1.0})
         if not fails_at_once:
-            (events,) = folder.tensorboard.iterdir()
+            (events,) = folder.events.iterdir()
             stack.enter_context(files_of_at_most(events.stat().st_size + 5))
         for step in range(2, 30):  # more than its queue holds
             metrics.log(step, {"loss": 1.0, "tokens": 1.0})

@@ -22,6 +22,7 @@ import zarr
 from griffin.parallel.ranks import Ranks
 from griffin.tools.cli import main
 from griffin.tools.train import add_parser, check
+from griffin.trainer.charts import grouped
 from griffin.trainer.checkpoint import manifest as manifests
 from griffin.trainer.checkpoint.arrays import EXP_AVG, EXP_AVG_SQ, MASTER, MODEL
 from griffin.trainer.checkpoint.manifest import newest_complete, read_manifest, step_name, verify
@@ -195,9 +196,12 @@ def test_saves_are_logged(uninterrupted: Path) -> None:
 def test_curves_are_cut_where_a_run_goes_on(killed: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(killed / "tensorboard"))
+    events = EventAccumulator(str(RunFolder(killed).events))
     events.Reload()
-    curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    figures = {grouped(key): key for line in metrics(killed) for key in line}
+    curves = {
+        figures[tag]: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
     assert [step for step, _ in curves["loss"]] == list(range(1, 13))
     for tag, curve in curves.items():
         # The last attempt that logged a step; TensorBoard keeps float32.

@@ -23,6 +23,7 @@ from griffin.trainer.checkpoint.manifest import Manifest, read_manifest, step_na
 from griffin.trainer.checkpoint.manifest import _to_text as to_text
 from griffin.trainer.config import Config, load_config
 from griffin.trainer.data.dataset import Samples
+from griffin.trainer.run_folder import RunFolder
 from griffin.trainer.spikes import SpikeError
 from griffin.trainer.step import Training
 from tests.ranks import RankError, RankPool
@@ -299,10 +300,10 @@ def test_tensorboard_shows_the_curve_that_holds(rank_pool: RankPool, config_path
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rank_pool.run(disturbed_run, 2, config(config_path, "rewind"), tmp_path / "run")
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events = EventAccumulator(str(RunFolder(tmp_path / "run").events))
     events.Reload()
-    shown = {scalar.step: scalar.value for scalar in events.Scalars("loss")}
-    assert len(events.Scalars("loss")) == STEPS
+    shown = {scalar.step: scalar.value for scalar in events.Scalars("1_loss/loss")}
+    assert len(events.Scalars("1_loss/loss")) == STEPS
     assert shown == pytest.approx(series(tmp_path / "run", "loss"), rel=1e-6)  # TensorBoard keeps float32
 
 
