@@ -35,7 +35,7 @@ def linear_scan(
     Backend "cpu" is finite where the loop is, also where products of a overflow. With u = 2^-24 (2^-53 in float64), a
     state's error is within some 4 L u of the sum of its terms' absolute values, where L, at most 256 steps on CPUs, is
     the length of a chunk; roundings do not add up over more steps, as they do in a loop. With more than 4096 channels
-    of a batch there are no chunks, and it is a loop. Triton's chunks are chained by products of a.
+    of a batch there are no chunks, and it is a loop. Triton's chunks are chained by products of a in float64.
 
     Args:
         a, b: [T, B, R], of any strides and one dtype: bfloat16, float16, float32 or float64. Where channels adjoin,
@@ -47,8 +47,8 @@ def linear_scan(
         batch_first: a, b, `starts` and h have the batch axis before the time axis.
         backend: "reference" (a loop, differentiated by autograd), "cpu", "triton", or "auto" for what
             `griffin.kernels.selection.select_backend` says.
-        chunk: how Triton's programs cut time; see `griffin.kernels.linear_scan.plan.select_plan`. Where products of
-            a over some hundred steps overflow, 0: chunks are chained by their products.
+        chunk: how Triton's programs cut time; see `griffin.kernels.linear_scan.plan.select_plan`. Where states
+            grow over a chunk and cancel, or overflow from a zero state only, 0: one chunk, which is a loop.
 
     Returns:
         h, with shape and dtype of b, and the state after the last position, [B, R] in float32 (float64 where b is).

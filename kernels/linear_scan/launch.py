@@ -109,7 +109,8 @@ def first_states(inputs: Inputs) -> Tensor:
 def _carries(inputs: Inputs, first: Tensor, grad_y: Tensor | None) -> Tensor:
     """States that chunks begin with, or with grad_y the gradients that reach their last states from later chunks."""
     chunks, reverse = inputs.plan.chunks, grad_y is not None
-    product, end, carries = (inputs.new_states(chunks) for _ in range(3))
+    end, carries = inputs.new_states(chunks), inputs.new_states(chunks)
+    product = torch.empty_like(end, dtype=torch.float64)
     # Forward, nothing needs the last chunk's sum.
     inputs.launch(
         programs.chunk_summaries,

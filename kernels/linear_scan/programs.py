@@ -11,7 +11,7 @@ else `term` is b and `gate` is a. At a document's first token a = 0, and the squ
 
 Tensors [T, B, R] have any strides *_t and *_b and adjoining channels; states [chunks, B, R], or [B, R] for a single
 chunk, are contiguous. In place of an optional tensor that is not there a program gets another, which it leaves alone.
-Arithmetic is float32.
+Arithmetic is float32, but for products of chunks and their chain, which are float64.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ def _sum_up(
         if HAS_BRANCH:
             gelu, _ = _gelu(row(p_branch, mask))
             grad *= gelu
-        return product * a, a * (grad + end)
+        return product * a.to(tl.float64), a * (grad + end)
     else:
         a, b = _terms(p_term, p_input, p_gate, at_start, mask, rate, GATED)
-        return product * a, a * end + b
+        return product * a.to(tl.float64), a * end + b
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -131,7 +131,7 @@ def chunk_summaries(
     branch_t, grad_t, starts_t = wide(STEP * branch_t, STEP * grad_t, starts_t)
 
     full = (hi - lo) // UNROLL * UNROLL
-    products = tl.full([BLOCK], 1.0, tl.float32)
+    products = tl.full([BLOCK], 1.0, tl.float64)  # near 1, float32 would round alike at every step
     ends = tl.zeros([BLOCK], tl.float32)
     bits = flags(p_starts, first_is_start, begin, starts_t, lo, hi, HAS_STARTS, UNROLL, STEP)
     for k in tl.range(0, full, UNROLL, num_stages=STAGES):
@@ -177,14 +177,14 @@ def chunk_carries(
     o_state, stride_c = b * R + o_r, tl.cast(B, tl.int64) * R
     STEP: tl.constexpr = -1 if REVERSE else 1
     begin = chunks - 1 if REVERSE else 0
-    carry = row(first + o_state, mask)
+    carry = row(first + o_state, mask).to(tl.float64)
     tl.store(carries + begin * stride_c + o_state, carry, mask=mask)
     o_k = tl.arange(0, CHUNKS)
     for k in tl.range(0, chunks - 1, CHUNKS, num_stages=1):
         o_chunk = ((begin + STEP * (k + o_k)).to(tl.int64) * stride_c)[:, None] + o_state[None, :]  # [CHUNKS, BLOCK]
         there = (k + o_k < chunks - 1)[:, None] & mask[None, :]
         products = tl.load(product + o_chunk, mask=there, other=1.0)
-        ends = tl.load(end + o_chunk, mask=there, other=0.0)
+        ends = tl.load(end + o_chunk, mask=there, other=0.0).to(tl.float64)
         products, ends = tl.associative_scan((products, ends), 0, _then)
         states = products * carry[None, :] + ends
         tl.store(carries + o_chunk + STEP * stride_c, states, mask=there)

@@ -13,6 +13,7 @@ from torch import Tensor
 from griffin.kernels.linear_scan import cpu, linear_scan
 from griffin.kernels.linear_scan.cpu import Tiling
 from griffin.kernels.rglru import rglru
+from tests.kernels.interpreter import needs_interpreter
 
 LONG = 16384
 ROUNDING = 2.0**-24  # of float32
@@ -54,6 +55,31 @@ def test_products_that_overflow(reverse: bool, start: int | None) -> None:
     grads = torch.autograd.grad((h, last), leaves, (torch.zeros_like(h), torch.zeros_like(last)))
     for found in (h, last, *grads):
         assert found.count_nonzero() == 0  # also what is not a number counts
+
+
+@needs_interpreter
+@pytest.mark.parametrize("steps", [slice(8, 16), slice(0, 24), slice(20, 36)])
+def test_products_that_overflow_on_triton(steps: slice) -> None:
+    """Of 1e10 over chunks of 8 steps, past float32's range; what flows through them is zero."""
+    a, state = torch.full((42, 1, 3), 0.5), torch.zeros(42, 1, 3)
+    a[steps] = 1e10
+    leaves = [a.requires_grad_(), state.requires_grad_()]
+    h, last = linear_scan(*leaves, backend="triton", chunk=8)
+    grads = torch.autograd.grad((h, last), leaves, (torch.zeros_like(h), torch.zeros_like(last)))
+    for found in (h, last, *grads):
+        assert found.count_nonzero() == 0
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_decays_near_1_do_not_drift_on_triton() -> None:
+    """Over 2000 steps in chunks of 248, float32 products were 1e-5 off."""
+    steps = 2000
+    a, b = torch.full((steps, 1, 1), 0.99999), torch.ones(steps, 1, 1)
+    decay = a[0, 0, 0].double()
+    expected = (1 - decay ** torch.arange(1, steps + 1)) / (1 - decay)
+    h, last = linear_scan(a, b, backend="triton", chunk=248)
+    assert max(errors([h[:, 0, 0], last[0, 0]], [expected, expected[-1]])) < 20 * ROUNDING
 
 
 @pytest.mark.parametrize("reverse", [False, True])
