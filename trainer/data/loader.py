@@ -26,7 +26,8 @@ class WorkerError(RunError):
     def __init__(self, workers: int, said: str) -> None:
         super().__init__(
             f"data.workers = {workers}: a process that draws batches was killed, or had not enough memory, or room in "
-            f"/dev/shm{_free_memory()}: give the machine or container more, or set fewer data.workers, 0 for none ({said})"
+            f"/dev/shm{_free_memory()}: give the machine or container more, or set fewer data.workers, 0 for none "
+            f"({said})"
         )
 
 
