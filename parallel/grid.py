@@ -186,7 +186,7 @@ class _Sealed(dist.Store):
         return self._store.check(names)
 
     def wait(self, names: list[str], timeout: datetime.timedelta | None = None) -> None:
-        self._store.wait(names, timeout or self._store.timeout)
+        self._store.wait(names, *[] if timeout is None else [timeout])
 
     def delete_key(self, name: str) -> bool:
         return self._store.delete_key(name)

@@ -190,8 +190,9 @@ def _events(state: RunState) -> list[Text]:
 
 def _event(event: Mapping[str, object]) -> str:
     when = event.get("time")
-    is_known = isinstance(when, float) and 0 <= when < MOST_TIME
-    said = time.strftime("%m-%d %H:%M", time.localtime(when)) if is_known else ""
+    said = ""
+    if isinstance(when, float) and 0 <= when < MOST_TIME:
+        said = time.strftime("%m-%d %H:%M", time.localtime(when))
     words = [str(event[key]) for key in ("kind", "action") if key in event]
     rest = [f"{key} {value}" for key, value in event.items() if key not in ("time", "step", "kind", "action")]
     return f"{said} step {event.get('step', ABSENT)}: {', '.join([*words, *rest])}"

@@ -79,8 +79,8 @@ class RunReader:
         self._events.extend(self._ledger.read())
         folder = RunFolder(self._folder.path, _attempt(self._folder.path))
         config = _config(folder.config)
-        steps = config.get("train", {}).get("steps")
-        steps = steps if is_integer(steps, 0, MOST_STEPS) else 0
+        stated: Any = config.get("train", {}).get("steps")
+        steps: int = stated if is_integer(stated, 0, MOST_STEPS) else 0
         checkpoint = _newest_checkpoint(folder.checkpoints)
         step = max(self._step, checkpoint[0] if checkpoint else 0) if not self._figures else self._step
         said = _last_lines(folder.console)

@@ -203,7 +203,7 @@ def test_pickles_under_the_keys_of_the_store_are_not_run(tmp_path: Path, bomb: b
             ends = time.monotonic() + (20 if since == "the start" else 3)
             while process.poll() is None and time.monotonic() < ends:
                 for key in filter(KEYS[which], stranger.list_keys()):
-                    stranger.set(key, bomb)
+                    stranger.set(key, bomb)  # type: ignore[arg-type]
                     replaced.add(key)
                 time.sleep(0.002)
         del stranger
