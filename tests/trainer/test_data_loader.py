@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 
+from griffin.trainer.config import load_config
 from griffin.trainer.data.dataset import open_samples
 from griffin.trainer.data.loader import WorkerError, batches, sample_numbers, watching_workers
 from griffin.trainer.data.prefix import PrefixWriter
 from griffin.trainer.signals import StopRequests
+from tests.small_runs import Watch, launch, write_config
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"tokens", "labels", "loss_mask", "positions"}
@@ -133,6 +135,21 @@ def test_a_killed_worker_is_told_in_one_line(samples):
     with pytest.raises(WorkerError, match=told) as said, watching_workers(2):
         draw_after_a_death(loader, workers)
     assert "\n" not in str(said.value)
+
+
+def kill_workers():
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_is_killed_ends_with_one_line(tmp_path, capsys):
+    config = load_config(write_config(tmp_path), ["--data.workers=1", "--train.eval_interval=0"])
+    assert launch(1, config, tmp_path / "run", Watch(at_step={(0, 3): kill_workers})) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r"griffin: rank 0 of 1 failed \(exit code 1\)\nWorkerError: data\.workers = 1: .*/dev/shm.*\n", said
+    )
 
 
 def test_workers_that_cannot_be_started_are_told_in_one_line(samples, monkeypatch):
