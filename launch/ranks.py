@@ -41,7 +41,14 @@ def discover() -> Ranks | None:
 
 
 def failure_text(error: BaseException) -> str:
-    """What a rank that fails prints: the error alone where it tells all, else its traceback too."""
+    """What a rank that fails prints: the error alone where it tells all, else its traceback too.
+
+    That the store is lost is a consequence: the process that serves it has ended, perhaps for what was put there.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and isinstance(error, distributed.DistNetworkError):
+        said = str(error).partition("\n")[0]  # C++ frames follow
+        return f"{type(error).__name__}: lost the rendezvous store: {said}\n"
     tells_all = isinstance(error, RunError) or (isinstance(error, OSError) and error.filename is not None)
     return f"{type(error).__name__}: {error}\n" if tells_all else "".join(traceback.format_exception(error))
 

@@ -144,11 +144,13 @@ def rank_grid(
     host.install()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # NCCL's own threads may not depend on Python. Named, as C++ does not keep its Python half alive.
+    groups_store = store if device.type == "cuda" else _Sealed(store, ranks.key)
     with ExitStack() as stack:
         with _starting():
             dist.init_process_group(
                 _backend(device),
-                store=store,
+                store=groups_store,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 timeout=timeout,
@@ -161,6 +163,33 @@ def rank_grid(
     # Not after an error: the other ranks may be in a collective, and waiting for them would be in vain.
     dist.destroy_process_group()
     _leave_together(store, ranks)
+
+
+class _Sealed(dist.Store):
+    """A store whose values are signed: gloo takes addresses from it, and would crash on what is none."""
+
+    def __init__(self, store: dist.Store, key: bytes) -> None:
+        super().__init__()
+        self._store, self._key = store, key
+
+    def set(self, name: str, value: bytes | str) -> None:
+        text = value.encode() if isinstance(value, str) else value
+        self._store.set(name, seal(self._key, name, text))  # type: ignore[arg-type]  # it takes bytes as well
+
+    def get(self, name: str) -> bytes:
+        return unseal(self._key, name, self._store.get(name), bytes)
+
+    def add(self, name: str, value: int) -> int:
+        return self._store.add(name, value)
+
+    def check(self, names: list[str]) -> bool:
+        return self._store.check(names)
+
+    def wait(self, names: list[str], timeout: datetime.timedelta | None = None) -> None:
+        self._store.wait(names, *[] if timeout is None else [timeout])
+
+    def delete_key(self, name: str) -> bool:
+        return self._store.delete_key(name)
 
 
 @contextmanager

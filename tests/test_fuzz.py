@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import random
 import signal
 import string
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from griffin.tools import rank_files
 from griffin.tools.carried_files import files_of, read_object
 from griffin.tools.logits import _read as read_tokens
+from griffin.tools.monitor_view import one_run, several_runs
 from griffin.tools.prompts import read_prompts
+from griffin.tools.run_state import RunReader
 from griffin.tools.safetensors_files import lay_out, read_entries
 from griffin.tools.transformers_config import model_of_config
 from griffin.trainer.checkpoint import manifest as manifests
+from griffin.trainer.checkpoint.lock import _machine, refuse_if_held
 from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.config import load_config
 from griffin.trainer.data.prefix import parse_blend, read_description
 from griffin.trainer.data.tokenizer import load_tokenizer
+from griffin.trainer.goodput import Goodput
+from griffin.trainer.run_folder import RunFolder
 from griffin.trainer.validate import validate
 from tests.small_steps import ARRAYS, save_step
 
@@ -169,6 +176,32 @@ GEMMA = {
 }
 
 
+LOCK = {
+    "token": "0" * 32,
+    "user": "someone",
+    "host": "n0",
+    "machine": _machine(),  # this one: the process is looked at
+    "pid": 2**22 + 1,
+    "process_started": 1,
+    "job": "cluster/1",
+    "job_restarts": 0,
+    "started": "2024-01-01T00:00:00+0000",
+    "command": "griffin train",
+}
+METRICS = {"step": 3, "time": 1.0, "attempt": 1, "loss": 1.0, "step_seconds": 0.5, "trained_seconds": 2.0}
+LEDGER = {"step": 3, "time": 1.0, "kind": "loss", "action": "skip", "samples": [0, 4]}
+STRAGGLERS = {"hosts": [{"host": "n0", "ratio": 1.5}], "ranks": [{"rank": 0, "ratio": 1.5}]}
+RUN_FOLDER: dict[str, Any] = {
+    "lock": LOCK,
+    "metrics.jsonl": METRICS,
+    "ledger.jsonl": LEDGER,
+    "stragglers.json": STRAGGLERS,
+    "environment.json": {"started": "2024-01-01T00:00:00+0000"},
+    "config.toml": None,
+    "console.log": None,
+}
+
+
 class Reader:
     """A reader, a file that it takes, and how that is written again after a change to the values in it."""
 
@@ -278,6 +311,40 @@ def expect_refusal(read: Callable[[], object], case: str) -> None:
             pass
         except BaseException as error:
             raise AssertionError(f"{case}: {error!r}") from error
+
+
+def read_run(path: Path) -> None:
+    """All that a monitor, a newcomer to the folder and the next attempt read."""
+    state = RunReader(path).read()
+    Console(file=io.StringIO(), width=120).print(one_run(state), several_runs([state]))
+    with suppress(ValueError):  # held by a process that runs
+        refuse_if_held(path)
+    Goodput(RunFolder(path, 2), 3).values()
+
+
+def test_bad_files_of_a_run_folder(tmp_path):
+    """Whatever the other files are, what can be read is shown: nothing is raised."""
+    for name, values in RUN_FOLDER.items():
+        good = CONFIG if values is None else plain(values) + b"\n"
+        for case in range(QUICK):
+            draw = random.Random(f"{name} {case}")
+            folder = tmp_path / f"{name}-{case}"
+            folder.mkdir()
+            for other, kept in RUN_FOLDER.items():
+                (folder / other).write_bytes(CONFIG if kept is None else plain(kept) + b"\n")
+            path, choice = folder / name, draw.random()
+            if choice < 0.1:
+                path.unlink()
+                special(path, draw)
+            elif values is not None and choice < 0.7:
+                path.write_bytes(plain(changed_value(values, draw)) + b"\n")
+            else:
+                path.write_bytes(changed_bytes(good, draw))
+            with in_time():
+                try:
+                    read_run(folder)
+                except BaseException as error:
+                    raise AssertionError(f"{name}, case {case}: {error!r}") from error
 
 
 def test_bad_input_to_every_reader(tmp_path):

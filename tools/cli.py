@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 
 # Each has `add_parser(subparsers)`, which sets `run`: args -> exit code or None. They import torch inside `run` only.
 COMMANDS = (
@@ -34,7 +35,10 @@ BLEND_ENTRY = re.compile(r"[0-9.]\S*\s+\S")  # "WEIGHT PREFIX": no other argumen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command and return its exit code; 2 with one line on stderr for what the user can put right."""
+    """Run one sub-command and return its exit code; 2 with one line on stderr for what the user can put right.
+
+    It is 1, with one line too, where a worker process was killed.
+    """
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="griffin", description="Train Griffin and Hawk language models.")
     parser.add_argument("--version", action="version", version=f"griffin-megatron {_version()}")
@@ -54,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who reads the output has seen enough; nor is it flushed at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except BrokenExecutor:
+        print("griffin: error: a worker process was killed: out of memory? (--workers takes fewer)", file=sys.stderr)
+        return 1
     except USER_ERRORS as error:
         return report(error)
 

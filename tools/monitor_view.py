@@ -17,6 +17,7 @@ from griffin.trainer.metrics import NOTHING_PREDICTED, is_predicted
 COLOURS = {RUNNING: "green", FINISHED: "green", SILENT: "yellow", HUNG: "red", GONE: "red", FAILED: "red"}
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARKS = 60  # losses that are drawn
+MOST_TIME = 2.0**35  # Unix time, that of the year 3058
 WIDE = 100  # columns that two figures beside each other take
 ABSENT = "-"
 SPIKES = {"skipped_updates": "{:.0f} skipped", "rewinds": "{:.0f} rewound"}
@@ -188,7 +189,10 @@ def _events(state: RunState) -> list[Text]:
 
 
 def _event(event: Mapping[str, object]) -> str:
-    said = time.strftime("%m-%d %H:%M", time.localtime(when)) if isinstance(when := event.get("time"), float) else ""
+    when = event.get("time")
+    said = ""
+    if isinstance(when, float) and 0 <= when < MOST_TIME:
+        said = time.strftime("%m-%d %H:%M", time.localtime(when))
     words = [str(event[key]) for key in ("kind", "action") if key in event]
     rest = [f"{key} {value}" for key, value in event.items() if key not in ("time", "step", "kind", "action")]
     return f"{said} step {event.get('step', ABSENT)}: {', '.join([*words, *rest])}"

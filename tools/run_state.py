@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 import time
-import tomllib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from griffin.trainer.checkpoint.lock import PATIENCE_SECONDS, Owner
+from griffin.trainer.files import SETTINGS_BYTES, is_integer, open_regular, parse_json, parse_toml, read_regular
 from griffin.trainer.json_lines import Follower
 from griffin.trainer.metrics import is_predicted
 from griffin.trainer.run_folder import RunFolder
@@ -21,6 +21,8 @@ from griffin.trainer.run_folder import RunFolder
 HISTORY = 400  # logged losses that are kept
 SILENT_SECONDS = 60.0  # a run that has said nothing for so long is called silent, unless its steps take longer
 EVENTS = 5  # of the ledger and of hangs, the newest
+HEAD_BYTES = 2**16  # of a report, of which the first lines are shown
+MOST_STEPS = 2**53
 
 RUNNING, SILENT, HUNG, GONE = "running", "silent", "hung", "gone"
 STOPPED, FAILED, FINISHED, EMPTY = "stopped", "failed", "finished", "not started"
@@ -77,8 +79,8 @@ class RunReader:
         self._events.extend(self._ledger.read())
         folder = RunFolder(self._folder.path, _attempt(self._folder.path))
         config = _config(folder.config)
-        steps = config.get("train", {}).get("steps")
-        steps = steps if isinstance(steps, int) else 0
+        stated: Any = config.get("train", {}).get("steps")
+        steps: int = stated if is_integer(stated, 0, MOST_STEPS) else 0
         checkpoint = _newest_checkpoint(folder.checkpoints)
         step = max(self._step, checkpoint[0] if checkpoint else 0) if not self._figures else self._step
         said = _last_lines(folder.console)
@@ -104,9 +106,9 @@ class RunReader:
 
     def _take(self, line: dict[str, Any]) -> None:
         step = line.pop("step", None)
-        if not isinstance(step, int):
+        if not is_integer(step, 0, MOST_STEPS):
             return
-        line = {key: value for key, value in line.items() if value is None or isinstance(value, int | float)}
+        line = {key: value for key, value in line.items() if value is None or _is_figure(value)}
         if "loss" in line:
             while self._losses and self._losses[-1][0] >= step:  # the run has gone back
                 self._losses.pop()
@@ -128,7 +130,7 @@ class RunReader:
             name.endswith(f"-attempt-{folder.attempt}") for name in _names(folder.hangs)
         )  # which ends an attempt
         try:
-            text, touched = folder.lock.read_bytes(), folder.lock.stat().st_mtime
+            text, touched = read_regular(folder.lock, SETTINGS_BYTES), folder.lock.stat().st_mtime
         except OSError:
             return (HUNG, "") if hung else _without_lock(folder, step, steps, said)
         now = time.time()
@@ -144,11 +146,15 @@ class RunReader:
         quiet = max(0.0, now - heard)
         expected = self._figures.get("step_seconds") or 0.0
         interval = config.get("log", {}).get("interval")
-        expected *= interval if isinstance(interval, int) else 1
+        expected *= interval if is_integer(interval, 1, MOST_STEPS) else 1
         detail = f"{who}; last figures {duration(quiet)} ago"
         if hung:
             return HUNG, detail
         return (SILENT if quiet > max(SILENT_SECONDS, 3 * expected) else RUNNING), detail
+
+
+def _is_figure(value: Any) -> bool:
+    return is_integer(value, -(2**63), 2**63) or (isinstance(value, float) and math.isfinite(value))
 
 
 def duration(seconds: float) -> str:
@@ -184,7 +190,7 @@ def _attempt(path: Path) -> int:
 def _config(path: Path) -> dict[str, dict[str, Any]]:
     """Its sections."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = parse_toml(read_regular(path, SETTINGS_BYTES).decode())
         return {name: section for name, section in values.items() if isinstance(section, dict)}
     except (OSError, ValueError):  # it is just being written
         return {}
@@ -201,9 +207,9 @@ def _newest_checkpoint(root: Path) -> tuple[int, float] | None:
 
 def _last_lines(path: Path, size: int = 2**16) -> list[str]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - size))
-            return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            return [line for line in file.read(size).decode(errors="replace").splitlines() if line.strip()]
     except OSError:
         return []
 
@@ -218,7 +224,8 @@ def _names(folder: Path) -> list[str]:
 def _head(report: Path) -> list[str]:
     """Its lines before the first empty one."""
     try:
-        lines = report.read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0].splitlines()
+        with open_regular(report) as file:
+            lines = file.read(HEAD_BYTES).decode(errors="replace").split("\n\n", 1)[0].splitlines()
     except OSError:
         return []
     return lines[:EVENTS] + ["..."] * (len(lines) > EVENTS)
@@ -226,7 +233,7 @@ def _head(report: Path) -> list[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_regular(path))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -37,8 +36,8 @@ class Workers:
     def run(self, function: Callable[[Task], Result], tasks: Iterable[Task], done: Callable[[Result], object]) -> None:
         """Call `done` with each task's result, in the order in which they end.
 
-        The first failure, of a task or of `done`, is raised when no task is under way any more. Raises ValueError
-        where a worker was killed.
+        The first failure, of a task or of `done`, is raised when no task is under way any more. Raises
+        BrokenExecutor where a worker was killed.
         """
         pending: set[Future[Result]] = set()
 
@@ -54,8 +53,6 @@ class Workers:
                 pending.add(self._executor.submit(function, task))
             while pending:
                 collect()
-        except BrokenProcessPool:
-            raise ValueError("a worker process was killed: out of memory? (--workers takes fewer)") from None
         finally:
             for future in pending:
                 future.cancel()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from datetime import datetime
 
+from griffin.trainer.files import SETTINGS_BYTES, is_integer, parse_json, read_regular
 from griffin.trainer.json_lines import lines_from_end
 from griffin.trainer.run_folder import TIME_FORMAT, RunFolder
 
@@ -58,9 +59,9 @@ class Goodput:
 def _first_start(folder: RunFolder) -> float:
     """Unix time at which the run's first attempt began; now, where its file does not say."""
     try:
-        started = json.loads(RunFolder(folder.path).environment.read_text(encoding="utf-8"))["started"]
+        started = parse_json(read_regular(RunFolder(folder.path).environment, SETTINGS_BYTES))["started"]
         return datetime.strptime(started, TIME_FORMAT).timestamp()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return time.time()
 
 
@@ -71,7 +72,11 @@ def _trained_until(folder: RunFolder, step: int) -> float:
     """
     if step == 0:
         return 0.0
-    for line in lines_from_end(folder.metrics):
-        if line.get("step", step + 1) <= step and (seconds := line.get("trained_seconds")) is not None:
-            return float(seconds)
+    try:
+        for line in lines_from_end(folder.metrics):
+            seconds = line.get("trained_seconds")
+            if is_integer(line.get("step"), 0, step) and isinstance(seconds, float) and 0 <= seconds < math.inf:
+                return seconds
+    except OSError:
+        pass
     return 0.0

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from griffin.trainer.files import open_regular, parse_json
+
 _BLOCK = 2**20  # bytes
+_LONGEST = 16 * 2**20  # bytes of a line; a longer one is no run's
 
 
 def lines_from_end(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of the file, the last first; none where there is no file. Lines that were cut are passed over."""
+    """The objects of the file, the last first; none where there is no file. Lines that were cut are passed over,
+    and what stands before one of more than 16 MiB. OSError naming what is no regular file."""
     try:
-        file = path.open("rb")
+        file = open_regular(path)
     except FileNotFoundError:
         return
     with file:
@@ -25,6 +28,8 @@ def lines_from_end(path: Path) -> Iterator[dict[str, Any]]:
             file.seek(place)
             rest, *lines = (file.read(size) + rest).split(b"\n")
             yield from filter(None, map(parse_line, reversed(lines)))
+            if len(rest) > _LONGEST:
+                return
         if (first := parse_line(rest)) is not None:
             yield first
 
@@ -32,14 +37,17 @@ def lines_from_end(path: Path) -> Iterator[dict[str, Any]]:
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """None for what is no object: a line that a kill or a full disk cut."""
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
 
 
 class Follower:
-    """Reads what a file of JSON lines has, from at most `last` bytes before its end, and then what is added to it."""
+    """Reads what a file of JSON lines has, from at most `last` bytes before its end, and then what is added to it.
+
+    Of what is added between two calls, those last bytes too.
+    """
 
     def __init__(self, path: Path, last: int = 4 * 2**20):
         self._path, self._last = path, last
@@ -52,15 +60,16 @@ class Follower:
         There are none where it cannot be read.
         """
         try:
-            with self._path.open("rb") as file:
+            with open_regular(self._path) as file:
                 status = os.fstat(file.fileno())
                 identity = (status.st_dev, status.st_ino)
-                place, is_whole = self._place, True
+                place, earliest = self._place, status.st_size - self._last
                 if place is None or identity != self._file or status.st_size < place:
-                    place = max(0, status.st_size - self._last)
-                    is_whole = place == 0
+                    place = 0
+                is_whole = earliest <= place
+                place = max(place, earliest)
                 file.seek(place)
-                data = file.read()
+                data = file.read(self._last)
         except FileNotFoundError:
             self._place = None
             return []

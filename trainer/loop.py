@@ -22,7 +22,7 @@ from griffin.trainer.checkpoint.source import InitFrom, Source, find_source, ref
 from griffin.trainer.checkpoint.unreadable import note_skipped, noting
 from griffin.trainer.config import Config, OptimizerConfig
 from griffin.trainer.data.dataset import Samples, build_index, open_samples
-from griffin.trainer.data.loader import batches
+from griffin.trainer.data.loader import batches, watching_workers
 from griffin.trainer.optimizer import optimizer_name
 from griffin.trainer.preflight.check import preflight
 from griffin.trainer.report import Report
@@ -43,9 +43,9 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
 
     Raises PreflightError (see `trainer.preflight.check`) where a rank's machine or links are not fit, NonFiniteError
     (see `trainer.step`) where the loss or a gradient is NaN or infinite and `train.spike` is off, SpikeError where
-    there are too many spikes, ReplicaError where copies of a weight differ, CheckpointError where what it starts from
-    is damaged, and SaveError where the last state could not be saved. Where it hangs, the process ends with HUNG (see
-    `trainer.watchdog`).
+    there are too many spikes, WorkerError where a process that draws batches has ended, ReplicaError where copies of a
+    weight differ, CheckpointError where what it starts from is damaged, and SaveError where the last state could not
+    be saved. Where it hangs, the process ends with HUNG (see `trainer.watchdog`).
     """
     timeout = communication_timeout(config.health.hang_seconds)
     with StopRequests() as requests, rank_grid(config.parallel, ranks, timeout=timeout) as grid, ExitStack() as stack:
@@ -87,7 +87,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
             position = checkpoints.load(source)
         stragglers = Stragglers(grid, folder.stragglers)
         run = _Run(config, grid, training, checkpoints, report, requests, spikes, ledger, watchdog, stragglers)
-        return run.go_on_from(position)
+        with watching_workers(config.data.workers):
+            return run.go_on_from(position)
 
 
 @dataclass(frozen=True)

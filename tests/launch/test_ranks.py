@@ -12,8 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from griffin.launch.ranks import discover, first_host, slurm_tasks_unused
+from griffin.launch.ranks import discover, failure_text, first_host, slurm_tasks_unused
 from griffin.parallel.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,11 @@ def environment(monkeypatch: pytest.MonkeyPatch):
 
 def without(variables: dict[str, str], name: str) -> dict[str, str]:
     return {key: value for key, value in variables.items() if key != name}
+
+
+def test_a_store_that_is_lost_is_one_line() -> None:
+    error = dist.DistNetworkError("Failed to recv\nException raised from recvBytes\nframe #0: ...")
+    assert failure_text(error) == "DistNetworkError: lost the rendezvous store: Failed to recv\n"
 
 
 def test_no_launcher(environment) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import rank_grid
+from griffin.parallel.grid import _Sealed, rank_grid
 from griffin.parallel.messages import ForgedError, pack, seal, unpack, unseal
 from griffin.parallel.ranks import LOOPBACK, Ranks, serve_store
 from griffin.trainer.preflight.links import Exchanges, Link
@@ -68,6 +68,18 @@ def test_what_was_not_sealed_for_it_is_refused(key: bytes, name: str) -> None:
         unseal(KEY, "name", seal(key, name, 1), int)
     with pytest.raises(ForgedError):
         unseal(KEY, "name", pack(1), int)
+
+
+def test_what_gloo_takes_from_the_store_is_signed() -> None:
+    """It would read the address of a peer out of any bytes."""
+    store = dist.HashStore()
+    groups = dist.PrefixStore("0", _kept := _Sealed(store, KEY))
+    groups.set("address", "of a peer")
+    assert groups.get("address") == b"of a peer"
+    for forged in (pickle.dumps(1), b"", store.get("0/address")[:-1] + b"?"):
+        store.set("0/address", forged)  # type: ignore[arg-type]
+        with pytest.raises(ForgedError, match="0/address: the rendezvous store holds what no rank"):
+            groups.get("address")
 
 
 def listening(inodes: set[str]) -> set[str]:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 import griffin.kernels.selection
 import griffin.launch.local
+import griffin.tools.convert
 import griffin.tools.train
 from griffin.parallel.ranks import Ranks
 from griffin.tools.cli import COMMANDS, main, report, split_overrides
@@ -343,6 +345,20 @@ def test_system_errors_name_the_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         (tmp_path / "absent").read_text()
     assert report(error.value) == 2
     assert capsys.readouterr().err == f"griffin: error: {tmp_path}/absent: No such file or directory\n"
+
+
+def test_a_killed_worker_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of any command's pool, such as one of processes or mpi4py's."""
+
+    def fail(args: Any) -> int:
+        raise BrokenExecutor("A process in the process pool\nwas terminated abruptly")
+
+    monkeypatch.setattr(griffin.tools.convert, "_hf", fail)
+    assert main(["convert", "hf", str(tmp_path), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error == "griffin: error: a worker process was killed: out of memory? (--workers takes fewer)\n"
 
 
 def test_other_errors_keep_their_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

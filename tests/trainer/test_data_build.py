@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from griffin.tools import data as tool
+from griffin.tools.cli import main
 from griffin.trainer.data import build as build_module
 from griffin.trainer.data import documents as documents_module
 from griffin.trainer.data.build import build
@@ -151,6 +152,21 @@ def test_errors_reach_the_caller_from_workers(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", json_lines(TEXTS) + b"{\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 6: not a JSON object"):
         build(out(tmp_path), [path], tokenizer="bytes", workers=2)
+    assert files_of(tmp_path / "out") == []
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build_module, "encode", die)
+    path = write(tmp_path / "a.jsonl", json_lines(TEXTS))
+    words = ["data", "build", out(tmp_path), str(path), "--tokenizer", "bytes", "--workers", "2"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert error == "griffin: error: a worker process was killed: out of memory? (--workers takes fewer)\n"
     assert files_of(tmp_path / "out") == []
 
 

@@ -1,8 +1,14 @@
 """Batches: the same global batch for every layout, from any step, with or without worker processes."""
 
+import errno
 import multiprocessing
 import os
+import re
+import shutil
+import signal
 import subprocess
+import sys
+import tempfile
 import time
 from itertools import islice
 from pathlib import Path
@@ -11,11 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+from griffin.trainer.config import load_config
 from griffin.trainer.data.dataset import open_samples
-from griffin.trainer.data.loader import batches, sample_numbers
+from griffin.trainer.data.loader import WorkerError, batches, sample_numbers, watching_workers
 from griffin.trainer.data.prefix import PrefixWriter
 from griffin.trainer.signals import StopRequests
+from tests.small_runs import Watch, launch, write_config
 
+ROOT = Path(__file__).parents[2]
 KEYS = {"tokens", "labels", "loss_mask", "positions"}
 
 
@@ -113,6 +122,80 @@ def started(samples):
     for _ in range(2):  # one batch of each: it is set up
         next(loader)
     return loader, list(loader._workers)
+
+
+def draw_after_a_death(loader, workers):
+    os.kill(workers[0].pid, signal.SIGKILL)
+    list(islice(loader, 100))
+
+
+def test_a_killed_worker_is_told_in_one_line(samples):
+    loader, workers = started(samples)
+    told = r"^data\.workers = 2: .*/dev/shm.*\(DataLoader worker \(pid.*\)$"
+    with pytest.raises(WorkerError, match=told) as said, watching_workers(2):
+        draw_after_a_death(loader, workers)
+    assert "\n" not in str(said.value)
+
+
+def kill_workers():
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_is_killed_ends_with_one_line(tmp_path, capsys):
+    config = load_config(write_config(tmp_path), ["--data.workers=1", "--train.eval_interval=0"])
+    assert launch(1, config, tmp_path / "run", Watch(at_step={(0, 3): kill_workers})) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r"griffin: rank 0 of 1 failed \(exit code 1\)\nWorkerError: data\.workers = 1: .*/dev/shm.*\n", said
+    )
+
+
+def test_workers_that_cannot_be_started_are_told_in_one_line(samples, monkeypatch):
+    def start(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", start)
+    with pytest.raises(WorkerError, match=r"^data\.workers = 2: .*/dev/shm.*No space left on device\)$"):
+        started(samples)
+
+
+def test_other_errors_of_a_worker_are_left_as_they_are():
+    text = "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: no such thing"
+    with pytest.raises(RuntimeError, match=f"^{text}$") as said, watching_workers(2):
+        raise RuntimeError(text)
+    assert not isinstance(said.value, WorkerError)
+
+
+DRAW = """
+import sys
+from itertools import islice
+from griffin.trainer.data.dataset import open_samples
+from griffin.trainer.data.loader import batches, watching_workers
+samples = open_samples([sys.argv[1]], sequence_length=8, seed=1)
+layout = dict(global_batch=2**14, micro_batch=2**14, data_rank=0, data_size=1)
+with watching_workers(2):
+    list(islice(batches(samples, first_sample=0, workers=2, **layout), 3))
+"""
+
+
+@pytest.mark.slow
+def test_shared_memory_that_is_too_small_is_told_in_one_line(samples, tmp_path):
+    """In a name space of its own, whose /dev/shm holds 256 KiB; the data lie elsewhere, or they would be hidden."""
+    folder = Path(tempfile.mkdtemp(dir="/var/tmp"))
+    try:
+        shutil.copytree(tmp_path, folder, dirs_exist_ok=True)
+        small = 'mount -t tmpfs -o size=256k tmpfs /dev/shm || exit 77; exec "$0" -c "$1" "$2"'
+        command = ["unshare", "--mount", "sh", "-c", small, sys.executable, DRAW, str(folder / "p")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    finally:
+        shutil.rmtree(folder)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("may not mount file systems")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(r"WorkerError: data\.workers = 2: .*/dev/shm \(\d+ MiB are free\).*No space left on device", last)
 
 
 def test_workers_heed_no_signals_of_others(samples):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,26 @@ def test_a_long_file_is_read_at_its_end(tmp_path: Path) -> None:
     steps = [line["step"] for line in follower.read()]
     assert steps == list(range(100_000 - len(steps), 100_000))
     assert 40 < len(steps) < 80
+
+
+def test_what_no_run_writes_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_lines, "_BLOCK", 64)
+    monkeypatch.setattr(json_lines, "_LONGEST", 1000)
+    path = tmp_path / "metrics.jsonl"
+    append(path, {"step": 1}, {"step": "x" * 2000}, {"step": 2})
+    assert list(lines_from_end(path)) == [{"step": 2}]
+    follower = Follower(path, last=1000)
+    assert follower.read() == [{"step": 2}]
+    append(path, *({"step": step} for step in range(1000)))
+    steps = [line["step"] for line in follower.read()]
+    assert steps == list(range(1000 - len(steps), 1000))
+    assert 40 < len(steps) < 90
+    assert follower.read() == []
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    os.mkfifo(path)
+    assert Follower(path).read() == []
+    with pytest.raises(OSError, match="must be a regular file"):
+        list(lines_from_end(path))

@@ -19,11 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from griffin.parallel.messages import ForgedError, unpack
+from griffin.trainer.files import SETTINGS_BYTES, is_integer, open_regular
+
 NAME = "lock"
 HEARTBEAT_SECONDS = 10.0  # between two touches of the file by its owner
 PATIENCE_SECONDS = 60.0  # an owner of another machine that touches its file for so long not once is gone
 POLL_SECONDS = 0.2
 TOKEN = re.compile("[0-9a-f]{32}")
+MOST_PID = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +66,10 @@ class Owner:
     def parse(cls, text: bytes) -> Owner | None:
         """None where `text` is not what an owner wrote, or not all of it yet."""
         try:
-            owner = cls(**json.loads(text))
-        except (ValueError, TypeError):
+            owner = unpack(text, cls)
+        except ForgedError:
             return None
-        fits = isinstance(owner.token, str) and TOKEN.fullmatch(owner.token) and isinstance(owner.pid, int)
+        fits = TOKEN.fullmatch(owner.token) and is_integer(owner.pid, 1, MOST_PID)
         return owner if fits else None
 
     def __str__(self) -> str:
@@ -283,12 +287,12 @@ def _read(path: Path) -> _File | None:
     text = b""
     try:
         try:
-            with path.open("rb") as file:  # network file systems ask the server on opening, not on a mere stat
+            with open_regular(path) as file:  # network file systems ask the server on opening, not on a mere stat
                 status = os.fstat(file.fileno())
-                text = file.read()
+                text = file.read(SETTINGS_BYTES)  # an owner writes less
         except FileNotFoundError:
             return None
-        except OSError:  # unreadable for this user, or replaced on the server meanwhile
+        except OSError:  # unreadable for this user, no regular file, or replaced on the server meanwhile
             status = path.stat()
     except OSError:
         return None

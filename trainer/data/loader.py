@@ -3,14 +3,56 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader
 
+from griffin.parallel.ranks import RunError
 from griffin.trainer.data.dataset import Samples
+
+# What PyTorch's errors begin with where a worker process has ended, and where it has raised one itself.
+ENDED, RAISED = "DataLoader worker (pid", "Caught RuntimeError in DataLoader worker process"
+NO_ROOM = "shared memory"  # is in what it raises where that is full
+
+
+class WorkerError(RunError):
+    """A worker process that draws batches cannot be started, has ended, or found no shared memory for what it drew."""
+
+    def __init__(self, workers: int, said: str) -> None:
+        super().__init__(
+            f"data.workers = {workers}: a process that draws batches was killed, or had not enough memory, or room in "
+            f"/dev/shm{_free_memory()}: give the machine or container more, or set fewer data.workers, 0 for none "
+            f"({said})"
+        )
+
+
+@contextmanager
+def watching_workers(workers: int) -> Iterator[None]:
+    """Raise WorkerError for a death of one of `workers` processes of loaders.
+
+    PyTorch raises it wherever this process is then, not only while a batch is waited for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines() or [""]
+        if lines[0].startswith(ENDED):
+            raise WorkerError(workers, lines[0].strip()) from error
+        if lines[0].startswith(RAISED) and NO_ROOM in lines[-1]:
+            raise WorkerError(workers, lines[-1].strip()) from error
+        raise
+
+
+def _free_memory() -> str:
+    try:
+        return f" ({shutil.disk_usage('/dev/shm').free / 2**20:,.0f} MiB are free)"
+    except OSError:
+        return ""
 
 
 def sample_numbers(
@@ -41,7 +83,7 @@ def batches(
     There are global_batch / (micro_batch * data_size) a step. Each is a dict of the tensors of `Samples` with a leading
     axis: [micro_batch, T], in pinned memory where there is a CUDA device. `workers` processes, forked from this one,
     draw ahead; 0 draws in this process. They heed no signals but those of this process. Raises ValueError if the batch
-    sizes do not fit.
+    sizes do not fit, WorkerError where the processes cannot be started.
     """
     if min(global_batch, micro_batch, data_size) < 1 or global_batch % (micro_batch * data_size):
         raise ValueError(
@@ -70,7 +112,10 @@ def batches(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws from, and so changes, torch's default generator
     )
-    return iter(loader)
+    try:
+        return iter(loader)
+    except OSError as error:  # of a process, or of a semaphore, which lies in /dev/shm
+        raise WorkerError(workers, str(error)) from error
 
 
 def _shield_from_signals(worker: int) -> None:
