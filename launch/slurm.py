@@ -34,7 +34,7 @@ class SlurmJob:
     gres: bool = False  # GPUs by --gres, where a site knows no --gpus-per-node
     exclusive: bool = True  # nodes with GPUs as a whole
     mem: str = ""  # of a node; "" is all of it on nodes with GPUs, else the site's default
-    cpu_bind: str = ""  # srun's; "" binds to --cpus-per-task where stated
+    cpu_bind: str = ""  # srun's; "" leaves it to the ranks, or binds to --cpus-per-task where stated
     time: str  # as SLURM has it: minutes, HH:MM:SS, D-HH:MM:SS and so on
     tasks_per_node: int = 0  # ranks of a node; 0 is one per GPU
     cpus_per_task: int = 0  # 0: all of the node's for all of its ranks
@@ -232,7 +232,7 @@ def _step_options(job: SlurmJob, files: JobFiles) -> list[str]:
     if job.cpus_per_task:
         options = [f"--cpus-per-task={job.cpus_per_task}  # sbatch's does not reach srun"]
     else:
-        options = ["--cpu-bind=none      # loaders and saving processes use what a node has"]
+        options = ["--cpu-bind=none      # ranks bind themselves to the cores near their GPUs"]
     if job.cpu_bind:
         options = [option for option in options if not option.startswith("--cpu-bind")] + [f"--cpu-bind={job.cpu_bind}"]
     if job.container and not job.is_apptainer:

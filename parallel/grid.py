@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from griffin.parallel import host
+from griffin.parallel.affinity import stay_near
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.messages import seal, unseal
 from griffin.parallel.ranks import OtherRankError, Ranks
@@ -144,6 +145,7 @@ def rank_grid(
     host.install()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    stay_near(device)
     # NCCL's own threads may not depend on Python. Named, as C++ does not keep its Python half alive.
     groups_store = store if device.type == "cuda" else _Sealed(store, ranks.key)
     with ExitStack() as stack:

@@ -55,7 +55,9 @@ def _add_slurm(subparsers: Any) -> None:
     parser.add_argument("--gres", action="store_true", help="ask for GPUs by --gres=gpu:...")
     parser.add_argument("--no-exclusive", action="store_true", help="share nodes with other jobs")
     parser.add_argument("--mem", default="", metavar="SIZE", help="memory of a node (default: all of a whole node)")
-    parser.add_argument("--cpu-bind", default="", metavar="HOW", help="srun's --cpu-bind, such as cores or ldoms")
+    parser.add_argument(
+        "--cpu-bind", default="", metavar="HOW", help="srun's, such as cores or ldoms (default: near its GPU)"
+    )
     parser.add_argument("--tasks-per-node", type=int, default=0, metavar="N", help="ranks per node without GPUs")
     parser.add_argument("--time", required=True, metavar="TIME", help="limit of a job, such as 24:00:00 or 2-00:00:00")
     parser.add_argument("--cpus-per-task", type=int, default=0, metavar="N", help="default: a node's ranks share them")
