@@ -19,6 +19,8 @@ from griffin.trainer.data.dataset import Samples
 ENDED, RAISED = "DataLoader worker (pid", "Caught RuntimeError in DataLoader worker process"
 NO_ROOM = "shared memory"  # is in what it raises where that is full
 
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+
 
 class WorkerError(RunError):
     """A worker process that draws batches cannot be started, has ended, or found no shared memory for what it drew."""
@@ -112,21 +114,22 @@ def batches(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws from, and so changes, torch's default generator
     )
+    # Blocked around the fork: the workers, and every thread of theirs, begin with these signals blocked.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         return iter(loader)
     except OSError as error:  # of a process, or of a semaphore, which lies in /dev/shm
         raise WorkerError(workers, str(error)) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _shield_from_signals(worker: int) -> None:
-    """In a worker: drop the handlers of the rank that it was forked from, and obey no signals but that rank's.
+    """In a worker, where `_SIGNALS` are blocked: obey none but SIGTERM of the rank that it was forked from.
 
     Launchers and terminals send theirs to whole process groups. A rank that is told to stop still needs its workers to
     come to the next step, and takes the death of one for a failure.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_sigterm_of, args=(os.getppid(),), daemon=True).start()
 
 
