@@ -166,9 +166,9 @@ def run(
 
     def send() -> None:
         wait_for(folder, ranks)
-        for number in signals:
+        for count, number in enumerate(signals):
+            time.sleep(0.5 * min(count, 1))
             os.kill(os.getpid(), number)
-            time.sleep(0.5)
 
     sender = threading.Thread(target=send, daemon=True)
     if signals:

@@ -43,6 +43,7 @@ def config(cluster: Cluster) -> Path:
     return write_config(cluster.folder)
 
 
+@pytest.mark.slow
 def test_job_trains_on_two_nodes(cluster: Cluster, config: Path) -> None:
     """The script as it is written, TP 2 x DP 2: ranks of another node do not find localhost."""
     run_dir = cluster.folder / "smoke"

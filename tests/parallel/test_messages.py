@@ -117,7 +117,7 @@ def meet(ranks: Ranks, bomb: Path) -> tuple[str, set[str]]:
     """Two ranks agree while a stranger puts a pickle where rank 1's word, or rank 0's answer, is looked for."""
     with rank_grid(ParallelConfig(), ranks) as grid:
         addresses = listening(sockets_of(os.getpid()))
-        meeting = Meeting(grid, Place(rank=ranks.rank, local_rank=0, host="n0"), 5.0)
+        meeting = Meeting(grid, Place(rank=ranks.rank, local_rank=0, host="n0"), 1.0)
         stranger = dist.TCPStore(LOOPBACK, ranks.port, is_master=False, wait_for_workers=False)
         said = ""
         if ranks.rank == 1:

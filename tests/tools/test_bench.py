@@ -21,6 +21,7 @@ def bench(*arguments: str, what: str = "step") -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_step_prints_both_sides_and_their_ratio() -> None:
     done = bench("--sequence", "48", "--width", "64", "--repeats", "2", "--threads", "1")
     assert done.returncode == 0, done.stderr

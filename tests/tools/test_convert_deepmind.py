@@ -170,7 +170,10 @@ SAVED: dict[str, Callable[[Any, Path], Path]] = {
         for how in ("torch", "orbax")
         for case in CASES
     ]
-    + [(how, "bfloat16") for how in ("torch-transposed", "torch-repacked", "torch-views", "orbax-bare")],
+    + [
+        pytest.param(how, "bfloat16", marks=pytest.mark.slow)
+        for how in ("torch-transposed", "torch-repacked", "torch-views", "orbax-bare")
+    ],
 )
 def test_the_same_checkpoint(tmp_path: Path, how: str, case: str) -> None:
     """As from transformers, bit by bit; its window is one more than DeepMind's number."""

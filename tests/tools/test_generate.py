@@ -17,8 +17,9 @@ from griffin.tools.cli import main
 from griffin.tools.generation import Sampling, generate
 from griffin.tools.inference import Checkpoint, loaded
 from griffin.trainer.checkpoint.manifest import check
+from griffin.trainer.config import load_config
 from tests.ranks import RankPool
-from tests.small_runs import CONFIG, wait_for
+from tests.small_runs import CONFIG, launch, wait_for
 from tests.transformers_models import convert, load_model, make_model, save_model, tokens
 
 BEYOND = 64  # tokens past the window
@@ -330,9 +331,8 @@ def test_a_trained_run(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     config.write_text(
         CONFIG.format(folder=tmp_path).replace("/train", "/data").replace(f'eval = "{tmp_path}/eval"', "")
     )
-    command = [sys.executable, "-m", "griffin.tools.cli", "train", str(config), "--run-dir", str(tmp_path / "run")]
-    settings = ["--train.steps", "30", "--checkpoint.interval", "0", "--train.eval_interval", "0"]
-    subprocess.run([*command, *settings], check=True, capture_output=True, timeout=120)
+    settings = ["--train.steps=30", "--checkpoint.interval=0", "--train.eval_interval=0"]
+    assert launch(1, load_config(config, settings), tmp_path / "run") == 0
     (tmp_path / "data.bin").unlink()
     capfd.readouterr()
     assert run(tmp_path / "run", "--prompt", "the same wor", "--max-tokens", 8) == 0

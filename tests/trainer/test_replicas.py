@@ -86,16 +86,20 @@ MLP = "blocks.0.mlp.gate.weight"
 NORM = "blocks.1.mixer_norm.weight"
 
 
+def also(*case: Any) -> Any:
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize(
     ("layout", "damaged", "name", "damage", "expected"),
     [
         ("dp4", (2,), MLP, flip_bit, f"the copy of rank 2 on {HOST} differs from the other copies"),
-        ("tp2-dp2", (3,), MLP, flip_bit, f"the copies of rank 1 on {HOST}, rank 3 on {HOST} differ, with no majority"),
+        also("tp2-dp2", (3,), MLP, flip_bit, f"rank 1 on {HOST}, rank 3 on {HOST} differ, with no majority"),
         ("tp2-dp2", (1,), NORM, flip_bit, f"{NORM}: the copy of rank 1 on {HOST} differs from the other copies"),
-        ("tp2-dp2", (1, 3), NORM, swap, f"{NORM}: the copies of rank 0 on {HOST}, rank 1 on {HOST}, rank 2"),
+        also("tp2-dp2", (1, 3), NORM, swap, f"{NORM}: the copies of rank 0 on {HOST}, rank 1 on {HOST}, rank 2"),
         ("pp2-dp2", (2,), EMBEDDING, swap, f"{EMBEDDING}: the copy of rank 2 on {HOST} differs"),
-        (
+        also(
             "pp2-dp2",
             (2, 3),
             EMBEDDING,

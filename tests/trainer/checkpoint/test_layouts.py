@@ -31,7 +31,7 @@ from tests.parallel.test_layouts import LAYOUTS, LEARNING_RATE, RANKS, make_conf
 from tests.ranks import RankPool
 
 NAMES = ("one", "tp2", "pp2", "dp2", "tp2-pp2", "pp2-interleaved", "tp2-dp2")
-QUICK = ("tp2-dp2", "pp2-interleaved")
+QUICK = ("tp2-dp2",)
 MORE = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
 WITH_DTYPES = [
     pytest.param(name, dtype, marks=[] if (name, dtype) == ("tp2-dp2", "bfloat16") else pytest.mark.slow)
