@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -254,14 +255,45 @@ def test_a_link_that_corrupts(rank_pool: RankPool, config: Config, tmp_path: Pat
     assert complaint in text
 
 
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """Matrix products at a rate that no load of this machine changes: `first` in the first measurement, then `rate`."""
+
+    first: float
+    rate: float
+
+    def __call__(self, old: Any) -> Callable[..., float]:
+        rates = itertools.chain([self.first], itertools.repeat(self.rate))
+        return lambda *args: next(rates)
+
+
+def rated(*first: float, rate: float | None = None) -> dict[int, Changes]:
+    """The rates that the ranks measure, in TFLOP/s; and copies that all take as long."""
+    return {
+        rank: {
+            f"{PLACE}.machine.measured_tflops": Rate(each, each if rate is None else rate),
+            f"{PLACE}.machine.best_seconds": Returns(0.01),
+        }
+        for rank, each in enumerate(first)
+    }
+
+
 def test_a_slow_device_is_named(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
-    changes: dict[int, Changes] = {1: {f"{PLACE}.machine.measured_tflops": Times(1 / SLOW)}}
-    assert "rank 1 on north: CPU is slow: " in warnings(rank_pool.run(examine, 4, config, tmp_path, changes))
+    text = warnings(rank_pool.run(examine, 4, config, tmp_path, rated(1.0, 1.0, 0.4, 0.4)))
+    assert "rank 2 on south: CPU is slow: 0.4 TFLOP/s, the median is 0.7" in text
+    assert text.count("CPU is slow") == 1
+
+
+def test_ranks_that_share_the_cores_of_a_host_are_one_device(
+    rank_pool: RankPool, config: Config, tmp_path: Path
+) -> None:
+    text = warnings(rank_pool.run(examine, 4, config, tmp_path, rated(1.0, 0.1, 0.2, 0.9)))
+    assert "CPU is slow" not in text
 
 
 def test_a_device_that_was_slow_once_is_not(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
-    changes: dict[int, Changes] = {1: {f"{PLACE}.machine.measured_tflops": Times(1 / SLOW, calls=1)}}
-    assert "rank 1 on north: CPU is slow: " not in warnings(rank_pool.run(examine, 4, config, tmp_path, changes))
+    text = warnings(rank_pool.run(examine, 4, config, tmp_path, rated(1.0, 1.0, 0.1, 0.1, rate=1.0)))
+    assert "CPU is slow" not in text
 
 
 def test_a_slow_link_is_named(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:

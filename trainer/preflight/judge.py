@@ -213,17 +213,29 @@ class Judge:
         texts: dict[int, str] = {}
         for name in dict.fromkeys(machine.device.name for machine in self._machines):
             ranks = [rank for rank, machine in enumerate(self._machines) if machine.device.name == name]
+            rates = {rank: self._rates[rank] for rank in ranks}
+            if name == "CPU":  # ranks share a machine's cores, and with others: it is judged by the best of its ranks
+                rates = self._best_of_hosts(ranks)
             middle = Rates(
-                tflops=median(self._rates[rank].tflops for rank in ranks),
-                copy=median(self._rates[rank].copy for rank in ranks),
+                tflops=median(each.tflops for each in rates.values()), copy=median(each.copy for each in rates.values())
             )
-            for rank in ranks:
-                where, mine = f"rank {rank} on {self._hosts[rank]}: {name}", self._rates[rank]
+            for rank, mine in rates.items():
+                where = f"rank {rank} on {self._hosts[rank]}: {name}"
                 if mine.tflops < DEVICE_SHARE * middle.tflops:
                     texts[rank] = f"{where} is slow: {mine.tflops:.3g} TFLOP/s, the median is {middle.tflops:.3g}"
                 elif mine.copy < DEVICE_SHARE * middle.copy:
                     texts[rank] = f"{where} is slow: copies {_gigabytes(mine.copy)}, median {_gigabytes(middle.copy)}"
         return texts
+
+    def _best_of_hosts(self, ranks: Sequence[int]) -> dict[int, Rates]:
+        """By the first of `ranks` on each host."""
+        firsts: dict[str, int] = {}
+        best: dict[int, Rates] = {}
+        for rank in ranks:
+            first, mine = firsts.setdefault(self._hosts[rank], rank), self._rates[rank]
+            known = best.setdefault(first, mine)
+            best[first] = Rates(tflops=max(known.tflops, mine.tflops), copy=max(known.copy, mine.copy))
+        return best
 
     def _kinds(self) -> dict[str, list[Link]]:
         kinds: dict[str, list[Link]] = {}

@@ -34,7 +34,7 @@ NAMES = ("one", "tp2", "pp2", "dp2", "tp2-pp2", "pp2-interleaved", "tp2-dp2")
 QUICK = ("tp2-dp2",)
 MORE = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
 WITH_DTYPES = [
-    pytest.param(name, dtype, marks=[] if (name, dtype) == ("tp2-dp2", "bfloat16") else pytest.mark.slow)
+    pytest.param(name, dtype, marks=[] if (name, dtype) == ("tp2-dp2", "float32") else pytest.mark.slow)
     for name in NAMES
     for dtype in ("float32", "bfloat16")
 ]
