@@ -7,6 +7,7 @@ import pickle
 import socket
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from griffin.parallel.config import ParallelConfig
 from griffin.parallel.grid import _Sealed, rank_grid
 from griffin.parallel.messages import ForgedError, pack, seal, unpack, unseal
 from griffin.parallel.ranks import LOOPBACK, Ranks, serve_store
+from griffin.trainer.preflight import meeting
 from griffin.trainer.preflight.links import Exchanges, Link
 from griffin.trainer.preflight.meeting import Meeting, Place, PreflightError
 from tests.ranks import RankPool
@@ -115,9 +117,9 @@ def test_a_local_store_listens_on_the_loopback_interface_alone() -> None:
 
 def meet(ranks: Ranks, bomb: Path) -> tuple[str, set[str]]:
     """Two ranks agree while a stranger puts a pickle where rank 1's word, or rank 0's answer, is looked for."""
-    with rank_grid(ParallelConfig(), ranks) as grid:
+    with mock.patch.object(meeting, "GRACE_SECONDS", 0.2), rank_grid(ParallelConfig(), ranks) as grid:
         addresses = listening(sockets_of(os.getpid()))
-        meeting = Meeting(grid, Place(rank=ranks.rank, local_rank=0, host="n0"), 1.0)
+        ranks_meet = Meeting(grid, Place(rank=ranks.rank, local_rank=0, host="n0"), 1.0)
         stranger = dist.TCPStore(LOOPBACK, ranks.port, is_master=False, wait_for_workers=False)
         said = ""
         if ranks.rank == 1:
@@ -126,9 +128,9 @@ def meet(ranks: Ranks, bomb: Path) -> tuple[str, set[str]]:
             stranger.set("griffin/preflight/second", pickle.dumps(Bomb(bomb)))  # type: ignore[arg-type]
         try:
             if ranks.rank == 0:
-                meeting.agree("first", 1, int, sum, int)
+                ranks_meet.agree("first", 1, int, sum, int)
             else:
-                meeting.agree("second", 1, int, sum, int)
+                ranks_meet.agree("second", 1, int, sum, int)
         except PreflightError as error:
             said = str(error)
     return said, addresses
