@@ -209,6 +209,7 @@ def test_arithmetic_takes_less_time_than_memory(measured):
     assert seen == set(BUDGET)
 
 
+@pytest.mark.slow
 def test_other_lengths_compile_nothing_anew(tmp_path):
     for found in _run(tmp_path, 120, "keys"):
         first, *others = found["keys"].values()

@@ -128,6 +128,7 @@ def test_default_tiling():
 
 
 @needs_interpreter
+@pytest.mark.slow
 def test_starts_at_every_place_around_a_chunk():
     """A sequence for each place of a start, before, at and after the first step of a chunk and of a round."""
     steps = 20

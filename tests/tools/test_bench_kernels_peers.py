@@ -68,6 +68,7 @@ def measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_stand_ins")
+@pytest.mark.slow
 def test_a_failing_peer_ends_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     measured_before(monkeypatch)
     settings = Settings(**vars(SMALL) | {"peers": True})

@@ -296,6 +296,7 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / "manifest.json").write_text(to_text(Manifest(**vars(manifest) | changes)))
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_curve_that_holds(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
