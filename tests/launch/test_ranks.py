@@ -263,8 +263,8 @@ def test_mpiexec_inside_of_a_job(
         def Split_type(self, kind: object) -> types.SimpleNamespace:  # noqa: N802
             return types.SimpleNamespace(size=on_node, rank=0)
 
-        def bcast(self, place: object, root: int) -> tuple[str, int, bytes]:
-            return "n1", 7, b"key"
+        def Bcast(self, word: bytearray, root: int) -> None:  # noqa: N802
+            word[:] = b'["n1", 7, "6b6579"]'.ljust(len(word))
 
     mpi = types.SimpleNamespace(COMM_WORLD=World(), COMM_TYPE_SHARED=0)
     monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=mpi))
@@ -272,6 +272,7 @@ def test_mpiexec_inside_of_a_job(
         ranks = discover()
         assert ranks is not None
         assert (ranks.source, ranks.world_size) == ("mpi", world)
+        assert (ranks.address, ranks.port, ranks.key) == ("n1", 7, b"key")
     else:
         with pytest.raises(ValueError, match=message):
             discover()
