@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from griffin.parallel.messages import pack, unpack
 from griffin.parallel.ranks import LOOPBACK, Ranks, RunError, is_loopback, serve_store
 
 # Ports for jobs whose ranks have no other channel to agree on one: below Linux's ephemeral range.
 FIRST_PORT, PORTS = 20_000, 10_000
 # The run's key, as hexadecimal digits: a job's script draws it, and srun hands it on to the ranks alone.
 KEY = "GRIFFIN_RUN_KEY"
+PLACE_BYTES = 512  # of the message in which MPI's rank 0 says where the store is: host names have at most 253
 
 
 def discover() -> Ranks | None:
@@ -204,13 +206,14 @@ def _mpi(environment: Mapping[str, str]) -> Ranks:
 
     node: Any = world.Split_type(MPI.COMM_TYPE_SHARED)
     _agree_with_slurm(world.size, node.size == world.size, environment)
-    server, place = None, None
+    server, word = None, bytearray(PLACE_BYTES)
     if world.rank == 0:
         host = LOOPBACK if node.size == world.size else socket.gethostname()
         address = environment.get("MASTER_ADDR") or host
         server = serve_store(address, 0, world.size)
-        place = (address, server.port, secrets.token_bytes(32))
-    address, port, key = world.bcast(place, root=0)
+        word[:] = pack((address, server.port, secrets.token_bytes(32))).ljust(PLACE_BYTES)
+    world.Bcast(word, root=0)  # mpi4py's bcast would unpickle
+    address, port, key = unpack(bytes(word), tuple[str, int, bytes])
     return Ranks(
         rank=world.rank,
         world_size=world.size,

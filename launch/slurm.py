@@ -16,7 +16,7 @@ IMAGE_FILES = (".sif", ".sqsh")  # of Apptainer, and of enroot for pyxis; other 
 LONGEST_SIGNAL = 65_535  # seconds; SLURM's limit
 # Options of sbatch that only the options of `griffin launch slurm` may state: the script counts on them.
 STATED = (
-    "job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "gpus-per-task", "gres",
+    "job-name", "nodes", "ntasks", "ntasks-per-node", "tasks-per-node", "gpus-per-node", "gpus-per-task", "gres",
     "cpus-per-task", "time", "chdir", "signal", "array", "wrap",
 )  # fmt: skip
 

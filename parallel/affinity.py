@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,5 +45,5 @@ def _cores(text: str) -> range:
 
 
 def _pci_address(device: torch.device) -> str:
-    card = torch.cuda.get_device_properties(device)
+    card: Any = torch.cuda.get_device_properties(device)  # torch's annotations lack these three
     return f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"

@@ -35,7 +35,7 @@ def unpack(text: bytes, kind: Any) -> Any:
     """
     try:
         return _typed(json.loads(text), kind)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ForgedError(f"expected {getattr(kind, '__name__', kind)}, got {text[:60]!r} ({error})") from None
 
 
@@ -107,7 +107,7 @@ def _one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
     for kind in kinds:
         try:
             return _typed(value, kind)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             continue
     raise TypeError(f"none of {kinds}")
 

@@ -45,6 +45,13 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+def listen_on_loopback(address: str, port: int, backlog: int) -> socket.socket:
+    """A socket that listens at a loopback address, such as 127.0.1.1 or ::1, and nowhere else."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    host = LOOPBACK if address == "localhost" else address
+    return socket.create_server((host, port), family=family, backlog=backlog)
+
+
 def serve_store(
     address: str, port: int, world_size: int | None, timeout: timedelta = timedelta(minutes=5), *, waits: bool = False
 ) -> TCPStore:
@@ -57,8 +64,7 @@ def serve_store(
     allow_connections()
     listening = None
     if is_loopback(address):
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        server = socket.create_server(("::1" if ":" in address else LOOPBACK, port), family=family, backlog=4096)
+        server = listen_on_loopback(address, port, backlog=4096)
         port, listening = server.getsockname()[1], server.detach()  # the store closes it
     return TCPStore(address, port, world_size, True, timeout, waits, master_listen_fd=listening)
 

@@ -50,15 +50,6 @@ class RankState:
     communication: str  # the call of torch.distributed that it is in; "" is none
     collectives: tuple[Collective, ...]
 
-    def to_json(self) -> str:
-        return json.dumps(self, default=vars)
-
-    @classmethod
-    def from_json(cls, text: str) -> RankState:
-        fields = json.loads(text)
-        fields["collectives"] = tuple(Collective(**collective) for collective in fields["collectives"])
-        return cls(**fields)
-
     @property
     def name(self) -> str:
         return f"rank {self.rank} on {self.host} (pid {self.pid})"

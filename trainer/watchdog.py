@@ -8,13 +8,12 @@ store, so that a store that does not answer is noticed too.
 A rank raises the alarm when its main thread stays in one watched phase for too long, or when the next rank has given no
 sign of life for so long. Then every rank writes its stacks, the one that raised the alarm collects what all say of
 themselves and names those that lag, and all leave with HUNG. Every wait in this has an end, and what cannot be written
-is left out.
+is left out. What ranks say is signed: an alarm of anybody else is none.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import socket
 import threading
@@ -25,9 +24,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from griffin.parallel.grid import Grid
+from griffin.parallel.messages import ForgedError, seal, unseal
 from griffin.parallel.ranks import HUNG, Ranks
 from griffin.trainer.checkpoint.manifest import step_name
 from griffin.trainer.hang_report import Silent, compose
@@ -69,6 +69,14 @@ class _Mark:
     limit: float  # seconds; infinite outside of watched phases
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Alarm:
+    """Who has raised it, and in which step."""
+
+    rank: int
+    step: int
+
+
 def communication_timeout(hang_seconds: float) -> timedelta:
     """After which a collective fails by itself: later than the watchdog, which has more to say."""
     return max(timedelta(minutes=30), timedelta(seconds=(FIRST + 1) * hang_seconds))
@@ -82,6 +90,7 @@ class Watchdog:
 
     def __init__(self, hang_seconds: float, ranks: Ranks, grid: Grid, folder: RunFolder) -> None:
         self._hang_seconds, self._ranks, self._device, self._folder = hang_seconds, ranks, grid.device, folder
+        self._run_key = grid.key
         self._interval = min(max(hang_seconds / 20, 0.2), 10.0)  # seconds between two signs of life
         self._tick = min(self._interval, 1.0)  # and between two looks at the alarm
         self._host = socket.gethostname()
@@ -158,14 +167,15 @@ class Watchdog:
     def _talk_to(self, store: TCPStore) -> None:
         """Until the watchdog closes; raises where the connection is lost."""
         own, others = self._key("alive", self._ranks.rank), self._key("alive", self._next)
+        alarm = self._key("alarm")
         theirs, changed, due = b"", time.monotonic(), 0.0
         while not self._closing.wait(self._tick):
-            if store.check([self._key("alarm")]):
+            if store.check([alarm]) and self._read(alarm, store.get(alarm), _Alarm):
                 self._alarm = "another rank has raised the alarm"
             now = time.monotonic()
             if now >= due:
                 self._beats, due = self._beats + 1, now + self._interval
-                store.set(own, json.dumps([self._beats, time.time(), self._state(quick=True).to_json()]))
+                self._put(store, own, (self._beats, time.time(), self._state(quick=True)))
                 found = store.get(others) if store.check([others]) else b""
                 if found != theirs or found == b"ended":
                     theirs, changed = found, time.monotonic()
@@ -191,18 +201,17 @@ class Watchdog:
         try:
             entries = _within(DISK_SECONDS, lambda: recorded(self._device)) or []
             state = self._state(quick=False, collectives=last_collectives(entries))
-            proposal = json.dumps({"rank": self._ranks.rank, "step": self._mark.step, "reason": reason})
+            proposal = _Alarm(rank=self._ranks.rank, step=self._mark.step)
             store = _within(STORE_SECONDS, self._connect)
             alarm = None
             if store is not None:
-                text = _within(STORE_SECONDS, lambda: store.compare_set(self._key("alarm"), "", proposal))
-                alarm = json.loads(text) if text else None
-            step = alarm["step"] if alarm else self._mark.step
+                alarm = _within(STORE_SECONDS, lambda: self._raise(store, proposal))
+            step = alarm.step if alarm else self._mark.step
             folder = self._folder.hangs / f"{step_name(step)}-attempt-{self._folder.attempt}"
             stacks = folder / f"rank-{self._ranks.rank:05}.txt"
-            is_asked = alarm is not None and alarm["rank"] != self._ranks.rank
+            is_asked = alarm is not None and alarm.rank != self._ranks.rank
             if store is not None and is_asked:  # before the disk, which may be slow
-                _within(STORE_SECONDS, lambda: store.set(self._key("state", state.rank), state.to_json()))
+                _within(STORE_SECONDS, lambda: self._put(store, self._key("state", state.rank), state))
             _within(DISK_SECONDS, lambda: self._write_own(stacks, state, describe_entries(entries)))
             if store is None or alarm is None:
                 self._end_alone(folder, state, reason)
@@ -228,8 +237,10 @@ class Watchdog:
         for rank in range(self._ranks.world_size):
             if rank == state.rank:
                 continue
-            if store.check([key := self._key("state", rank)]):
-                states[rank] = RankState.from_json(store.get(key).decode())
+            key = self._key("state", rank)
+            said = self._read(key, store.get(key), RankState) if store.check([key]) else None
+            if said is not None:
+                states[rank] = said
             else:
                 silent.append(self._last_sign(store, rank))
         head, report = compose(states, silent, reason=reason)
@@ -238,10 +249,12 @@ class Watchdog:
         time.sleep(0.5)  # so that the others have left by themselves when a launcher sees that this rank has
 
     def _last_sign(self, store: TCPStore, rank: int) -> Silent:
-        if not store.check([key := self._key("alive", rank)]) or (text := store.get(key)) == b"ended":
+        key = self._key("alive", rank)
+        sign = self._read(key, store.get(key), tuple[int, float, RankState]) if store.check([key]) else None
+        if sign is None:  # or its watchdog has ended
             return Silent(rank=rank)
-        _, said, state = json.loads(text)
-        return Silent(rank=rank, last=RankState.from_json(state), seconds=max(0.0, time.time() - said))
+        _, said, state = sign
+        return Silent(rank=rank, last=state, seconds=max(0.0, time.time() - said))
 
     def _end_alone(self, folder: Path, state: RankState, reason: str) -> None:
         """Where the store does not answer: each rank speaks for itself, and the first writes the report."""
@@ -296,6 +309,25 @@ class Watchdog:
 
     def _connect(self) -> TCPStore:
         return self._ranks.another_connection(timedelta(seconds=60))
+
+    def _raise(self, store: TCPStore, proposal: _Alarm) -> _Alarm:
+        """The alarm that stands: this rank's, where no rank has raised one before."""
+        name, standing = self._key("alarm"), b""
+        sealed = seal(self._run_key, name, proposal)
+        while True:  # until it is in the place of what a stranger has put there
+            found = store.compare_set(name, standing, sealed)  # type: ignore[arg-type]  # it takes bytes as well
+            if alarm := self._read(name, found, _Alarm):
+                return alarm
+            standing = found
+
+    def _put(self, store: TCPStore, name: str, value: object) -> None:
+        store.set(name, seal(self._run_key, name, value))  # type: ignore[arg-type]  # it takes bytes as well
+
+    def _read(self, name: str, sealed: bytes, kind: Any) -> Any:
+        """What a rank has put there; None where it was none."""
+        with suppress(ForgedError):
+            return unseal(self._run_key, name, sealed, kind)
+        return None
 
     @property
     def _next(self) -> int:

@@ -15,7 +15,8 @@ import pytest
 import torch.distributed as dist
 
 from griffin.launch.ranks import discover, failure_text, first_host, slurm_tasks_unused
-from griffin.parallel.ranks import Ranks
+from griffin.parallel.ranks import Ranks, serve_store
+from griffin.trainer.checkpoint.exchange import Listener
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = re.compile(r"RANK|WORLD_SIZE|GROUP_|LOCAL_RANK|MASTER_|TORCHELASTIC_|SLURM_|OMPI_|PMIX?_|MPI_LOCAL")
@@ -263,8 +264,8 @@ def test_mpiexec_inside_of_a_job(
         def Split_type(self, kind: object) -> types.SimpleNamespace:  # noqa: N802
             return types.SimpleNamespace(size=on_node, rank=0)
 
-        def bcast(self, place: object, root: int) -> tuple[str, int, bytes]:
-            return "n1", 7, b"key"
+        def Bcast(self, word: bytearray, root: int) -> None:  # noqa: N802
+            word[:] = b'["n1", 7, "6b6579"]'.ljust(len(word))
 
     mpi = types.SimpleNamespace(COMM_WORLD=World(), COMM_TYPE_SHARED=0)
     monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=mpi))
@@ -272,6 +273,7 @@ def test_mpiexec_inside_of_a_job(
         ranks = discover()
         assert ranks is not None
         assert (ranks.source, ranks.world_size) == ("mpi", world)
+        assert (ranks.address, ranks.port, ranks.key) == ("n1", 7, b"key")
     else:
         with pytest.raises(ValueError, match=message):
             discover()
@@ -282,6 +284,20 @@ def test_mpiexec_without_mpi4py(environment, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ValueError, match=r"mpi4py cannot be used .*griffin-megatron\[mpi\]"):
         discover()
+
+
+@pytest.mark.parametrize("address", ["localhost", "127.0.0.1", "127.0.1.1", "::1"])
+def test_any_loopback_address_is_reached(address: str) -> None:
+    try:
+        store = serve_store(address, 0, None)
+    except OSError as error:
+        assert address == "::1"
+        pytest.skip(f"no IPv6 here: {error}")
+    patience = timedelta(seconds=10)
+    dist.TCPStore(address, store.port, is_master=False, wait_for_workers=False, timeout=patience).set("key", "value")
+    assert store.get("key") == b"value"
+
+    socket.create_connection((address, Listener(address, b"k" * 32, 10.0).port), timeout=10).close()
 
 
 def test_rank_0_serves_the_store_where_no_launcher_does() -> None:

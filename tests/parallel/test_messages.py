@@ -57,6 +57,9 @@ def test_values_come_back(value: Any, kind: Any) -> None:
         (b"[" * 100_000, Any),
         (b"\xff", Any),
         (pickle.dumps(1), Any),
+        (b"1" + b"0" * 400, float),
+        (b"1" + b"0" * 400, float | None),
+        (b"1" * 5000, int),
     ],
 )
 def test_other_kinds_are_refused(text: bytes, kind: Any) -> None:

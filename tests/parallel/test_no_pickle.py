@@ -26,6 +26,10 @@ OBJECTS = {
     "scatter_object_list",
     "send_object_list",
     "recv_object_list",
+    "bcast",  # and those below: mpi4py's, whose namesakes with a capital letter do not pickle
+    "allgather",
+    "alltoall",
+    "allreduce",
 }
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 READERS = {"load", "loads", "Unpickler", "open"}
@@ -61,6 +65,7 @@ def unpickling(code: str) -> Iterator[str]:
     ("code", "found"),
     [
         ("dist.all_gather_object(a, b)", "all_gather_object"),
+        ("world.bcast(a, root=0)", "bcast"),
         ("from torch.distributed import broadcast_object_list", "broadcast_object_list"),
         ("from pickle import loads", "pickle.loads"),
         ("class Reader(pickle.Unpickler): pass", "pickle.Unpickler"),

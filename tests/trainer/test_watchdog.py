@@ -17,11 +17,13 @@ from typing import Any, cast
 from unittest import mock
 
 import pytest
-from torch.distributed import DistNetworkError
+import torch
+from torch.distributed import DistNetworkError, HashStore
 
 from griffin.launch.local import run_local
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import rank_grid
+from griffin.parallel.grid import Grid, rank_grid
+from griffin.parallel.messages import pack, seal, unpack
 from griffin.parallel.ranks import HUNG, Ranks
 from griffin.tools.train import PRELOAD, train_rank
 from griffin.trainer import loop
@@ -33,7 +35,7 @@ from griffin.trainer.rank_state import Collective, RankState
 from griffin.trainer.report import Report
 from griffin.trainer.run_folder import RunFolder
 from griffin.trainer.step import Training
-from griffin.trainer.watchdog import Watchdog
+from griffin.trainer.watchdog import Watchdog, _Alarm
 from tests.ranks import RankPool
 from tests.small_runs import PATIENCE, Watch, launch, metrics, run, saved_files, series, wait_until_saved, write_config
 
@@ -305,6 +307,32 @@ def collective(group: str, sequence: int, *, pending: bool) -> Collective:
     return Collective(group=group, purpose=f"G{group}", operation="all_reduce", sequence=sequence, pending=pending)
 
 
+@pytest.mark.parametrize(
+    "forged", [b"x", b'{"rank": 1, "step": "/../.."}', seal(b"another", "griffin/watchdog/1/alarm", 1)]
+)
+def test_alarms_of_strangers_are_none(tmp_path: Path, forged: bytes) -> None:
+    store = HashStore()
+    name = "griffin/watchdog/1/alarm"
+    store.set(name, forged)  # type: ignore[arg-type]  # it takes bytes as well
+    places = [
+        Ranks(rank=rank, world_size=2, local_rank=0, address="", port=0, source="", store_served=True)
+        for rank in (0, 1)
+    ]
+    folder = SimpleNamespace(attempt=1, hangs=tmp_path, console=tmp_path / "console.log")
+    grid = cast(Grid, SimpleNamespace(device=torch.device("cpu"), key=b"k" * 32))
+    watchdogs = [Watchdog(4.0, place, grid, cast(RunFolder, folder)) for place in places]
+
+    def talk(watchdog: Watchdog) -> str | None:
+        with mock.patch.object(watchdog._closing, "wait", side_effect=[False, True]):
+            watchdog._talk_to(cast(Any, store))
+        return watchdog._alarm
+
+    assert [talk(watchdog) for watchdog in watchdogs] == [None, None]
+    raised = [watchdog._raise(cast(Any, store), _Alarm(rank=n, step=7 + n)) for n, watchdog in enumerate(watchdogs)]
+    assert raised == [_Alarm(rank=0, step=7)] * 2
+    assert [talk(watchdog) for watchdog in watchdogs] == ["another rank has raised the alarm"] * 2
+
+
 class Unsteady:
     """A connection to a store, lost after some requests."""
 
@@ -370,7 +398,7 @@ def test_culprits() -> None:
 
 def test_a_report_of_a_thousand_ranks_can_be_read() -> None:
     states = {rank: state(rank) for rank in range(1024) if rank != 77}
-    states[5] = RankState.from_json(state(5, collectives=(collective("a", 1, pending=True),)).to_json())
+    states[5] = unpack(pack(state(5, collectives=(collective("a", 1, pending=True),))), RankState)
     head, report = compose(states, [Silent(rank=77)], reason="step 7 has taken more than 600 s on rank 3")
     assert head.splitlines() == [
         "HANG: step 7 has taken more than 600 s on rank 3",

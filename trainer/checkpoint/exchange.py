@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from griffin.parallel.ranks import is_loopback
+from griffin.parallel.ranks import is_loopback, listen_on_loopback
 
 CONTROL, VALUES = "control", "values"  # what a connection is for
 CONNECT_SECONDS = 60.0  # patience with a process that has just said where it is reached
@@ -123,7 +123,7 @@ class Listener:
     def __init__(self, host: str, key: bytes, timeout: float):
         """`host` is the name by which others reach this machine."""
         if is_loopback(host):
-            self._socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
+            self._socket = listen_on_loopback(host, 0, backlog=1024)
         elif socket.has_dualstack_ipv6():
             self._socket = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
         else:
