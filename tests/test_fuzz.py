@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 from griffin.tools import rank_files
-from griffin.tools.carried_files import files_of, read_object
+from griffin.tools.carried_files import files_of, read_object, require_inside
 from griffin.tools.logits import _read as read_tokens
 from griffin.tools.monitor_view import one_run, several_runs
 from griffin.tools.prompts import read_prompts
@@ -404,3 +404,12 @@ def test_settings_are_bounded(tmp_path, setting):
     validate(load_config(config), 1)
     with pytest.raises(ValueError, match=setting.partition("=")[0]):
         read_overridden(config, [f"--{setting}"])
+
+
+def test_links_out_of_a_folder_named_snapshots_are_refused(tmp_path):
+    secret, folder = tmp_path / "secret", tmp_path / "snapshots" / "weights"
+    folder.mkdir(parents=True)
+    secret.write_text("{}")
+    (folder / "config.json").symlink_to(secret)
+    with pytest.raises(ValueError, match="leads out of"):
+        require_inside(folder, "config.json")

@@ -38,12 +38,11 @@ def require_inside(folder: Path, name: str) -> Path:
     """The path of a folder's file. CheckpointError where it is a symbolic link that leads out of the folder.
 
     Whoever made the folder would have other files of the reader's copied. In Hugging Face's cache a folder
-    `snapshots/X` is of links to `blobs` beside it, which are inside.
+    `snapshots/X` is of links to `blobs` beside `snapshots`, which are followed.
     """
     path, root = folder / name, folder.resolve()
-    if root.parent.name == "snapshots":
-        root = root.parent.parent
-    if not path.resolve().is_relative_to(root):
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
         raise CheckpointError(f"{path}: is a symbolic link that leads out of {root}; must be a file there")
     return path
 
