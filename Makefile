@@ -43,11 +43,14 @@ demo-resume: data/stdlib.json
 	$(HIDE_FEW_GPUS) $(BIN)/griffin train trainer/configs/demo.toml --ranks 2 --run-dir "$$run" \
 	  --parallel.tensor 1 --parallel.pipeline 1 --train.steps 90
 
+# Two processes that take a file of tests at a time: a test of several ranks leaves a core free in much of its time.
+AT_ONCE = -n 2 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(AT_ONCE)
 
 test-all: setup
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest $(AT_ONCE) -m ''
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

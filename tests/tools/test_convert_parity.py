@@ -116,7 +116,6 @@ def test_logits_and_gradients(rank_pool: RankPool, converted: tuple[Path, Any], 
         torch.testing.assert_close(answer["loss"], loss.item(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.slow
 def test_training_begins_with_converted_weights(
     rank_pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

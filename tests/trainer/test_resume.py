@@ -208,7 +208,6 @@ def test_curves_are_cut_where_a_run_goes_on(killed: Path) -> None:
         assert dict(curve) == pytest.approx(series(killed, tag), rel=1e-6), tag
 
 
-@pytest.mark.slow
 def test_it_goes_on_in_another_layout(
     rank_pool: RankPool, config_path: Path, killed: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -270,7 +269,6 @@ def test_init_from_weights_begins_anew(
             )
 
 
-@pytest.mark.slow
 def test_a_layout_of_other_size_and_other_batches_skips_and_repeats_no_sample(
     rank_pool: RankPool, config_path: Path, tmp_path: Path
 ) -> None:

@@ -94,7 +94,6 @@ def stopped(config_path: Path) -> tuple[Path, str]:
     return run_dir, hang(config(config_path, "--parallel.tensor", "2"), run_dir, 4, 2, stop_this_process)
 
 
-@pytest.mark.slow
 def test_a_stopped_rank_is_named(stopped: tuple[Path, str]) -> None:
     run_dir, report = stopped
     assert lagging(report) == [2]
@@ -103,7 +102,6 @@ def test_a_stopped_rank_is_named(stopped: tuple[Path, str]) -> None:
     assert "Ranks that lag:\n  rank 2 on" in (run_dir / "console.log").read_text()
 
 
-@pytest.mark.slow
 def test_every_other_rank_leaves_its_stacks(stopped: tuple[Path, str]) -> None:
     run_dir, _ = stopped
     files = {path.name: path.read_text() for path in (run_dir / "hangs").glob("*/rank-*.txt")}
