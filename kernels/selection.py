@@ -51,6 +51,6 @@ def _is_interpreted() -> bool:
     """Whether Triton's interpreter runs programs on the CPU; it is decided when they are defined."""
     import triton
 
-    from griffin.kernels.linear_scan import programs
+    from griffin.kernels.recurrence import programs
 
     return not isinstance(programs.scan_forward, triton.JITFunction)

@@ -17,7 +17,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from griffin.launch.ranks import failure_text, leave
-from griffin.parallel.ranks import HUNG, LOOPBACK, STOPPED, OtherRankError, Ranks, serve_store
+from griffin.parallel.world.ranks import HUNG, LOOPBACK, STOPPED, OtherRankError, Ranks, serve_store
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPING = (signal.SIGINT, signal.SIGTERM)

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from griffin.parallel.messages import pack, unpack
-from griffin.parallel.ranks import LOOPBACK, Ranks, RunError, is_loopback, serve_store
+from griffin.parallel.world.messages import pack, unpack
+from griffin.parallel.world.ranks import LOOPBACK, Ranks, RunError, is_loopback, serve_store
 
 # Ports for jobs whose ranks have no other channel to agree on one: below Linux's ephemeral range.
 FIRST_PORT, PORTS = 20_000, 10_000

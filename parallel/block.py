@@ -7,12 +7,12 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from griffin.parallel.attention import AttentionMixer, AttentionState
 from griffin.parallel.config import ATTENTION, RECOMPUTES, RECURRENT
 from griffin.parallel.context import Context, Documents
+from griffin.parallel.mixers.attention import AttentionMixer, AttentionState
+from griffin.parallel.mixers.recurrent import RecurrentMixer, RecurrentState
 from griffin.parallel.mlp import MLP
 from griffin.parallel.norm import RMSNorm
-from griffin.parallel.recurrent import RecurrentMixer, RecurrentState
 
 
 class ResidualBlock(nn.Module):

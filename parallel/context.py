@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from griffin.kernels.backends import AUTO
 from griffin.kernels.local_attention import AttentionMask, attention_mask
 from griffin.parallel.config import ModelConfig, ParallelConfig
-from griffin.parallel.grid import Grid
+from griffin.parallel.world.grid import Grid
 
 
 @dataclass(frozen=True, kw_only=True)

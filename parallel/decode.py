@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from griffin.kernels.local_attention import rotation, turn
 from griffin.kernels.rglru import rglru_step
 from griffin.kernels.selection import resolve_backend
-from griffin.parallel.attention import AttentionMixer, AttentionState
 from griffin.parallel.block import ResidualBlock
 from griffin.parallel.context import Documents
+from griffin.parallel.mixers.attention import AttentionMixer, AttentionState
+from griffin.parallel.mixers.recurrent import RecurrentMixer, RecurrentState
 from griffin.parallel.mlp import MLP
 from griffin.parallel.norm import EPSILON, RMSNorm
-from griffin.parallel.recurrent import RecurrentMixer, RecurrentState
 from griffin.parallel.stage import Stage
 
 BlockState = RecurrentState | AttentionState

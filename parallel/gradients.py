@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor, nn
 
-from griffin.parallel.grid import Grid
+from griffin.parallel.world.grid import Grid
 
 
 def sum_tensor_gradients(modules: Sequence[nn.Module], grid: Grid) -> None:

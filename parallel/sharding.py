@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from griffin.parallel.grid import Grid, gather_bytes
-from griffin.parallel.messages import ForgedError
+from griffin.parallel.world.grid import Grid, gather_bytes
+from griffin.parallel.world.messages import ForgedError
 
 # (sharded axis, global shape, a rank's part)
 Part = tuple[int | None, tuple[int, ...], Tensor]

@@ -18,9 +18,9 @@ from griffin.parallel.block import ResidualBlock
 from griffin.parallel.config import ModelConfig, ParallelConfig, axis_atoms
 from griffin.parallel.context import Context, Documents, megatron_config
 from griffin.parallel.cost import split_blocks
-from griffin.parallel.grid import Grid
 from griffin.parallel.norm import RMSNorm
 from griffin.parallel.sharding import Piece, describe, normal
+from griffin.parallel.world.grid import Grid
 
 
 class Stage(MegatronModule):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from griffin.parallel.ranks import LOOPBACK, Ranks, serve_store
+from griffin.parallel.world.ranks import LOOPBACK, Ranks, serve_store
 
 SIZE = 4
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ import zarr
 from griffin.trainer.checkpoint.arrays import EXP_AVG, EXP_AVG_SQ, MASTER, MODEL, ArraySpec, GlobalTensor
 from griffin.trainer.checkpoint.manifest import Manifest, verify
 from griffin.trainer.checkpoint.plan import Member, Parameter, PlacedTensor, SavePlan, Shard, plan_chunks
-from griffin.trainer.checkpoint.saver import Outcome, Saver
+from griffin.trainer.checkpoint.saving.saver import Outcome, Saver
 
 T = TypeVar("T")
 State = dict[str, np.ndarray]  # by tensor: float32 [3 (master, exp_avg, exp_avg_sq), *shape]

@@ -25,7 +25,7 @@ def code(controls: Path) -> str:
     """
     return (
         f"from tests.saving_process import install; install({str(controls)!r}); "
-        "from griffin.trainer.checkpoint.child import main; main()"
+        "from griffin.trainer.checkpoint.saving.process import main; main()"
     )
 
 

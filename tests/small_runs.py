@@ -18,17 +18,17 @@ import numpy as np
 import torch
 
 from griffin.launch.local import run_local
-from griffin.parallel.ranks import Ranks
-from griffin.tools.train import PRELOAD, train_rank
-from griffin.trainer.checkpoint import saver as saver_module
+from griffin.parallel.world.ranks import Ranks
+from griffin.tools.commands.train import PRELOAD, train_rank
 from griffin.trainer.checkpoint.manifest import read_manifest, step_name, steps
-from griffin.trainer.checkpoint.saver import Saver
+from griffin.trainer.checkpoint.saving import saver as saver_module
+from griffin.trainer.checkpoint.saving.saver import Saver
 from griffin.trainer.checkpoint.source import InitFrom
-from griffin.trainer.config import Config
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.data.prefix import read_info
 from griffin.trainer.loop import train
-from griffin.trainer.run_folder import RunFolder
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.settings.config import Config
 from griffin.trainer.step import Training
 from tests import saving_process
 from tests.data_sets import write_prefix

@@ -19,23 +19,23 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from griffin.tools import rank_files
-from griffin.tools.carried_files import files_of, read_object, require_inside
-from griffin.tools.logits import _read as read_tokens
-from griffin.tools.monitor_view import one_run, several_runs
-from griffin.tools.prompts import read_prompts
-from griffin.tools.run_state import RunReader
-from griffin.tools.safetensors_files import lay_out, read_entries
-from griffin.tools.transformers_config import model_of_config
+from griffin.tools.checkpoints import rank_files
+from griffin.tools.checkpoints.carried import files_of, read_object, require_inside
+from griffin.tools.commands.logits import _read as read_tokens
+from griffin.tools.common.safetensors_files import lay_out, read_entries
+from griffin.tools.inference.prompts import read_prompts
+from griffin.tools.runs.state import RunReader
+from griffin.tools.runs.view import one_run, several_runs
+from griffin.tools.weights.hf.config import model_of_config
 from griffin.trainer.checkpoint import manifest as manifests
-from griffin.trainer.checkpoint.lock import _machine, refuse_if_held
 from griffin.trainer.checkpoint.manifest import read_manifest
-from griffin.trainer.config import load_config
 from griffin.trainer.data.prefix import parse_blend, read_description
 from griffin.trainer.data.tokenizer import load_tokenizer
-from griffin.trainer.goodput import Goodput
-from griffin.trainer.run_folder import RunFolder
-from griffin.trainer.validate import validate
+from griffin.trainer.reporting.goodput import Goodput
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.lock import _machine, refuse_if_held
+from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.validate import validate
 from tests.small_steps import ARRAYS, save_step
 
 SECONDS = 20  # that one case may take on a busy machine

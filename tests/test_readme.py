@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from griffin.trainer.config import SECTIONS, TYPES
+from griffin.trainer.settings.config import SECTIONS, TYPES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

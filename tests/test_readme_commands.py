@@ -27,9 +27,9 @@ import zarr
 import griffin.launch.local
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig
 from griffin.tools.cli import COMMANDS, main
-from griffin.tools.imported import model_tensors
-from griffin.trainer.config import load_config
-from griffin.trainer.run_folder import RunFolder
+from griffin.tools.weights.imported import model_tensors
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.settings.config import load_config
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[1]

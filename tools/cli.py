@@ -1,4 +1,4 @@
-"""The command `griffin`: one sub-command per file of this folder."""
+"""The command `griffin`: one sub-command per file of `commands/`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"griffin-megatron {_version()}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
-        importlib.import_module(f"griffin.tools.{name}").add_parser(subparsers)
+        importlib.import_module(f"griffin.tools.commands.{name}").add_parser(subparsers)
     args = parser.parse_args(words)
     if "overrides" in args:
         args.overrides = overrides

@@ -12,27 +12,27 @@ import torch
 
 from griffin.kernels import local_attention
 from griffin.kernels.selection import resolve_backend
-from griffin.parallel.grid import Grid, rank_grid
 from griffin.parallel.norm import apex_rms_norm
-from griffin.parallel.ranks import Ranks, RunError
-from griffin.trainer.checkpoint.keeper import Checkpoints, Position
-from griffin.trainer.checkpoint.lock import RunLock
+from griffin.parallel.world.grid import Grid, rank_grid
+from griffin.parallel.world.ranks import Ranks, RunError
+from griffin.trainer.checkpoint.checkpoints import Checkpoints, Position
 from griffin.trainer.checkpoint.manifest import clean
 from griffin.trainer.checkpoint.source import InitFrom, Source, find_source, refuse_other_model
 from griffin.trainer.checkpoint.unreadable import note_skipped, noting
-from griffin.trainer.config import Config, OptimizerConfig
 from griffin.trainer.data.dataset import Samples, build_index, open_samples
 from griffin.trainer.data.loader import batches, watching_workers
+from griffin.trainer.health.spikes import REWIND, SKIP, Ledger, Spike, SpikeDetector, SpikeError
+from griffin.trainer.health.stragglers import Stragglers
+from griffin.trainer.health.watchdog import Watchdog, communication_timeout
 from griffin.trainer.optimizer import optimizer_name
 from griffin.trainer.preflight.check import preflight
-from griffin.trainer.report import Report
-from griffin.trainer.run_folder import RunFolder, describe_environment
-from griffin.trainer.signals import StopRequests
-from griffin.trainer.spikes import REWIND, SKIP, Ledger, Spike, SpikeDetector, SpikeError
+from griffin.trainer.reporting.report import Report
+from griffin.trainer.run.folder import RunFolder, describe_environment
+from griffin.trainer.run.lock import RunLock
+from griffin.trainer.run.signals import StopRequests
+from griffin.trainer.run.tokenizer_copy import keep_tokenizer
+from griffin.trainer.settings.config import Config, OptimizerConfig
 from griffin.trainer.step import Batch, Training
-from griffin.trainer.stragglers import Stragglers
-from griffin.trainer.tokenizer_copy import keep_tokenizer
-from griffin.trainer.watchdog import Watchdog, communication_timeout
 
 
 def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | None = None) -> bool:
@@ -45,7 +45,7 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
     (see `trainer.step`) where the loss or a gradient is NaN or infinite and `train.spike` is off, SpikeError where
     there are too many spikes, WorkerError where a process that draws batches has ended, ReplicaError where copies of a
     weight differ, CheckpointError where what it starts from is damaged, and SaveError where the last state could not
-    be saved. Where it hangs, the process ends with HUNG (see `trainer.watchdog`).
+    be saved. Where it hangs, the process ends with HUNG (see `trainer.health.watchdog`).
     """
     timeout = communication_timeout(config.health.hang_seconds)
     with StopRequests() as requests, rank_grid(config.parallel, ranks, timeout=timeout) as grid, ExitStack() as stack:

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from griffin.parallel import host
 from griffin.parallel.gradients import finalize_gradients
-from griffin.parallel.grid import Grid
-from griffin.parallel.ranks import RunError
 from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import Stage, build_stages
-from griffin.trainer import measure as measures
-from griffin.trainer.clock import StepClock, StepTimes
-from griffin.trainer.config import Config
+from griffin.parallel.world.grid import Grid
+from griffin.parallel.world.ranks import RunError
+from griffin.trainer.health.replicas import check_replicas
+from griffin.trainer.health.spikes import Spike
+from griffin.trainer.measuring import norms as measures
+from griffin.trainer.measuring.clock import StepClock, StepTimes
+from griffin.trainer.measuring.rglru_health import Health, Observation
 from griffin.trainer.optimizer import build_optimizer, build_schedule
-from griffin.trainer.replicas import check_replicas
-from griffin.trainer.rglru_health import Health, Observation
-from griffin.trainer.spikes import Spike
+from griffin.trainer.settings.config import Config
 
 Batch = Mapping[str, Tensor]
 

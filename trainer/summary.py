@@ -6,10 +6,10 @@ import itertools
 import math
 
 from griffin.parallel.config import ModelConfig
-from griffin.parallel.grid import Grid
 from griffin.parallel.sharding import named_pieces
 from griffin.parallel.stage import meta_stage, stage_blocks
-from griffin.trainer.config import Config
+from griffin.parallel.world.grid import Grid
+from griffin.trainer.settings.config import Config
 
 
 def summarize(config: Config, world_size: int, grid: Grid) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from griffin.kernels.linear_scan import launch
+from griffin.kernels.recurrence import launch
 
 
 def forward(

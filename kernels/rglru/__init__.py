@@ -54,7 +54,7 @@ def rglru(
             `griffin.kernels.selection.select_backend` says.
         save_states: keep h for the backward, or compute it again there: with a branch that saves an array as large as
             x, and costs about a third of a forward and backward.
-        chunk: how Triton's programs cut time; see `griffin.kernels.linear_scan.plan.select_plan`.
+        chunk: how Triton's programs cut time; see `griffin.kernels.recurrence.plan.select_plan`.
 
     Returns:
         y, with shape and dtype of x, and the state after the last position, [B, R] in float32 (float64 where x is).

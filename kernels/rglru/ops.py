@@ -11,7 +11,7 @@ from torch import Tensor
 from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.launch import multiprocessors
 from griffin.kernels.layout import accumulation_dtype, like
-from griffin.kernels.linear_scan.plan import select_plan
+from griffin.kernels.recurrence.plan import select_plan
 from griffin.kernels.rglru.reference import Given
 from griffin.kernels.selection import implementation
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.kernels.linear_scan import launch
+from griffin.kernels.recurrence import launch
 from griffin.kernels.rglru.reference import GATE_SCALE, Given
 
 

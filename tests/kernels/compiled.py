@@ -28,8 +28,8 @@ from triton.backends.compiler import GPUTarget
 
 from griffin.kernels.conv1d import programs as conv_programs
 from griffin.kernels.conv1d import triton as conv
-from griffin.kernels.linear_scan import programs as scan_programs
 from griffin.kernels.linear_scan import triton as linear_scan
+from griffin.kernels.recurrence import programs as scan_programs
 from griffin.kernels.rglru import triton as rglru
 from griffin.kernels.rglru.reference import Given
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from griffin.kernels.linear_scan.plan import SPREAD
+from griffin.kernels.recurrence.plan import SPREAD
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2

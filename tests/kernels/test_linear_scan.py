@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from griffin.kernels.linear_scan import cpu, linear_scan, ops
-from griffin.kernels.linear_scan.plan import UNROLL, select_plan
+from griffin.kernels.recurrence.plan import UNROLL, select_plan
 from tests.kernels.interpreter import BACKENDS, needs_interpreter
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -87,7 +87,7 @@ def test_any_shape_and_starts(steps, batch, width, chunk, tile, starts, state, b
 @needs_interpreter
 def test_more_chunks_than_are_chained_at_a_time():
     inputs = make(75, 2, 3, state=True)
-    from griffin.kernels.linear_scan import launch
+    from griffin.kernels.recurrence import launch
 
     with mock.patch.object(launch, "CARRIES_CHUNKS", 4):
         found = run(inputs, backend="triton", chunk=8)  # ten chunks

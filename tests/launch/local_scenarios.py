@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from griffin.launch.local import run_local
-from griffin.parallel.ranks import HUNG, STOPPED, Ranks
+from griffin.parallel.world.ranks import HUNG, STOPPED, Ranks
 
 FOREVER = 600.0
 

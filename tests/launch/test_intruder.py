@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from griffin.parallel.ranks import HUNG, LOOPBACK, STOPPED
+from griffin.parallel.world.ranks import HUNG, LOOPBACK, STOPPED
 from tests.parallel.test_messages import Bomb, sockets_of
 from tests.small_runs import saved_steps, write_config
 

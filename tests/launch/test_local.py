@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from griffin.parallel.ranks import HUNG, STOPPED
+from griffin.parallel.world.ranks import HUNG, STOPPED
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, str(Path(__file__).with_name("local_scenarios.py"))]

@@ -15,8 +15,8 @@ import pytest
 import torch.distributed as dist
 
 from griffin.launch.ranks import discover, failure_text, first_host, slurm_tasks_unused
-from griffin.parallel.ranks import Ranks, serve_store
-from griffin.trainer.checkpoint.exchange import Listener
+from griffin.parallel.world.ranks import Ranks, serve_store
+from griffin.trainer.checkpoint.saving.exchange import Listener
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = re.compile(r"RANK|WORLD_SIZE|GROUP_|LOCAL_RANK|MASTER_|TORCHELASTIC_|SLURM_|OMPI_|PMIX?_|MPI_LOCAL")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from griffin.parallel.affinity import near_cores, stay_near
+from griffin.parallel.world.affinity import near_cores, stay_near
 
 ADDRESS = "0001:3b:00.0"
 MINE = os.sched_getaffinity(0)

@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 from griffin.kernels.conv1d import causal_conv1d
 from griffin.kernels.rglru import rglru
-from griffin.parallel.attention import AttentionMixer
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.context import Context, Documents, megatron_config
-from griffin.parallel.grid import rank_grid
+from griffin.parallel.mixers.attention import AttentionMixer
+from griffin.parallel.mixers.recurrent import BlockDiagonalGates, RecurrentMixer
 from griffin.parallel.mlp import MLP
-from griffin.parallel.recurrent import BlockDiagonalGates, RecurrentMixer
 from griffin.parallel.sharding import initialize
+from griffin.parallel.world.grid import rank_grid
 from griffin.trainer.step import Training
 from tests.parallel.test_layouts import make_config, micro_batches
 from tests.ranks import RankPool

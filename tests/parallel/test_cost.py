@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from griffin.parallel import cost, sharding
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
 from griffin.parallel.cost import mean_keys, split_blocks, train_flops_per_token
-from griffin.parallel.grid import Grid, single_rank_grid
 from griffin.parallel.stage import build_stages, stage_blocks
-from griffin.trainer.presets import PRESETS, preset
+from griffin.parallel.world.grid import Grid, single_rank_grid
+from griffin.trainer.settings.presets import PRESETS, preset
 
 T, B, WINDOW = 50, 3, 16
 MODEL = ModelConfig(

@@ -11,9 +11,9 @@ from torch import Tensor
 from griffin.parallel import sharding
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
 from griffin.parallel.decode import Decoder
-from griffin.parallel.grid import Grid, rank_grid, single_rank_grid
-from griffin.parallel.recurrent import RecurrentState
+from griffin.parallel.mixers.recurrent import RecurrentState
 from griffin.parallel.stage import Stage, build_stages
+from griffin.parallel.world.grid import Grid, rank_grid, single_rank_grid
 from tests.ranks import RankPool
 
 WINDOW = 8

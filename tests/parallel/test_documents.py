@@ -11,8 +11,8 @@ from torch import Tensor
 
 from griffin.parallel import sharding
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
-from griffin.parallel.grid import Grid, single_rank_grid
 from griffin.parallel.stage import Stage, build_stages
+from griffin.parallel.world.grid import Grid, single_rank_grid
 
 # Two sequences of packed documents: shorter than the convolution, longer than the window, and at every edge.
 ROWS = ((1, 2, 3, 17, 4, 1, 9), (19, 1, 1, 8, 3, 5))

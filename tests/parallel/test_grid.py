@@ -14,9 +14,9 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
-from griffin.parallel import grid as grid_module
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import rank_grid, single_rank_grid
+from griffin.parallel.world import grid as grid_module
+from griffin.parallel.world.grid import rank_grid, single_rank_grid
 from tests.ranks import RankError, RankPool
 
 
@@ -165,7 +165,7 @@ def test_connections_that_never_come_end_the_process() -> None:
 import time
 import torch.distributed as dist
 from griffin.launch.ranks import discover
-from griffin.parallel import grid
+from griffin.parallel.world import grid
 from griffin.parallel.config import ParallelConfig
 grid.START_SECONDS = 1.0
 def never_connected(*args, **kwargs):

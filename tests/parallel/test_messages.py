@@ -13,9 +13,9 @@ import pytest
 import torch.distributed as dist
 
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import _Sealed, rank_grid
-from griffin.parallel.messages import ForgedError, pack, seal, unpack, unseal
-from griffin.parallel.ranks import LOOPBACK, Ranks, serve_store
+from griffin.parallel.world.grid import _Sealed, rank_grid
+from griffin.parallel.world.messages import ForgedError, pack, seal, unpack, unseal
+from griffin.parallel.world.ranks import LOOPBACK, Ranks, serve_store
 from griffin.trainer.preflight import meeting
 from griffin.trainer.preflight.links import Exchanges, Link
 from griffin.trainer.preflight.meeting import Meeting, Place, PreflightError

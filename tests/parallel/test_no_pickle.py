@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import gather_bytes, rank_grid
-from griffin.parallel.messages import ForgedError, seal
-from griffin.parallel.ranks import Ranks
 from griffin.parallel.sharding import _Described, _read_parts
+from griffin.parallel.world.grid import gather_bytes, rank_grid
+from griffin.parallel.world.messages import ForgedError, seal
+from griffin.parallel.world.ranks import Ranks
 from tests.parallel.test_messages import Bomb
 from tests.ranks import RankPool
 
@@ -35,7 +35,7 @@ PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 READERS = {"load", "loads", "Unpickler", "open"}
 ALLOWED = {
     (
-        "trainer/checkpoint/child.py",
+        "trainer/checkpoint/saving/process.py",
         "pickle.loads",
     ): "an unnamed memory file that the rank itself has made and handed on",
 }

@@ -20,8 +20,8 @@ from griffin.parallel.config import (
     ParallelConfig,
     axis_atoms,
 )
-from griffin.parallel.grid import Grid, rank_grid, single_rank_grid
 from griffin.parallel.stage import Stage, build_stages
+from griffin.parallel.world.grid import Grid, rank_grid, single_rank_grid
 from tests.ranks import RankPool
 
 MODEL = ModelConfig(

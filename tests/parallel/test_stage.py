@@ -16,8 +16,8 @@ from torch import Tensor
 from griffin.parallel import host, sharding
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECOMPUTES, RECURRENT, ModelConfig, ParallelConfig
 from griffin.parallel.context import Context, megatron_config
-from griffin.parallel.grid import Grid, rank_grid, single_rank_grid
 from griffin.parallel.stage import Stage, build_stages, meta_stage
+from griffin.parallel.world.grid import Grid, rank_grid, single_rank_grid
 from tests.ranks import RankPool
 
 T, B = 20, 2

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import Grid, single_rank_grid
-from griffin.tools.bench_checkpoint import _config
-from griffin.tools.bench_checkpoint_state import Peer, fill, require_loaded
+from griffin.parallel.world.grid import Grid, single_rank_grid
+from griffin.tools.bench.checkpoint import _config
+from griffin.tools.bench.checkpoint_state import Peer, fill, require_loaded
 from griffin.tools.cli import main
 from griffin.trainer.step import Training
 from tests.checkpoints import MODEL_CONFIG
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 MEASURE = """
 import sys
 from pathlib import Path
-from griffin.tools.bench_checkpoint import measure
+from griffin.tools.bench.checkpoint import measure
 from tests.checkpoints import MODEL_CONFIG
 sys.exit(measure(MODEL_CONFIG, 2, 1, Path(sys.argv[1]), 2**30))
 """

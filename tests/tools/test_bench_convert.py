@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from griffin.tools.bench_convert import require_equal, write_source
+from griffin.tools.bench.convert import require_equal, write_source
 from griffin.tools.cli import main
-from griffin.trainer.presets import PRESETS
+from griffin.trainer.settings.presets import PRESETS
 from tests.tools.test_export_hf import GRIFFIN
 
 

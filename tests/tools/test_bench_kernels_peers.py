@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.linear_scan import linear_scan
-from griffin.tools import bench_kernels_peers as peers
-from griffin.tools import bench_kernels_work as work
-from griffin.tools.bench_kernels import Settings, measure
-from griffin.tools.bench_kernels_work import RGLRU_FROM_ZERO, Operation, Shape, check, make_inputs
+from griffin.tools.bench import kernels_peers as peers
+from griffin.tools.bench import kernels_work as work
+from griffin.tools.bench.kernels import Settings, measure
+from griffin.tools.bench.kernels_work import RGLRU_FROM_ZERO, Operation, Shape, check, make_inputs
 from tests.tools.test_bench_kernels import CPU, SHAPE, SMALL, row, small_clock
 
 
@@ -59,7 +59,7 @@ def test_peers_compute_what_we_compute(dtype: torch.dtype) -> None:
 
 def measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only peers are measured; beside them we run without Triton, whose interpreter takes long."""
-    monkeypatch.setattr("griffin.tools.bench_kernels._measure_ours", lambda *_: [row("rglru", SHAPE, 1.0)])
+    monkeypatch.setattr("griffin.tools.bench.kernels._measure_ours", lambda *_: [row("rglru", SHAPE, 1.0)])
 
     def side(operation: Operation, sets: list[work.Inputs], chunk: int | None) -> work.Side:
         return work.Side(lambda leaves: operation.run(leaves, "cpu", chunk), sets)
@@ -97,7 +97,7 @@ def test_no_peer_is_measured_on_a_broken_device(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured_before(monkeypatch)
-    monkeypatch.setattr("griffin.tools.bench_kernels._answers", lambda device: False)
+    monkeypatch.setattr("griffin.tools.bench.kernels._answers", lambda device: False)
     rows, peer_rows = measure(Settings(**vars(SMALL) | {"peers": True}), CPU, small_clock())
     assert len(rows) == 1
     assert peer_rows == []

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import rank_grid
-from griffin.tools.checkpoint_plan import (
+from griffin.parallel.world.grid import rank_grid
+from griffin.tools.checkpoints.save_plan import (
     CheckpointPlan,
     RankLoad,
     StagePlan,
@@ -33,10 +33,10 @@ from griffin.trainer.checkpoint.arrays import ArraySpec, GlobalTensor, numpy_dty
 from griffin.trainer.checkpoint.plan import Member, Parameter, PlacedTensor, SavePlan, Shard, plan_chunks
 from griffin.trainer.checkpoint.state import ShardedState
 from griffin.trainer.checkpoint.zarr_io import create_array
-from griffin.trainer.config import Config, DataConfig, OptimizerConfig, TrainConfig
-from griffin.trainer.presets import preset
+from griffin.trainer.settings.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from griffin.trainer.settings.presets import preset
+from griffin.trainer.settings.validate import validate
 from griffin.trainer.step import Training
-from griffin.trainer.validate import validate
 from tests.parallel.test_layouts import LAYOUTS, make_config
 from tests.ranks import RankPool
 

@@ -15,10 +15,10 @@ import torch
 from safetensors import safe_open
 
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import single_rank_grid
 from griffin.parallel.sharding import named_pieces
 from griffin.parallel.stage import meta_stage, stage_blocks
-from griffin.tools.rank_files import _checksum, lay_out
+from griffin.parallel.world.grid import single_rank_grid
+from griffin.tools.checkpoints.rank_files import _checksum, lay_out
 from griffin.trainer.checkpoint.arrays import GlobalTensor, state_arrays
 from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from tests.checkpoints import (
@@ -51,8 +51,8 @@ def flags(layout: ParallelConfig) -> list[str]:
 @pytest.fixture(autouse=True, scope="module")
 def chunks() -> Iterator[None]:
     with small_chunks(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("griffin.tools.checkpoint_write.CHUNK_BYTES", 2048)
-        patch.setattr("griffin.tools.safetensors_files.READ_BYTES", 300)
+        patch.setattr("griffin.tools.checkpoints.write.CHUNK_BYTES", 2048)
+        patch.setattr("griffin.tools.common.safetensors_files.READ_BYTES", 300)
         yield
 
 

@@ -242,7 +242,7 @@ def test_diff_counts_and_measures(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_diff_of_bits_that_are_equal_or_no_numbers() -> None:
-    from griffin.tools.checkpoint_report import Difference, _difference
+    from griffin.tools.checkpoints.report import Difference, _difference
 
     zeros, nans = np.zeros(3, np.float32), np.full(3, np.nan, np.float32)
     assert _difference("x", nans, nans) == Difference("x", 3)

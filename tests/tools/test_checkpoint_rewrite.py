@@ -127,8 +127,8 @@ def test_rounding_is_to_nearest_even(tmp_path: Path) -> None:
     """Halfway between two bfloat16: to the one with an even mantissa. Just above: up."""
     tensor = GlobalTensor(name="blocks.0.w", shape=(4,))
     make_checkpoint(tmp_path / "source", tensors=[tensor], weights_only=True)
-    from griffin.tools.checkpoint_write import Made
-    from griffin.tools.stored_arrays import open_step
+    from griffin.tools.checkpoints.stored import open_step
+    from griffin.tools.checkpoints.write import Made
 
     class Stored:
         spec = read_manifest(tmp_path / "source").arrays["model.blocks.0.w"]

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from griffin.tools import safetensors_files
-from griffin.tools.workers import Workers, start_workers
+from griffin.tools.common import safetensors_files
+from griffin.tools.common.workers import Workers, start_workers
 from griffin.trainer.checkpoint import arrays
 from griffin.trainer.checkpoint.arrays import GlobalTensor
 from griffin.trainer.checkpoint.manifest import verify
@@ -90,7 +90,7 @@ def test_a_killed_worker_ends_all(
         run(self, function, tasks, kill)
 
     monkeypatch.setattr(Workers, "run", run_and_kill)
-    monkeypatch.setattr("griffin.tools.checkpoint_write.CHUNK_BYTES", 512)  # many tasks of files per rank as well
+    monkeypatch.setattr("griffin.tools.checkpoints.write.CHUNK_BYTES", 512)  # many tasks of files per rank as well
     assert reshard(float32[0], tmp_path / "out", *flags, workers=2) == 1
     assert len(killed) == 2
     assert "a worker process was killed" in refused(capsys, tmp_path)
@@ -138,7 +138,7 @@ def test_what_is_stored_wrongly_is_noticed(
 
 BOUNDED = """
 import re, sys
-import griffin.tools.checkpoint_rewrite
+import griffin.tools.checkpoints.rewrite
 from griffin.tools.cli import main
 from griffin.trainer.checkpoint import arrays
 
@@ -146,7 +146,7 @@ def peak():  # not getrusage's, which a process inherits from the one that start
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 
 if __name__ == "__main__":
-    arrays.CHUNK_BYTES = griffin.tools.checkpoint_write.CHUNK_BYTES = 2**22
+    arrays.CHUNK_BYTES = griffin.tools.checkpoints.write.CHUNK_BYTES = 2**22
     before = peak()
     assert main(sys.argv[1:]) == 0
     print(peak() - before)
@@ -200,8 +200,8 @@ def test_memory_is_bounded(large: tuple[Path, int], tmp_path: Path) -> None:
 
 ORPHANS = """
 import multiprocessing, time
-from griffin.tools import rank_files
-from griffin.tools.workers import start_workers
+from griffin.tools.checkpoints import rank_files
+from griffin.tools.common.workers import start_workers
 
 def tasks():
     yield 60

@@ -15,14 +15,14 @@ import pytest
 
 import griffin.kernels.selection
 import griffin.launch.local
-import griffin.tools.convert
-import griffin.tools.train
-from griffin.parallel.ranks import Ranks
+import griffin.tools.commands.convert
+import griffin.tools.commands.train
+from griffin.parallel.world.ranks import Ranks
 from griffin.tools.cli import COMMANDS, main, report, split_overrides
-from griffin.trainer.checkpoint.lock import RunLock
 from griffin.trainer.checkpoint.source import InitFrom
-from griffin.trainer.config import load_config
-from griffin.trainer.run_folder import RunFolder
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.lock import RunLock
+from griffin.trainer.settings.config import load_config
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return 7
 
     monkeypatch.setattr(griffin.launch.local, "run_local", run_local)
-    monkeypatch.setattr(griffin.tools.train, "train_rank", lambda *args: calls.append(args))
+    monkeypatch.setattr(griffin.tools.commands.train, "train_rank", lambda *args: calls.append(args))
     return calls
 
 
@@ -228,7 +228,7 @@ RANKS = Ranks(rank=1, world_size=2, local_rank=1, address="a", port=1, source="s
 
 
 def test_rank_of_a_launcher(folder: Path, started: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(griffin.tools.train, "discover", lambda: RANKS)
+    monkeypatch.setattr(griffin.tools.commands.train, "discover", lambda: RANKS)
     (folder / "run").mkdir()
     (folder / "run/config.toml").write_text(CONFIG)  # as rank 0 may have made it by now
     assert main([*TRAIN, "--run-dir", "run"]) == 0
@@ -250,8 +250,8 @@ def leaving(monkeypatch: pytest.MonkeyPatch) -> None:
     def leave(code: int) -> None:
         raise LeftError(code)
 
-    monkeypatch.setattr(griffin.tools.train, "leave", leave)
-    monkeypatch.setattr(griffin.tools.train, "discover", lambda: RANKS)
+    monkeypatch.setattr(griffin.tools.commands.train, "leave", leave)
+    monkeypatch.setattr(griffin.tools.commands.train, "discover", lambda: RANKS)
 
 
 def test_rank_of_a_launcher_that_is_refused_leaves(
@@ -269,7 +269,7 @@ def test_rank_of_a_launcher_that_fails_leaves(
     def fail(*args: Any) -> None:
         raise ValueError("a loss that is not finite")
 
-    monkeypatch.setattr(griffin.tools.train, "train_rank", fail)
+    monkeypatch.setattr(griffin.tools.commands.train, "train_rank", fail)
     with pytest.raises(LeftError, match="1"):
         main(TRAIN)
     error = capsys.readouterr().err
@@ -294,11 +294,11 @@ def test_rank_that_was_asked_to_stop(
 def test_local_ranks_inside_of_a_launchers_rank(
     folder: Path, started: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(griffin.tools.train, "discover", lambda: RANKS)
+    monkeypatch.setattr(griffin.tools.commands.train, "discover", lambda: RANKS)
     assert main([*TRAIN, "--ranks", "2"]) == 2
     assert "--ranks 2: this process is one of 2 ranks that slurm started" in capsys.readouterr().err
     alone = Ranks(rank=0, world_size=1, local_rank=0, address="a", port=1, source="slurm", store_served=False)
-    monkeypatch.setattr(griffin.tools.train, "discover", lambda: alone)
+    monkeypatch.setattr(griffin.tools.commands.train, "discover", lambda: alone)
     assert main([*TRAIN, "--ranks", "2"]) == 7  # an interactive shell that srun started
 
 
@@ -355,7 +355,7 @@ def test_a_killed_worker_is_one_line(
     def fail(args: Any) -> int:
         raise BrokenExecutor("A process in the process pool\nwas terminated abruptly")
 
-    monkeypatch.setattr(griffin.tools.convert, "_hf", fail)
+    monkeypatch.setattr(griffin.tools.commands.convert, "_hf", fail)
     assert main(["convert", "hf", str(tmp_path), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert error == "griffin: error: a worker process was killed: out of memory? (--workers takes fewer)\n"

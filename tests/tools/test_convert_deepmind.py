@@ -103,7 +103,7 @@ def save_orbax(tree: dict[str, Any], folder: Path) -> Path:
 @pytest.fixture(autouse=True, scope="module")
 def chunks() -> Iterator[None]:
     with small_chunks(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("griffin.tools.safetensors_files.READ_BYTES", 300)
+        patch.setattr("griffin.tools.common.safetensors_files.READ_BYTES", 300)
         yield
 
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from griffin.tools import checkpoint_write, export_hf
+from griffin.tools.checkpoints import write as checkpoint_write
 from griffin.tools.cli import main
+from griffin.tools.weights.hf import write as export_hf
 from griffin.trainer.checkpoint.arrays import numpy_dtype
 from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from tests.checkpoints import read_arrays, small_chunks
@@ -37,9 +38,9 @@ from tests.transformers_models import (
 def chunks() -> Iterator[None]:
     """Tensors of several chunks, read a few rows at a time."""
     with small_chunks(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("griffin.tools.convert_hf.CHUNK_BYTES", 1000)
-        patch.setattr("griffin.tools.export_hf.CHUNK_BYTES", 1000)
-        patch.setattr("griffin.tools.safetensors_files.READ_BYTES", 300)
+        patch.setattr("griffin.tools.weights.hf.read.CHUNK_BYTES", 1000)
+        patch.setattr("griffin.tools.weights.hf.write.CHUNK_BYTES", 1000)
+        patch.setattr("griffin.tools.common.safetensors_files.READ_BYTES", 300)
         yield
 
 

@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from griffin.parallel import sharding
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import rank_grid
-from griffin.tools.transformers_names import from_transformers
+from griffin.parallel.world.grid import rank_grid
+from griffin.tools.weights.hf.names import from_transformers
 from griffin.trainer.checkpoint.manifest import check
 from griffin.trainer.checkpoint.source import InitFrom
 from griffin.trainer.checkpoint.state import ShardedState
-from griffin.trainer.config import Config, DataConfig, OptimizerConfig, TrainConfig, load_config
+from griffin.trainer.settings.config import Config, DataConfig, OptimizerConfig, TrainConfig, load_config
 from griffin.trainer.step import Training
 from tests.closeness import assert_all_close
 from tests.parallel.test_transformers_parity import main_gradient

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig
-from griffin.tools.bench_convert import require_equal, write_source
+from griffin.tools.bench.convert import require_equal, write_source
 from griffin.trainer.checkpoint.manifest import read_manifest
 from tests.small_runs import wait_for
 from tests.transformers_models import convert, make_model, save_model
@@ -26,9 +26,9 @@ GIB = 2**30
 
 IMPORTS = """
 import sys
-from griffin.tools.convert_hf import convert_transformers
-from griffin.tools.export_hf import export_transformers
-from griffin.tools.workers import Workers, start_workers
+from griffin.tools.weights.hf.read import convert_transformers
+from griffin.tools.weights.hf.write import export_transformers
+from griffin.tools.common.workers import Workers, start_workers
 from pathlib import Path
 
 def has_torch(task):

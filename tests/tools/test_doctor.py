@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
-from griffin.parallel.ranks import Ranks
-from griffin.tools import doctor, doctor_installation
+from griffin.parallel.world.ranks import Ranks
 from griffin.tools.cli import main
-from griffin.tools.doctor import FAILED, OK, WARNING
-from griffin.tools.doctor_installation import examine_installation
+from griffin.tools.commands import doctor
+from griffin.tools.commands.doctor import FAILED, OK, WARNING
+from griffin.tools.runs import installation as doctor_installation
+from griffin.tools.runs.installation import examine_installation
 from tests.small_runs import wait_for, write_config
 
 ROOT = Path(__file__).parents[2]

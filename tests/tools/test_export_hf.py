@@ -13,12 +13,12 @@ import torch
 
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig
 from griffin.tools.cli import main
-from griffin.tools.imported import model_tensors, write_imported
-from griffin.tools.workers import start_workers
+from griffin.tools.common.workers import start_workers
+from griffin.tools.weights.imported import model_tensors, write_imported
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec, Box
 from griffin.trainer.checkpoint.manifest import read_manifest
-from griffin.trainer.run_folder import RunFolder
-from griffin.trainer.tokenizer_copy import keep_tokenizer
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.tokenizer_copy import keep_tokenizer
 from tests.checkpoints import config_json, make_checkpoint, read_arrays, reshard
 from tests.ranks import RankPool
 from tests.tools.test_convert_parity import LAYOUTS, batch, compute

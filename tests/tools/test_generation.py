@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelConfig
-from griffin.parallel.grid import single_rank_grid
 from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import build_stages
-from griffin.tools.generation import Sampling, generate, generate_all, sample
-from griffin.tools.inference import Model
+from griffin.parallel.world.grid import single_rank_grid
+from griffin.tools.inference.model import Model
+from griffin.tools.inference.sampling import Sampling, generate, generate_all, sample
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.05, 0.3, 0.2])
 

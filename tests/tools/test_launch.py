@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-import griffin.tools.launch
+import griffin.tools.commands.launch
 from griffin.launch import code
-from griffin.parallel.ranks import STOPPED
+from griffin.parallel.world.ranks import STOPPED
 from griffin.tools.cli import main
 from griffin.trainer.checkpoint import unreadable
 from griffin.trainer.checkpoint.manifest import step_name
-from griffin.trainer.config import load_config
-from griffin.trainer.run_folder import RunFolder
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.settings.config import load_config
 from tests.ranks import RankError, RankPool
 from tests.small_runs import metrics, run, saved_steps, series, snapshot, wait_for, write_config
 
@@ -72,11 +72,11 @@ def test_further_options_of_sbatch(config: Path, words: list[str]) -> None:
 def test_run_folders_that_nodes_do_not_share(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_dir: str, warns: bool
 ) -> None:
-    assert {"/tmp", "/dev/shm"} <= set(griffin.tools.launch.NODE_LOCAL)
+    assert {"/tmp", "/dev/shm"} <= set(griffin.tools.commands.launch.NODE_LOCAL)
     local = config.parent.resolve() / "local"
     local.mkdir()
     Path("link").symlink_to(local)
-    monkeypatch.setattr(griffin.tools.launch, "NODE_LOCAL", (str(local),))
+    monkeypatch.setattr(griffin.tools.commands.launch, "NODE_LOCAL", (str(local),))
     assert main(["launch", "slurm", str(config), *JOB, "--run-dir", run_dir]) == 0
     warning = f"warning: --run-dir {config.parent / run_dir}: below {local}, of which every node may have its own"
     assert (warning in capsys.readouterr().err) == warns
@@ -116,10 +116,10 @@ def test_snapshot_is_what_the_job_imports(config: Path) -> None:
     assert main(["launch", "slurm", str(config), *JOB, "--run-dir", "run", "--snapshot"]) == 0
     folder = config.parent / "run/launch"
     assert f"export PYTHONPATH={folder}/code" in (folder / "job.sbatch").read_text()
-    command = [sys.executable, "-P", "-c", "import griffin.tools.train as t; print(t.__file__)"]
+    command = [sys.executable, "-P", "-c", "import griffin.tools.commands.train as t; print(t.__file__)"]
     environment = os.environ | {"PYTHONPATH": str(folder / "code")}
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert Path(found.strip()) == folder / "code/griffin/tools/train.py"
+    assert Path(found.strip()) == folder / "code/griffin/tools/commands/train.py"
     assert not any(path.is_symlink() for path in (folder / "code").rglob("*"))
     assert (folder / "code/griffin/launch/templates/job.sbatch").is_file()
 
@@ -207,7 +207,7 @@ def test_local_starts_again_while_there_is_progress(
     config: Path, monkeypatch: pytest.MonkeyPatch, plan: list[tuple[int, int | None]], code: int, starts: int
 ) -> None:
     pretended = Starts(Path("run/checkpoints"), plan)
-    monkeypatch.setattr(griffin.tools.launch, "start_local", lambda args: pretended)
+    monkeypatch.setattr(griffin.tools.commands.launch, "start_local", lambda args: pretended)
     assert main(["launch", "local", str(config), "--ranks", "2", "--run-dir", "run", "--max-restarts", "2"]) == code
     assert pretended.count == starts
 
@@ -233,7 +233,7 @@ def test_local_says_that_the_newest_checkpoint_cannot_be_read_back(
     )
     content = chunk.read_bytes()
     chunk.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    monkeypatch.setattr(griffin.tools.launch, "start_local", lambda args: lambda: start(3))
+    monkeypatch.setattr(griffin.tools.commands.launch, "start_local", lambda args: lambda: start(3))
     assert main(["launch", "local", str(config), "--run-dir", str(run_dir), "--max-restarts", "0"]) == 1
     said = capsys.readouterr().err
     told = f"griffin: the newest checkpoint cannot be read back, and restarts do not mend it: {folder.name} {chunk} is"

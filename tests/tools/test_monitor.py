@@ -22,12 +22,12 @@ import pytest
 from rich.console import Console
 
 from griffin.tools.cli import main
-from griffin.tools.monitor_view import one_run, several_runs, sparkline
-from griffin.tools.run_state import FAILED, FINISHED, GONE, HUNG, RUNNING, SILENT, STOPPED, RunReader, duration
-from griffin.trainer.checkpoint.lock import Owner
-from griffin.trainer.config import load_config
-from griffin.trainer.console import Console as Trainer
-from griffin.trainer.run_folder import RunFolder
+from griffin.tools.runs.state import FAILED, FINISHED, GONE, HUNG, RUNNING, SILENT, STOPPED, RunReader, duration
+from griffin.tools.runs.view import one_run, several_runs, sparkline
+from griffin.trainer.reporting.console import Console as Trainer
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.lock import Owner
+from griffin.trainer.settings.config import load_config
 from tests.ranks import RankPool
 from tests.small_runs import run, write_config
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from griffin.tools.cli import main
-from griffin.tools.prompts import Language, find_language
+from griffin.tools.inference.prompts import Language, find_language
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.data.tokenizer import ByteTokenizer, load_tokenizer
 

@@ -13,8 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from griffin.tools import safetensors_files
-from griffin.tools.safetensors_files import create_file, lay_out, read_box, read_entries, require_written, write_values
+from griffin.tools.common import safetensors_files
+from griffin.tools.common.safetensors_files import (
+    create_file,
+    lay_out,
+    read_box,
+    read_entries,
+    require_written,
+    write_values,
+)
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
 TENSORS = {

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import griffin.launch.local
-from griffin.parallel.ranks import STOPPED
+from griffin.parallel.world.ranks import STOPPED
 from griffin.tools.cli import main
 from griffin.trainer.checkpoint.manifest import newest_complete, verify
-from griffin.trainer.config import Config, load_config
+from griffin.trainer.settings.config import Config, load_config
 from tests.small_runs import (
     Watch,
     launch,

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig
-from griffin.tools.imported import model_tensors
-from griffin.tools.transformers_config import model_of_config
-from griffin.tools.transformers_names import transformers_axes, transformers_name, transformers_settings
-from griffin.trainer.presets import preset
+from griffin.tools.weights.hf.config import model_of_config
+from griffin.tools.weights.hf.names import transformers_axes, transformers_name, transformers_settings
+from griffin.tools.weights.imported import model_tensors
+from griffin.trainer.settings.presets import preset
 
 # What the published files say.
 COMMON: dict[str, Any] = {

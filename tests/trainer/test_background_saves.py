@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from griffin.trainer.checkpoint.manifest import newest_complete, step_name, verify
-from griffin.trainer.checkpoint.saver import Saver
-from griffin.trainer.config import Config, load_config
+from griffin.trainer.checkpoint.saving.saver import Saver
+from griffin.trainer.settings.config import Config, load_config
 from tests.ranks import RankPool
 from tests.small_runs import (
     Watch,

@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from griffin.trainer.clock import Own, StepClock, StepTimes, WorkClock
-from griffin.trainer.rank_state import main_frames, where
+from griffin.trainer.health.rank_state import main_frames, where
+from griffin.trainer.measuring.clock import Own, StepClock, StepTimes, WorkClock
 
 
 def slow_batches(seconds: float) -> Iterator[str]:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from griffin.parallel.config import INITS, MIXERS, RECOMPUTES, ModelConfig, ParallelConfig
 from griffin.tools.cli import main, split_overrides
-from griffin.trainer.config import (
+from griffin.trainer.settings.config import (
     CONFIGS,
     DTYPES,
     OVERLAPS,
@@ -29,7 +29,7 @@ from griffin.trainer.config import (
     read_data,
     to_toml,
 )
-from griffin.trainer.presets import PRESETS, preset
+from griffin.trainer.settings.presets import PRESETS, preset
 
 ROOT = Path(__file__).parents[2]
 
@@ -343,7 +343,7 @@ def test_config_survives_toml(load, config: Config) -> None:
 
 
 def test_demo_config(bytes_data: str) -> None:
-    from griffin.trainer.validate import validate, validate_data
+    from griffin.trainer.settings.validate import validate, validate_data
 
     words = ["--data.train", bytes_data, "--data.eval", bytes_data]
     config = load_config(ROOT / "trainer/configs/demo.toml", words)
@@ -353,7 +353,8 @@ def test_demo_config(bytes_data: str) -> None:
 
 
 def test_reading_a_config_imports_no_torch() -> None:
-    code = "import griffin.trainer.config, griffin.trainer.validate, sys; sys.exit('torch' in sys.modules)"
+    modules = "griffin.trainer.settings.config, griffin.trainer.settings.validate"
+    code = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

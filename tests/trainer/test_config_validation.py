@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from griffin.parallel.config import ModelConfig
-from griffin.trainer.config import Config, DataConfig
-from griffin.trainer.validate import CHOICES, LEAST, validate
+from griffin.trainer.settings.config import Config, DataConfig
+from griffin.trainer.settings.validate import CHOICES, LEAST, validate
 
 CONFIG = Config(
     model=ModelConfig(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from griffin.trainer.console import Console
-from griffin.trainer.run_folder import RunFolder
+from griffin.trainer.reporting.console import Console
+from griffin.trainer.run.folder import RunFolder
 
 VALUES = {"loss": 5.25, "tokens_per_second": 100.0}
 

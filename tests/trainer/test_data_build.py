@@ -18,8 +18,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from griffin.tools import data as tool
 from griffin.tools.cli import main
+from griffin.tools.commands import data as tool
 from griffin.trainer.data import build as build_module
 from griffin.trainer.data import documents as documents_module
 from griffin.trainer.data.build import build
@@ -395,7 +395,7 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_registering_the_command_imports_nothing_heavy():
-    script = "import sys, griffin.tools.data; print({'torch', 'numpy', 'megatron', 'tqdm'} & set(sys.modules))"
+    script = "import sys, griffin.tools.commands.data; print({'torch', 'numpy', 'megatron', 'tqdm'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 

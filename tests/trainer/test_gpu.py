@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, sys
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import single_rank_grid
+from griffin.parallel.world.grid import single_rank_grid
 from griffin.trainer.step import Training
 from tests.parallel.test_layouts import make_config, micro_batches
 
@@ -33,8 +33,8 @@ import json, sys
 from pathlib import Path
 import torch
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import single_rank_grid
-from griffin.trainer.checkpoint.keeper import Position
+from griffin.parallel.world.grid import single_rank_grid
+from griffin.trainer.checkpoint.checkpoints import Position
 from griffin.trainer.step import Training
 from tests.parallel.test_layouts import make_config
 from tests.trainer.checkpoint.test_layouts import checkpoints, source, state_of, steps
@@ -110,7 +110,7 @@ REAL_SIZES = """
 import dataclasses, json, sys
 import torch
 from griffin.parallel.config import ATTENTION, RECURRENT, ParallelConfig
-from griffin.parallel.grid import single_rank_grid
+from griffin.parallel.world.grid import single_rank_grid
 from griffin.trainer.step import Training
 from tests.parallel.test_layouts import make_config
 
@@ -146,7 +146,7 @@ def test_triton_trains_as_pytorch_does(dtype: str, tolerance: float) -> None:
 MEASURED = """
 import dataclasses, json
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import single_rank_grid
+from griffin.parallel.world.grid import single_rank_grid
 from griffin.trainer.step import Training
 from tests.parallel.test_layouts import make_config, micro_batches
 

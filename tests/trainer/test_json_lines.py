@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from griffin.trainer import json_lines
-from griffin.trainer.json_lines import Follower, lines_from_end
+from griffin.trainer.run import json_lines
+from griffin.trainer.run.json_lines import Follower, lines_from_end
 
 
 def append(path: Path, *values: object, end: str = "\n") -> None:

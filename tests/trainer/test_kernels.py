@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from griffin.parallel.config import ATTENTION, RECURRENT, ParallelConfig
-from griffin.parallel.grid import rank_grid
-from griffin.trainer.config import Config
+from griffin.parallel.world.grid import rank_grid
+from griffin.trainer.settings.config import Config
 from griffin.trainer.step import Training
 from tests.kernels.interpreter import needs_interpreter
 from tests.parallel.test_layouts import global_batch, make_config

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from griffin.parallel.grid import single_rank_grid
+from griffin.parallel.world.grid import single_rank_grid
 from griffin.tools.cli import main
-from griffin.trainer.charts import OTHERS, grouped
 from griffin.trainer.checkpoint.manifest import newest_complete, verify
-from griffin.trainer.config import Config, load_config
-from griffin.trainer.run_folder import RunFolder
+from griffin.trainer.reporting.charts import OTHERS, grouped
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.settings.config import Config, load_config
+from griffin.trainer.settings.validate import validate_data
 from griffin.trainer.summary import summarize
-from griffin.trainer.validate import validate_data
 from tests.ranks import RankPool
 from tests.small_runs import metrics, run, write_config
 

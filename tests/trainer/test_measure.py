@@ -11,8 +11,8 @@ import torch
 
 from griffin.parallel import sharding
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import rank_grid
-from griffin.trainer.measure import KINDS, data_parallel_imbalance, kind, kinds, pipeline_bubble
+from griffin.parallel.world.grid import rank_grid
+from griffin.trainer.measuring.norms import KINDS, data_parallel_imbalance, kind, kinds, pipeline_bubble
 from griffin.trainer.step import Training
 from tests.parallel.test_layouts import LAYOUTS, RANKS, make_config, micro_batches
 from tests.ranks import RankPool

@@ -14,8 +14,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from griffin.trainer.metrics import MetricsWriter
-from griffin.trainer.run_folder import RunFolder
+from griffin.trainer.reporting.metrics import MetricsWriter
+from griffin.trainer.run.folder import RunFolder
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from griffin.trainer.peak import known_tflops, measured_tflops, peak
+from griffin.trainer.measuring.peak import known_tflops, measured_tflops, peak
 
 CPU = torch.device("cpu")
 

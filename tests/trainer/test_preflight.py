@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from griffin.parallel.grid import rank_grid
-from griffin.parallel.ranks import Ranks
-from griffin.trainer.config import Config, load_config
+from griffin.parallel.world.grid import rank_grid
+from griffin.parallel.world.ranks import Ranks
 from griffin.trainer.preflight.check import preflight
 from griffin.trainer.preflight.folder import visit
 from griffin.trainer.preflight.meeting import PreflightError
+from griffin.trainer.settings.config import Config, load_config
 from tests.ranks import RankPool
 from tests.small_runs import metrics, run, write_config
 

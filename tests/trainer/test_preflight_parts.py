@@ -13,14 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from griffin.parallel.grid import rank_grid, single_rank_grid
+from griffin.parallel.world.grid import rank_grid, single_rank_grid
 from griffin.trainer.checkpoint.manifest import steps
-from griffin.trainer.config import Config, load_config
-from griffin.trainer.peak import best_seconds, measured_tflops
+from griffin.trainer.measuring.peak import best_seconds, measured_tflops
 from griffin.trainer.preflight.judge import Judge, checkpoint_bytes
 from griffin.trainer.preflight.links import Exchanges, Link, link_rounds, pattern, ring_rounds
 from griffin.trainer.preflight.machine import GIB, code_digest, nvml_state, occupied, product_fault
 from griffin.trainer.preflight.meeting import Place, PreflightError, name_ranks
+from griffin.trainer.settings.config import Config, load_config
 from tests.ranks import RankPool
 from tests.small_runs import run, write_config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from griffin.trainer.presets import PRESETS, preset
+from griffin.trainer.settings.presets import PRESETS, preset
 
 SIZES = ("100m", "200m", "400m", "1.3b", "3b", "7b", "14b")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from griffin.parallel.grid import single_rank_grid
-from griffin.trainer.config import load_config
+from griffin.parallel.world.grid import single_rank_grid
+from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.validate import validate, validate_data
 from griffin.trainer.summary import count_parameters
-from griffin.trainer.validate import validate, validate_data
 from tests.data_sets import write_prefix
 
 CONFIGS = Path(__file__).parents[2] / "trainer/configs"

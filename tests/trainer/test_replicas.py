@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from griffin.parallel.ranks import Ranks
-from griffin.trainer import replicas
-from griffin.trainer.config import load_config
+from griffin.parallel.world.ranks import Ranks
+from griffin.trainer.health import replicas
+from griffin.trainer.health.replicas import EMBEDDING, ReplicaError, checksum
 from griffin.trainer.loop import train
-from griffin.trainer.replicas import EMBEDDING, ReplicaError, checksum
+from griffin.trainer.settings.config import load_config
 from griffin.trainer.step import Training
 from tests.ranks import RankPool
 from tests.small_runs import saved_steps, write_config

@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 import zarr
 
-from griffin.parallel.ranks import Ranks
+from griffin.parallel.world.ranks import Ranks
 from griffin.tools.cli import main
-from griffin.tools.train import add_parser, check
-from griffin.trainer.charts import grouped
+from griffin.tools.commands.train import add_parser, check
 from griffin.trainer.checkpoint import manifest as manifests
 from griffin.trainer.checkpoint.arrays import EXP_AVG, EXP_AVG_SQ, MASTER, MODEL
 from griffin.trainer.checkpoint.manifest import newest_complete, read_manifest, step_name, verify
 from griffin.trainer.checkpoint.source import InitFrom
-from griffin.trainer.config import Config, load_config
-from griffin.trainer.run_folder import RunFolder
+from griffin.trainer.reporting.charts import grouped
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.settings.config import Config, load_config
 from tests.ranks import RankError, RankPool
 from tests.small_runs import (
     Watch,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from griffin.trainer.rglru_health import BINS, FIRST_OCTAVE, LAST_OCTAVE, Health, LayerHealth, look_at
+from griffin.trainer.measuring.rglru_health import BINS, FIRST_OCTAVE, LAST_OCTAVE, Health, LayerHealth, look_at
 
 BIN = 2 ** (1 / 16)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import griffin.trainer.run_folder as run_folder
+import griffin.trainer.run.folder as run_folder
 from griffin.parallel.config import ModelConfig, ParallelConfig
-from griffin.parallel.ranks import Ranks
-from griffin.trainer.checkpoint.lock import RunLock
-from griffin.trainer.config import CheckpointConfig, Config, LogConfig, TrainConfig, load_config
-from griffin.trainer.console import Console
-from griffin.trainer.run_folder import RunFolder, changed_settings, default_run_folder, describe_environment
+from griffin.parallel.world.ranks import Ranks
+from griffin.trainer.reporting.console import Console
+from griffin.trainer.run.folder import RunFolder, changed_settings, default_run_folder, describe_environment
+from griffin.trainer.run.lock import RunLock
+from griffin.trainer.settings.config import CheckpointConfig, Config, LogConfig, TrainConfig, load_config
 
 MODEL = ModelConfig(
     pattern=("recurrent", "attention"), width=32, recurrent_width=64, heads=2, head_dim=16, vocabulary=257
@@ -198,7 +198,7 @@ def test_console_prints_plain_lines(tmp_path: Path) -> None:
 
 def test_console_estimates_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 60.0, 62.0, 64.0])  # the first step compiles for a minute
-    monkeypatch.setattr("griffin.trainer.console.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("griffin.trainer.reporting.console.time.monotonic", lambda: next(clock))
     stream = io.StringIO()
     with Console(RunFolder(tmp_path), steps=103, stream=stream) as console:
         assert next(clock) == 0.0

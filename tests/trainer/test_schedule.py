@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from griffin.trainer.config import SCHEDULES, Config, load_config, to_toml
 from griffin.trainer.optimizer import build_schedule, schedule_end
 from griffin.trainer.schedule import Earlier
-from griffin.trainer.validate import validate
+from griffin.trainer.settings.config import SCHEDULES, Config, load_config, to_toml
+from griffin.trainer.settings.validate import validate
 
 MODEL = '[model]\npattern = ["recurrent"]\nwidth = 32\nrecurrent_width = 32\ngate_blocks = 2\nvocabulary = 257\n'
 DATA = '[data]\ntrain = ["x"]\n'

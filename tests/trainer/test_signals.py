@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from griffin.trainer.signals import StopRequests
+from griffin.trainer.run.signals import StopRequests
 
 
 @pytest.fixture

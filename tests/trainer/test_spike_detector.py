@@ -7,8 +7,8 @@ import math
 import random
 from typing import Any
 
-from griffin.trainer.config import TrainConfig
-from griffin.trainer.spikes import GRAD_NORM, LOSS, NOT_FINITE, SpikeDetector
+from griffin.trainer.health.spikes import GRAD_NORM, LOSS, NOT_FINITE, SpikeDetector
+from griffin.trainer.settings.config import TrainConfig
 
 
 def detector(**settings: Any) -> SpikeDetector:

@@ -18,13 +18,13 @@ import torch
 import zarr
 
 from griffin.parallel import sharding
-from griffin.parallel.ranks import Ranks
+from griffin.parallel.world.ranks import Ranks
 from griffin.trainer.checkpoint.manifest import Manifest, read_manifest, step_name
 from griffin.trainer.checkpoint.manifest import _to_text as to_text
-from griffin.trainer.config import Config, load_config
 from griffin.trainer.data.dataset import Samples
-from griffin.trainer.run_folder import RunFolder
-from griffin.trainer.spikes import SpikeError
+from griffin.trainer.health.spikes import SpikeError
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.settings.config import Config, load_config
 from griffin.trainer.step import Training
 from tests.ranks import RankError, RankPool
 from tests.small_runs import kill_this_process, metrics, run, saved_files, saved_steps, series, write_config

@@ -15,12 +15,12 @@ from unittest import mock
 
 import pytest
 
-from griffin.parallel.ranks import Ranks
-from griffin.trainer.config import load_config
+from griffin.parallel.world.ranks import Ranks
 from griffin.trainer.data.dataset import Samples
+from griffin.trainer.health.stragglers import Layout, Stragglers, Work
 from griffin.trainer.loop import train
+from griffin.trainer.settings.config import load_config
 from griffin.trainer.step import Training
-from griffin.trainer.stragglers import Layout, Stragglers, Work
 from tests.ranks import RankPool
 from tests.small_runs import metrics, write_config
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from griffin.tools.cli import COMMANDS
-from griffin.trainer.config import SECTIONS, TYPES
-from griffin.trainer.suggestions import ABSENT, OTHER_NAMES, OTHER_SECTIONS, suggest_section, suggest_setting
+from griffin.trainer.settings.config import SECTIONS, TYPES
+from griffin.trainer.settings.suggestions import ABSENT, OTHER_NAMES, OTHER_SECTIONS, suggest_section, suggest_setting
 
 KNOWN = [f"{section}.{key}" for section, types in TYPES.items() for key in types]
 

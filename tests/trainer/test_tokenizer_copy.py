@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from griffin.tools.cli import main
-from griffin.tools.prompts import find_language
+from griffin.tools.inference.prompts import find_language
 from griffin.trainer.checkpoint.manifest import read_manifest
-from griffin.trainer.config import load_config
-from griffin.trainer.run_folder import RunFolder
-from griffin.trainer.tokenizer_copy import find_tokenizer, keep_tokenizer
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.tokenizer_copy import find_tokenizer, keep_tokenizer
+from griffin.trainer.settings.config import load_config
 from tests.ranks import RankPool
 from tests.small_runs import metrics, run, snapshot, write_config
 

@@ -22,20 +22,20 @@ from torch.distributed import DistNetworkError, HashStore
 
 from griffin.launch.local import run_local
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import Grid, rank_grid
-from griffin.parallel.messages import pack, seal, unpack
-from griffin.parallel.ranks import HUNG, Ranks
-from griffin.tools.train import PRELOAD, train_rank
+from griffin.parallel.world.grid import Grid, rank_grid
+from griffin.parallel.world.messages import pack, seal, unpack
+from griffin.parallel.world.ranks import HUNG, Ranks
+from griffin.tools.commands.train import PRELOAD, train_rank
 from griffin.trainer import loop
-from griffin.trainer.checkpoint.keeper import Checkpoints
+from griffin.trainer.checkpoint.checkpoints import Checkpoints
 from griffin.trainer.checkpoint.manifest import verify
-from griffin.trainer.config import Config, load_config
-from griffin.trainer.hang_report import Silent, compose, culprits, ranks
-from griffin.trainer.rank_state import Collective, RankState
-from griffin.trainer.report import Report
-from griffin.trainer.run_folder import RunFolder
+from griffin.trainer.health.hang_report import Silent, compose, culprits, ranks
+from griffin.trainer.health.rank_state import Collective, RankState
+from griffin.trainer.health.watchdog import Watchdog, _Alarm
+from griffin.trainer.reporting.report import Report
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.settings.config import Config, load_config
 from griffin.trainer.step import Training
-from griffin.trainer.watchdog import Watchdog, _Alarm
 from tests.ranks import RankPool
 from tests.small_runs import PATIENCE, Watch, launch, metrics, run, saved_files, series, wait_until_saved, write_config
 

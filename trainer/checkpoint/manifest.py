@@ -52,7 +52,7 @@ class Manifest:
     layout: dict[str, Any]  # that it was saved from; nothing depends on it
     optimizer: dict[str, Any] | None  # its scalars; None for weights only
     random: dict[str, str]  # states of generators, base64
-    spikes: dict[str, Any] | None = None  # what `trainer.spikes` goes on from, where it judged steps
+    spikes: dict[str, Any] | None = None  # what `trainer.health.spikes` goes on from, where it judged steps
     sources: tuple[str, ...] = ()  # what weights were made from: checkpoints that they are the mean of, or other files
     arrays: dict[str, ArraySpec]  # by their names
     files: dict[str, FileRecord]  # by their paths in the step's folder

@@ -14,9 +14,9 @@ from typing import Any
 
 from griffin.parallel.config import ModelConfig
 from griffin.trainer.checkpoint.arrays import DTYPES, KINDS, ArraySpec
-from griffin.trainer.config import SECTIONS, typed
 from griffin.trainer.files import is_integer
-from griffin.trainer.validate import MOST, validate_model
+from griffin.trainer.settings.config import SECTIONS, typed
+from griffin.trainer.settings.validate import MOST, validate_model
 
 MOST_INTEGER = 2**62  # of counts: steps, samples, bytes
 MOST_DIMENSIONS = 8

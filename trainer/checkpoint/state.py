@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from griffin.parallel.grid import Grid
 from griffin.parallel.sharding import Piece
+from griffin.parallel.world.grid import Grid
 from griffin.trainer.checkpoint.arrays import (
     EXP_AVG,
     EXP_AVG_SQ,

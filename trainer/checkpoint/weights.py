@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from griffin.parallel.grid import Grid
 from griffin.parallel.sharding import Piece
 from griffin.parallel.stage import Stage
+from griffin.parallel.world.grid import Grid
 from griffin.trainer.checkpoint.arrays import MODEL, shape_of
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.checkpoint.state import global_tensor

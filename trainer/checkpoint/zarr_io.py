@@ -21,7 +21,7 @@ from typing import IO, Any, BinaryIO
 import google_crc32c
 import numpy as np
 
-from griffin.parallel.ranks import RunError
+from griffin.parallel.world.ranks import RunError
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box, intersection, numpy_dtype, shape_of, within
 from griffin.trainer.files import open_regular, parse_json, read_regular
 

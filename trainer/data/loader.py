@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.data import DataLoader
 
-from griffin.parallel.ranks import RunError
+from griffin.parallel.world.ranks import RunError
 from griffin.trainer.data.dataset import Samples
 
 # What PyTorch's errors begin with where a worker process has ended, and where it has raised one itself.

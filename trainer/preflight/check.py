@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from griffin.parallel.grid import Grid
-from griffin.parallel.ranks import Ranks
-from griffin.trainer.config import Config
+from griffin.parallel.world.grid import Grid
+from griffin.parallel.world.ranks import Ranks
 from griffin.trainer.preflight.clocks import measure_skews
 from griffin.trainer.preflight.folder import meeting_place, unseen, visit
 from griffin.trainer.preflight.judge import Judge
 from griffin.trainer.preflight.links import AllReduce, Exchanges, link_rounds, measure_all_reduce, measure_links
 from griffin.trainer.preflight.machine import Machine, Rates, describe_machine, measure_rates
 from griffin.trainer.preflight.meeting import Meeting, Place, PreflightError
+from griffin.trainer.settings.config import Config
 
 LIMIT_SECONDS = 60.0
 REPORTING_SECONDS = 3.0  # of them, for a rank whose exchange with another hangs to say so

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from griffin.parallel.grid import Grid
+from griffin.parallel.world.grid import Grid
 
 ASKED = 3  # times, of which the fastest answer counts
 PATIENCE_SECONDS = 5.0  # for an answer; a rank that gives none is named where ranks meet next

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from griffin.parallel.grid import Grid
 from griffin.parallel.sharding import named_pieces
 from griffin.parallel.stage import meta_stage
-from griffin.trainer.config import Config
+from griffin.parallel.world.grid import Grid
 from griffin.trainer.preflight.links import AllReduce, Exchanges, Link
 from griffin.trainer.preflight.machine import GIB, Machine, Rates
 from griffin.trainer.preflight.meeting import Place, PreflightError, name_ranks
-from griffin.trainer.run_folder import changed_settings
+from griffin.trainer.run.folder import changed_settings
+from griffin.trainer.settings.config import Config
 
 DEVICE_SHARE = 0.7  # of the median rate of devices of a name, below which one is an outlier
 LINK_SHARE = 0.5  # of the usual bandwidth of links of a kind

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from griffin.parallel.grid import Grid
+from griffin.parallel.world.grid import Grid
 
 Pair = tuple[int, int]
 REPEATS = 4  # of which the best counts, after one that connects

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin.trainer.checkpoint.memory import memory_left
-from griffin.trainer.config import Config
-from griffin.trainer.peak import best_seconds, measured_tflops
-from griffin.trainer.run_folder import PACKAGES, SOURCE
+from griffin.trainer.checkpoint.saving.memory import memory_left
+from griffin.trainer.measuring.peak import best_seconds, measured_tflops
+from griffin.trainer.run.folder import PACKAGES, SOURCE
+from griffin.trainer.settings.config import Config
 
 FOLDERS = ("kernels", "parallel", "trainer", "launch", "tools")  # of the package's code
 VARIABLES = re.compile("NCCL_|TORCH_|PYTORCH_|GLOO_|CUDA_DEVICE_MAX_CONNECTIONS$|CUBLAS_|NVTE_")

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from griffin.parallel.grid import Grid
-from griffin.parallel.messages import ForgedError
-from griffin.parallel.ranks import RunError
+from griffin.parallel.world.grid import Grid
+from griffin.parallel.world.messages import ForgedError
+from griffin.parallel.world.ranks import RunError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -85,7 +85,7 @@ class Meeting:
 
         Raises PreflightError everywhere where `judge` raises it, or where ranks are late: it names them, with the
         complaints of those that are there. Values are read as `kind`, the answer as `answer_kind` (see
-        `parallel.messages`); a name is used once. What no rank has written is a failure too.
+        `parallel.world.messages`); a name is used once. What no rank has written is a failure too.
         """
         key = f"griffin/preflight/{name}"
         if self._place.rank != 0:

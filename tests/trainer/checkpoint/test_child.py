@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from griffin.trainer.checkpoint.child import Setup, Share
+from griffin.trainer.checkpoint.saving.process import Setup, Share
 from tests.saving import Layout, random_state
 
 

@@ -19,12 +19,12 @@ from megatron.core import parallel_state
 
 from griffin.parallel import sharding
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.grid import Grid, rank_grid
+from griffin.parallel.world.grid import Grid, rank_grid
 from griffin.trainer.checkpoint import arrays
-from griffin.trainer.checkpoint.keeper import Checkpoints, Position
+from griffin.trainer.checkpoint.checkpoints import Checkpoints, Position
 from griffin.trainer.checkpoint.manifest import read_manifest, step_name
 from griffin.trainer.checkpoint.source import OWN, Source
-from griffin.trainer.config import Config
+from griffin.trainer.settings.config import Config
 from griffin.trainer.step import Training
 from tests.closeness import assert_all_close
 from tests.parallel.test_layouts import LAYOUTS, LEARNING_RATE, RANKS, make_config, micro_batches

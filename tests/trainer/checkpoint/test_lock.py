@@ -18,15 +18,15 @@ from typing import Any
 
 import pytest
 
-import griffin.trainer.checkpoint.lock as lock_module
-from griffin.trainer.checkpoint.lock import Owner, RunLock, holds, refuse_if_held
+import griffin.trainer.run.lock as lock_module
+from griffin.trainer.run.lock import Owner, RunLock, holds, refuse_if_held
 
 ROOT = Path(__file__).parents[3]
 PROMPT = 5.0  # seconds; patience with other machines is 60
 OWNER = """
 import sys, time
 from pathlib import Path
-from griffin.trainer.checkpoint.lock import RunLock
+from griffin.trainer.run.lock import RunLock
 lock = RunLock.acquire(Path(sys.argv[1]))
 print(lock.token, flush=True)
 time.sleep(600)
@@ -35,7 +35,7 @@ time.sleep(600)
 NEWCOMER = """
 import sys
 from pathlib import Path
-from griffin.trainer.checkpoint.lock import RunLock
+from griffin.trainer.run.lock import RunLock
 print("ready", flush=True)
 for line in sys.stdin:
     try:
@@ -349,7 +349,7 @@ def test_a_newcomer_killed_while_taking_over_blocks_nobody(tmp_path: Path, point
     code = f"""
 import os, signal, sys
 from pathlib import Path
-from griffin.trainer.checkpoint.lock import RunLock
+from griffin.trainer.run.lock import RunLock
 {point} = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 RunLock.acquire(Path(sys.argv[1]))
 """
@@ -376,5 +376,5 @@ def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_locking_imports_neither_torch_nor_numpy() -> None:
-    code = "import griffin.trainer.checkpoint.lock, sys; sys.exit(bool({'torch', 'numpy'} & sys.modules.keys()))"
+    code = "import griffin.trainer.run.lock, sys; sys.exit(bool({'torch', 'numpy'} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

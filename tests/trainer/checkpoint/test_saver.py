@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from griffin.trainer.checkpoint import saver as saver_module
-from griffin.trainer.checkpoint.exchange import CONTROL, VALUES, Exchange, Listener
 from griffin.trainer.checkpoint.manifest import steps
 from griffin.trainer.checkpoint.plan import SavePlan
-from griffin.trainer.checkpoint.saver import Saver
+from griffin.trainer.checkpoint.saving import saver as saver_module
+from griffin.trainer.checkpoint.saving.exchange import CONTROL, VALUES, Exchange, Listener
+from griffin.trainer.checkpoint.saving.saver import Saver
 from tests import saving_process
 from tests.saving import Layout, Team, assert_holds, random_state
 
@@ -139,7 +139,7 @@ _KILLED_RANK = """
 import os, signal, sys, time
 from pathlib import Path
 from tests.saving import Layout
-from griffin.trainer.checkpoint.saver import Saver
+from griffin.trainer.checkpoint.saving.saver import Saver
 settings = dict(rank=0, world_size=1, host="127.0.0.1", keep_last=0, keep_every=0, lock=None)
 saver = Saver(root=Path("checkpoints"), plan=Layout(1, 1).plans[0], all_gather=lambda value, _: [value], **settings)
 assert saver._ensure_ready() is None

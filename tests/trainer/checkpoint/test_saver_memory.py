@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from griffin.trainer.checkpoint import saver as saver_module
-from griffin.trainer.checkpoint.memory import Request, memory_left, shortages
+from griffin.trainer.checkpoint.saving import saver as saver_module
+from griffin.trainer.checkpoint.saving.memory import Request, memory_left, shortages
 from tests.saving import Layout, Team
 
 GIB = 2**30

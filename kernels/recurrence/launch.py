@@ -1,0 +1,190 @@
+"""Launches of the Triton programs of a recurrence: what runs forward and backward, and in what order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from griffin.kernels.launch import launch, multiprocessors
+from griffin.kernels.layout import like, rows, strides
+from griffin.kernels.recurrence import programs
+from griffin.kernels.recurrence.plan import (
+    CARRIES_BLOCK,
+    CARRIES_CHUNKS,
+    CARRIES_WARPS,
+    Plan,
+    loop,
+    select_plan,
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What both directions read; see `programs`. With an input gate the terms are made by RG-LRU gates, else given."""
+
+    term: Tensor
+    gate: Tensor
+    input_gate: Tensor | None
+    rate: Tensor | None
+    branch: Tensor | None
+    starts: Tensor | None
+    initial_state: Tensor
+    first_is_start: bool
+    plan: Plan
+
+    @classmethod
+    def of(
+        cls,
+        term: Tensor,
+        gate: Tensor,
+        *,
+        input_gate: Tensor | None = None,
+        rate: Tensor | None = None,
+        branch: Tensor | None = None,
+        starts: Tensor | None,
+        initial_state: Tensor | None,
+        chunk: int | None,
+    ) -> Inputs:
+        """Copies tensors whose channels do not adjoin, and no others."""
+        steps, batch, width = term.shape
+        if initial_state is None:
+            state = term.new_zeros(batch, width, dtype=torch.float32)
+        else:
+            state = initial_state.contiguous()
+        return cls(
+            term=rows(term),
+            gate=rows(gate),
+            input_gate=None if input_gate is None else rows(input_gate),
+            rate=rate,
+            branch=None if branch is None else rows(branch),
+            starts=starts,
+            initial_state=state,
+            first_is_start=starts is None and initial_state is None,
+            plan=select_plan(steps, batch, width, multiprocessors(term.device), chunk),
+        )
+
+    def launch(self, program: Any, spans: int, **outputs: Any) -> None:
+        """Run a program for so many spans of time; tensors among its arguments may be None."""
+        steps, batch, width = self.term.shape
+        unroll, stages = loop(program.__name__, self.term.element_size())
+        tensors = {
+            "term": self.term,
+            "gate": self.gate,
+            "input": self.input_gate,
+            "branch": self.branch,
+            "starts": self.starts,
+        }
+        arguments = {
+            **tensors,
+            "input_gate": self.input_gate,
+            "rate": self.rate,
+            "initial_state": self.initial_state,
+            "first_is_start": int(self.first_is_start),
+            "T": steps,
+            "B": batch,
+            "R": width,
+            "L": self.plan.chunk,
+            **strides(tensors),
+            "GATED": self.input_gate is not None,
+            "HAS_BRANCH": self.branch is not None,
+            "HAS_STARTS": self.starts is not None,
+            "UNROLL": unroll,
+            "STAGES": stages,
+            **outputs,
+        }
+        launch(program, spans, arguments, self.term)
+
+    def new_states(self, chunks: int) -> Tensor:
+        return self.term.new_empty((chunks, *self.term.shape[1:]), dtype=torch.float32)
+
+
+def first_states(inputs: Inputs) -> Tensor:
+    """[chunks, B, R], or [B, R] for a single chunk: the state each chunk begins with."""
+    return inputs.initial_state if inputs.plan.chunks == 1 else _carries(inputs, inputs.initial_state, grad_y=None)
+
+
+def _carries(inputs: Inputs, first: Tensor, grad_y: Tensor | None) -> Tensor:
+    """States that chunks begin with, or with grad_y the gradients that reach their last states from later chunks."""
+    chunks, reverse = inputs.plan.chunks, grad_y is not None
+    end, carries = inputs.new_states(chunks), inputs.new_states(chunks)
+    product = torch.empty_like(end, dtype=torch.float64)
+    # Forward, nothing needs the last chunk's sum.
+    inputs.launch(
+        programs.chunk_summaries,
+        chunks if reverse else chunks - 1,
+        grad_y=grad_y,
+        product=product,
+        end=end,
+        REVERSE=reverse,
+        **strides({"grad": grad_y}),
+    )
+    chained = {"product": product, "end": end, "first": first, "carries": carries, "chunks": chunks}
+    chained |= {"B": inputs.term.shape[1], "R": inputs.term.shape[2], "REVERSE": reverse, "CHUNKS": CARRIES_CHUNKS}
+    launch(programs.chunk_carries, 1, chained, inputs.term, block=CARRIES_BLOCK, warps=CARRIES_WARPS)
+    return carries
+
+
+def forward(inputs: Inputs, firsts: Tensor, *, keep_states: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y, the states apart from it where there is a branch and they are to be kept, and the last state [B, R]."""
+    y, last_state = like(inputs.term), inputs.new_states(1)[0]
+    states = like(inputs.term) if keep_states and inputs.branch is not None else None
+    inputs.launch(
+        programs.scan_forward,
+        inputs.plan.chunks,
+        first_states=firsts,
+        y=y,
+        states=states,
+        last_state=last_state,
+        HAS_STATES=states is not None,
+        **strides({"y": y, "states": states}),
+    )
+    return y, states, last_state
+
+
+@dataclass(frozen=True)
+class Gradients:
+    term: Tensor
+    gate: Tensor
+    input_gate: Tensor | None
+    rate: Tensor | None
+    branch: Tensor | None
+    initial_state: Tensor
+
+
+def backward(inputs: Inputs, states: Tensor, grad_y: Tensor, grad_last: Tensor) -> Gradients:
+    """Gradients of everything that `inputs` holds, from h of every step in the dtype of y."""
+    chunks = inputs.plan.chunks
+    grad_y, grad_last = rows(grad_y), grad_last.contiguous()
+    carries = grad_last if chunks == 1 else _carries(inputs, grad_last, grad_y)
+    grads = {
+        "grad_term": like(inputs.term),
+        "grad_gate": like(inputs.gate),
+        "grad_input": None if inputs.input_gate is None else like(inputs.input_gate),
+        "grad_branch": None if inputs.branch is None else like(inputs.branch),
+    }
+    grad_rates = None if inputs.rate is None else inputs.new_states(chunks)
+    grad_initial_state = inputs.new_states(1)[0]
+    inputs.launch(
+        programs.scan_backward,
+        chunks,
+        states=states,
+        grad_y=grad_y,
+        first_carries=carries,
+        grad_input_gate=grads["grad_input"],
+        grad_rates=grad_rates,
+        grad_initial_state=grad_initial_state,
+        **grads,
+        **strides({"states": states, "grad": grad_y, **grads}),
+    )
+    return Gradients(
+        term=grads["grad_term"],  # type: ignore[arg-type]
+        gate=grads["grad_gate"],  # type: ignore[arg-type]
+        input_gate=grads["grad_input"],
+        # Summed in a fixed order: two runs give the same bits.
+        rate=None if grad_rates is None else grad_rates.sum((0, 1)),
+        branch=grads["grad_branch"],
+        initial_state=grad_initial_state,
+    )

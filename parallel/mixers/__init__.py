@@ -1,0 +1,1 @@
+"""Temporal mixers: the gated linear recurrence and local attention."""

@@ -1,0 +1,1 @@
+"""Checkpoints for people: report, plan, reshard, average."""

@@ -1,0 +1,298 @@
+"""A checkpoint as one safetensors file per (tensor, pipeline) rank, as engines that load per rank want it.
+
+Each file holds its rank's part of every array of its stages, named as in the checkpoint, all parts of one array of one
+shape: rows of the vocabulary's padding are there, as zeros. `index.json` holds everything else that a checkpoint knows,
+so that nothing is lost: any layout can be made from any other. Rows of a part are written and read in slices, each with
+a checksum in the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from griffin.parallel.config import ParallelConfig
+from griffin.parallel.cost import split_blocks
+from griffin.tools.checkpoints.stored import Source
+from griffin.tools.common import safetensors_files
+from griffin.tools.common.safetensors_files import Entry, read_box, read_bytes
+from griffin.trainer.checkpoint.arrays import ArraySpec, Box, intersection, numpy_dtype, shape_of, within
+from griffin.trainer.checkpoint.manifest import MANIFEST_KEYS, Manifest, parse_arrays, read_checked, refusing
+from griffin.trainer.checkpoint.manifest_check import check_description, model_of
+from griffin.trainer.checkpoint.zarr_io import CheckpointError
+from griffin.trainer.files import is_integer
+
+INDEX = "index.json"
+FORMAT = 1
+
+_BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one tensor rank's file holds of an array, from byte `offset` of the file on."""
+
+    spec: ArraySpec
+    tensor_rank: int
+    tensor_size: int
+    offset: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all ranks alike: with the vocabulary's padding."""
+        tensor = self.spec.tensor
+        if tensor.axis is None:
+            return tensor.shape
+        held = tensor.axis_size // self.tensor_size
+        return (*tensor.shape[: tensor.axis], held, *tensor.shape[tensor.axis + 1 :])
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.spec.name, self.spec.dtype, self.shape, self.offset)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.entry.row_bytes
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.nbytes
+
+    def slices(self) -> list[Slice]:
+        """All of its rows, as many at a time as the array's chunks have."""
+        count, rows = self.shape[0], self.spec.chunks[0]
+        return [Slice(self, first, min(first + rows, count)) for first in range(0, count, rows)]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows [first, last) of a part."""
+
+    part: Part
+    first: int
+    last: int
+
+    @property
+    def offset(self) -> int:
+        return self.part.offset + self.first * self.part.row_bytes
+
+    @property
+    def nbytes(self) -> int:
+        return (self.last - self.first) * self.part.row_bytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.last - self.first, *self.part.shape[1:])
+
+    @property
+    def box(self) -> Box:
+        """The part of the global array that it holds; empty, or smaller than its shape, in the padding."""
+        held = self.part.spec.tensor.part(self.part.tensor_rank, self.part.tensor_size)
+        first = min(held[0].start + self.first, held[0].stop)
+        return (slice(first, min(held[0].start + self.last, held[0].stop)), *held[1:])
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """A file, laid out: its header as bytes, and the parts that follow it."""
+
+    name: str
+    header: bytes
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(part.nbytes for part in self.parts)
+
+    def slices(self) -> Iterator[Slice]:
+        for part in self.parts:
+            yield from part.slices()
+
+
+def stage_blocks(manifest: Manifest, layout: ParallelConfig) -> tuple[int, ...]:
+    """Blocks of each of the pipeline x virtual stages, as training splits the model of a checkpoint's config.
+
+    Raises ValueError where there are fewer blocks than stages.
+    """
+    model, config = manifest.model, manifest.config
+    if layout.virtual_pipeline > 1 and layout.pipeline == 1:
+        raise ValueError(f"--virtual {layout.virtual_pipeline}: must be 1 where --pipeline is 1")
+    count = layout.pipeline * layout.virtual_pipeline
+    if count > model.blocks:
+        raise ValueError(
+            f"--pipeline {layout.pipeline} x --virtual {layout.virtual_pipeline} = {count} stages: must be at most the "
+            f"number of blocks, {model.blocks}"
+        )
+    stated = tuple(config["parallel"]["stages"])
+    return stated if len(stated) == count else split_blocks(model, count, config["data"]["sequence_length"])
+
+
+def lay_out(arrays: Sequence[ArraySpec], layout: ParallelConfig, stages: Sequence[int]) -> list[RankFile]:
+    """The files of a layout whose stages have so many blocks each, in the order of pipeline, then tensor ranks."""
+    held: list[list[ArraySpec]] = [[] for _ in range(layout.pipeline)]
+    for array in sorted(arrays, key=lambda array: -numpy_dtype(array.dtype).itemsize):  # so that all are aligned
+        for pipeline_rank in _pipeline_ranks(array.tensor.name, layout.pipeline, stages):
+            held[pipeline_rank].append(array)
+    return [
+        _lay_out_file(held[pipeline_rank], layout, tensor_rank, pipeline_rank)
+        for pipeline_rank in range(layout.pipeline)
+        for tensor_rank in range(layout.tensor)
+    ]
+
+
+def _pipeline_ranks(tensor: str, pipeline: int, stages: Sequence[int]) -> list[int]:
+    """Those that hold a tensor; stage s is held by rank s mod `pipeline`."""
+    last = len(stages) - 1
+    if (block := _BLOCK.match(tensor)) is not None:
+        ends = np.cumsum(stages)
+        return [int(np.searchsorted(ends, int(block[1]), side="right")) % pipeline]
+    if tensor == "embedding.weight":  # it is the output projection as well
+        return sorted({0, last % pipeline})
+    if tensor.startswith("final_norm."):
+        return [last % pipeline]
+    raise CheckpointError(f"{tensor}: of no known stage of the model")
+
+
+def _lay_out_file(
+    arrays: Sequence[ArraySpec], layout: ParallelConfig, tensor_rank: int, pipeline_rank: int
+) -> RankFile:
+    name = (
+        f"model-tp-{tensor_rank:02d}-of-{layout.tensor:02d}-pp-{pipeline_rank:02d}-of-{layout.pipeline:02d}.safetensors"
+    )
+    parts = [Part(array, tensor_rank, layout.tensor, 0) for array in arrays]
+    header, entries = safetensors_files.lay_out((part.spec.name, part.spec.dtype, part.shape) for part in parts)
+    placed = (replace(part, offset=entry.offset) for part, entry in zip(parts, entries, strict=True))
+    return RankFile(name, header, tuple(placed))
+
+
+def checksum(values: np.ndarray) -> str:
+    return f"{zlib.crc32(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data):08x}"
+
+
+@dataclass(frozen=True)
+class RankArray:
+    """An array in rank files; `parts` has each tensor rank's, with its file."""
+
+    spec: ArraySpec
+    parts: tuple[tuple[Path, Part], ...]
+
+    def read(self, box: Box) -> np.ndarray:
+        """As `StoredArray.read`. Slices' checksums are not looked at."""
+        values = np.empty(shape_of(box), numpy_dtype(self.spec.dtype))
+        is_cut = self.spec.tensor.axis is not None
+        for path, part in self.parts if is_cut else self.parts[:1]:
+            held = self.spec.tensor.part(part.tensor_rank, part.tensor_size)
+            common = intersection(held, box)
+            if all(extent.start < extent.stop for extent in common):
+                values[within(common, box)] = read_box(path, part.entry, within(common, held))
+        return values
+
+
+def write_index(
+    folder: Path,
+    manifest: Manifest,
+    stages: Sequence[int],
+    files: Sequence[RankFile],
+    checksums: Mapping[str, Mapping[str, Sequence[str]]],
+) -> None:
+    """Write index.json: the manifest, but for its files, and `checksums` of the slices, by file and array."""
+    holders: dict[str, list[str]] = {name: [] for name in manifest.arrays}
+    for file in files:
+        for part in file.parts:
+            holders[part.spec.name].append(file.name)
+    values: dict[str, Any] = {"format": FORMAT, "stages": list(stages)}
+    values |= {field.name: getattr(manifest, field.name) for field in fields(Manifest) if field.name != "files"}
+    values["arrays"] = {name: array.to_json() | {"files": holders[name]} for name, array in manifest.arrays.items()}
+    values["files"] = {file.name: {"size": file.size, "crc32": checksums[file.name]} for file in files}
+    with open(folder / INDEX, "x", encoding="utf-8") as stream:
+        stream.write(json.dumps({"checksum": _checksum(values)} | values, indent=1) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def open_rank_folder(folder: Path) -> tuple[Source, list[tuple[RankFile, Mapping[str, Sequence[str]]]]]:
+    """A folder of rank files: as a source, and its files with their slices' checksums by array.
+
+    Raises CheckpointError where the index is not there or was edited, or where a file is missing, or has another size
+    or header than it was written with.
+    """
+    values = read_checked(folder / INDEX, _checksum, FORMAT)
+    with refusing(folder / INDEX):
+        specs = parse_arrays(values)
+        known, required = MANIFEST_KEYS
+        check_description(values, (*known, "stages"), (*set(required) - {"files"}, "stages"))
+        layout = _layout(values, specs)
+        files = lay_out(list(specs.values()), layout, values["stages"])
+        _check_records(files, values.get("files"))
+    records = values["files"]
+    parts: dict[str, dict[int, tuple[Path, Part]]] = {name: {} for name in specs}
+    for file in files:
+        path = folder / file.name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            raise CheckpointError(f"{path} is missing")
+        if size != file.size:
+            raise CheckpointError(f"{path} has {size:,} bytes instead of {file.size:,}")
+        if read_bytes(path, 0, len(file.header)).tobytes() != file.header:
+            raise CheckpointError(f"{path}: its header was changed")
+        for part in file.parts:
+            parts[part.spec.name].setdefault(part.tensor_rank, (path, part))
+    kept = {key: values[key] for key in known if key in values}
+    arrays = {name: RankArray(spec, tuple(parts[name].values())) for name, spec in specs.items()}
+    manifest = Manifest(**kept | {"arrays": specs, "files": {}, "sources": tuple(values.get("sources", ()))})
+    return Source(folder, manifest, arrays), [(file, records[file.name]["crc32"]) for file in files]
+
+
+def _layout(values: Mapping[str, Any], specs: Mapping[str, ArraySpec]) -> ParallelConfig:
+    """The layout of an index that was checked but for `stages`. ValueError where its arrays cannot be cut so."""
+    stated, stages = values["layout"], values["stages"]
+    keys = ("tensor", "pipeline", "virtual_pipeline")
+    if missing := [key for key in keys if key not in stated]:
+        raise ValueError(f"lacks layout.{missing[0]}")
+    layout = ParallelConfig(**{key: stated[key] for key in keys})
+    records = values.get("files")
+    if not isinstance(records, Mapping) or layout.model_ranks != len(records):  # before so many are laid out
+        raise ValueError(f"files must be those of {layout.tensor} x {layout.pipeline} ranks")
+    blocks = model_of(values["config"]).blocks
+    if not (
+        isinstance(stages, list)
+        and len(stages) == layout.pipeline * layout.virtual_pipeline
+        and all(is_integer(count, 1, blocks) for count in stages)
+        and sum(stages) == blocks
+    ):
+        raise ValueError(f"stages must be the numbers of blocks of {layout.pipeline} x {layout.virtual_pipeline}")
+    for spec in specs.values():
+        if spec.tensor.axis is not None and spec.tensor.atoms % layout.tensor:
+            raise ValueError(f"{spec.name} cannot be cut for {layout.tensor} tensor ranks")
+        if (block := _BLOCK.match(spec.tensor.name)) is not None and int(block[1]) >= blocks:
+            raise ValueError(f"{spec.name} is of none of the model's {blocks} blocks")
+    return layout
+
+
+def _check_records(files: Sequence[RankFile], records: Any) -> None:
+    """Refuse records of other files, arrays and slices than the layout has: ValueError."""
+    if not isinstance(records, Mapping) or records.keys() != {file.name for file in files}:
+        raise ValueError("files must be those of its layout")
+    for file in files:
+        record = records[file.name]
+        checksums = record.get("crc32") if isinstance(record, Mapping) else None
+        expected = {part.spec.name: len(part.slices()) for part in file.parts}
+        if not (
+            isinstance(checksums, Mapping)
+            and checksums.keys() == expected.keys()
+            and all(isinstance(found, list) and len(found) == expected[name] for name, found in checksums.items())
+        ):
+            raise ValueError(f"files.{file.name} must have a checksum of each slice of its arrays")

@@ -1,0 +1,182 @@
+"""Checkpoints made from others: for another layout, in another dtype, or as the mean of several."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from griffin.parallel.config import ParallelConfig
+from griffin.tools.checkpoints import rank_files
+from griffin.tools.checkpoints.carried import carried_files
+from griffin.tools.checkpoints.stored import Source, StoredArray, open_step
+from griffin.tools.checkpoints.write import Made, check_files, refuse_target, write_ranks, write_step
+from griffin.tools.common.workers import Workers
+from griffin.trainer.checkpoint.arrays import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    KINDS,
+    MASTER,
+    MODEL,
+    ArraySpec,
+    GlobalTensor,
+    chunk_shape,
+    default_cuts,
+)
+from griffin.trainer.checkpoint.manifest import Manifest, resolve
+
+
+def reshard(
+    path: Path,
+    target: Path,
+    layout: ParallelConfig | None,
+    workers: Workers,
+    *,
+    weights_only: bool = False,
+    dtype: str | None = None,
+    from_ranks: bool = False,
+    to_ranks: bool = False,
+) -> None:
+    """Write the checkpoint at `path` to the new folder `target`, for a layout (None: the chunks that training saves).
+
+    `from_ranks` and `to_ranks`: the one is read, the other written as a file per (tensor, pipeline) rank. `dtype` is
+    the model's in the result; its weights are rounded from the master weights where there are any. Raises ValueError,
+    and CheckpointError naming the file for what is damaged; then nothing is left at `target`.
+    """
+    refuse_target(target)
+    if from_ranks:
+        source, files = rank_files.open_rank_folder(path)
+    elif (path / rank_files.INDEX).exists():
+        raise ValueError(f"{path}: holds files per rank, which --from-ranks reads")
+    else:
+        source, files = open_step(resolve(path)), []
+    manifest = source.manifest
+    if dtype == "float16" and not weights_only and manifest.optimizer is not None:
+        raise ValueError("--dtype fp16: needs --weights-only; training goes on in bfloat16 or float32")
+    check_layout(manifest, layout)
+    if files:
+        check_files(path, files, workers)
+    if to_ranks:
+        layout = layout or ParallelConfig()
+    tensors = _tensors(manifest)
+    cuts = layout.tensor if layout else default_cuts(tensors)
+    # For a stated layout tensors of any size are cut: a rank is to read nothing that it does not hold.
+    whole_bytes = 0 if layout else None
+    chunks = {tensor.name: chunk_shape(tensor, cuts, whole_bytes=whole_bytes) for tensor in tensors}
+    made = _converted(source, chunks, dtype, weights_only)
+    manifest = _described(manifest, made, weights_only)
+    if layout:
+        cut = {name: getattr(layout, name) for name in ("tensor", "pipeline", "virtual_pipeline")}
+        manifest = replace(manifest, layout=cut | {"sequence_parallel": False, "data": 1})
+    if to_ranks:
+        assert layout is not None
+        write_ranks(target, manifest, made, layout, workers)
+    else:
+        write_step(target, manifest, made, workers, carried_files(source.path))
+
+
+def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str | None = None) -> None:
+    """Write the mean of the weights of several checkpoints of one model to the new folder `target`.
+
+    Means are taken in float64, of the master weights where there are any, and rounded to float32, then to `dtype` (by
+    default that of the newest of them). The result has weights only; all else it has from the newest, and in `sources`
+    what it was made from. Raises as `reshard` does.
+    """
+    refuse_target(target)
+    if len(paths) < 2:
+        raise ValueError("average: needs at least two checkpoints SRC... and, last, DST")
+    sources = [open_step(resolve(path)) for path in paths]
+    newest = max(sources, key=lambda source: source.manifest.step)
+    for source in sources:
+        _refuse_other_model(source, newest)
+    made = [
+        Made(
+            replace(newest.manifest.arrays[name], dtype=dtype or newest.manifest.arrays[name].dtype),
+            tuple(best_weights(source)[name] for source in sources),
+        )
+        for name in newest.arrays
+        if newest.manifest.arrays[name].kind == MODEL
+    ]
+    manifest = _described(newest.manifest, made, weights_only=True)
+    manifest = replace(manifest, sources=tuple(str(source.path) for source in sources))
+    write_step(target, manifest, made, workers, carried_files(newest.path))
+
+
+def _tensors(manifest: Manifest) -> list[GlobalTensor]:
+    return [spec.tensor for spec in manifest.arrays.values() if spec.kind == MODEL]
+
+
+def best_weights(source: Source) -> dict[str, StoredArray]:
+    """The weights in the best precision that there is, by the model's arrays' names."""
+    best = {}
+    for tensor in _tensors(source.manifest):
+        master = source.arrays.get(f"{MASTER}.{tensor.name}")
+        best[f"{MODEL}.{tensor.name}"] = master or source.arrays[f"{MODEL}.{tensor.name}"]
+    return best
+
+
+def _converted(
+    source: Source, chunks: Mapping[str, tuple[int, ...]], dtype: str | None, weights_only: bool
+) -> list[Made]:
+    """The arrays of the result: those of the source, with master weights where the model's are not float32."""
+    best, made = best_weights(source), []
+    for tensor in _tensors(source.manifest):
+        model = source.arrays[f"{MODEL}.{tensor.name}"]
+        wanted = dtype or model.spec.dtype
+        weights = best[f"{MODEL}.{tensor.name}"]
+        origins = {MODEL: model if wanted == model.spec.dtype else weights}
+        if not weights_only and f"{EXP_AVG}.{tensor.name}" in source.arrays:
+            if wanted != "float32":
+                origins[MASTER] = weights
+            origins |= {kind: source.arrays[f"{kind}.{tensor.name}"] for kind in (EXP_AVG, EXP_AVG_SQ)}
+        for kind in KINDS:
+            if kind in origins:
+                kept = wanted if kind == MODEL else "float32"
+                spec = ArraySpec(kind=kind, tensor=tensor, dtype=kept, chunks=chunks[tensor.name])
+                made.append(Made(spec, (origins[kind],)))
+    return made
+
+
+def _described(manifest: Manifest, made: Sequence[Made], weights_only: bool) -> Manifest:
+    manifest = replace(
+        manifest,
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        arrays={one.spec.name: one.spec for one in made},
+        files={},
+    )
+    return replace(manifest, optimizer=None, random={}, spikes=None) if weights_only else manifest
+
+
+def check_layout(manifest: Manifest, layout: ParallelConfig | None) -> None:
+    """Raise ValueError where a checkpoint's model cannot be cut for a layout; names the option."""
+    if layout is None:
+        return
+    sharded = [tensor for tensor in _tensors(manifest) if tensor.axis is not None]
+    common = math.gcd(*(tensor.atoms for tensor in sharded))
+    for tensor in sharded:
+        if tensor.atoms % layout.tensor:
+            accepted = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
+            raise ValueError(
+                f"--tensor {layout.tensor}: must divide the {tensor.atoms} parts that {tensor.name} can be cut into; "
+                f"accepted: {accepted}"
+            )
+    rank_files.stage_blocks(manifest, layout)
+
+
+def _refuse_other_model(source: Source, newest: Source) -> None:
+    mine, others = source.manifest.config["model"], newest.manifest.config["model"]
+    differences = [
+        f"model.{key} is {mine.get(key)!r} there, {others.get(key)!r} in {newest.path}"
+        for key in sorted(mine.keys() | others.keys())
+        if mine.get(key) != others.get(key)
+    ]
+    mine, others = ({tensor.name: tensor.shape for tensor in _tensors(one.manifest)} for one in (source, newest))
+    differences += [
+        f"{name} is {mine.get(name, 'missing')} there, {others.get(name, 'missing')} in {newest.path}"
+        for name in sorted(mine.keys() | others.keys())
+        if mine.get(name) != others.get(name)
+    ]
+    if differences:
+        raise ValueError(f"{source.path}: of another model: {'; '.join(differences[:10])}")

@@ -1,0 +1,332 @@
+"""`griffin checkpoint plan`: what saving a training would write, stage and exchange, found without memory or GPUs.
+
+The stages of every pipeline rank are built of meta tensors in a world of ranks that are not there, and cut into shards
+by megatron-core's own code; the plan is the one that the ranks themselves would make of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from griffin.trainer.checkpoint.arrays import (
+    KINDS,
+    MODEL,
+    ArraySpec,
+    GlobalTensor,
+    chunk_shape,
+    default_cuts,
+    numpy_dtype,
+    state_arrays,
+)
+from griffin.trainer.checkpoint.plan import ChunkPlan, Member, Parameter, Shard, plan_chunks
+from griffin.trainer.settings.config import Config, load_config
+from griffin.trainer.settings.validate import validate
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from torch import nn
+
+    from griffin.parallel.world.grid import Grid
+
+FLOAT32_BYTES = 4
+SIZE_CLASSES = (2**16, 2**20, 2**22, 2**24, 2**25, 2**26)  # bytes of values in a file: upper bounds
+Range = tuple[int, int]
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="print what saving a training would write, without running it",
+        description="Print the files that a checkpoint of the training of CONFIG.toml on N ranks consists of, and what "
+        "each rank stages, writes and exchanges for it. Nothing is allocated, no GPU is used, and of the data only the "
+        "tokenizer's vocabulary is read, where the config does not state one. Any setting can follow as "
+        "--section.key value.",
+    )
+    parser.add_argument("config", metavar="CONFIG.toml", type=Path)
+    parser.add_argument("--ranks", type=int, metavar="N", required=True, help="ranks of the training")
+    parser.set_defaults(run=run, overrides=[])
+
+
+def run(args: argparse.Namespace) -> int:
+    begun = time.perf_counter()
+    config = load_config(args.config, args.overrides)
+    validate(config, args.ranks)
+    plan = plan_checkpoint(config, args.ranks)
+    print(describe(config, args.ranks, plan))
+    print(f"planned in {time.perf_counter() - begun:.1f} s")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """The ranks that hold the same pipeline stages, and all chunks that they save together."""
+
+    members: tuple[Member, ...]  # by rank
+    chunks: tuple[ChunkPlan, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPlan:
+    """What all ranks save."""
+
+    arrays: tuple[ArraySpec, ...]
+    stages: tuple[StagePlan, ...]  # by pipeline rank
+
+
+@dataclass(kw_only=True)
+class RankLoad:
+    """What one rank does for one checkpoint, in bytes but for `files`."""
+
+    staged: int  # of its state, in the memory that it shares with its saving process
+    files: int = 0
+    written: int = 0
+    received: int = 0
+    sent: int = 0
+    largest: int = 0  # float32 chunk that it writes or has a part of
+
+    @property
+    def peak(self) -> int:
+        """What its saving process holds at its peak, besides Python and libraries: what is staged, and chunks."""
+        from griffin.trainer.checkpoint.saving.process import WRITERS
+
+        # Those being written; one being put together, with what was received of it; and what is being sent.
+        return self.staged + (WRITERS + 3) * self.largest
+
+
+def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
+    """The plan that `world_size` ranks make together when they train `config`, which is valid for as many.
+
+    Where `train.overlap` is "auto" they are taken to have GPUs: their communication overlaps, which decides on the
+    size of megatron-core's buckets and so on the shards.
+    """
+    from griffin.parallel.world.grid import absent_grid
+    from griffin.trainer.checkpoint.state import in_model_order
+
+    model_ranks, tensor_size = config.parallel.model_ranks, config.parallel.tensor
+    data_size = world_size // model_ranks
+    stages: list[tuple[list[Parameter], list[Member]]] = []
+    placed_in: list[tuple[tuple[int, int], GlobalTensor]] = []
+    for pipeline_rank in range(config.parallel.pipeline):
+        first_rank = pipeline_rank * tensor_size * data_size
+        with absent_grid(config.parallel, world_size, first_rank) as grid:
+            numbers, layouts, shards = _shards(config, grid)
+        # Tensor ranks hold parameters of equal shapes, and so equal shards.
+        members = [
+            Member(first_rank + data_rank * tensor_size + tensor_rank, tensor_rank, shards[data_rank])
+            for data_rank in range(data_size)
+            for tensor_rank in range(tensor_size)
+        ]
+        stages.append((layouts, members))
+        placed_in += [
+            ((number, pipeline_rank), placed.tensor)
+            for number, layout in zip(numbers, layouts, strict=True)
+            for placed in layout.tensors
+        ]
+    tensors = in_model_order(placed_in)
+    cuts = default_cuts(tensors)
+    shapes = {tensor.name: chunk_shape(tensor, cuts) for tensor in tensors}
+    return CheckpointPlan(
+        arrays=tuple(state_arrays(tensors, config.train.dtype, cuts)),
+        stages=tuple(
+            StagePlan(
+                members=tuple(members),
+                chunks=tuple(plan_chunks(layouts, members, tensor_size, shapes)),
+            )
+            for layouts, members in stages
+        ),
+    )
+
+
+def _shards(config: Config, grid: Grid) -> tuple[list[int], list[Parameter], list[tuple[Shard, ...]]]:
+    """The parameters that the ranks of this rank's stages save: each one's stage among them, its layout, and every
+    data-parallel rank's shards."""
+    import torch
+
+    from griffin.parallel import host
+    from griffin.parallel.stage import build_stages
+    from griffin.trainer.checkpoint.state import parameter_layout, shards_in_a_row
+    from griffin.trainer.step import in_buffers, overlaps
+
+    with host.on_meta():
+        stages = build_stages(
+            config.model,
+            config.parallel,
+            grid,
+            dtype=getattr(torch, config.train.dtype),
+            sequence=config.data.sequence_length,
+        )
+        chunks = in_buffers(stages, overlaps(config, grid.data_size, on_gpu=True))
+    saved = [
+        (number, parameter)
+        for number, stage in enumerate(stages)
+        for parameter in stage.parameters()
+        if not getattr(parameter, "shared", False)  # the second copy of the tied embedding
+    ]
+    shards = []
+    for data_rank in range(grid.data_size):
+        ranges = _ranges(chunks, data_rank, grid.data_size)
+        shards.append(shards_in_a_row(ranges.get(parameter, (0, 0)) for _, parameter in saved))
+    return [number for number, _ in saved], [parameter_layout(parameter) for _, parameter in saved], shards
+
+
+def _ranges(chunks: Sequence[DistributedDataParallel], data_rank: int, data_size: int) -> dict[nn.Parameter, Range]:
+    """The elements [start, stop) of flattened parameters that a data-parallel rank's optimizer updates."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    ranges: dict[nn.Parameter, Range] = {}
+    for chunk in chunks:
+        for buffer in chunk.buffers:
+            placed: list[dict[nn.Parameter, tuple[int, int, int]]] = [{} for _ in buffer.buckets]
+            for parameter, place in buffer.param_index_map.items():
+                placed[place[2]][parameter] = place
+            for bucket, inside in enumerate(placed):
+                # What the optimizer of that rank reads of the buffer; of its parameters only those in the bucket.
+                view = SimpleNamespace(
+                    data_parallel_group=SimpleNamespace(rank=lambda: data_rank, size=lambda: data_size),
+                    buckets=buffer.buckets,
+                    param_index_map=inside,
+                )
+                held = DistributedOptimizer._build_model_gbuf_range(view, bucket)["param_map"]
+                ranges |= {
+                    parameter: (extent["param"].start, extent["param"].end) for parameter, extent in held.items()
+                }
+    return ranges
+
+
+def file_bytes(array: ArraySpec) -> int:
+    """Size of each file of an array: those at its end are filled up with zeros."""
+    from griffin.trainer.checkpoint.zarr_io import CRC_BYTES
+
+    return math.prod(array.chunks) * numpy_dtype(array.dtype).itemsize + CRC_BYTES
+
+
+def rank_loads(plan: CheckpointPlan) -> list[list[RankLoad]]:
+    """What every rank does, by pipeline rank and then by rank."""
+    from griffin.trainer.checkpoint.saving.process import ROWS
+
+    sizes: dict[str, list[int]] = {}  # of the files that a chunk of a tensor becomes
+    for array in plan.arrays:
+        sizes.setdefault(array.tensor.name, []).append(file_bytes(array))
+    loads = {
+        member.rank: RankLoad(staged=ROWS * FLOAT32_BYTES * sum(shard.stop - shard.start for shard in member.shards))
+        for stage in plan.stages
+        for member in stage.members
+    }
+    for chunk in (chunk for stage in plan.stages for chunk in stage.chunks):
+        owner, files = loads[chunk.owner], sizes[chunk.tensor.name]
+        owner.files += len(files)
+        owner.written += sum(files)
+        for segment in chunk.segments:
+            load, moved = loads[segment.rank], ROWS * FLOAT32_BYTES * segment.count
+            load.largest = max(load.largest, FLOAT32_BYTES * chunk.size)
+            if segment.rank != chunk.owner:
+                load.sent += moved
+                owner.received += moved
+    return [[loads[member.rank] for member in stage.members] for stage in plan.stages]
+
+
+def cut_tensors(arrays: Sequence[ArraySpec], tensor_size: int) -> list[str]:
+    """Names of the tensors of several chunks of which some tensor rank holds a chunk in part."""
+    names = []
+    for array in arrays:
+        axis = array.tensor.axis
+        if array.kind != MODEL or axis is None or math.prod(array.grid) == 1:
+            continue
+        chunk, size = array.chunks[axis], array.shape[axis]
+        parts = (array.tensor.part(tensor_rank, tensor_size)[axis] for tensor_rank in range(tensor_size))
+        if any(edge % chunk and edge != size for part in parts for edge in (part.start, part.stop)):
+            names.append(array.tensor.name)
+    return names
+
+
+def describe(config: Config, world_size: int, plan: CheckpointPlan) -> str:
+    """The figures, in lines."""
+    from griffin.trainer.step import overlaps
+
+    parallel = config.parallel
+    data_size = world_size // parallel.model_ranks
+    weights = sum(array.tensor.elements for array in plan.arrays if array.kind == MODEL)
+    overlap = "with" if overlaps(config, data_size, on_gpu=True) else "without"
+    supposed = " (train.overlap = 'auto': on GPUs)" if config.train.overlap == "auto" and overlap == "with" else ""
+    virtual = f" ({parallel.virtual_pipeline} stages each)" if parallel.virtual_pipeline > 1 else ""
+    cut = cut_tensors(plan.arrays, parallel.tensor)
+    whole = "a tensor rank reads whole chunks only, but for sharded tensors that are one chunk"
+    if cut:
+        names = f"{', '.join(cut[:8])}{', ...' if len(cut) > 8 else ''}"
+        whole = f"tensor ranks read parts of the chunks of {len(cut)} tensors: {names}"
+    return "\n".join(
+        [
+            f"{world_size} ranks: tensor {parallel.tensor} x pipeline {parallel.pipeline}{virtual} x data {data_size}",
+            f"{weights:,} weights, {config.train.dtype}; sharded for training {overlap} overlap{supposed}",
+            "",
+            *_files(plan.arrays),
+            "",
+            *_ranks(plan),
+            "",
+            f"tensor-parallel size {parallel.tensor}: {whole}",
+        ]
+    )
+
+
+def _files(arrays: Sequence[ArraySpec]) -> Iterator[str]:
+    from griffin.trainer.checkpoint.zarr_io import CRC_BYTES
+
+    columns = ("total", "smallest", "median", "mean", "largest")
+    yield f"{'':<21} {'arrays':>6} {'files':>7} {'bytes':>19} " + " ".join(f"{column:>9}" for column in columns)
+    sizes: list[int] = []
+    for kind in (*KINDS, "all"):
+        chosen = [array for array in arrays if kind in (array.kind, "all")]
+        if not chosen:  # the master weights of a float32 training are the model's
+            continue
+        sizes = [file_bytes(array) for array in chosen for _ in array.indices()]
+        figures = (sum(sizes), min(sizes), statistics.median(sizes), statistics.mean(sizes), max(sizes))
+        yield f"{kind:<21} {len(chosen):>6,} {len(sizes):>7,} {sum(sizes):>19,} " + " ".join(
+            f"{_short(figure):>9}" for figure in figures
+        )
+    counts = []
+    for above, bound in itertools.pairwise((0, *SIZE_CLASSES, math.inf)):
+        if count := sum(above < size - CRC_BYTES <= bound for size in sizes):
+            counts.append(f"{count:,} {f'up to {_short(bound)}' if bound < math.inf else 'larger'}")
+    yield f"sizes: {', '.join(counts)}"
+    yield f"and {len(arrays) + 2:,} files of metadata: a zarr.json of each array and of all, and manifest.json"
+
+
+def _ranks(plan: CheckpointPlan) -> Iterator[str]:
+    loads = rank_loads(plan)
+    everyone = [load for stage in loads for load in stage]
+    yield f"{'each rank':<30} {'least':>9} {'mean':>9} {'most':>9} {'most / mean':>12}"
+    yield _row("staged in memory", [load.staged for load in everyone], _short)
+    yield _row("written", [load.written for load in everyone], _short)
+    yield _row("files written", [load.files for load in everyone], lambda count: f"{count:,.0f}")
+    yield _row("received from other ranks", [load.received for load in everyone], _short)
+    yield _row("sent to other ranks", [load.sent for load in everyone], _short)
+    yield _row("memory of its saving process", [load.peak for load in everyone], _short)
+    if len(loads) > 1:  # a rank writes what its own stages hold
+        ratios = [balance([load.written for load in stage]) for stage in loads]
+        yield f"written, most / mean of each pipeline rank: {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
+
+
+def balance(values: Sequence[int]) -> float:
+    """The largest over the mean; 1 where all are 0."""
+    return max(values) / statistics.mean(values) if any(values) else 1.0
+
+
+def _row(name: str, values: Sequence[int], text: Callable[[float], str]) -> str:
+    figures = (min(values), statistics.mean(values), max(values))
+    return f"{name:<30} {' '.join(f'{text(figure):>9}' for figure in figures)} {balance(values):>12.2f}"
+
+
+def _short(size: float) -> str:
+    """Bytes with three to four digits and a binary unit."""
+    unit = next((unit for unit in range(4) if size < 1000 * 1024**unit), 4)
+    number = size / 1024**unit
+    return f"{number:.{0 if unit == 0 or number >= 100 else 1}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

@@ -1,0 +1,1 @@
+"""A file per sub-command of `griffin`: arguments in, one call out."""

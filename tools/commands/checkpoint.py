@@ -1,0 +1,164 @@
+"""`griffin checkpoint`: look into checkpoints, check and compare them, and make new ones from them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from griffin.tools.checkpoints import save_plan as checkpoint_plan
+from griffin.tools.common.arguments import add_dtype
+
+PATH_HELP = "folder of a step, or of steps (a run, its checkpoints)"
+NEWEST_HELP = "folder of a step; of a run or its checkpoints, the newest complete one is taken"
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "checkpoint", help="list, inspect, verify, compare, reshard, average or plan checkpoints"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = _add(commands, "list", _list, "print a line for each step, and whether it is complete or why not")
+    command.add_argument("paths", metavar="PATH", nargs="+", type=Path, help=PATH_HELP)
+
+    command = _add(commands, "inspect", _inspect, "print step, config and arrays")
+    command.add_argument("path", metavar="PATH", type=Path, help=NEWEST_HELP)
+    command.add_argument("--json", action="store_true", help="as JSON")
+
+    command = _add(
+        commands,
+        "verify",
+        _verify,
+        "read every chunk of every step and compare its checksum; exit code 1 names the damaged files",
+    )
+    command.add_argument("paths", metavar="PATH", nargs="+", type=Path, help=PATH_HELP)
+    command.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
+
+    command = _add(
+        commands,
+        "diff",
+        _diff,
+        "compare step, settings and every array; exit code 0 if all are equal, 1 if not",
+    )
+    command.add_argument("a", metavar="A", type=Path, help=NEWEST_HELP)
+    command.add_argument("b", metavar="B", type=Path, help="the same")
+    command.add_argument("--weights-only", action="store_true", help="compare the model's weights, and nothing else")
+    _add_workers(command)
+
+    command = _add(
+        commands,
+        "reshard",
+        _reshard,
+        "write a checkpoint for a layout, so that each rank reads whole chunks only, or as a file per rank",
+    )
+    command.add_argument("source", metavar="SRC", type=Path, help=NEWEST_HELP)
+    command.add_argument("target", metavar="DST", type=Path, help="step folder to make; must not exist")
+    command.add_argument(
+        "--tensor",
+        type=int,
+        metavar="T",
+        help="tensor-parallel size: every tensor that is sharded is cut in T parts (with no layout stated: chunks as "
+        "training saves)",
+    )
+    command.add_argument(
+        "--pipeline",
+        type=int,
+        metavar="P",
+        help="pipeline-parallel size, which matters for --rank-files; else it is only recorded: each array is of one "
+        "block, so that stages cut none",
+    )
+    command.add_argument("--virtual", type=int, metavar="V", help="stages of each pipeline rank; as --pipeline")
+    command.add_argument("--weights-only", action="store_true", help="leave the optimizer's state out")
+    add_dtype(command, "of the weights, rounded from the master weights where there are any")
+    command.add_argument(
+        "--rank-files",
+        action="store_true",
+        help="write DST as one safetensors file per (tensor, pipeline) rank, and index.json",
+    )
+    command.add_argument("--from-ranks", action="store_true", help="SRC is a folder that --rank-files wrote")
+    _add_workers(command)
+
+    command = _add(
+        commands, "average", _average, "write the mean of the weights of several checkpoints, without optimizer state"
+    )
+    command.add_argument("sources", metavar="SRC", nargs="+", type=Path, help=NEWEST_HELP)
+    command.add_argument("target", metavar="DST", type=Path, help="step folder to make; must not exist")
+    add_dtype(command, "of the result (default: that of the newest SRC)")
+    _add_workers(command)
+
+    checkpoint_plan.add_parser(commands)
+
+
+def _add(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes (default: one per core; under mpiexec, its ranks)",
+    )
+
+
+def _list(args: argparse.Namespace) -> None:
+    from griffin.tools.checkpoints.report import show_list
+
+    show_list(args.paths)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from griffin.tools.checkpoints.report import show
+
+    show(args.path, args.json)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from griffin.tools.checkpoints.report import verify_all
+
+    return verify_all(args.paths, args.workers)
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from griffin.tools.checkpoints.report import diff
+    from griffin.tools.common.workers import start_workers
+
+    with start_workers(args.workers) as workers:
+        return diff(args.a, args.b, workers, weights_only=args.weights_only) if workers else 0
+
+
+def _reshard(args: argparse.Namespace) -> None:
+    from griffin.parallel.config import ParallelConfig
+    from griffin.tools.checkpoints.rewrite import reshard
+    from griffin.tools.common.workers import start_workers
+
+    sizes = {"tensor": args.tensor, "pipeline": args.pipeline, "virtual_pipeline": args.virtual}
+    stated = {name: size for name, size in sizes.items() if size is not None}
+    for name, size in stated.items():
+        if size < 1:
+            raise ValueError(f"--{name.removesuffix('_pipeline')} {size}: must be at least 1")
+    with start_workers(args.workers) as workers:
+        if workers:
+            reshard(
+                args.source,
+                args.target,
+                ParallelConfig(**stated) if stated else None,
+                workers,
+                weights_only=args.weights_only,
+                dtype=args.dtype,
+                from_ranks=args.from_ranks,
+                to_ranks=args.rank_files,
+            )
+
+
+def _average(args: argparse.Namespace) -> None:
+    from griffin.tools.checkpoints.rewrite import average
+    from griffin.tools.common.workers import start_workers
+
+    with start_workers(args.workers) as workers:
+        if workers:
+            average(args.sources, args.target, workers, dtype=args.dtype)

@@ -1,0 +1,172 @@
+"""`griffin doctor`: the checks of a run's start on this machine, and what one wants to know of an installation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+from griffin.launch.ranks import discover, leave
+from griffin.parallel.world.ranks import Ranks
+from griffin.trainer.settings.config import Config, load_config
+
+OK, WARNING, FAILED = "ok", "warning", "FAILED"
+PRELOAD = ("griffin.trainer.preflight.check",)
+REPORT_SECONDS = 10.0  # patience with rank 0, which may still be told by others that they know of a failure
+Finding = tuple[str, str]  # OK, WARNING or FAILED, and a text
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="check this installation, this machine and the links of its ranks",
+        description="Check, as a training does before its first step, that ranks agree, that their devices and links "
+        "are healthy and that they share DIR; then the installation. Under torchrun, srun or mpiexec this process is "
+        "one of their ranks; otherwise it starts --ranks processes here. One line for each check; exit code 1 where "
+        "one failed. With CONFIG.toml, whose settings can follow as --section.key value, sizes are checked as well: "
+        "that of its checkpoints and of what its data loaders share.",
+    )
+    parser.add_argument("config", metavar="CONFIG.toml", type=Path, nargs="?")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="processes to start on this machine (default: one per GPU, else 2)"
+    )
+    parser.add_argument(
+        "--dir", type=Path, default=Path(), metavar="DIR", help="folder in which runs are to be (default: this one)"
+    )
+    parser.set_defaults(run=run, overrides=[])
+
+
+def run(args: argparse.Namespace) -> int:
+    ranks = discover()
+    if args.ranks is not None and args.ranks < 1:
+        raise ValueError(f"--ranks {args.ranks}: must be at least 1")
+    if ranks is not None and ranks.world_size > 1 and args.ranks is not None:
+        raise ValueError(
+            f"--ranks {args.ranks}: this process is one of {ranks.world_size} ranks that {ranks.source} started; "
+            "leave --ranks out"
+        )
+    if args.config is None and args.overrides:
+        raise ValueError(f"{args.overrides[0]}: settings need a CONFIG.toml")
+    if not args.dir.is_dir():
+        raise ValueError(f"--dir {args.dir}: must be a folder that exists")
+    config = load_config(args.config, args.overrides) if args.config is not None else None
+    if ranks is not None and (ranks.world_size > 1 or args.ranks is None):
+        return _as_rank(ranks, config, args.dir)
+    return _with_local_ranks(args.ranks, config, args.dir)
+
+
+def _as_rank(ranks: Ranks, config: Config | None, folder: Path) -> int:
+    """One of a launcher's ranks; rank 0 reports."""
+    try:
+        findings = check_rank(ranks, config, folder)
+        if ranks.rank == 0:
+            report(findings)
+        if has_failed(findings):
+            _leave_after_report(ranks, findings)
+        if ranks.rank == 0:
+            from griffin.tools.runs.installation import examine_installation
+
+            more = examine_installation(folder)
+            report(more)
+            findings += more
+    except (Exception, KeyboardInterrupt):
+        traceback.print_exc()
+        leave(1)
+    if has_failed(findings):
+        leave(1)
+    return 0
+
+
+def _leave_after_report(ranks: Ranks, findings: Sequence[Finding]) -> NoReturn:
+    """End this rank once rank 0 has reported: a launcher ends all when one leaves. If it never does, others report."""
+    import torch.distributed as dist
+
+    from griffin.trainer.preflight.meeting import HEARING_SECONDS
+
+    with suppress(dist.DistNetworkError):  # rank 0 is gone, and the store that it served
+        store = ranks.another_connection(timedelta(seconds=REPORT_SECONDS))
+        if ranks.rank == 0:
+            store.set("griffin/doctor/reported", "")
+            time.sleep(HEARING_SECONDS)
+            leave(1)
+        try:
+            store.wait(["griffin/doctor/reported"], timedelta(seconds=REPORT_SECONDS))
+        except dist.DistStoreError:
+            report(findings)
+    leave(1)
+
+
+def _with_local_ranks(wanted: int | None, config: Config | None, folder: Path) -> int:
+    """Ranks of this machine, started here; this process reports."""
+    import torch
+
+    from griffin.launch.local import run_local
+
+    gpus = torch.cuda.device_count()
+    if wanted is not None and gpus and wanted > gpus:
+        raise ValueError(f"--ranks {wanted}: must be at most {gpus}, the number of GPUs of this machine")
+    world_size = wanted or gpus or 2
+    findings: list[Finding] = []
+    with tempfile.TemporaryDirectory() as name:
+        found = Path(name) / "findings.json"
+        code = run_local(_local_rank, world_size, (config, folder, found), preload=PRELOAD)
+        if found.exists():
+            findings += [(state, text) for state, text in json.loads(found.read_text(encoding="utf-8"))]
+    if code and not has_failed(findings):
+        findings.append((FAILED, f"ranks: {world_size} on this machine ended with exit code {code}"))
+    report(findings)
+    # Only now: it uses a GPU, which the ranks must find free.
+    from griffin.tools.runs.installation import examine_installation
+
+    more = examine_installation(folder)
+    report(more)
+    return int(has_failed(findings + more))
+
+
+def _local_rank(ranks: Ranks, config: Config | None, folder: Path, found: Path) -> None:
+    findings = check_rank(ranks, config, folder)
+    if ranks.rank == 0 or has_failed(findings):  # rank 0 may be the one that hangs
+        beside = found.with_name(f"rank-{ranks.rank}")
+        beside.write_text(json.dumps(findings), encoding="utf-8")
+        os.replace(beside, found)
+    if has_failed(findings):  # so that ranks that hang are ended
+        leave(1)
+
+
+def check_rank(ranks: Ranks, config: Config | None, folder: Path) -> list[Finding]:
+    """What preflight finds with the world's other ranks, of which each is a data-parallel one."""
+    from griffin.parallel.config import ParallelConfig
+    from griffin.parallel.world.grid import rank_grid
+    from griffin.trainer.preflight.check import preflight
+    from griffin.trainer.preflight.meeting import PreflightError
+
+    failures: tuple[str, ...] = ()
+    try:
+        with rank_grid(ParallelConfig(), ranks) as grid:
+            found = preflight(config, ranks, grid, folder, say=lambda text: None)
+            lines, warnings = found.lines, found.warnings
+    except PreflightError as error:  # caught out here: the grid's end would wait for a rank that hangs
+        lines, warnings, failures = error.lines, error.warnings, error.failures
+    return [
+        *((OK, text) for text in lines),
+        *((WARNING, text) for text in warnings),
+        *((FAILED, text) for text in failures),
+    ]
+
+
+def report(findings: Sequence[Finding]) -> None:
+    """Print a line for each."""
+    for state, text in findings:
+        print(f"{state:<8} {text}", flush=True)
+
+
+def has_failed(findings: Sequence[Finding]) -> bool:
+    return any(state == FAILED for state, _ in findings)

@@ -1,0 +1,50 @@
+"""`griffin export`: a checkpoint's weights for other programs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from griffin.tools.commands.checkpoint import NEWEST_HELP
+from griffin.tools.commands.convert import MOST_WORKERS, add_format, add_target, add_workers
+from griffin.tools.common.arguments import add_dtype
+
+GB = 10**9  # as transformers counts
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("export", help="write a checkpoint's weights for other programs")
+    commands = parser.add_subparsers(required=True, metavar="FORMAT")
+    text = "write a folder that transformers loads as RecurrentGemma: config.json, safetensors, and the tokenizer"
+    command = add_format(commands, "hf", _hf, text)
+    command.add_argument("source", metavar="SRC", type=Path, help=NEWEST_HELP)
+    add_target(command, "folder to make; must not exist")
+    command.add_argument("--shard-size", type=float, default=5, metavar="GB", help="largest file (default: 5)")
+    add_dtype(command, "of all weights, rounded from the master weights where there are any (default: as stored)")
+    command.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="take tokenizer files and generation_config.json from there, and token ids from its config.json (default: "
+        "those that SRC was converted with, or the tokenizer of the data that it was trained on)",
+    )
+    add_workers(command)
+
+
+def _hf(args: argparse.Namespace) -> None:
+    from griffin.tools.common.workers import start_workers
+    from griffin.tools.weights.hf.write import export_transformers
+
+    if not args.shard_size > 0:
+        raise ValueError(f"--shard-size {args.shard_size:g}: must be above 0")
+    with start_workers(args.workers, MOST_WORKERS) as workers:
+        if workers:
+            export_transformers(
+                args.source,
+                args.target,
+                workers,
+                shard_bytes=int(min(args.shard_size * GB, 2**62)),
+                dtype=args.dtype,
+                tokenizer=args.tokenizer,
+            )

@@ -1,0 +1,63 @@
+"""`griffin monitor`: the state of runs, live in a terminal, from what their folders hold."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from griffin.tools.runs.state import RunReader
+
+WIDTH = 120  # where there is no terminal
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "monitor",
+        help="watch runs in a terminal",
+        description="Shows the state of a run, or of several with a line for each, until Ctrl-C. Reads nothing but the "
+        "run folders, from any machine that sees them. Where the output is no terminal, shows it once.",
+    )
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
+    parser.add_argument("--once", action="store_true", help="show it once")
+    parser.add_argument("--interval", metavar="SECONDS", type=float, default=2.0, help="between readings (default: 2)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.live import Live
+
+    from griffin.tools.runs.state import RunReader
+
+    if not args.interval > 0:
+        raise ValueError(f"--interval {args.interval}: must be above 0")
+    readers = [RunReader(path) for path in args.runs]
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else WIDTH, highlight=False)
+    if args.once or not terminal:
+        console.print(show(readers, console))
+        return 0
+    try:
+        with Live(show(readers, console), console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(args.interval)
+                live.update(show(readers, console), refresh=True)
+    except KeyboardInterrupt:  # how a person leaves it
+        return 0
+
+
+def show(readers: Sequence[RunReader], console: Console) -> RenderableType:
+    """One run in full, or a line for each of several, as the console can show it."""
+    from griffin.tools.runs.view import one_run, several_runs
+
+    states = [reader.read() for reader in readers]
+    if len(states) > 1:
+        return several_runs(states)
+    return one_run(states[0], blocks=console.encoding.startswith("utf"), width=console.width)

@@ -1,0 +1,125 @@
+"""A checkpoint's model as tools run it: checked, started on tensor-parallel ranks, and loaded there."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from griffin.launch.local import run_local
+from griffin.launch.ranks import discover, leave
+from griffin.parallel.config import ModelConfig, ParallelConfig
+from griffin.parallel.decode import Decoder
+from griffin.parallel.stage import Stage, build_stages
+from griffin.parallel.world.grid import Grid, rank_grid, single_rank_grid
+from griffin.parallel.world.ranks import Ranks
+from griffin.tools.checkpoints.rewrite import check_layout
+from griffin.tools.common.workers import ended_by_sigterm
+from griffin.trainer.checkpoint.arrays import MODEL
+from griffin.trainer.checkpoint.manifest import Manifest, check, resolve
+from griffin.trainer.checkpoint.weights import load_weights
+
+COMPILERS = ("g++", "clang++")  # that torch.compile looks for
+PRELOAD = ("griffin.tools.inference.sampling",)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete step that is to be run on `tensor` ranks in `dtype`. Travels by pickle."""
+
+    folder: Path
+    manifest: Manifest
+    tensor: int
+    dtype: str  # "float32", "float16" or "bfloat16"
+
+    @classmethod
+    def find(cls, args: argparse.Namespace) -> Checkpoint:
+        """What the arguments `checkpoint`, `tensor` and `dtype` say.
+
+        Raises CheckpointError where it is not complete, and ValueError where the model cannot be cut so.
+        """
+        folder = resolve(args.checkpoint)
+        manifest = check(folder)
+        if args.tensor < 1:
+            raise ValueError(f"--tensor {args.tensor}: must be at least 1")
+        check_layout(manifest, ParallelConfig(tensor=args.tensor))
+        dtype = args.dtype or manifest.arrays[f"{MODEL}.embedding.weight"].dtype
+        return cls(folder, manifest, args.tensor, dtype)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model, of which this rank holds its part."""
+
+    stage: Stage
+    grid: Grid
+    config: ModelConfig
+    compiled: bool = False  # a token's step, see `Decoder`
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return Decoder(self.stage, compiled=self.compiled)
+
+    def gathered(self, logits: Tensor) -> Tensor:
+        """All logits [..., vocabulary] of this rank's part of them. A collective of tensor ranks."""
+        if self.grid.tensor_size > 1:
+            parts = [torch.empty_like(logits) for _ in range(self.grid.tensor_size)]
+            dist.all_gather(parts, logits.contiguous(), group=self.grid.tensor_group)
+            logits = torch.cat(parts, dim=-1)
+        return logits[..., : self.config.vocabulary]
+
+
+@contextmanager
+def loaded(checkpoint: Checkpoint, ranks: Ranks | None, *, compiled: bool = False) -> Iterator[Model]:
+    """The model on this rank; `ranks` as `run_on_ranks` gives it."""
+    layout = ParallelConfig(tensor=checkpoint.tensor)
+    config = checkpoint.manifest.model
+    with single_rank_grid() if ranks is None else rank_grid(layout, ranks) as grid:
+        stages = build_stages(config, layout, grid, dtype=getattr(torch, checkpoint.dtype), sequence=1)
+        load_weights(stages, grid, checkpoint.folder, checkpoint.manifest)
+        yield Model(stages[0].eval().requires_grad_(False), grid, config, compiled)
+
+
+def check_compiled(tensor: int) -> None:
+    """ValueError where `Decoder(compiled=True)` cannot work."""
+    if tensor > 1:
+        raise ValueError(f"--compile: must be left out with --tensor {tensor}: what ranks exchange is not compiled")
+    named = os.environ.get("CXX")
+    if not torch.cuda.is_available() and not any(map(shutil.which, [named] if named else COMPILERS)):
+        raise ValueError(f"--compile: needs a C++ compiler on CPUs; found no {named or ', '.join(COMPILERS)}")
+
+
+def run_on_ranks(function: Callable[..., None], tensor: int, args: Sequence[Any]) -> int:
+    """Call `function(ranks, *args)` on so many ranks: a launcher's, or processes started here.
+
+    `ranks` is None where there is only this process. Returns the exit code. Raises ValueError where the launcher has
+    started another number of ranks, or this machine has too few GPUs.
+    """
+    ranks = discover()
+    if ranks is not None and ranks.world_size > 1:
+        if ranks.world_size != tensor:
+            raise ValueError(f"--tensor {tensor}: must be {ranks.world_size}, the ranks that {ranks.source} started")
+        try:
+            function(ranks, *args)
+        except (Exception, KeyboardInterrupt):
+            traceback.print_exc()
+            leave(1)
+        return 0
+    if tensor == 1:
+        with ended_by_sigterm():
+            function(None, *args)
+        return 0
+    if 0 < torch.cuda.device_count() < tensor:
+        raise ValueError(f"--tensor {tensor}: must be at most {torch.cuda.device_count()}, the number of GPUs here")
+    return run_local(function, tensor, args, preload=PRELOAD)

@@ -1,0 +1,151 @@
+"""Text for and from a checkpoint's model: its tokenizer, what a prompt begins with, and what ends an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from griffin.tools.checkpoints.carried import CONFIG, SOURCE, TOKENIZER_JSON, TOKENIZER_MODEL, files_of, read_object
+from griffin.trainer.checkpoint.manifest import Manifest
+from griffin.trainer.data.tokenizer import MOST_VOCABULARY, Tokenizer, load_tokenizer
+from griffin.trainer.files import is_integer, parse_json, read_regular
+from griffin.trainer.run.tokenizer_copy import find_tokenizer
+
+GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+TOKENIZERS = (TOKENIZER_JSON, TOKENIZER_MODEL)
+
+
+@dataclass(frozen=True)
+class Language:
+    """How a model reads and writes text. `bos` begins prompts, where there is one; any of `stops` ends an answer."""
+
+    tokenizer: Tokenizer
+    bos: int | None
+    stops: frozenset[int]
+
+    def encode(self, prompt: str, vocabulary: int, where: str) -> list[int]:
+        """A prompt's token ids. Raises ValueError naming `where` it stands, for none or one that is not the model's."""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: must be text that UTF-8 can hold ({error.reason})") from None
+        ids = self.tokenizer.encode_prompt(prompt).tolist()
+        if self.bos is not None and ids[:1] != [self.bos]:
+            ids = [self.bos, *ids]
+        if not ids:
+            raise ValueError(f"{where} {prompt!r}: must have a token, for nothing else begins a text of this model")
+        if max(ids) >= vocabulary:
+            raise ValueError(
+                f"{where}: has token {max(ids)} of tokenizer {self.tokenizer.spec}; must be below {vocabulary}, the "
+                "model's vocabulary"
+            )
+        return ids
+
+    def decode(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
+        """The text of an answer to a prompt, without the token that ended it.
+
+        It is what follows the prompt in the text of both: alone, it might lose the space that it begins with. Ids that
+        only the model knows, whose vocabulary may be larger than the tokenizer's, are left out.
+        """
+        if answer and answer[-1] in self.stops:
+            answer = answer[:-1]
+        before, both = (self._text(ids) for ids in (prompt, (*prompt, *answer)))
+        return both.removeprefix(before) if both.startswith(before) else self._text(answer)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode([token for token in ids if token < self.tokenizer.vocabulary])
+
+
+def find_language(folder: Path, manifest: Manifest, tokenizer: str | None = None, eod: str | None = None) -> Language:
+    """What a checkpoint says, which carries the files of the model that it was converted from, or knows its data.
+
+    Args:
+        folder: of the step.
+        tokenizer: as `load_tokenizer` has it, to use in place of the checkpoint's.
+        eod: likewise.
+
+    Raises ValueError where no tokenizer is found, or one that has changed.
+    """
+    source = folder / SOURCE
+    if tokenizer is not None:
+        found = load_tokenizer(tokenizer, eod)
+    elif (file := next(iter(files_of(source, TOKENIZERS).values()), None)) is not None:
+        found = load_tokenizer(str(file), eod or _name(_read(source / TOKENIZER_CONFIG).get("eos_token")))
+    elif data := manifest.config["data"]["train"]:
+        found = _of_data(folder, data)
+    else:
+        raise ValueError(f"{folder}: carries no tokenizer; name one with --tokenizer FILE")
+    configs = [_read(source / name) for name in (GENERATION_CONFIG, CONFIG)]
+    bos = _ids("bos_token_id", configs)
+    if not bos and source.is_dir() and not (source / CONFIG).is_file() and found.bos is not None:
+        bos = [found.bos]  # of a SentencePiece model, which is all that there is
+    stops = _ids("eos_token_id", configs) or [found.eod]
+    return Language(found, bos[0] if bos else None, frozenset(stops))
+
+
+def _of_data(folder: Path, entries: Sequence[str]) -> Tokenizer:
+    """The tokenizer of a trained model's data. Its documents begin with no token of their own."""
+    try:
+        return find_tokenizer(folder, entries)
+    except ValueError as error:
+        raise ValueError(f"{error}; or name the tokenizer with --tokenizer FILE") from None
+
+
+def _ids(key: str, configs: Sequence[Mapping[str, Any]]) -> list[int]:
+    """What the first of some files says of a token id that says anything."""
+    for values in configs:
+        if (found := values.get(key)) is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not ids or not all(is_integer(one, 0, MOST_VOCABULARY) for one in ids):
+                raise ValueError(f"{key} = {found!r} in the checkpoint's {SOURCE}/: must be an integer or some, from 0")
+            return ids
+    return []
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file of settings; none where it is missing."""
+    return read_object(path) if path.is_file() else {}
+
+
+def _name(token: Any) -> str | None:
+    """The text of a special token, which transformers writes as it is or with its properties."""
+    found = token.get("content") if isinstance(token, dict) else token
+    if found is not None and not isinstance(found, str):
+        raise ValueError(
+            f"eos_token = {token!r} in the checkpoint's {SOURCE}/{TOKENIZER_CONFIG}: must be a token's text"
+        )
+    return found
+
+
+def read_prompts(path: Path) -> dict[str, str]:
+    """The prompts of a file, by where they stand: of a .jsonl's objects what "prompt" is, else lines with any text.
+
+    Raises ValueError naming the line that holds none.
+    """
+    try:
+        lines = read_regular(path).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    except OSError as error:
+        raise ValueError(f"--batch {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--batch {path}: must be UTF-8 ({error})") from None
+    as_json = path.suffix.lower() == ".jsonl"
+    prompts = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"--batch {path}, line {number}"
+            prompts[where] = _prompt(line, where) if as_json else line
+    if not prompts:
+        raise ValueError(f"--batch {path}: holds no prompt")
+    return prompts
+
+
+def _prompt(line: str, where: str) -> str:
+    try:
+        prompt = parse_json(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise ValueError(f'{where}: must be a JSON object with a string "prompt"')
+    return prompt

@@ -1,0 +1,1 @@
+"""The state of runs and installations, as people see it."""

@@ -1,0 +1,246 @@
+"""The state of a run as its folder shows it, to a process on any machine; reads only."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from griffin.trainer.files import SETTINGS_BYTES, is_integer, open_regular, parse_json, parse_toml, read_regular
+from griffin.trainer.reporting.metrics import is_predicted
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.json_lines import Follower
+from griffin.trainer.run.lock import PATIENCE_SECONDS, Owner
+
+HISTORY = 400  # logged losses that are kept
+SILENT_SECONDS = 60.0  # a run that has said nothing for so long is called silent, unless its steps take longer
+EVENTS = 5  # of the ledger and of hangs, the newest
+HEAD_BYTES = 2**16  # of a report, of which the first lines are shown
+MOST_STEPS = 2**53
+
+RUNNING, SILENT, HUNG, GONE = "running", "silent", "hung", "gone"
+STOPPED, FAILED, FINISHED, EMPTY = "stopped", "failed", "finished", "not started"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What is known of a run at one moment. Figures are by their names in metrics.jsonl, the newest of each."""
+
+    path: Path
+    status: str
+    detail: str  # of the status, in a few words
+    attempt: int
+    step: int
+    steps: int
+    figures: Mapping[str, float]  # None where it was not finite
+    losses: Sequence[tuple[int, float]]  # (step, loss) of logged steps, the newest last
+    evaluation: int | None  # step of the newest evaluation
+    checkpoint: tuple[int, float] | None  # newest complete one: step, seconds since it was written
+    events: Sequence[Mapping[str, Any]]  # newest lines of the ledger
+    hangs: Sequence[str]  # how many there were: a name each, the newest last
+    hang: Sequence[str]  # what the newest one's report begins with
+    stragglers: Mapping[str, Any]
+    said: str  # last line of the console
+
+    @property
+    def seconds_left(self) -> float | None:
+        seconds = self.figures.get("step_seconds")
+        return None if seconds is None else seconds * max(0, self.steps - self.step)
+
+
+class RunReader:
+    """Reads a run folder again and again: of its growing files what is new, whatever their size."""
+
+    def __init__(self, path: Path):
+        """ValueError where `path` is no run's folder."""
+        if not path.is_dir():
+            raise ValueError(f"{path}: no such run folder")
+        folder = RunFolder(path)
+        if not (folder.config.exists() or folder.lock.exists()):
+            raise ValueError(f"{path}: not a run folder; it has no {folder.config.name}")
+        self._folder = folder
+        self._metrics = Follower(folder.metrics)
+        self._ledger = Follower(folder.ledger, 2**16)
+        self._figures: dict[str, float] = {}
+        self._losses: deque[tuple[int, float]] = deque(maxlen=HISTORY)
+        self._events: deque[Mapping[str, Any]] = deque(maxlen=EVENTS)
+        self._evaluation: int | None = None
+        self._step, self._time = 0, 0.0
+
+    def read(self) -> RunState:
+        for line in self._metrics.read():
+            self._take(line)
+        self._events.extend(self._ledger.read())
+        folder = RunFolder(self._folder.path, _attempt(self._folder.path))
+        config = _config(folder.config)
+        stated: Any = config.get("train", {}).get("steps")
+        steps: int = stated if is_integer(stated, 0, MOST_STEPS) else 0
+        checkpoint = _newest_checkpoint(folder.checkpoints)
+        step = max(self._step, checkpoint[0] if checkpoint else 0) if not self._figures else self._step
+        said = _last_lines(folder.console)
+        hangs = _names(folder.hangs)
+        status, detail = self._status(folder, config, step, steps, said)
+        return RunState(
+            path=folder.path,
+            status=status,
+            detail=detail,
+            attempt=folder.attempt,
+            step=step,
+            steps=steps,
+            figures=dict(self._figures),
+            losses=list(self._losses),
+            evaluation=self._evaluation,
+            checkpoint=checkpoint,
+            events=list(self._events),
+            hangs=hangs,
+            hang=_head(folder.hangs / hangs[-1] / "report.txt") if hangs else [],
+            stragglers=_json(folder.stragglers),
+            said=said[-1] if said else "",
+        )
+
+    def _take(self, line: dict[str, Any]) -> None:
+        step = line.pop("step", None)
+        if not is_integer(step, 0, MOST_STEPS):
+            return
+        line = {key: value for key, value in line.items() if value is None or _is_figure(value)}
+        if "loss" in line:
+            while self._losses and self._losses[-1][0] >= step:  # the run has gone back
+                self._losses.pop()
+            if line["loss"] is not None and is_predicted("loss", line):
+                self._losses.append((step, line["loss"]))
+            self._step = step
+        if "eval_loss" in line:
+            self._evaluation = step
+        self._time = line.pop("time", None) or self._time
+        line.pop("attempt", None)
+        self._figures.update(line)
+
+    def _status(
+        self, folder: RunFolder, config: Mapping[str, Any], step: int, steps: int, said: Sequence[str]
+    ) -> tuple[str, str]:
+        if not folder.path.is_dir():
+            return EMPTY, "its folder is gone"
+        hung = any(
+            name.endswith(f"-attempt-{folder.attempt}") for name in _names(folder.hangs)
+        )  # which ends an attempt
+        try:
+            text, touched = read_regular(folder.lock, SETTINGS_BYTES), folder.lock.stat().st_mtime
+        except OSError:
+            return (HUNG, "") if hung else _without_lock(folder, step, steps, said)
+        now = time.time()
+        owner = Owner.parse(text)
+        who = "a run that does not name itself" if owner is None else f"{owner.user} on {owner.host}"
+        if owner is not None and owner.job:
+            who += f", job {owner.job.strip('/')}"
+        age = max(0.0, now - touched)  # another machine's clock may be ahead
+        ended = None if owner is None else owner.has_ended(Owner.current())
+        if ended or (ended is None and age > PATIENCE_SECONDS):
+            return HUNG if hung else GONE, f"{who}; last sign of life {duration(age)} ago, its lock was left behind"
+        heard = max(self._time, _changed(folder.console), _changed(folder.config))
+        quiet = max(0.0, now - heard)
+        expected = self._figures.get("step_seconds") or 0.0
+        interval = config.get("log", {}).get("interval")
+        expected *= interval if is_integer(interval, 1, MOST_STEPS) else 1
+        detail = f"{who}; last figures {duration(quiet)} ago"
+        if hung:
+            return HUNG, detail
+        return (SILENT if quiet > max(SILENT_SECONDS, 3 * expected) else RUNNING), detail
+
+
+def _is_figure(value: Any) -> bool:
+    return is_integer(value, -(2**63), 2**63) or (isinstance(value, float) and math.isfinite(value))
+
+
+def duration(seconds: float) -> str:
+    """Such as "3 d 4 h": the two largest units."""
+    parts: list[str] = []
+    left = int(seconds)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count or (unit == "s" and not parts):
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
+
+
+def _without_lock(folder: RunFolder, step: int, steps: int, said: Sequence[str]) -> tuple[str, str]:
+    if not said:
+        return EMPTY, ""
+    begins = [place for place, line in enumerate(said) if line.startswith("Run folder: ")]  # an attempt, or ends it
+    if any(line.startswith("Traceback ") for line in said[begins[-1] if begins else 0 :]):
+        return FAILED, ""
+    if steps and step >= steps:
+        return FINISHED, f"{duration(max(0.0, time.time() - _changed(folder.console)))} ago"
+    return STOPPED, f"{duration(max(0.0, time.time() - _changed(folder.console)))} ago"
+
+
+def _attempt(path: Path) -> int:
+    try:
+        names = [re.fullmatch(r"config\.attempt-(\d+)\.toml", name) for name in os.listdir(path)]
+    except OSError:
+        return 1
+    return max((int(match[1]) for match in names if match), default=1)
+
+
+def _config(path: Path) -> dict[str, dict[str, Any]]:
+    """Its sections."""
+    try:
+        values = parse_toml(read_regular(path, SETTINGS_BYTES).decode())
+        return {name: section for name, section in values.items() if isinstance(section, dict)}
+    except (OSError, ValueError):  # it is just being written
+        return {}
+
+
+def _newest_checkpoint(root: Path) -> tuple[int, float] | None:
+    try:
+        names = [match for name in os.listdir(root) if (match := re.fullmatch(r"step-(\d+)", name))]
+        newest = max(names, key=lambda match: int(match[1]), default=None)
+        return None if newest is None else (int(newest[1]), max(0.0, time.time() - (root / newest[0]).stat().st_mtime))
+    except OSError:
+        return None
+
+
+def _last_lines(path: Path, size: int = 2**16) -> list[str]:
+    try:
+        with open_regular(path) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return [line for line in file.read(size).decode(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return []
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder), key=lambda name: _changed(folder / name))
+    except OSError:
+        return []
+
+
+def _head(report: Path) -> list[str]:
+    """Its lines before the first empty one."""
+    try:
+        with open_regular(report) as file:
+            lines = file.read(HEAD_BYTES).decode(errors="replace").split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return []
+    return lines[:EVENTS] + ["..."] * (len(lines) > EVENTS)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = parse_json(read_regular(path))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

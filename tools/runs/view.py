@@ -1,0 +1,226 @@
+"""What `griffin monitor` shows of a run's state."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from griffin.tools.runs.state import FAILED, FINISHED, GONE, HUNG, RUNNING, SILENT, RunState, duration
+from griffin.trainer.reporting.metrics import NOTHING_PREDICTED, is_predicted
+
+COLOURS = {RUNNING: "green", FINISHED: "green", SILENT: "yellow", HUNG: "red", GONE: "red", FAILED: "red"}
+BLOCKS = "▁▂▃▄▅▆▇█"
+SPARKS = 60  # losses that are drawn
+MOST_TIME = 2.0**35  # Unix time, that of the year 3058
+WIDE = 100  # columns that two figures beside each other take
+ABSENT = "-"
+SPIKES = {"skipped_updates": "{:.0f} skipped", "rewinds": "{:.0f} rewound"}
+PARTS = {"forward-backward": "forward_backward", "optimizer": "optimizer", "data wait": "data_wait", "rest": "other"}
+
+
+def one_run(state: RunState, *, blocks: bool = True, width: int = WIDE) -> RenderableType:
+    """All of it, for a terminal of so many columns; with `blocks`, losses are drawn with block characters."""
+    figures = Table.grid(padding=(0, 3))
+    training, machine = _training(state, blocks), _machine(state)
+    columns = (training, machine) if width >= WIDE else ([*training, *machine],)
+    for _ in columns:
+        figures.add_column(style="bold", no_wrap=True)
+        figures.add_column(overflow="fold")
+    for place in range(max(map(len, columns))):
+        row = [pair for column in columns for pair in (column[place] if place < len(column) else ("", ""))]
+        figures.add_row(*map(Text, row))
+    bar = Table.grid(expand=True)
+    bar.add_row(ProgressBar(total=max(state.steps, 1), completed=state.step))
+    parts: list[RenderableType] = [_head(state), bar, figures]
+    parts += _events(state)
+    if layers := _layers(state):  # last: a terminal may not have as many lines as a model has layers
+        parts.append(layers)
+    return Group(*parts)
+
+
+def several_runs(states: Sequence[RunState]) -> Table:
+    """A line for each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("run", "state", "step", "left", "loss", "eval", "tokens/s", "MFU", "goodput", "restarts"):
+        is_run = title == "run"  # what gives way where the terminal is narrow
+        table.add_column(title, justify="left" if is_run or title == "state" else "right", no_wrap=not is_run)
+    for state in states:
+        find = _Find(state.figures)
+        table.add_row(
+            Text(str(state.path), overflow="fold"),
+            Text(state.status, COLOURS.get(state.status, "")),
+            f"{state.step:,}/{state.steps:,}",
+            _left(state),
+            find("loss", "{:.4f}".format),
+            find("eval_loss", "{:.4f}".format),
+            find("tokens_per_second", "{:,.0f}".format),
+            find("mfu", "{:.1%}".format),
+            find("goodput", "{:.1%}".format),
+            str(state.attempt - 1),
+        )
+    return table
+
+
+class _Find:
+    """Figures as text; those that are not there, or were not finite, as such."""
+
+    def __init__(self, figures: Mapping[str, float]):
+        self._figures = figures
+
+    def __call__(self, name: str, form: Callable[[float], str]) -> str:
+        if name not in self._figures:
+            return ABSENT
+        value = self._figures[name]
+        if not is_predicted(name, self._figures):
+            return NOTHING_PREDICTED
+        return "not finite" if value is None else form(value)
+
+
+def _head(state: RunState) -> Text:
+    text = Text.assemble((str(state.path), "bold"), "  ", (state.status, f"bold {COLOURS.get(state.status, '')}"))
+    if state.detail:
+        text.append(f" ({state.detail})")
+    share = f" ({state.step / state.steps:.1%})" if state.steps else ""
+    text.append(f"\nstep {state.step:,} of {state.steps:,}{share}, attempt {state.attempt}")
+    if state.status in (RUNNING, SILENT):
+        text.append(f", {_left(state)} left")
+    return text
+
+
+def _left(state: RunState) -> str:
+    seconds = state.seconds_left
+    return ABSENT if seconds is None or state.status == FINISHED else duration(seconds)
+
+
+def _training(state: RunState, blocks: bool) -> list[tuple[str, str]]:
+    find = _Find(state.figures)
+    kinds = [
+        f"{name.partition('/')[2]} {value:.3g}"
+        for name, value in state.figures.items()
+        if name.startswith("grad_norm/") and value is not None
+    ]
+    at = f" at step {state.evaluation:,}" if state.evaluation is not None else ""
+    rows = [
+        ("loss", find("loss", "{:.4f} nats per token".format)),
+        ("", sparkline([loss for _, loss in state.losses][-SPARKS:]) if blocks else ""),
+        ("held-out loss", find("eval_loss", "{:.4f}".format) + at),
+        ("gradient norm", find("grad_norm", "{:.3g}".format)),
+        ("", ", ".join(kinds)),
+        ("parameter norm", find("param_norm", "{:.4g}".format)),
+        ("learning rate", find("learning_rate", "{:.3g}".format)),
+        ("tokens", find("tokens", "{:,.0f}".format)),
+    ]
+    return [row for row in rows if any(row)]
+
+
+def _machine(state: RunState) -> list[tuple[str, str]]:
+    find = _Find(state.figures)
+    step = state.figures.get("step_seconds")
+    shares = [
+        f"{title} {value / step:.0%}"
+        for title, name in PARTS.items()
+        if step and (value := state.figures.get(f"{name}_seconds")) is not None
+    ]
+    memory = ", ".join(
+        find(f"memory_{name}_gib", f"{name} {{:.2f}}".format)
+        for name in ("allocated", "reserved", "peak")
+        if f"memory_{name}_gib" in state.figures
+    )
+    checkpoint = ABSENT
+    if state.checkpoint is not None:
+        checkpoint = f"step {state.checkpoint[0]:,}, {duration(state.checkpoint[1])} ago"
+    if "checkpoint_stall_seconds" in state.figures:
+        checkpoint += find("checkpoint_stall_seconds", "; stalled {:.2g} s".format)
+    return [
+        ("speed", find("tokens_per_second", "{:,.0f} tokens/s".format)),
+        ("per device", find("model_tflops_per_device", "{:.3g} TFLOP/s, MFU ".format) + find("mfu", "{:.1%}".format)),
+        ("step time", find("step_seconds", "{:.3g} s".format) + (f": {', '.join(shares)}" if shares else "")),
+        ("pipeline bubble", find("pipeline_bubble", "{:.1%}".format)),
+        ("slowest replica", find("data_parallel_imbalance", "{:.2f} x the mean".format)),
+        ("memory (GiB)", memory or ABSENT),
+        ("goodput", find("goodput", "{:.1%}".format)),
+        ("restarts", str(state.attempt - 1)),
+        ("spikes", ", ".join(find(name, form.format) for name, form in SPIKES.items())),
+        ("checkpoint", checkpoint),
+    ]
+
+
+def _layers(state: RunState) -> Table | None:
+    """The RG-LRU's figures, a line for each recurrent layer and one for all."""
+    names = sorted({name.split("/")[2] for name in state.figures if name.startswith("rglru/")})
+    if not names:
+        return None
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left", title_style="bold")
+    table.title = "RG-LRU: memory length in tokens, decay, and shares of gates that are closed and open"
+    titles = ("layer", "memory 5 %", "50 %", "95 %", "mean decay", "input closed", "open", "recurrence closed", "open")
+    for title in titles:
+        table.add_column(title, justify="left" if title == "layer" else "right")
+    find = _Find(state.figures)
+    shares = [f"{gate}_{end}" for gate in ("input_gate", "recurrence_gate") for end in ("closed", "open")]
+    for name in names:
+        table.add_row(
+            name,
+            *(find(f"rglru/memory_{quantile}/{name}", "{:,.3g}".format) for quantile in ("p05", "p50", "p95")),
+            find(f"rglru/decay_mean/{name}", "{:.4f}".format),
+            *(find(f"rglru/{share}/{name}", "{:.1%}".format) for share in shares),
+        )
+    return table
+
+
+def _events(state: RunState) -> list[Text]:
+    lines: list[Text] = []
+    if state.hangs:
+        lines.append(Text(f"Hangs: {len(state.hangs)}, the last {state.hangs[-1]}", "bold"))
+        lines += [Text(line, "red") for line in state.hang]
+    if slow := _stragglers(state.stragglers):
+        lines.append(Text.assemble(("Slowest: ", "bold"), slow))
+    if state.events:
+        lines.append(Text("Ledger", "bold"))
+        lines += [Text(_event(event)) for event in state.events]
+    if state.said:
+        lines.append(Text.assemble(("Console: ", "bold"), state.said))
+    return lines
+
+
+def _event(event: Mapping[str, object]) -> str:
+    when = event.get("time")
+    said = ""
+    if isinstance(when, float) and 0 <= when < MOST_TIME:
+        said = time.strftime("%m-%d %H:%M", time.localtime(when))
+    words = [str(event[key]) for key in ("kind", "action") if key in event]
+    rest = [f"{key} {value}" for key, value in event.items() if key not in ("time", "step", "kind", "action")]
+    return f"{said} step {event.get('step', ABSENT)}: {', '.join([*words, *rest])}"
+
+
+def _stragglers(found: Mapping[str, object]) -> str:
+    """The slowest hosts and ranks, as the run's last report has them."""
+
+    def slowest(key: str, name: Callable[[Mapping[str, object]], str]) -> Iterable[str]:
+        rows = found.get(key)
+        known = (
+            [row for row in rows if isinstance(row, dict) and isinstance(row.get("ratio"), float)]
+            if isinstance(rows, list)
+            else []
+        )
+        for row in sorted(known, key=lambda row: -row["ratio"])[:3]:
+            yield f"{name(row)} {row['ratio']:.2f} x"
+
+    hosts = slowest("hosts", lambda row: f"{row.get('host')}")
+    ranks = slowest("ranks", lambda row: f"rank {row.get('rank')}")
+    return ", ".join([*hosts, *ranks])
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """One block per value, from the lowest to the highest of them."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    low, high = min(finite), max(finite)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((value - low) * scale)] for value in finite)

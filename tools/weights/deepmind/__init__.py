@@ -1,0 +1,1 @@
+"""DeepMind's Griffin checkpoints."""

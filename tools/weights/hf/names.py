@@ -1,0 +1,121 @@
+"""The tensors of transformers' RecurrentGemma under this project's canonical names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig
+from griffin.tools.weights.axes import Axes, Fixed, same_axes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TOP = {"embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.final_norm.weight"}
+_BLOCK = {
+    "mixer_norm": "temporal_pre_norm",
+    "mlp_norm": "channel_pre_norm",
+    "mlp.gate": "mlp_block.gate_proj",
+    "mlp.up": "mlp_block.up_proj",
+    "mlp.down": "mlp_block.down_proj",
+    "attention.q": "temporal_block.q_proj",
+    "attention.k": "temporal_block.k_proj",
+    "attention.v": "temporal_block.v_proj",
+    "attention.out": "temporal_block.o_proj",
+    "recurrent.lin_x": "temporal_block.linear_x",
+    "recurrent.lin_y": "temporal_block.linear_y",
+    "recurrent.out": "temporal_block.linear_out",
+    "recurrent.conv": "temporal_block.conv_1d",
+    "recurrent.input_gate": "temporal_block.rg_lru.input_gate_",
+    "recurrent.recurrence_gate": "temporal_block.rg_lru.recurrent_gate_",
+    "recurrent.decay": "temporal_block.rg_lru.recurrent_param",
+}
+
+
+def transformers_name(name: str) -> str:
+    """The transformers name of a canonical one: `blocks.3.mlp.up.bias` -> `model.layers.3.mlp_block.up_proj.bias`."""
+    if name in _TOP:
+        return _TOP[name]
+    match = re.fullmatch(r"blocks\.(\d+)\.(.*?)(?:\.(weight|bias))?", name)
+    assert match, name
+    part, suffix = _BLOCK[match[2]], match[3]
+    if suffix and not part.endswith("_"):
+        part += "."
+    return f"model.layers.{match[1]}.{part}{suffix or ''}"
+
+
+def transformers_axes(name: str, dimensions: int) -> Axes:
+    """How a canonical tensor of so many dimensions lies in the one of transformers."""
+    if name.endswith(".conv.weight"):  # [taps, R] in [R, 1, taps]
+        return Axes((1, Fixed(), 0))
+    return same_axes(dimensions)
+
+
+def from_transformers(tensors: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """Canonical tensors `names` of a RecurrentGemma state dict (or of its gradients, by the same names)."""
+    found = {}
+    for name in names:
+        value = tensors[transformers_name(name)]
+        # [R, 1, taps] -> [taps, R]
+        found[name] = value.squeeze(1).t().contiguous() if name.endswith("conv.weight") else value
+    return found
+
+
+def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of transformers' RecurrentGemma, its tied output projection left out, for canonical tensors."""
+    return {
+        transformers_name(name): value.t().unsqueeze(1).contiguous() if name.endswith("conv.weight") else value
+        for name, value in tensors.items()
+    }
+
+
+def gate_heads(model: ModelConfig) -> int:
+    """The num_attention_heads that transformers has for a model: query heads, and diagonal blocks of its gates.
+
+    Where blocks are more than heads, and a multiple of them, adjacent ones are together a block that is zero outside of
+    them: the same function. Without attention, heads are of no use. Raises ValueError where neither helps.
+    """
+    if RECURRENT not in model.pattern:
+        return model.heads
+    if ATTENTION not in model.pattern:
+        return model.gate_blocks
+    if model.gate_blocks % model.heads:
+        raise ValueError(f"model.gate_blocks = {model.gate_blocks}: must be a multiple of model.heads = {model.heads}")
+    return model.heads
+
+
+def differences(model: ModelConfig) -> list[str]:
+    """Each setting for which transformers has no such model, its value and what must stand there; none: it has one."""
+    found = []
+    if foreign := set(model.pattern) - {RECURRENT, ATTENTION}:
+        found.append(f"model.pattern = {min(foreign)!r}: must hold {RECURRENT} and {ATTENTION} only")
+    if model.logit_soft_cap <= 0:
+        found.append(f"model.logit_soft_cap = {model.logit_soft_cap:g}: must be above 0")
+    if not model.scale_embedding:
+        found.append("model.scale_embedding = false: must be true")
+    try:
+        gate_heads(model)
+    except ValueError as error:
+        found.append(str(error))
+    return found
+
+
+def transformers_settings(model: ModelConfig) -> dict[str, Any]:
+    """Arguments of transformers' RecurrentGemmaConfig for the same model; ValueError where it has no such model."""
+    if found := differences(model):
+        raise ValueError("; ".join(found))
+    return {
+        "vocab_size": model.vocabulary,
+        "hidden_size": model.width,
+        "intermediate_size": 2 * model.mlp_width,  # halved inside
+        "num_hidden_layers": model.blocks,
+        "num_attention_heads": gate_heads(model),
+        "num_key_value_heads": 1,
+        "head_dim": model.head_dim,
+        "lru_width": model.recurrent_width,
+        "attention_window_size": model.window,
+        "logits_soft_cap": model.logit_soft_cap,
+        "block_types": list(model.pattern),
+        "tie_word_embeddings": True,
+    }

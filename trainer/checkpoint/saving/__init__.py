@@ -1,0 +1,1 @@
+"""Saving processes: checkpoints are written while the training goes on."""

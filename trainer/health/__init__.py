@@ -1,0 +1,1 @@
+"""What watches a run: hangs, stragglers, replicas and loss spikes."""

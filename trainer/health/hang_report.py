@@ -1,0 +1,120 @@
+"""Who keeps a hung run waiting, told from what its ranks say of themselves."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from griffin.trainer.health.rank_state import RankState
+
+SHOWN = 16  # ranks that lag that a console shows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent:
+    """A rank that gives no answer, with what it last said of itself, if anything, `seconds` ago."""
+
+    rank: int
+    last: RankState | None = None
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        if self.last is None:
+            return f"rank {self.rank}: has never given a sign of life"
+        return (
+            f"{self.last.name}: no sign of life for {self.seconds:.0f} s (its process is stopped, dead or stuck in a "
+            f"call that lets no other thread run, or its machine cannot be reached); last heard in {self.last.phase}"
+        )
+
+
+def culprits(states: Mapping[int, RankState], silent: Iterable[Silent]) -> list[str]:
+    """A line for each rank that the others wait for; [] where none is behind the others."""
+    if silent := list(silent):
+        return [str(rank) for rank in silent]
+    front = max(state.entered for state in states.values())
+    behind = [state for state in states.values() if state.entered < front]
+    if behind:
+        ahead = next(state for state in states.values() if state.entered == front)
+        return [f"{_doing(state)}, while others are in {ahead.phase}" for state in behind]
+    if waited_for := _waited_for(states):
+        return [f"{_doing(states[rank])}; {why}" for rank, why in waited_for.items()]
+    idle = [state for state in states.values() if not state.communication]
+    if 0 < len(idle) < len(states):
+        return [f"{_doing(state)}, while others wait in communication" for state in idle]
+    return []
+
+
+def compose(states: Mapping[int, RankState], silent: Iterable[Silent], *, reason: str) -> tuple[str, str]:
+    """(what a person needs to see at once, the whole report)."""
+    silent = list(silent)
+    found = culprits(states, silent)
+    head = [f"HANG: {reason}"]
+    if found:
+        head += ["Ranks that lag:", *(f"  {line}" for line in found[:SHOWN])]
+        if len(found) > SHOWN:
+            head.append(f"  and {len(found) - SHOWN} more ranks, in the report")
+    elif len(states) == 1:
+        head += [f"  {_doing(state)}" for state in states.values()]
+    else:
+        head.append("No rank lags: all are in the same place, so communication itself hangs (network, driver, GPU).")
+    places: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for state in states.values():
+        places[state.phase, state.communication or "no communication", state.where].append(state.rank)
+    rows = [f"  {ranks(held)}: {phase}, {call}, {where}" for (phase, call, where), held in sorted(places.items())]
+    pending = defaultdict(list)
+    for state in states.values():
+        for collective in state.collectives:
+            if collective.pending:
+                pending[str(collective)].append(state.rank)
+    waits = [f"  {text}: {ranks(held)}" for text, held in sorted(pending.items())]
+    more = ["", "More ranks that lag:", *(f"  {line}" for line in found[SHOWN:])] if len(found) > SHOWN else []
+    body = [
+        *more,
+        "",
+        "Where each rank is:",
+        *rows,
+        "",
+        "Collectives that have not ended, with the ranks in them:",
+        *waits,
+    ]
+    return "\n".join(head), "\n".join([*head, *body, ""])
+
+
+def ranks(numbers: Iterable[int]) -> str:
+    """ "rank 3" or "ranks 0-2, 5" of rank numbers."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    single = len(runs) == 1 and len(runs[0]) == 1
+    return f"rank{'' if single else 's'} " + ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def _waited_for(states: Mapping[int, RankState]) -> dict[int, str]:
+    """Ranks that have not entered a collective that others are in, and wait for nobody themselves, with the reason;
+    where there is none such, those that wait in a circle."""
+    groups: dict[str, dict[int, int]] = defaultdict(dict)  # name -> rank -> number of its last collective
+    for state in states.values():
+        for collective in state.collectives:
+            groups[collective.group][state.rank] = collective.sequence
+    found: dict[int, str] = {}
+    waiting: set[int] = set()
+    for state in states.values():
+        for collective in state.collectives:
+            if not collective.pending:
+                continue
+            missing = [rank for rank, last in groups[collective.group].items() if last < collective.sequence]
+            if missing:
+                waiting.add(state.rank)
+            for rank in missing:
+                found.setdefault(rank, f"it has not entered {collective}, in which {state.name} waits")
+    found = dict(sorted(found.items()))
+    return {rank: why for rank, why in found.items() if rank not in waiting} or found
+
+
+def _doing(state: RankState) -> str:
+    call = f", {state.communication}" if state.communication else ""
+    return f"{state.name}: for {state.seconds:.0f} s in {state.phase}{call}, at {state.where}"

@@ -1,0 +1,162 @@
+"""How the RG-LRU's gates and memory do: distributions over channels and tokens, per recurrent layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from griffin.kernels.rglru.reference import GATE_SCALE
+from griffin.parallel.config import RECURRENT, ModelConfig
+from griffin.parallel.mixers.recurrent import RecurrentMixer
+
+# Memory lengths -1 / log a, in tokens, are counted in bins that are equally wide in their logarithm: of 2^(1/16), so
+# that a quantile is within 4.4 %. What lies outside is counted in the first or the last one.
+FIRST_OCTAVE, LAST_OCTAVE, BINS_PER_OCTAVE = -8, 24, 16
+BINS = (LAST_OCTAVE - FIRST_OCTAVE) * BINS_PER_OCTAVE
+QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
+SATURATED = 0.01  # a gate below this is closed, one above 1 minus this is open
+GATES = ("input_gate", "recurrence_gate")
+# Values of a layer that are looked at, over all tensor ranks; of longer micro-batches, evenly spaced tokens are.
+VALUES = 2**21
+
+_SUMS = ("decay", *(f"{gate}_{state}" for gate in GATES for state in ("closed", "open")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerHealth:
+    """Of one recurrent layer, or of all: counts of memory lengths by bin [BINS], and sums over the same values."""
+
+    counts: Tensor
+    sums: Tensor  # of decays, and numbers of gates closed and open; float64 [len(_SUMS)]
+
+    def values(self) -> dict[str, float]:
+        """The figures by name; empty where nothing was seen."""
+        total = self.counts.sum().item()
+        if total == 0:
+            return {}
+        memory = {name: self.quantile(share) for name, share in QUANTILES.items()}
+        means = dict(zip(_SUMS, (self.sums / total).tolist(), strict=True))
+        return {
+            "decay_mean": means.pop("decay"),
+            **{f"decay_{name}": torch.tensor(-1 / length).exp().item() for name, length in memory.items()},
+            **{f"memory_{name}": length for name, length in memory.items()},
+            **means,
+        }
+
+    def quantile(self, share: float) -> float:
+        """The memory length that this share of values lies below; between a bin's ends, by its share in logarithm."""
+        until = self.counts.cumsum(0)
+        rank = share * until[-1].item()
+        place = min(int(torch.searchsorted(until, rank)), BINS - 1)
+        before = until[place].item() - self.counts[place].item()
+        within = (rank - before) / max(self.counts[place].item(), 1.0)
+        return float(2 ** (FIRST_OCTAVE + (place + within) / BINS_PER_OCTAVE))
+
+    def histogram(self) -> tuple[list[float], list[float]]:
+        """(upper ends, counts) of log2 of the memory length, in half octaves."""
+        per = BINS_PER_OCTAVE // 2
+        counts = self.counts.view(-1, per).sum(1)
+        return [FIRST_OCTAVE + (place + 1) / 2 for place in range(len(counts))], counts.tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """Of the recurrent layers by block index, over all ranks."""
+
+    layers: dict[int, LayerHealth] = field(default_factory=dict)
+
+    def values(self) -> dict[str, float]:
+        """Figures such as "rglru/decay_p50/layer-00", and "rglru/decay_p50/all" for those of all layers together."""
+        layers = list(self.layers.values())
+        everything = LayerHealth(
+            counts=torch.stack([layer.counts for layer in layers]).sum(0),
+            sums=torch.stack([layer.sums for layer in layers]).sum(0),
+        )
+        named = {"all": everything, **{layer_name(index): layer for index, layer in self.layers.items()}}
+        return {f"rglru/{key}/{name}": value for name, layer in named.items() for key, value in layer.values().items()}
+
+
+def layer_name(index: int) -> str:
+    return f"layer-{index:02}"
+
+
+class Observation:
+    """What this rank's recurrent layers do with the first micro-batch that they see."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, Tensor] = {}  # by block index, [BINS + len(_SUMS)]
+
+    @contextmanager
+    def of(self, stages: Iterable[nn.Module]) -> Iterator[None]:
+        """While it lasts, gates are looked at; what is computed does not change."""
+        hooks = [
+            mixer.gates.register_forward_hook(self._hook(mixer))
+            for stage in stages
+            for mixer in stage.modules()
+            if isinstance(mixer, RecurrentMixer)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def combined(self, model: ModelConfig, device: torch.device) -> Health:
+        """Over all ranks: tensor ranks hold other channels, stages other layers, replicas other data. A collective."""
+        layers = [index for index, mixer in enumerate(model.pattern) if mixer == RECURRENT]
+        if not layers:
+            return Health()
+        rows = torch.zeros(len(layers), BINS + len(_SUMS), dtype=torch.float64, device=device)
+        for index, row in self._seen.items():
+            rows[layers.index(index)] = row
+        dist.all_reduce(rows)
+        counts, sums = rows.cpu().split((BINS, len(_SUMS)), dim=1)
+        return Health(
+            layers={index: LayerHealth(counts=counts[place], sums=sums[place]) for place, index in enumerate(layers)}
+        )
+
+    def _hook(self, mixer: RecurrentMixer) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor]], None]:
+        piece = mixer.gates.weight.pieces[0]  # type: ignore[attr-defined]
+        index, (blocks, width, _) = _block_index(piece.name), piece.shape
+
+        def look(module: nn.Module, inputs: Any, gates: tuple[Tensor, Tensor]) -> None:
+            if index not in self._seen:  # recomputation and later micro-batches come here too
+                tokens = gates[0].shape[0] * gates[0].shape[1]
+                every = max(1, tokens * blocks * width // VALUES)
+                self._seen[index] = look_at(*gates, mixer.decay, every=every)
+
+        return look
+
+
+@torch.no_grad()
+def look_at(input_gate: Tensor, recurrence_gate: Tensor, decay: Tensor, *, every: int = 1) -> Tensor:
+    """Counts of memory lengths by bin and the sums of `LayerHealth`, float64 [BINS + len(_SUMS)].
+
+    Gates are [T, B, R] before their sigmoid, decay [R] is the parameter p. Of the tokens each `every`-th is looked at.
+    At a document's first token the recurrence forgets all whatever its gate says; the gate is what counts here.
+    What is not a number is counted in the first bin: the loss of that step tells of it.
+    """
+    gates = [gate[::every].float().sigmoid() for gate in (input_gate, recurrence_gate)]
+    log_a = -GATE_SCALE * gates[1] * F.softplus(decay.float())
+    octaves = (-1 / log_a.clamp(max=-torch.finfo(torch.float32).tiny)).log2()
+    bins = ((octaves - FIRST_OCTAVE) * BINS_PER_OCTAVE).nan_to_num(nan=0.0).clamp(0, BINS - 1).long()
+    sums = [log_a.exp().sum(dtype=torch.float64)]
+    for gate in gates:
+        sums += [(gate < SATURATED).sum().double(), (gate > 1 - SATURATED).sum().double()]
+    counts = torch.bincount(bins.flatten(), minlength=BINS).double()
+    return torch.cat((counts, torch.stack(sums)))
+
+
+def _block_index(name: str) -> int:
+    """Of the whole model, from a parameter's canonical name."""
+    match = re.match(r"blocks\.(\d+)\.", name)
+    assert match is not None, name
+    return int(match[1])

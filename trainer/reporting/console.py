@@ -1,0 +1,111 @@
+"""What a person sees of a run: a progress bar in a terminal, plain lines elsewhere, and all of it in console.log."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from types import TracebackType
+from typing import TextIO
+
+from tqdm import tqdm
+
+from griffin.trainer.reporting.metrics import NOTHING_PREDICTED, is_predicted
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.log_file import LogFile
+
+
+class Console:
+    """Rank 0's output. A context manager: an error that leaves it is kept in console.log as well.
+
+    `steps` is the last step of the run and `start` the one after which it begins. What cannot be written (the disk is
+    full, the terminal is gone) is lost, and nothing is raised.
+    """
+
+    def __init__(self, folder: RunFolder, steps: int, start: int = 0, stream: TextIO | None = None) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._log = LogFile(folder.console, self._show)
+        self._steps = steps
+        self._begun: tuple[int, float] | None = None  # first step that was done, and when
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(total=steps, initial=start, file=self._stream, unit="step", dynamic_ncols=True)
+
+    def print(self, text: str) -> None:
+        """Print `text` without breaking the bar."""
+        self._show(text)
+        self._log.write(f"{text}\n")
+
+    def _show(self, text: str) -> None:
+        with suppress(OSError):
+            if self._bar is None:
+                print(text, file=self._stream, flush=True)
+            else:
+                self._bar.write(text, file=self._stream)
+
+    def step(self, step: int, values: Mapping[str, float] | None = None) -> None:
+        """Report that `step` is done; with its `values` (as logged to the metrics) on a logged step."""
+        now = time.monotonic()
+        # The first step compiles and allocates: it says nothing about the time that is left.
+        self._begun = self._begun or (step, now)
+        if self._bar is not None:
+            with suppress(OSError):
+                self._bar.update(step - self._bar.n)
+        if values is None:
+            return
+        text = f"step {step:>{len(str(self._steps))}}/{self._steps}  " + "  ".join(
+            _figure(key, values) for key in _FORMATS if key in values
+        )
+        if step > self._begun[0]:
+            left = (now - self._begun[1]) / (step - self._begun[0]) * (self._steps - step)
+            text += f"  {tqdm.format_interval(left)} left"
+        if self._bar is None:
+            self._show(text)
+        else:
+            shown = [_figure(key, values) for key in ("loss", "tokens_per_second") if key in values]
+            with suppress(OSError):
+                self._bar.set_postfix_str(", ".join(shown))
+        self._log.write(f"{text}\n")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            with suppress(OSError):
+                self._bar.close()
+        self._log.close()
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if is_interrupt(error):
+            self._log.write(
+                "Stopped by Ctrl-C: started again with this run folder, the training goes on from its newest "
+                "checkpoint.\n"
+            )
+        elif error is not None:
+            self._log.write("".join(traceback.format_exception(error)))
+        self.close()
+
+
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C (SIGINT) led to it: perhaps it came up while the interrupt was dealt with."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _figure(key: str, values: Mapping[str, float]) -> str:
+    return _FORMATS[key](values[key]) if is_predicted(key, values) else f"{key}: {NOTHING_PREDICTED}"
+
+
+_FORMATS = {
+    "loss": "loss {:.4f}".format,
+    "eval_loss": "eval_loss {:.4f}".format,
+    "grad_norm": "grad_norm {:.3f}".format,
+    "learning_rate": "learning_rate {:.2e}".format,
+    "tokens_per_second": "{:,.0f} tokens/s".format,
+}

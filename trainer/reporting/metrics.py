@@ -1,0 +1,150 @@
+"""Figures of a run over its steps, as JSON lines and in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from griffin.trainer.reporting.charts import grouped, layout
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.log_file import LogFile
+
+if TYPE_CHECKING:  # it takes a second to import
+    from torch.utils.tensorboard import SummaryWriter
+
+
+NOTHING_PREDICTED = "no token was predicted"
+
+
+def is_predicted(key: str, values: Mapping[str, float]) -> bool:
+    """Whether a figure of a step means anything: a loss over no token, by "loss_tokens" beside it, is 0.0 and none."""
+    return not (key in ("loss", "eval_loss") and values.get(f"{key}_tokens") == 0)
+
+
+class MetricsWriter:
+    """Appends to a run folder's metrics.jsonl, and to its tensorboard/ where asked for; used by rank 0 only.
+
+    `attempt` counts the run's starts and `start` is the step after which this one goes on. Figures of later steps,
+    from an attempt that ended after its last checkpoint, stay in metrics.jsonl under that attempt's number, and are
+    hidden from TensorBoard's curves.
+
+    TensorBoard shows the figures in groups, under the run's name, but for a run that an older version began.
+
+    What cannot be written is lost and nothing is raised; `say` is told once for each of the two. metrics.jsonl is tried
+    again with each line, TensorBoard's writer, whose thread ends with its first error, is not.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        tensorboard: bool,
+        attempt: int = 1,
+        start: int = 0,
+        say: Callable[[str], object] = print,
+    ) -> None:
+        self._attempt = attempt
+        self._say = say
+        self._file = LogFile(folder.metrics, say)
+        self._folder = folder
+        self._tag: Callable[[str], str] = str if folder.begun_flat else grouped
+        self._tensorboard: SummaryWriter | None = None
+        if tensorboard:
+            # Before the first step there may have been an evaluation, which a run from scratch does again.
+            self._open(None if attempt == 1 and start == 0 else start + 1 if start else 0)
+        if self._tensorboard is not None:
+            text = folder.config.read_text(encoding="utf-8")
+            with self._tensorboard_errors():
+                self._tensorboard.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), start)
+                self._tensorboard.add_custom_scalars(layout(self._tag))
+                self._tensorboard.flush()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line {"step", "attempt", "time", **values}, flushed; the time is Unix seconds. JSON has no infinity
+        or NaN: they become null."""
+        line = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        line = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3), **line}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._tensorboard is not None:
+            with self._tensorboard_errors():
+                for key, value in values.items():
+                    if is_predicted(key, values):
+                        self._tensorboard.add_scalar(self._tag(key), value, step)
+                    else:  # a gap in the curve, and why
+                        self._tensorboard.add_text(self._tag(key), f"step {step}: {NOTHING_PREDICTED}", step)
+                self._tensorboard.flush()
+
+    def histograms(self, step: int, histograms: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+        """Write (upper ends of bins, ascending, and counts) by figure: to TensorBoard only."""
+        if self._tensorboard is None:
+            return
+        with self._tensorboard_errors():
+            for figure, (ends, counts) in histograms.items():
+                filled = [end for end, count in zip(ends, counts, strict=True) if count]
+                self._tensorboard.add_histogram_raw(
+                    self._tag(figure),
+                    min=filled[0],
+                    max=filled[-1],
+                    num=int(sum(counts)),
+                    sum=sum(end * count for end, count in zip(ends, counts, strict=True)),
+                    sum_squares=sum(end**2 * count for end, count in zip(ends, counts, strict=True)),
+                    bucket_limits=ends,
+                    bucket_counts=counts,
+                    global_step=step,
+                )
+            self._tensorboard.flush()
+
+    def rewind(self, step: int) -> None:
+        """Hide what TensorBoard's curves have after `step`, from which the training goes on.
+
+        In metrics.jsonl the last line of a step is the one that holds.
+        """
+        if self._tensorboard is not None:
+            with self._tensorboard_errors():
+                self._tensorboard.close()
+                self._open(step + 1)
+
+    def _open(self, purge: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with self._tensorboard_errors():
+            self._tensorboard = SummaryWriter(str(self._events()), purge_step=purge)
+
+    def _events(self) -> Path:
+        """The events' folder. That of a run whose folder was renamed or copied is renamed too, and its curves go on."""
+        events = self._folder.events
+        if not (self._folder.begun_flat or events.exists()) and self._folder.tensorboard.is_dir():
+            earlier = [path for path in self._folder.tensorboard.iterdir() if any(path.glob("events.out.tfevents.*"))]
+            if len(earlier) == 1:
+                earlier[0].rename(events)
+        return events
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            with self._tensorboard_errors():
+                self._tensorboard.close()
+
+    @contextmanager
+    def _tensorboard_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # an OSError, or what the file system library of TensorBoard makes of one
+            self._say(f"tensorboard/ cannot be written: {error}; training goes on without it")
+            writer, self._tensorboard = self._tensorboard, None
+            if writer is not None:
+                with suppress(Exception):  # it flushes, which fails again; but its thread ends
+                    writer.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""A run's folder on disk, its lock and its logs, and requests to stop it."""

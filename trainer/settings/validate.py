@@ -1,0 +1,304 @@
+"""The one validation of a config: whatever cannot work is refused before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NoReturn
+
+from griffin.kernels.backends import AUTO, BACKENDS
+from griffin.parallel.config import (
+    ATTENTION,
+    GLOBAL_ATTENTION,
+    INITS,
+    MIXERS,
+    RECOMPUTES,
+    RECURRENT,
+    ModelConfig,
+    axis_atoms,
+)
+from griffin.trainer.data.prefix import LAST_SEED, check_contents
+from griffin.trainer.data.tokenizer import MOST_VOCABULARY
+from griffin.trainer.settings.config import (
+    DTYPES,
+    OVERLAPS,
+    SCHEDULES,
+    SPIKES,
+    WSD_DECAYS,
+    Config,
+    OptimizerConfig,
+    read_data,
+)
+
+# Data up to this size are compared wholly with what was built; of larger ones, some blocks.
+CHECKED_TOKENS = 2**26
+
+# Smallest accepted value of every integer setting; float settings have ranges of their own below.
+LEAST = {
+    "model.width": 1,
+    "model.recurrent_width": 1,
+    "model.heads": 1,
+    "model.head_dim": 1,
+    "model.gate_blocks": 1,
+    "model.mlp_expansion": 1,
+    "model.window": 1,
+    "model.vocabulary": 1,
+    "parallel.tensor": 1,
+    "parallel.pipeline": 1,
+    "parallel.virtual_pipeline": 1,
+    "data.sequence_length": 2,
+    "data.workers": 0,
+    "optimizer.warmup_steps": 0,
+    "optimizer.decay_steps": 0,
+    "optimizer.decay_end": 0,
+    "train.steps": 1,
+    "train.global_batch": 1,
+    "train.micro_batch": 1,
+    "train.seed": 0,
+    "train.eval_interval": 0,
+    "train.eval_batches": 1,
+    "train.spike_window": 8,
+    "train.spike_limit": 1,
+    "checkpoint.interval": 0,
+    "checkpoint.keep_last": 0,
+    "checkpoint.keep_every": 0,
+    "health.replica_interval": 0,
+    "log.interval": 1,
+    "log.health_interval": 0,
+}
+
+# Largest accepted value: far above what anybody means, and small enough to compute with and to allocate by.
+COUNT = 2**31 - 1
+MOST = dict.fromkeys(LEAST, COUNT) | {
+    "model.width": 2**20,
+    "model.recurrent_width": 2**20,
+    "model.heads": 2**12,
+    "model.head_dim": 2**12,
+    "model.gate_blocks": 2**12,
+    "model.mlp_expansion": 2**8,
+    "model.window": 2**24,
+    "model.vocabulary": MOST_VOCABULARY,
+    "parallel.tensor": 2**12,
+    "parallel.pipeline": 2**12,
+    "parallel.virtual_pipeline": 2**12,
+    "data.sequence_length": 2**24,
+    "data.workers": 256,
+    "train.global_batch": 2**24,
+    "train.micro_batch": 2**20,
+    "train.seed": LAST_SEED - 1,
+    "train.spike_window": 2**16,
+}
+MOST_BLOCKS = 2**12
+MOST_RANKS = 2**20
+MOST_SAMPLES = 2**40  # that a training draws
+LEAST_HANG_SECONDS = 1.0
+MOST_HANG_SECONDS = 7 * 86400.0  # a week
+
+CHOICES = {
+    "model.init": INITS,
+    "optimizer.schedule": SCHEDULES,
+    "optimizer.wsd_decay": WSD_DECAYS,
+    "train.dtype": DTYPES,
+    "train.recompute": RECOMPUTES,
+    "train.kernels": (AUTO, *BACKENDS),
+    "train.overlap": OVERLAPS,
+    "train.spike": SPIKES,
+}
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Refuse what cannot work on `world_size` ranks: ValueError naming the setting, its value and what is accepted.
+
+    Looks at the config only; `validate_data` looks at the data.
+    """
+    validate_settings(config, world_size)
+    if not config.data.train:
+        _refuse("data.train", [], "must name at least one PREFIX built by `griffin data build`")
+
+
+def validate_settings(config: Config, world_size: int) -> None:
+    """`validate` for what needs no data: they need not be named."""
+    settings = {
+        f"{section.name}.{key}": value
+        for section in dataclasses.fields(config)
+        for key, value in dataclasses.asdict(getattr(config, section.name)).items()
+    }
+    for setting in sorted(LEAST, key=lambda name: name != "train.steps"):  # defaults of others follow from that one
+        _require_range(setting, settings[setting])
+    for setting, choices in CHOICES.items():
+        if settings[setting] not in choices:
+            _refuse(setting, settings[setting], f"must be one of {', '.join(choices)}")
+    validate_model(config.model)
+    _validate_layout(config)
+    _validate_batches(config, world_size)
+    _validate_optimizer(config.optimizer, config.train.steps)
+    _validate_health(config)
+
+
+def validate_data(config: Config, *, contents: bool = True) -> None:
+    """Refuse data that are missing, damaged or too short, and a vocabulary too small for them: ValueError.
+
+    Without `contents`, which one process of a host reads, only the structure of the data is looked at.
+    """
+    data = list({info.prefix: info for info in read_data(config.data)}.values())
+    vocabulary = data[0].vocabulary
+    if config.model.vocabulary < vocabulary:
+        accepted = f"the data's tokenizer has {vocabulary} tokens; must be at least that, or left out"
+        _refuse("model.vocabulary", config.model.vocabulary, accepted)
+    for info in data:
+        if info.tokens <= config.data.sequence_length:
+            accepted = f"must be below {info.tokens}, the number of tokens of {info.prefix}"
+            _refuse("data.sequence_length", config.data.sequence_length, accepted)
+        if contents:
+            check_contents(info, whole=info.tokens <= CHECKED_TOKENS, seed=config.train.seed)
+
+
+def _refuse(setting: str, value: Any, accepted: str) -> NoReturn:
+    raise ValueError(f"{setting} = {value!r}: {accepted}")
+
+
+def _require_range(setting: str, value: int) -> None:
+    if value < LEAST[setting]:
+        _refuse(setting, value, f"must be at least {LEAST[setting]}")
+    if value > MOST[setting]:
+        _refuse(setting, value, f"must be at most {MOST[setting]}")
+
+
+def validate_model(model: ModelConfig) -> None:
+    """Refuse a model that cannot be computed: ValueError naming the setting, its value and what is accepted."""
+    for field in dataclasses.fields(model):
+        if (setting := f"model.{field.name}") in LEAST:
+            _require_range(setting, getattr(model, field.name))
+    if model.init not in INITS:
+        _refuse("model.init", model.init, f"must be one of {', '.join(INITS)}")
+    if not model.pattern:
+        _refuse("model.pattern", [], "must name at least one block's mixer")
+    if model.blocks > MOST_BLOCKS:
+        raise ValueError(f"model.pattern names {model.blocks} blocks: must be at most {MOST_BLOCKS}")
+    for mixer in model.pattern:
+        if mixer not in MIXERS:
+            _refuse("model.pattern", mixer, f"must be a list of {', '.join(MIXERS)}")
+    if _recurs(model) and model.recurrent_width % model.gate_blocks:
+        accepted = f"must divide model.recurrent_width = {model.recurrent_width}"
+        _refuse("model.gate_blocks", model.gate_blocks, accepted)
+    if _attends(model) and model.head_dim % 4:
+        _refuse("model.head_dim", model.head_dim, "must be a multiple of 4: rotary embedding turns half of it in pairs")
+    if not 0 <= model.logit_soft_cap <= 1e30:
+        _refuse("model.logit_soft_cap", model.logit_soft_cap, "must be 0 (off) or more, and at most 1e30")
+
+
+def _validate_layout(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    sizes = {
+        f"the shards of the MLP width {model.mlp_width}": axis_atoms(model.mlp_width),
+        f"the shards of the padded vocabulary {model.padded_vocabulary}": axis_atoms(model.padded_vocabulary),
+    }
+    if _recurs(model):
+        sizes["model.gate_blocks"] = model.gate_blocks
+    if _attends(model):
+        sizes["model.heads"] = model.heads
+    if parallel.sequence_parallel:
+        sizes["data.sequence_length (parallel.sequence_parallel is on)"] = config.data.sequence_length
+    undivided = [f"{name} = {size}" for name, size in sizes.items() if size % parallel.tensor]
+    if undivided:
+        common = math.gcd(*sizes.values())
+        accepted = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
+        _refuse("parallel.tensor", parallel.tensor, f"must divide {' and '.join(undivided)}; accepted: {accepted}")
+
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        accepted = "must be 1 where parallel.pipeline is 1"
+        _refuse("parallel.virtual_pipeline", parallel.virtual_pipeline, accepted)
+    count = parallel.pipeline * parallel.virtual_pipeline
+    product = f"parallel.pipeline x parallel.virtual_pipeline = {parallel.pipeline} x {parallel.virtual_pipeline}"
+    if count > model.blocks:
+        raise ValueError(f"{product} = {count} stages: must be at most the number of blocks, {model.blocks}")
+    if not parallel.stages:
+        return
+    stages = list(parallel.stages)
+    if len(stages) != count:
+        _refuse("parallel.stages", stages, f"must have {count} entries ({product}), has {len(stages)}")
+    if min(stages) < 1:
+        _refuse("parallel.stages", stages, "each stage must hold at least 1 block")
+    if sum(stages) != model.blocks:
+        _refuse("parallel.stages", stages, f"must sum to the number of blocks, {model.blocks}; sums to {sum(stages)}")
+
+
+def _validate_batches(config: Config, world_size: int) -> None:
+    parallel, train = config.parallel, config.train
+    if world_size > MOST_RANKS:
+        _refuse("world size", world_size, f"must be at most {MOST_RANKS}")
+    if world_size < 1 or world_size % parallel.model_ranks:
+        accepted = (
+            f"must be a multiple of parallel.tensor x parallel.pipeline = "
+            f"{parallel.tensor} x {parallel.pipeline} = {parallel.model_ranks}"
+        )
+        _refuse("world size", world_size, accepted)
+    data_parallel = world_size // parallel.model_ranks
+    if train.global_batch % (train.micro_batch * data_parallel):
+        accepted = (
+            f"must be a multiple of train.micro_batch x data-parallel size = "
+            f"{train.micro_batch} x {data_parallel} = {train.micro_batch * data_parallel}"
+        )
+        _refuse("train.global_batch", train.global_batch, accepted)
+    if train.steps * train.global_batch > MOST_SAMPLES:
+        accepted = f"must be at most {MOST_SAMPLES // train.global_batch} for train.global_batch = {train.global_batch}"
+        _refuse("train.steps", train.steps, accepted)
+    micro_batches = train.global_batch // (train.micro_batch * data_parallel)
+    if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+        multiple = train.micro_batch * data_parallel * parallel.pipeline
+        accepted = (
+            f"gives {micro_batches} micro-batches, which the interleaved schedule (parallel.virtual_pipeline > 1) "
+            f"needs to be a multiple of parallel.pipeline = {parallel.pipeline}: must be a multiple of {multiple}"
+        )
+        _refuse("train.global_batch", train.global_batch, accepted)
+
+
+def _validate_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
+    peak = optimizer.learning_rate
+    ranges = {
+        "learning_rate": (0 < peak < math.inf, "must be above 0"),
+        "min_learning_rate": (
+            0 <= optimizer.min_learning_rate <= peak,
+            f"must lie in 0 ... optimizer.learning_rate = {peak}",
+        ),
+        "beta1": (0 <= optimizer.beta1 < 1, "must be at least 0 and below 1"),
+        "beta2": (0 <= optimizer.beta2 < 1, "must be at least 0 and below 1"),
+        "epsilon": (0 < optimizer.epsilon < math.inf, "must be above 0"),
+        "weight_decay": (0 <= optimizer.weight_decay < math.inf, "must be 0 (off) or more"),
+        "clip": (0 <= optimizer.clip < math.inf, "must be 0 (off) or more"),
+        "warmup_steps": (optimizer.warmup_steps <= steps, f"must be at most train.steps = {steps}"),
+    }
+    for key, (holds, words) in ranges.items():
+        if not holds:
+            _refuse(f"optimizer.{key}", getattr(optimizer, key), words)
+    if optimizer.schedule != "constant" and optimizer.decay_steps < 1:
+        accepted = f"must be at least 1 for optimizer.schedule = {optimizer.schedule!r}"
+        _refuse("optimizer.decay_steps", optimizer.decay_steps, accepted)
+    if optimizer.schedule != "wsd" and optimizer.decay_end:
+        accepted = f'must be 0 for optimizer.schedule = {optimizer.schedule!r}; it is for "wsd"'
+        _refuse("optimizer.decay_end", optimizer.decay_end, accepted)
+    end, name = (optimizer.decay_end, "optimizer.decay_end") if optimizer.decay_end else (steps, "train.steps")
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_steps > end:
+        accepted = f"must be at most {name} - optimizer.warmup_steps = {end - optimizer.warmup_steps}"
+        _refuse("optimizer.decay_steps", optimizer.decay_steps, accepted)
+
+
+def _validate_health(config: Config) -> None:
+    if not 1 <= config.train.spike_deviations < math.inf:
+        _refuse("train.spike_deviations", config.train.spike_deviations, "must be at least 1")
+    if config.train.spike == "rewind" and config.checkpoint.interval == 0:
+        _refuse("checkpoint.interval", 0, 'must be at least 1 for train.spike = "rewind", which goes back to one')
+    if not 0 <= config.log.peak_tflops < math.inf:
+        _refuse("log.peak_tflops", config.log.peak_tflops, "must be 0 or more")
+    seconds = config.health.hang_seconds
+    if seconds != 0 and not LEAST_HANG_SECONDS <= seconds <= MOST_HANG_SECONDS:
+        accepted = f"must be 0 (off), or from {LEAST_HANG_SECONDS:g} to {MOST_HANG_SECONDS:g}"
+        _refuse("health.hang_seconds", seconds, accepted)
+
+
+def _recurs(model: ModelConfig) -> bool:
+    return RECURRENT in model.pattern
+
+
+def _attends(model: ModelConfig) -> bool:
+    return ATTENTION in model.pattern or GLOBAL_ATTENTION in model.pattern
