@@ -23,7 +23,7 @@ from griffin.tools.runs import installation as doctor_installation
 from griffin.tools.runs.installation import examine_installation
 from tests.small_runs import wait_for, write_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 COMMAND = [sys.executable, "-P", "-m", "griffin.tools.cli", "doctor"]
 

@@ -21,7 +21,7 @@ from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from tests.checkpoints import assert_equal_arrays, read_arrays, small_chunks
 from tests.transformers_models import assert_same_bits, convert, export, load_model, make_model, save_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOP = {"model.embed_tokens.weight": "embedder.input_embedding", "model.final_norm.weight": "final_norm.scale"}
 RECURRENT = {
     "linear_x.weight": "linear_x.weight",

@@ -21,7 +21,7 @@ from griffin.trainer.checkpoint.manifest import read_manifest
 from tests.small_runs import wait_for
 from tests.transformers_models import convert, make_model, save_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GIB = 2**30
 
 IMPORTS = """

@@ -25,7 +25,7 @@ from griffin.trainer.checkpoint.zarr_io import Array
 from tests.checkpoints import FEW, assert_equal_arrays, make_checkpoint, read_arrays, reshard, small_chunks
 from tests.small_runs import wait_for
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -32,7 +32,7 @@ from griffin.tools.bench.kernels_work import (
 )
 from griffin.tools.cli import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 SHAPE = Shape(width=5, steps=12, batch=2)
 SMALL = Settings(

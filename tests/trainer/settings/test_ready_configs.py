@@ -13,7 +13,7 @@ from griffin.trainer.settings.validate import validate, validate_data
 from griffin.trainer.summary import count_parameters
 from tests.data_sets import write_prefix
 
-CONFIGS = Path(__file__).parents[2] / "trainer/configs"
+CONFIGS = Path(__file__).parents[3] / "trainer/configs"
 # bfloat16 values of the model's width that a block keeps per token for its backward pass, counted with
 # torch.autograd.graph.saved_tensors_hooks; tensor ranks with sequence parallelism share them.
 KEPT = {"recurrent": 28.6, "attention": 26.5}

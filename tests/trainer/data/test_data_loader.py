@@ -25,7 +25,7 @@ from griffin.trainer.run.signals import StopRequests
 from griffin.trainer.settings.config import load_config
 from tests.small_runs import Watch, launch, write_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 KEYS = {"tokens", "labels", "loss_mask", "positions"}
 
 

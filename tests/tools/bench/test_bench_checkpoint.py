@@ -16,7 +16,7 @@ from griffin.tools.cli import main
 from griffin.trainer.step import Training
 from tests.checkpoints import MODEL_CONFIG
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MEASURE = """
 import sys
 from pathlib import Path

@@ -15,7 +15,7 @@ from griffin.trainer.checkpoint.arrays import GlobalTensor
 from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from tests.checkpoints import FEW, assert_equal_arrays, config_json, make_checkpoint, read_arrays, reshard, small_chunks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True, scope="module")

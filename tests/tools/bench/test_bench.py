@@ -13,7 +13,7 @@ from griffin.tools.weights.hf.names import from_transformers, to_transformers, t
 from tests.parallel.test_layouts import PATTERNS
 from tests.parallel.test_transformers_parity import MODEL
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def bench(*arguments: str, what: str = "step") -> subprocess.CompletedProcess[str]:

@@ -21,7 +21,7 @@ from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.tokenizer_copy import keep_tokenizer
 from tests.checkpoints import config_json, make_checkpoint, read_arrays, reshard
 from tests.ranks import RankPool
-from tests.tools.test_convert_parity import LAYOUTS, batch, compute
+from tests.tools.weights.test_convert_parity import LAYOUTS, batch, compute
 from tests.transformers_models import change_json, convert, export, load_model, logits, make_model, save_model
 
 GRIFFIN = ModelConfig(
@@ -275,7 +275,7 @@ def test_sentencepiece_model_of_the_data(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_deepminds_tokenizer_goes_along(tmp_path: Path, as_folder: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """Its own ids become those of the exported model."""
-    from tests.tools.test_convert_deepmind import plain
+    from tests.tools.weights.test_convert_deepmind import plain
 
     path = make_sentencepiece(tmp_path)
     if as_folder:

@@ -31,7 +31,7 @@ from griffin.trainer.settings.config import (
 )
 from griffin.trainer.settings.presets import PRESETS, preset
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 MODEL = """
 [model]
