@@ -20,14 +20,15 @@ import torch
 from griffin.launch.local import run_local
 from griffin.parallel.world.ranks import Ranks
 from griffin.tools.commands.train import PRELOAD, train_rank
-from griffin.trainer.checkpoint.manifest import read_manifest, step_name, steps
+from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.checkpoint.saving import saver as saver_module
 from griffin.trainer.checkpoint.saving.saver import Saver
 from griffin.trainer.checkpoint.source import InitFrom
+from griffin.trainer.checkpoint.steps import steps
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.data.prefix import read_info
 from griffin.trainer.loop import train
-from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.folder import RunFolder, step_name
 from griffin.trainer.settings.config import Config
 from griffin.trainer.step import Training
 from tests import saving_process

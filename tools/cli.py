@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 
+from griffin.tools.common.errors import USER_ERRORS, report
+
 # Each has `add_parser(subparsers)`, which sets `run`: args -> exit code or None. They import torch inside `run` only.
 COMMANDS = (
     "data",
@@ -28,8 +30,6 @@ COMMANDS = (
     "bench",
 )
 
-# An OSError is what the system refuses: a permission, a name that is too long, a full disk.
-USER_ERRORS = (ValueError, OSError)
 OVERRIDE = re.compile(r"--[a-z_]+\.[a-z_0-9]+")
 BLEND_ENTRY = re.compile(r"[0-9.]\S*\s+\S")  # "WEIGHT PREFIX": no other argument looks like it
 
@@ -70,21 +70,6 @@ def _version() -> str:
         return importlib.metadata.version("griffin-megatron")
     except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path only
         return "(not installed)"
-
-
-def report(error: Exception) -> int:
-    """Say what the user can put right, and return the exit code that says so."""
-    print(f"griffin: error: {described(error)}", file=sys.stderr)
-    return 2
-
-
-def described(error: BaseException) -> str:
-    """An error in words, without what a terminal would take for a command: names are anybody's."""
-    message = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror is not None:  # raised by the system, not by a check
-        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
-        message = error.strerror if name is None else f"{name}: {error.strerror}"
-    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in message)
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

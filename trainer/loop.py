@@ -16,8 +16,8 @@ from griffin.parallel.norm import apex_rms_norm
 from griffin.parallel.world.grid import Grid, rank_grid
 from griffin.parallel.world.ranks import Ranks, RunError
 from griffin.trainer.checkpoint.checkpoints import Checkpoints, Position
-from griffin.trainer.checkpoint.manifest import clean
 from griffin.trainer.checkpoint.source import InitFrom, Source, find_source, refuse_other_model
+from griffin.trainer.checkpoint.steps import clean
 from griffin.trainer.checkpoint.unreadable import note_skipped, noting
 from griffin.trainer.data.dataset import Samples, build_index, open_samples
 from griffin.trainer.data.loader import batches, watching_workers

@@ -21,7 +21,7 @@ import math
 import triton
 import triton.language as tl
 
-from griffin.kernels.rglru.reference import MIN_SQRT_ARGUMENT
+from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
 from griffin.kernels.walk import CHANGING, at, flag, flags, place, row, wide
 
 LOG2_E = tl.constexpr(math.log2(math.e))

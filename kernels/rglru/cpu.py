@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from griffin.kernels.layout import accumulation_dtype, like
 from griffin.kernels.linear_scan.cpu import Tiling, or_at_0, part, scan_
-from griffin.kernels.rglru.reference import GATE_SCALE, MIN_SQRT_ARGUMENT, Given
+from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
+from griffin.kernels.rglru.reference import GATE_SCALE, Given
 
 MIN_MULTIPLIER = math.sqrt(MIN_SQRT_ARGUMENT)
 

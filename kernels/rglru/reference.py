@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.kernels.layout import accumulation_dtype
+from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
 
 GATE_SCALE = 8.0  # c of log a = -c * sigmoid(recurrence_gate) * softplus(p); section 2.4
-MIN_SQRT_ARGUMENT = 1e-6 / 4  # below it sqrt'(x) is taken there: at most 1 / sqrt(1e-6) = 1000
 
 
 class Given(NamedTuple):

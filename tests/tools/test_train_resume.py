@@ -15,7 +15,8 @@ import pytest
 import griffin.launch.local
 from griffin.parallel.world.ranks import STOPPED
 from griffin.tools.cli import main
-from griffin.trainer.checkpoint.manifest import newest_complete, verify
+from griffin.trainer.checkpoint.manifest import verify
+from griffin.trainer.checkpoint.steps import newest_complete
 from griffin.trainer.settings.config import Config, load_config
 from tests.small_runs import (
     Watch,

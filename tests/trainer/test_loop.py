@@ -13,7 +13,8 @@ import pytest
 
 from griffin.parallel.world.grid import single_rank_grid
 from griffin.tools.cli import main
-from griffin.trainer.checkpoint.manifest import newest_complete, verify
+from griffin.trainer.checkpoint.manifest import verify
+from griffin.trainer.checkpoint.steps import newest_complete
 from griffin.trainer.reporting.charts import OTHERS, grouped
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.settings.config import Config, load_config

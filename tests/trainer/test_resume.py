@@ -24,10 +24,11 @@ from griffin.tools.cli import main
 from griffin.tools.commands.train import add_parser, check
 from griffin.trainer.checkpoint import manifest as manifests
 from griffin.trainer.checkpoint.arrays import EXP_AVG, EXP_AVG_SQ, MASTER, MODEL
-from griffin.trainer.checkpoint.manifest import newest_complete, read_manifest, step_name, verify
+from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from griffin.trainer.checkpoint.source import InitFrom
+from griffin.trainer.checkpoint.steps import newest_complete
 from griffin.trainer.reporting.charts import grouped
-from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.folder import RunFolder, step_name
 from griffin.trainer.settings.config import Config, load_config
 from tests.ranks import RankError, RankPool
 from tests.small_runs import (

@@ -123,7 +123,7 @@ def _config(model: ModelConfig, ranks: int, parallel: ParallelConfig) -> Config:
 
 def _print_heading(args: argparse.Namespace, size: int) -> None:
     from griffin.launch.local import cores
-    from griffin.tools.commands.bench import processor
+    from griffin.tools.bench.machine import processor
 
     print(
         f"{time.strftime('%Y-%m-%d')}; {processor()}, {cores()} cores, load average {os.getloadavg()[0]:.1f}; "
@@ -330,8 +330,9 @@ def load_rank(ranks: Ranks, bench: Bench) -> None:
     import torch.distributed.checkpoint as dcp
 
     from griffin.parallel.world.grid import rank_grid
-    from griffin.trainer.checkpoint.manifest import check, resolve
+    from griffin.trainer.checkpoint.manifest import check
     from griffin.trainer.checkpoint.state import ShardedState
+    from griffin.trainer.checkpoint.steps import resolve
     from griffin.trainer.step import Training
 
     with rank_grid(bench.config.parallel, ranks, timeout=TIMEOUT) as grid:

@@ -21,8 +21,8 @@ import numpy as np
 
 from griffin.parallel.config import ModelConfig
 from griffin.tools.bench.checkpoint import disk
-from griffin.tools.commands.convert import MOST_WORKERS, add_workers
 from griffin.tools.common import safetensors_files
+from griffin.tools.common.arguments import MOST_WORKERS, add_workers
 from griffin.trainer.checkpoint.arrays import CHUNK_BYTES
 from griffin.trainer.settings.presets import preset
 
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_heading(args: argparse.Namespace, size: int) -> None:
     from griffin.launch.local import cores
-    from griffin.tools.commands.bench import processor
+    from griffin.tools.bench.machine import processor
 
     workers = args.workers or min(cores(), MOST_WORKERS)
     print(

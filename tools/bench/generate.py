@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from griffin.parallel.sharding import initialize
     from griffin.parallel.stage import build_stages
     from griffin.parallel.world.grid import single_rank_grid
-    from griffin.tools.commands.bench import versions
+    from griffin.tools.bench.machine import versions
     from griffin.tools.inference.model import Model, check_compiled
 
     if args.compile:

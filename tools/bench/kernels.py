@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from griffin.tools.bench import kernels_plot as bench_kernels_plot
+from griffin.tools.bench import kernels_plot
+from griffin.tools.bench.kernels_rows import PeerRow, Row
 from griffin.tools.common.arguments import add_dtype
 
 if TYPE_CHECKING:
@@ -67,57 +68,10 @@ class Settings:
         return [Shape(R, T, B) for R in self.widths for T in self.lengths for B in self.batches]
 
 
-@dataclass(frozen=True)
-class Row:
-    """What was measured of an operation and a shape."""
-
-    operation: str
-    shape: Shape
-    path: str
-    times: Times
-    floor_bytes: int
-    bandwidth: float  # of a copy, bytes per second
-
-    @property
-    def rate(self) -> float:
-        """Bytes per second: those that cannot but be moved, in the time that forward and backward took."""
-        return self.floor_bytes / (self.times.total / 1000)
-
-    @property
-    def share(self) -> float:
-        return self.rate / self.bandwidth
-
-    def __str__(self) -> str:
-        return (
-            f"{self.operation:<16}{self.path:<22}{self.times.forward:9.3f} ms{self.times.backward:9.3f} ms"
-            f" {self.rate / 1e9:7,.0f}{self.share:9.3f} {1 / self.share:9.2f} x"
-        )
-
-
-@dataclass(frozen=True)
-class PeerRow:
-    """A peer's time for forward and backward beside ours, of the same rounds."""
-
-    peer: str
-    shape: Shape
-    ours: Times
-    theirs: Times
-
-    @property
-    def ratio(self) -> float:
-        return self.theirs.total / self.ours.total
-
-    def __str__(self) -> str:
-        return (
-            f"  {self.peer:<42}{self.theirs.forward:10.3f} ms{self.theirs.backward:10.3f} ms"
-            f"{self.ratio:8.2f} times our {self.ours.total:.3f} ms"
-        )
-
-
 def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     if args.plot is not None:
-        bench_kernels_plot.require_new(args.plot)
+        kernels_plot.require_new(args.plot)
 
     import torch
 
@@ -138,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     rows, peer_rows = measure(settings, device)
     print("\n".join(summary(rows, peer_rows, settings.dtype)))
     if args.plot is not None:
-        bench_kernels_plot.plot(rows, args.plot, title)
+        kernels_plot.plot(rows, args.plot, title)
         print(f"{args.plot}: shares of the copy's bandwidth")
     return 0
 

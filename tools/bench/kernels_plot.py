@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from griffin.tools.bench.kernels import Row
+    from griffin.tools.bench.kernels_rows import Row
 
 
 def require_new(path: Path) -> None:

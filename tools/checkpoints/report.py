@@ -19,7 +19,8 @@ from griffin.launch.local import cores
 from griffin.tools.checkpoints.stored import Source, StoredArray, bits, open_step
 from griffin.tools.common.workers import Workers
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec, Box
-from griffin.trainer.checkpoint.manifest import Manifest, check, read_manifest, resolve, steps, verify
+from griffin.trainer.checkpoint.manifest import Manifest, check, read_manifest, verify
+from griffin.trainer.checkpoint.steps import resolve, steps
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
 COMPARED_ELEMENTS = 2**20  # at a time, in float64

@@ -25,7 +25,8 @@ from griffin.trainer.checkpoint.arrays import (
     chunk_shape,
     default_cuts,
 )
-from griffin.trainer.checkpoint.manifest import Manifest, resolve
+from griffin.trainer.checkpoint.manifest import Manifest
+from griffin.trainer.checkpoint.steps import resolve
 
 
 def reshard(

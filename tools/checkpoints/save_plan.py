@@ -96,7 +96,7 @@ class RankLoad:
     @property
     def peak(self) -> int:
         """What its saving process holds at its peak, besides Python and libraries: what is staged, and chunks."""
-        from griffin.trainer.checkpoint.saving.process import WRITERS
+        from griffin.trainer.checkpoint.saving.share import WRITERS
 
         # Those being written; one being put together, with what was received of it; and what is being sent.
         return self.staged + (WRITERS + 3) * self.largest
@@ -211,7 +211,7 @@ def file_bytes(array: ArraySpec) -> int:
 
 def rank_loads(plan: CheckpointPlan) -> list[list[RankLoad]]:
     """What every rank does, by pipeline rank and then by rank."""
-    from griffin.trainer.checkpoint.saving.process import ROWS
+    from griffin.trainer.checkpoint.saving.protocol import ROWS
 
     sizes: dict[str, list[int]] = {}  # of the files that a chunk of a tensor becomes
     for array in plan.arrays:

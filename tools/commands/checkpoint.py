@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from griffin.tools.checkpoints import save_plan as checkpoint_plan
-from griffin.tools.common.arguments import add_dtype
+from griffin.tools.common.arguments import NEWEST_HELP, add_dtype
 
 PATH_HELP = "folder of a step, or of steps (a run, its checkpoints)"
-NEWEST_HELP = "folder of a step; of a run or its checkpoints, the newest complete one is taken"
 
 
 def add_parser(subparsers: Any) -> None:

@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.common.arguments import add_dtype
+from griffin.tools.common.arguments import MOST_WORKERS, add_dtype, add_format, add_target, add_workers
 
-MOST_WORKERS = 4  # by default: each has a chunk or two in memory
 MOST_TORCH_WORKERS = 2  # each has PyTorch in memory as well
 
 
@@ -61,25 +60,6 @@ def add_parser(subparsers: Any) -> None:
     )
     add_dtype(command, "of all weights (default: each as it is stored)")
     add_workers(command, "; a folder is read by one")
-
-
-def add_format(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.set_defaults(run=run)
-    return command
-
-
-def add_target(command: argparse.ArgumentParser, text: str) -> None:
-    command.add_argument("target", metavar="DST", type=Path, help=text)
-
-
-def add_workers(command: argparse.ArgumentParser, text: str = "") -> None:
-    command.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help=f"processes (default: one per core, at most {MOST_WORKERS}; under mpiexec, its ranks){text}",
-    )
 
 
 def _hf(args: argparse.Namespace) -> None:

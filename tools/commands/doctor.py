@@ -16,12 +16,11 @@ from typing import Any, NoReturn
 
 from griffin.launch.ranks import discover, leave
 from griffin.parallel.world.ranks import Ranks
+from griffin.tools.runs.findings import FAILED, OK, WARNING, Finding, has_failed, report
 from griffin.trainer.settings.config import Config, load_config
 
-OK, WARNING, FAILED = "ok", "warning", "FAILED"
 PRELOAD = ("griffin.trainer.preflight.check",)
 REPORT_SECONDS = 10.0  # patience with rank 0, which may still be told by others that they know of a failure
-Finding = tuple[str, str]  # OK, WARNING or FAILED, and a text
 
 
 def add_parser(subparsers: Any) -> None:
@@ -160,13 +159,3 @@ def check_rank(ranks: Ranks, config: Config | None, folder: Path) -> list[Findin
         *((WARNING, text) for text in warnings),
         *((FAILED, text) for text in failures),
     ]
-
-
-def report(findings: Sequence[Finding]) -> None:
-    """Print a line for each."""
-    for state, text in findings:
-        print(f"{state:<8} {text}", flush=True)
-
-
-def has_failed(findings: Sequence[Finding]) -> bool:
-    return any(state == FAILED for state, _ in findings)

@@ -6,9 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.commands.checkpoint import NEWEST_HELP
-from griffin.tools.commands.convert import MOST_WORKERS, add_format, add_target, add_workers
-from griffin.tools.common.arguments import add_dtype
+from griffin.tools.common.arguments import (
+    MOST_WORKERS,
+    NEWEST_HELP,
+    add_dtype,
+    add_format,
+    add_target,
+    add_workers,
+)
 
 GB = 10**9  # as transformers counts
 

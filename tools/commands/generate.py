@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin.tools.commands.checkpoint import NEWEST_HELP
-from griffin.tools.common.arguments import add_dtype
+from griffin.tools.common.arguments import NEWEST_HELP, add_dtype
 
 if TYPE_CHECKING:
     from griffin.parallel.world.ranks import Ranks

@@ -287,7 +287,7 @@ def run_local(args: argparse.Namespace) -> int:
 
 
 def _newest(checkpoints: Path) -> tuple[int, Path] | tuple[None, None]:
-    from griffin.trainer.checkpoint.manifest import steps
+    from griffin.trainer.checkpoint.steps import steps
 
     found = steps(checkpoints)
     return found[-1] if found else (None, None)

@@ -16,7 +16,7 @@ from griffin.launch import code
 from griffin.launch.ranks import discover, failure_text, leave, slurm_tasks_unused
 from griffin.parallel.config import ModelConfig
 from griffin.parallel.world.ranks import STOPPED, Ranks
-from griffin.tools.cli import USER_ERRORS, report
+from griffin.tools.common.errors import USER_ERRORS, report
 from griffin.trainer.run.folder import RunFolder, default_run_folder
 from griffin.trainer.schedule import Earlier
 from griffin.trainer.settings.config import Config, load_config, to_toml
@@ -158,7 +158,7 @@ def load_run_config(args: argparse.Namespace, earlier: Earlier | None = None) ->
     """The config of a training. A model that it does not state is that of its run folder, else of --init-from; the
     schedule is that of the `earlier` config where the run goes on."""
     from griffin.trainer.checkpoint.manifest import check as check_step
-    from griffin.trainer.checkpoint.manifest import resolve
+    from griffin.trainer.checkpoint.steps import resolve
 
     def find_model() -> ModelConfig | None:
         if args.run_dir is not None and RunFolder(args.run_dir).config.is_file():

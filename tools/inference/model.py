@@ -27,7 +27,8 @@ from griffin.parallel.world.ranks import Ranks
 from griffin.tools.checkpoints.rewrite import check_layout
 from griffin.tools.common.workers import ended_by_sigterm
 from griffin.trainer.checkpoint.arrays import MODEL
-from griffin.trainer.checkpoint.manifest import Manifest, check, resolve
+from griffin.trainer.checkpoint.manifest import Manifest, check
+from griffin.trainer.checkpoint.steps import resolve
 from griffin.trainer.checkpoint.weights import load_weights
 
 COMPILERS = ("g++", "clang++")  # that torch.compile looks for

@@ -22,7 +22,7 @@ from griffin.kernels.rglru import rglru
 from griffin.kernels.selection import HAS_TRITON
 from griffin.launch.local import cores
 from griffin.parallel.norm import apex_rms_norm
-from griffin.tools.commands.doctor import FAILED, OK, WARNING, Finding
+from griffin.tools.runs.findings import FAILED, OK, WARNING, Finding
 from griffin.trainer.checkpoint.saving.memory import memory_left
 
 SLURM = ("srun", "sbatch", "scancel", "scontrol", "squeue", "sinfo")

@@ -15,10 +15,11 @@ import torch
 
 from griffin.parallel.world.grid import Grid
 from griffin.parallel.world.ranks import RunError
-from griffin.trainer.checkpoint.manifest import CheckpointError, newest_complete, read_manifest, set_aside
+from griffin.trainer.checkpoint.manifest import CheckpointError, read_manifest, set_aside
 from griffin.trainer.checkpoint.saving.saver import Outcome, Saver
 from griffin.trainer.checkpoint.source import Source
 from griffin.trainer.checkpoint.state import ShardedState
+from griffin.trainer.checkpoint.steps import newest_complete
 from griffin.trainer.health.spikes import SpikeDetector, SpikeError
 from griffin.trainer.optimizer import optimizer_name
 from griffin.trainer.run.lock import is_taken_over

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from griffin.parallel.config import ModelConfig
-from griffin.trainer.checkpoint.manifest import CheckpointError, check, newest_complete, resolve
+from griffin.trainer.checkpoint.manifest import CheckpointError, check
+from griffin.trainer.checkpoint.steps import newest_complete, resolve
 from griffin.trainer.run.folder import RunFolder, model_differences
 
 OWN, INIT_FROM, FRESH = "own", "init-from", "fresh"  # rules, in this order of precedence

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from griffin.trainer.checkpoint.manifest import steps
 from griffin.trainer.checkpoint.source import OWN, Source
+from griffin.trainer.checkpoint.steps import steps
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
 NAME = "unreadable-checkpoints"  # a line for each: its folder's name, and what is wrong; job.sbatch reads it too

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from griffin.parallel.world.grid import Grid
 from griffin.parallel.world.messages import ForgedError, seal, unseal
 from griffin.parallel.world.ranks import HUNG, Ranks
-from griffin.trainer.checkpoint.manifest import step_name
 from griffin.trainer.health.hang_report import Silent, compose
 from griffin.trainer.health.rank_state import (
     RankState,
@@ -41,7 +40,7 @@ from griffin.trainer.health.rank_state import (
     recorded,
     where,
 )
-from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.folder import RunFolder, step_name
 from griffin.trainer.run.log_file import LogFile
 
 if TYPE_CHECKING:

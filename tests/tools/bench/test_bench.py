@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from griffin.tools.commands.bench import _require_equal
+from griffin.tools.bench.step import _require_equal
 from griffin.tools.weights.hf.names import from_transformers, to_transformers, transformers_settings
 from tests.parallel.test_layouts import PATTERNS
 from tests.parallel.test_transformers_parity import MODEL

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from griffin.trainer.checkpoint.manifest import newest_complete, step_name, verify
+from griffin.trainer.checkpoint.manifest import verify
 from griffin.trainer.checkpoint.saving.saver import Saver
+from griffin.trainer.checkpoint.steps import newest_complete
+from griffin.trainer.run.folder import step_name
 from griffin.trainer.settings.config import Config, load_config
 from tests.ranks import RankPool
 from tests.small_runs import (

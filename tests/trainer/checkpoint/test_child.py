@@ -14,7 +14,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from griffin.trainer.checkpoint.saving.process import Setup, Share
+from griffin.trainer.checkpoint.saving.protocol import Setup
+from griffin.trainer.checkpoint.saving.share import Share
 from tests.saving import Layout, random_state
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from griffin.trainer.checkpoint.manifest import check, newest_complete, read_manifest, resolve, verify
+from griffin.trainer.checkpoint.manifest import check, read_manifest, verify
+from griffin.trainer.checkpoint.steps import newest_complete, resolve
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, open_array
 from tests.small_steps import ARRAYS, save_step
 

@@ -22,8 +22,9 @@ from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world.grid import Grid, rank_grid
 from griffin.trainer.checkpoint import arrays
 from griffin.trainer.checkpoint.checkpoints import Checkpoints, Position
-from griffin.trainer.checkpoint.manifest import read_manifest, step_name
+from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.checkpoint.source import OWN, Source
+from griffin.trainer.run.folder import step_name
 from griffin.trainer.settings.config import Config
 from griffin.trainer.step import Training
 from tests.closeness import assert_all_close

@@ -15,19 +15,8 @@ import pytest
 import zarr
 
 from griffin.trainer.checkpoint import manifest as manifests
-from griffin.trainer.checkpoint.manifest import (
-    begin,
-    check,
-    clean,
-    commit,
-    newest_complete,
-    read_manifest,
-    resolve,
-    retain,
-    step_name,
-    steps,
-    verify,
-)
+from griffin.trainer.checkpoint.manifest import begin, check, commit, read_manifest, step_name, verify
+from griffin.trainer.checkpoint.steps import clean, newest_complete, resolve, retain, steps
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord
 from tests.small_steps import ARRAYS, bits, random_bits, save_step, write_step
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from griffin.trainer.checkpoint.manifest import steps
 from griffin.trainer.checkpoint.plan import SavePlan
 from griffin.trainer.checkpoint.saving import saver as saver_module
 from griffin.trainer.checkpoint.saving.exchange import CONTROL, VALUES, Exchange, Listener
 from griffin.trainer.checkpoint.saving.saver import Saver
+from griffin.trainer.checkpoint.steps import steps
 from tests import saving_process
 from tests.saving import Layout, Team, assert_holds, random_state
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec
-from griffin.trainer.checkpoint.manifest import newest_complete
 from griffin.trainer.checkpoint.saving import saver as saver_module
 from griffin.trainer.checkpoint.saving.saver import Outcome
+from griffin.trainer.checkpoint.steps import newest_complete
 from tests import saving_process
 from tests.saving import Layout, State, Team, assert_holds, random_state
 

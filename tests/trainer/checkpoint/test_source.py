@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from griffin.trainer.checkpoint.manifest import CheckpointError, step_name
+from griffin.trainer.checkpoint.manifest import CheckpointError
 from griffin.trainer.checkpoint.source import (
     FRESH,
     INIT_FROM,
@@ -18,6 +18,7 @@ from griffin.trainer.checkpoint.source import (
     find_source,
     refuse_other_model,
 )
+from griffin.trainer.run.folder import step_name
 from tests.checkpoints import MODEL_CONFIG, config_json, make_checkpoint
 
 

@@ -19,11 +19,11 @@ import zarr
 
 from griffin.parallel import sharding
 from griffin.parallel.world.ranks import Ranks
-from griffin.trainer.checkpoint.manifest import Manifest, read_manifest, step_name
+from griffin.trainer.checkpoint.manifest import Manifest, read_manifest
 from griffin.trainer.checkpoint.manifest import _to_text as to_text
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.health.spikes import SpikeError
-from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.folder import RunFolder, step_name
 from griffin.trainer.settings.config import Config, load_config
 from griffin.trainer.step import Training
 from tests.ranks import RankError, RankPool

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from griffin.parallel.world.grid import rank_grid, single_rank_grid
-from griffin.trainer.checkpoint.manifest import steps
+from griffin.trainer.checkpoint.steps import steps
 from griffin.trainer.measuring.peak import best_seconds, measured_tflops
 from griffin.trainer.preflight.judge import Judge, checkpoint_bytes
 from griffin.trainer.preflight.links import Exchanges, Link, link_rounds, pattern, ring_rounds

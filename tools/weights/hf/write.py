@@ -25,7 +25,7 @@ from griffin.tools.weights.hf.folder import INDEX, WEIGHTS
 from griffin.tools.weights.hf.names import gate_heads, transformers_axes, transformers_name, transformers_settings
 from griffin.tools.weights.tokenizer import Companions, find_companions
 from griffin.trainer.checkpoint.arrays import CHUNK_BYTES, MODEL, ArraySpec, Box, numpy_dtype, shape_of, whole
-from griffin.trainer.checkpoint.manifest import resolve
+from griffin.trainer.checkpoint.steps import resolve
 from griffin.trainer.checkpoint.zarr_io import synchronise
 
 # Keys of a config.json that mean what `transformers_settings` states by other names.

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from griffin.trainer.checkpoint.arrays import ArraySpec
-from griffin.trainer.checkpoint.manifest import Manifest, begin, clean, commit, retain, step_name
+from griffin.trainer.checkpoint.manifest import Manifest, begin, commit
 from griffin.trainer.checkpoint.saving.exchange import CONNECT_SECONDS, CONTROL, Channel, Exchange, NoAnswerError
+from griffin.trainer.checkpoint.steps import clean, retain
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord
+from griffin.trainer.run.folder import step_name
 from griffin.trainer.run.lock import holds, is_taken_over
 
 SIGN_OF_LIFE_SECONDS = 5.0

@@ -23,7 +23,7 @@ import numpy as np
 from griffin.trainer.checkpoint.plan import SavePlan
 from griffin.trainer.checkpoint.saving.coordinator import Target, standing
 from griffin.trainer.checkpoint.saving.memory import Request, memory_left, shortages
-from griffin.trainer.checkpoint.saving.process import ROWS, Alive, Begun, Ended, Order, Ready, Setup
+from griffin.trainer.checkpoint.saving.protocol import ROWS, Alive, Begun, Ended, Order, Ready, Setup
 
 START_SECONDS = 60.0  # patience with a saving process that starts; it takes below one
 END_SECONDS = 5.0  # and with one that ends, before it is killed

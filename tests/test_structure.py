@@ -1,0 +1,124 @@
+"""The structure of the code: imports point one way on every level, without circles; folders and files stay small."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# By floor: the floors that it may import. `trainer.settings` and `data` describe runs that `launch` starts.
+FLOORS = {
+    "kernels": set(),
+    "parallel": {"kernels"},
+    "launch": {"parallel"},
+    "trainer": {"parallel", "kernels"},
+    "tools": {"trainer", "launch", "parallel", "kernels"},
+}
+MOST_FILES, MOST_LINES = 14, 400
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the product, such as "trainer.run.folder", and its file."""
+    files = (file for floor in FLOORS for file in (ROOT / floor).rglob("*.py"))
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+MODULES = modules()
+
+
+def imported(file: Path) -> Iterator[str]:
+    """The modules of the product that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [str(node.module)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found = [name.removeprefix("griffin.") for name in names if name.startswith("griffin.")]
+        yield from (name for name in found if name in MODULES)
+
+
+def is_package(name: str) -> bool:
+    return MODULES[name].name == "__init__.py"
+
+
+def imports() -> dict[str, set[str]]:
+    """By module. An import from a package's folder is that of a module in it, where it is one."""
+    graph = {}
+    for name, file in MODULES.items():
+        found = set(imported(file)) - {name}
+        graph[name] = {
+            each for each in found if not (is_package(each) and any(o.startswith(f"{each}.") for o in found))
+        }
+    return graph
+
+
+IMPORTS = imports()
+
+
+def room(name: str) -> str:
+    """The folder of a module, such as "trainer.run"; a module that lies on a floor itself is a room of its own."""
+    folder = ".".join(MODULES[name].relative_to(ROOT).parts[:-1])
+    return name if folder in FLOORS else folder
+
+
+def assert_no_circle(graph: Mapping[str, set[str]]) -> None:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports go in a circle: {' -> '.join(reversed(error.args[1]))}")
+
+
+def test_files_import_in_no_circle() -> None:
+    assert_no_circle(IMPORTS)
+
+
+def test_rooms_import_in_no_circle() -> None:
+    rooms: dict[str, set[str]] = {}
+    for name, found in IMPORTS.items():
+        # A folder's rooms stand between its own files: `checkpoint.checkpoints` -> `saving` -> `checkpoint.plan`.
+        outside = {room(each) for each in found if not is_within(room(each), room(name))}
+        rooms.setdefault(room(name), set()).update(outside)
+    assert_no_circle(rooms)
+
+
+def is_within(one: str, other: str) -> bool:
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def test_floors_import_those_below() -> None:
+    for name, found in IMPORTS.items():
+        floor = name.partition(".")[0]
+        for each in found:
+            assert each.partition(".")[0] in FLOORS[floor] | {floor}, f"{name} imports {each}"
+
+
+def test_commands_are_the_top_of_the_tools() -> None:
+    """common <- the rooms <- commands <- cli."""
+    for name, found in IMPORTS.items():
+        for each in found:
+            if name.startswith("tools.") and each.startswith("tools."):
+                assert height(each) <= height(name), f"{name} imports {each}"
+
+
+def height(name: str) -> int:
+    return {"common": 0, "commands": 2, "cli": 3}.get(name.split(".")[1], 1)
+
+
+def test_rules_of_this_test_can_fail() -> None:
+    with pytest.raises(pytest.fail.Exception, match="circle"):
+        assert_no_circle({"a": {"b"}, "b": {"a"}})
+    assert "trainer.step" in IMPORTS["trainer.loop"]
+    assert len(MODULES) > 100
+
+
+def test_folders_and_files_are_small() -> None:
+    for folder in {file.parent for file in MODULES.values()}:
+        assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
+    long = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
+    assert {name: lines for name, lines in long.items() if lines > MOST_LINES} == {}
