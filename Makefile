@@ -50,7 +50,8 @@ test: setup
 	$(BIN)/python -m pytest $(AT_ONCE)
 
 test-all: setup
-	$(BIN)/python -m pytest $(AT_ONCE) -m ''
+	$(BIN)/python -m pytest $(AT_ONCE) -m 'not alone'
+	$(BIN)/python -m pytest -m alone
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

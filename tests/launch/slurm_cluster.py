@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_suffix(".sh")
 PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "munged", "ip", "unshare", "setsid")
 # Not /tmp nor /dev/shm, of which every node has its own.
 SHARED_FOLDER = Path("/var/tmp")
-PATIENCE = 120.0  # seconds; the slowest, the start of a job on two nodes, takes 15 on an idle machine
+PATIENCE = 300.0  # seconds; the slowest, the start of a job on two nodes, takes 15 on an idle machine
 
 
 def why_not() -> str:

@@ -25,6 +25,10 @@ if reason := why_not():
 LAYOUT = ["--parallel.tensor=2", "--train.micro_batch=4"]  # data 2 on four ranks
 
 
+# Jobs of several processes on each of two nodes of this machine.
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with running_cluster() as cluster:
@@ -43,7 +47,6 @@ def config(cluster: Cluster) -> Path:
     return write_config(cluster.folder)
 
 
-@pytest.mark.slow
 def test_job_trains_on_two_nodes(cluster: Cluster, config: Path) -> None:
     """The script as it is written, TP 2 x DP 2: ranks of another node do not find localhost."""
     run_dir = cluster.folder / "smoke"
@@ -64,7 +67,6 @@ def test_job_trains_on_two_nodes(cluster: Cluster, config: Path) -> None:
     assert "start 1 on n[1-2]; newest checkpoint: none" in cluster.output(number)
 
 
-@pytest.mark.slow
 def test_job_without_exports_runs_its_own_code(cluster: Cluster, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SBATCH_EXPORT=NONE, as some sites set it."""
     run_dir = cluster.folder / "no_exports"
@@ -138,7 +140,6 @@ def report(what: str, seconds: float) -> None:
     print(f"{what}: {seconds:.1f} s")
 
 
-@pytest.mark.slow
 def test_signal_saves_requeues_and_goes_on(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
     run_dir = cluster.folder / "signal"
     number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS, "--snapshot")
@@ -159,7 +160,6 @@ def test_signal_saves_requeues_and_goes_on(cluster: Cluster, config: Path, unint
     assert not list((run_dir / "launch").glob("*.failures"))
 
 
-@pytest.mark.slow
 def test_goes_on_in_another_layout(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
     """From tensor 2 x data 2 on two nodes to pipeline 2 on one."""
     run_dir = cluster.folder / "layout"
@@ -174,7 +174,6 @@ def test_goes_on_in_another_layout(cluster: Cluster, config: Path, uninterrupted
     assert series(run_dir, "loss") == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_chain_and_cancel(cluster: Cluster, config: Path) -> None:
     """A cancelled job saves and stays away; the next of its chain completes the run; the last finds nothing to do."""
     run_dir = cluster.folder / "chain"
@@ -194,7 +193,6 @@ def test_chain_and_cancel(cluster: Cluster, config: Path) -> None:
     assert cluster.job(first)["Restarts"] == "0"
 
 
-@pytest.mark.slow
 def test_preempted_job_saves_and_goes_on(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
     run_dir = cluster.folder / "preempted"
     number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS)
@@ -209,7 +207,6 @@ def test_preempted_job_saves_and_goes_on(cluster: Cluster, config: Path, uninter
     assert len(logged) == STEPS  # what had been done was saved
 
 
-@pytest.mark.slow
 def test_killed_rank(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
     run_dir = cluster.folder / "killed"
     number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS)
@@ -222,7 +219,6 @@ def test_killed_rank(cluster: Cluster, config: Path, uninterrupted: Path) -> Non
     same_losses(run_dir, uninterrupted)
 
 
-@pytest.mark.slow
 def test_power_cut_of_a_node(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
     run_dir = cluster.folder / "power"
     number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS)
@@ -235,7 +231,6 @@ def test_power_cut_of_a_node(cluster: Cluster, config: Path, uninterrupted: Path
     same_losses(run_dir, uninterrupted)
 
 
-@pytest.mark.slow
 def test_no_progress_ends_the_job(cluster: Cluster, config: Path) -> None:
     """Ranks that fail in the same way each time: here their interpreter ends, but for the dry run."""
     run_dir, python = cluster.folder / "failing", cluster.folder / "python"
@@ -248,7 +243,6 @@ def test_no_progress_ends_the_job(cluster: Cluster, config: Path) -> None:
     assert "2 times in a row with no checkpoint newer than none: not tried again" in cluster.output(number)
 
 
-@pytest.mark.slow
 def test_full_disk(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
     """Saves fail, and are said to; training goes on, and saves again once there is room."""
     run_dir, filler = cluster.folder / "full", cluster.small / "filler"
@@ -271,7 +265,6 @@ def test_full_disk(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
     same_losses(run_dir, uninterrupted)
 
 
-@pytest.mark.slow
 def test_hung_rank_is_named(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
     run_dir = cluster.folder / "hung"
     number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS, "--health.hang_seconds=10")
@@ -316,7 +309,6 @@ def batch(cluster: Cluster, config: Path, run_dir: Path, command: str, *settings
     return job, cluster.output(number)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "source"),
     [
@@ -333,7 +325,6 @@ def test_mpi_and_srun_train(cluster: Cluster, config: Path, mpiexec: Path, comma
     assert (environment["launched_by"], environment["world_size"]) == (source, 4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "setting", "message"),
     [
@@ -364,7 +355,6 @@ def mpiexec() -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_slurm_accepts_a_job_for_gpus(cluster: Cluster, config: Path) -> None:
     """As far as `sbatch --test-only` goes: two nodes of two GPUs are there, sixteen of eight are not."""
     run_dir = cluster.folder / "gpus"
