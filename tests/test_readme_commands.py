@@ -29,7 +29,7 @@ from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig
 from griffin.tools.cli import COMMANDS, main
 from griffin.tools.weights.imported import model_tensors
 from griffin.trainer.run.folder import RunFolder
-from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.complete import load_config
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ import torch
 from griffin.parallel import sharding
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
 from griffin.parallel.world.grid import rank_grid
-from griffin.trainer.settings.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from griffin.trainer.settings.sections import Config, DataConfig, OptimizerConfig, TrainConfig
 from griffin.trainer.step import Training
 from tests.closeness import assert_all_close
 from tests.ranks import RankPool

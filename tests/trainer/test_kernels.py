@@ -10,7 +10,7 @@ import torch
 
 from griffin.parallel.config import ATTENTION, RECURRENT, ParallelConfig
 from griffin.parallel.world.grid import rank_grid
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.step import Training
 from tests.kernels.interpreter import needs_interpreter
 from tests.parallel.test_layouts import global_batch, make_config

@@ -28,7 +28,8 @@ from griffin.trainer.checkpoint.arrays import (
     state_arrays,
 )
 from griffin.trainer.checkpoint.plan import ChunkPlan, Member, Parameter, Shard, plan_chunks
-from griffin.trainer.settings.config import Config, load_config
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.settings.validate import validate
 
 if TYPE_CHECKING:

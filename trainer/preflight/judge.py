@@ -17,7 +17,7 @@ from griffin.trainer.preflight.links import AllReduce, Exchanges, Link
 from griffin.trainer.preflight.machine import GIB, Machine, Rates
 from griffin.trainer.preflight.meeting import Place, PreflightError, name_ranks
 from griffin.trainer.run.folder import changed_settings
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 
 DEVICE_SHARE = 0.7  # of the median rate of devices of a name, below which one is an outlier
 LINK_SHARE = 0.5  # of the usual bandwidth of links of a kind

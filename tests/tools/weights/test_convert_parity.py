@@ -18,7 +18,8 @@ from griffin.tools.weights.hf.names import from_transformers
 from griffin.trainer.checkpoint.manifest import check
 from griffin.trainer.checkpoint.source import InitFrom
 from griffin.trainer.checkpoint.state import ShardedState
-from griffin.trainer.settings.config import Config, DataConfig, OptimizerConfig, TrainConfig, load_config
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.sections import Config, DataConfig, OptimizerConfig, TrainConfig
 from griffin.trainer.step import Training
 from tests.closeness import assert_all_close
 from tests.parallel.test_transformers_parity import main_gradient

@@ -25,7 +25,7 @@ from griffin.trainer.checkpoint.checkpoints import Checkpoints, Position
 from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.checkpoint.source import OWN, Source
 from griffin.trainer.run.folder import step_name
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.step import Training
 from tests.closeness import assert_all_close
 from tests.parallel.test_layouts import LAYOUTS, LEARNING_RATE, RANKS, make_config, micro_batches

@@ -19,7 +19,7 @@ from griffin.parallel.world.ranks import Ranks
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.health.stragglers import Layout, Stragglers, Work
 from griffin.trainer.loop import train
-from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.complete import load_config
 from griffin.trainer.step import Training
 from tests.ranks import RankPool
 from tests.small_runs import metrics, write_config

@@ -34,7 +34,8 @@ from griffin.trainer.health.rank_state import Collective, RankState
 from griffin.trainer.health.watchdog import Watchdog, _Alarm
 from griffin.trainer.reporting.report import Report
 from griffin.trainer.run.folder import RunFolder
-from griffin.trainer.settings.config import Config, load_config
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.step import Training
 from tests.ranks import RankPool
 from tests.small_runs import PATIENCE, Watch, launch, metrics, run, saved_files, series, wait_until_saved, write_config

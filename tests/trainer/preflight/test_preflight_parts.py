@@ -20,7 +20,8 @@ from griffin.trainer.preflight.judge import Judge, checkpoint_bytes
 from griffin.trainer.preflight.links import Exchanges, Link, link_rounds, pattern, ring_rounds
 from griffin.trainer.preflight.machine import GIB, code_digest, nvml_state, occupied, product_fault
 from griffin.trainer.preflight.meeting import Place, PreflightError, name_ranks
-from griffin.trainer.settings.config import Config, load_config
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.sections import Config
 from tests.ranks import RankPool
 from tests.small_runs import run, write_config
 
