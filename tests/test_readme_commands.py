@@ -221,7 +221,7 @@ def convert(words: list[str]) -> None:
 def convert_deepmind(words: list[str]) -> None:
     from safetensors.torch import load_file
 
-    from tests.tools.weights.test_convert_deepmind import flax_tree, plain, save_orbax
+    from tests.deepmind_models import flax_tree, plain, save_orbax
 
     layers = len(MODEL.pattern)
     (weights,) = Path("recurrentgemma-2b").glob("*.safetensors")

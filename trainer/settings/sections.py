@@ -199,7 +199,7 @@ def _fill_schedule(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
     """`optimizer` with the defaults that follow from its other settings and the number of steps."""
     warmup = optimizer.warmup_steps if optimizer.warmup_steps is not None else max(0, min(1000, steps // 10))
     decay = {"constant": 0, "wsd": max(1, steps // 5)}.get(optimizer.schedule, max(1, steps - warmup))
-    defaults = {
+    defaults: dict[str, Any] = {
         "min_learning_rate": optimizer.learning_rate / 10,
         "warmup_steps": warmup,
         "decay_steps": decay,

@@ -37,7 +37,7 @@ from griffin.trainer.settings.presets import preset
 from griffin.trainer.settings.sections import Config, DataConfig, OptimizerConfig, TrainConfig
 from griffin.trainer.settings.validate import validate
 from griffin.trainer.step import Training
-from tests.parallel.test_layouts import LAYOUTS, make_config
+from tests.layouts import LAYOUTS, make_config
 from tests.ranks import RankPool
 
 MIB = 2**20

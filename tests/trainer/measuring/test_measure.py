@@ -14,7 +14,7 @@ from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world.grid import rank_grid
 from griffin.trainer.measuring.norms import KINDS, data_parallel_imbalance, kind, kinds, pipeline_bubble
 from griffin.trainer.step import Training
-from tests.parallel.test_layouts import LAYOUTS, RANKS, make_config, micro_batches
+from tests.layouts import LAYOUTS, RANKS, make_config, micro_batches
 from tests.ranks import RankPool
 
 STEPS = 3
