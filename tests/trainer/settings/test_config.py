@@ -76,9 +76,9 @@ def test_defaults_are_those_of_python(load) -> None:
         pattern=("recurrent", "attention"), width=32, recurrent_width=64, heads=2, head_dim=16, vocabulary=300
     )
     assert load(MODEL) == Config(model=model)
-    stated = {"schedule": "wsd", "learning_rate": 1e-2}
     lines = '[train]\nsteps = 300\n[optimizer]\nschedule = "wsd"\nlearning_rate = 1e-2\n'
-    expected = Config(model=model, optimizer=OptimizerConfig(**stated), train=TrainConfig(steps=300))
+    optimizer = OptimizerConfig(schedule="wsd", learning_rate=1e-2)
+    expected = Config(model=model, optimizer=optimizer, train=TrainConfig(steps=300))
     assert load(MODEL + lines) == expected
     assert None not in dataclasses.asdict(expected)["optimizer"].values()
 

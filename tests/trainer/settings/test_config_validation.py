@@ -177,6 +177,8 @@ def test_refused(settings: dict[str, Any], world_size: int, message: str) -> Non
 @pytest.mark.parametrize("setting", [name for name, about in SETTINGS.items() if type(about.least) is int])
 def test_bounds(setting: str) -> None:
     least, most = SETTINGS[setting].least, SETTINGS[setting].most
+    assert least is not None
+    assert most is not None
     for value, accepted in ((least - 1, f"at least {least}"), (most + 1, f"at most {most}")):
         with pytest.raises(ValueError, match=f"^{re.escape(setting)} = {value}: must be {accepted}$"):
             validate(changed({setting: value}), 1)
