@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from griffin.parallel.setting import about, setting
 
 RECURRENT = "recurrent"
 ATTENTION = "attention"
@@ -15,6 +17,7 @@ INITS = ("jax", "torch")
 RECOMPUTES = ("none", "states", "mixer", "mlp", "block")
 
 CONV_WIDTH = 4
+MOST_VOCABULARY = 2**24
 VOCABULARY_MULTIPLE = 128
 # Divisible by every tensor-parallel size up to 8 and by 10, 12, 14, 15, 16, 20, 32, 64.
 MOST_ATOMS = 6720
@@ -32,18 +35,32 @@ class ModelConfig:
     `pattern` names the temporal mixer of each block, first block first.
     """
 
-    pattern: tuple[str, ...]
-    width: int  # D
-    recurrent_width: int  # R, the paper's D_RNN
-    heads: int  # H query heads; there is one key/value head
-    head_dim: int
-    gate_blocks: int = 16  # diagonal blocks of each RG-LRU gate
-    mlp_expansion: int = 3
-    window: int = 1024  # keys that a query of local attention sees, itself included
-    vocabulary: int = 256_000
-    scale_embedding: bool = False  # multiply embeddings by sqrt(D), rounded to bfloat16
-    logit_soft_cap: float = 0.0  # c of c * tanh(x / c); 0 is off
-    init: str = "jax"  # which published initialisation the gates and the MLP input follow
+    pattern: tuple[str, ...] = field(
+        metadata=about('mixer of each block: a list of `"recurrent"`, `"attention"`, `"global_attention"`')
+    )
+    width: int = field(metadata=about("D, the residual stream", least=1, most=2**20))
+    recurrent_width: int = field(metadata=about("R, channels of the recurrence", least=1, most=2**20))
+    heads: int = field(metadata=about("query heads; there is one key/value head", least=1, most=2**12))
+    head_dim: int = field(metadata=about("width of each head, a multiple of 4", least=1, most=2**12))
+    gate_blocks: int = setting(
+        16, "diagonal blocks of each RG-LRU gate; the tensor size divides it", least=1, most=2**12
+    )
+    mlp_expansion: int = setting(3, "MLP width over D", least=1, most=2**8)
+    window: int = setting(1024, "keys that local attention sees, the query's own included", least=1, most=2**24)
+    vocabulary: int = setting(
+        None,
+        f"tokens; padded in memory to a multiple of {VOCABULARY_MULTIPLE}",
+        least=1,
+        most=MOST_VOCABULARY,
+        default_means="of the data",
+    )
+    scale_embedding: bool = setting(False, "multiply embeddings by sqrt(D), rounded to bfloat16")
+    logit_soft_cap: float = setting(0.0, "c of c tanh(logits / c); 0 is off", least=0.0, most=1e30, off=True)
+    init: str = setting(
+        "jax",
+        'standard deviations of gates and MLP input as in DeepMind\'s `"jax"` or `"torch"` code',
+        choices=INITS,
+    )
 
     @property
     def blocks(self) -> int:
@@ -71,11 +88,17 @@ class ModelConfig:
 class ParallelConfig:
     """How the model is laid out over ranks. The data-parallel size is what the world size leaves."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1  # stages that each pipeline rank holds (interleaved schedule where > 1)
-    sequence_parallel: bool = False
-    stages: tuple[int, ...] = ()  # blocks of each of the pipeline x virtual stages in model order; () balances cost
+    tensor: int = setting(1, "ranks that share every block", least=1, most=2**12)
+    pipeline: int = setting(1, "ranks that share the blocks", least=1, most=2**12)
+    virtual_pipeline: int = setting(
+        1, "stages per pipeline rank; more than 1 interleaves their schedules", least=1, most=2**12
+    )
+    sequence_parallel: bool = setting(False, "shard activations between blocks over tensor ranks")
+    stages: tuple[int, ...] = setting(
+        (),
+        "blocks of each of the pipeline x virtual stages, in model order",
+        default_means="by cost",
+    )
 
     @property
     def model_ranks(self) -> int:

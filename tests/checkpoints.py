@@ -28,7 +28,7 @@ from griffin.trainer.checkpoint.arrays import (
 )
 from griffin.trainer.checkpoint.manifest import Manifest, commit
 from griffin.trainer.checkpoint.zarr_io import create_array
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 
 BLOCKS = 4
 WIDTH = 8

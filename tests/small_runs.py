@@ -29,7 +29,7 @@ from griffin.trainer.data.dataset import Samples
 from griffin.trainer.data.prefix import read_info
 from griffin.trainer.loop import train
 from griffin.trainer.run.folder import RunFolder, step_name
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.step import Training
 from tests import saving_process
 from tests.data_sets import write_prefix

@@ -34,7 +34,7 @@ from griffin.trainer.data.tokenizer import load_tokenizer
 from griffin.trainer.reporting.goodput import Goodput
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.lock import _machine, refuse_if_held
-from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.validate import validate
 from tests.small_steps import ARRAYS, save_step
 

@@ -29,7 +29,7 @@ from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig
 from griffin.tools.cli import COMMANDS, main
 from griffin.tools.weights.imported import model_tensors
 from griffin.trainer.run.folder import RunFolder
-from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.complete import load_config
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -221,7 +221,7 @@ def convert(words: list[str]) -> None:
 def convert_deepmind(words: list[str]) -> None:
     from safetensors.torch import load_file
 
-    from tests.tools.weights.test_convert_deepmind import flax_tree, plain, save_orbax
+    from tests.deepmind_models import flax_tree, plain, save_orbax
 
     layers = len(MODEL.pattern)
     (weights,) = Path("recurrentgemma-2b").glob("*.safetensors")

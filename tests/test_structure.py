@@ -122,3 +122,24 @@ def test_folders_and_files_are_small() -> None:
         assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
     long = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
     assert {name: lines for name, lines in long.items() if lines > MOST_LINES} == {}
+
+
+def test_tests_import_no_test_module() -> None:
+    """What several need is a module of its own, which is collected by none."""
+    found = []
+    for file in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            found += [f"{file}: {name}" for name in names if is_test_module(name)]
+    assert found == []
+    assert is_test_module("tests.test_structure")
+
+
+def is_test_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+    return name.startswith("tests.") and path.name.startswith("test_") and path.is_file()

@@ -31,7 +31,7 @@ from griffin.trainer.run.folder import RunFolder, describe_environment
 from griffin.trainer.run.lock import RunLock
 from griffin.trainer.run.signals import StopRequests
 from griffin.trainer.run.tokenizer_copy import keep_tokenizer
-from griffin.trainer.settings.config import Config, OptimizerConfig
+from griffin.trainer.settings.sections import Config, OptimizerConfig
 from griffin.trainer.step import Batch, Training
 
 

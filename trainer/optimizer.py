@@ -14,7 +14,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from griffin.parallel import host
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 
 _STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 

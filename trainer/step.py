@@ -27,7 +27,7 @@ from griffin.trainer.measuring import norms as measures
 from griffin.trainer.measuring.clock import StepClock, StepTimes
 from griffin.trainer.measuring.rglru_health import Health, Observation
 from griffin.trainer.optimizer import build_optimizer, build_schedule
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 
 Batch = Mapping[str, Tensor]
 

@@ -9,7 +9,7 @@ from griffin.parallel.config import ModelConfig
 from griffin.parallel.sharding import named_pieces
 from griffin.parallel.stage import meta_stage, stage_blocks
 from griffin.parallel.world.grid import Grid
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 
 
 def summarize(config: Config, world_size: int, grid: Grid) -> str:

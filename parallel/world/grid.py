@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from griffin.parallel import host
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world.affinity import stay_near
+from griffin.parallel.world.axes import Axes, rank_name
 from griffin.parallel.world.messages import seal, unseal
 from griffin.parallel.world.ranks import OtherRankError, Ranks
 
@@ -32,22 +33,44 @@ START_SECONDS = 15 * 60.0  # for a thousand ranks to connect, which takes a minu
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A rank's place. Ranks are numbered tensor first, then data, then pipeline, as in megatron-core."""
+    """A rank's place, and the groups that it is in."""
 
     rank: int
-    world_size: int
-    tensor_rank: int
-    tensor_size: int
-    pipeline_rank: int
-    pipeline_size: int
-    data_rank: int
-    data_size: int
+    axes: Axes
     tensor_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
     embedding_group: dist.ProcessGroup | None  # first and last stage; None on other stages and where there is one stage
     device: torch.device
     store: dist.Store
     key: bytes = field(default=b"", repr=False)  # that ranks sign with what they put into the store
+
+    @property
+    def world_size(self) -> int:
+        return self.axes.world_size
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.axes.coordinate(self.rank, "tensor")
+
+    @property
+    def tensor_size(self) -> int:
+        return self.axes.size("tensor")
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.axes.coordinate(self.rank, "pipeline")
+
+    @property
+    def pipeline_size(self) -> int:
+        return self.axes.size("pipeline")
+
+    @property
+    def data_rank(self) -> int:
+        return self.axes.coordinate(self.rank, "data")
+
+    @property
+    def data_size(self) -> int:
+        return self.axes.size("data")
 
     @property
     def is_first_rank(self) -> bool:
@@ -207,7 +230,7 @@ def _starting() -> Iterator[None]:
 
 def _agree_on_backend(store: dist.Store, ranks: Ranks, backend: str) -> None:
     """A rank whose GPUs have failed falls back to gloo: NCCL of the others would wait for it without end."""
-    name, mine = "griffin/backend", f"rank {ranks.rank} on {socket.gethostname()}"
+    name, mine = "griffin/backend", rank_name(ranks.rank, socket.gethostname())
     sealed = seal(ranks.key, name, (backend == "nccl", mine))
     found = store.compare_set(name, "", sealed)  # type: ignore[arg-type]  # it takes bytes as well
     on_gpu, other = unseal(ranks.key, name, found, tuple[bool, str])
@@ -295,23 +318,22 @@ def _model_parallel(layout: ParallelConfig, timeout: datetime.timedelta) -> Iter
 
 def _read(device: torch.device, store: dist.Store, key: bytes = b"") -> Grid:
     """Read megatron-core's global state once; everything else is handed a Grid."""
-    tensor, pipeline = (
-        parallel_state.get_tensor_model_parallel_group(),
-        parallel_state.get_pipeline_model_parallel_group(),
-    )
-    data = parallel_state.get_data_parallel_group()
+    groups = {
+        "tensor": parallel_state.get_tensor_model_parallel_group(),
+        "data": parallel_state.get_data_parallel_group(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+    }
+    rank, axes = dist.get_rank(), Axes.of(**{axis: group.size() for axis, group in groups.items()})
+    assert axes.world_size == dist.get_world_size(), axes
+    for axis, group in groups.items():
+        assert axes.coordinate(rank, axis) == group.rank(), (axis, rank, axes)
+    is_pipelined = axes.size("pipeline") > 1
     return Grid(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        tensor_rank=tensor.rank(),
-        tensor_size=tensor.size(),
-        pipeline_rank=pipeline.rank(),
-        pipeline_size=pipeline.size(),
-        data_rank=data.rank(),
-        data_size=data.size(),
-        tensor_group=tensor,
-        data_group=data,
-        embedding_group=parallel_state.get_embedding_group(check_initialized=False) if pipeline.size() > 1 else None,
+        rank=rank,
+        axes=axes,
+        tensor_group=groups["tensor"],
+        data_group=groups["data"],
+        embedding_group=parallel_state.get_embedding_group(check_initialized=False) if is_pipelined else None,
         device=device,
         store=store,
         key=key,

@@ -19,8 +19,8 @@ import pytest
 import torch.distributed as dist
 
 from griffin.parallel.world.ranks import HUNG, LOOPBACK, STOPPED
-from tests.parallel.test_messages import Bomb, sockets_of
 from tests.small_runs import saved_steps, write_config
+from tests.strangers import Bomb, sockets_of
 
 ROOT = Path(__file__).parents[2]
 LISTENS = "0A"

@@ -19,7 +19,7 @@ from griffin.parallel.mlp import MLP
 from griffin.parallel.sharding import initialize
 from griffin.parallel.world.grid import rank_grid
 from griffin.trainer.step import Training
-from tests.parallel.test_layouts import make_config, micro_batches
+from tests.layouts import make_config, micro_batches
 from tests.ranks import RankPool
 
 T, B = 32, 2

@@ -20,18 +20,9 @@ from griffin.trainer.preflight import meeting
 from griffin.trainer.preflight.links import Exchanges, Link
 from griffin.trainer.preflight.meeting import Meeting, Place, PreflightError
 from tests.ranks import RankPool
+from tests.strangers import Bomb, sockets_of
 
 KEY = b"k" * 32
-
-
-class Bomb:
-    """Makes a file where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize(
@@ -96,16 +87,6 @@ def listening(inodes: set[str]) -> set[str]:
             if fields[3] == "0A" and fields[9] in inodes:
                 found.add(fields[1].partition(":")[0])
     return found
-
-
-def sockets_of(pid: int) -> set[str]:
-    links = []
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            links.append(os.readlink(entry))
-        except OSError:  # closed meanwhile
-            continue
-    return {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
 
 
 def test_a_local_store_listens_on_the_loopback_interface_alone() -> None:

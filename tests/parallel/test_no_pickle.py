@@ -14,8 +14,8 @@ from griffin.parallel.sharding import _Described, _read_parts
 from griffin.parallel.world.grid import gather_bytes, rank_grid
 from griffin.parallel.world.messages import ForgedError, seal
 from griffin.parallel.world.ranks import Ranks
-from tests.parallel.test_messages import Bomb
 from tests.ranks import RankPool
+from tests.strangers import Bomb
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("kernels", "parallel", "trainer", "tools", "launch")

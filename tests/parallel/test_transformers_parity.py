@@ -8,33 +8,23 @@ import pytest
 import torch
 
 from griffin.parallel import sharding
-from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelConfig
+from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world.grid import rank_grid
 from griffin.tools.weights.hf.names import from_transformers, transformers_settings
-from griffin.trainer.settings.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from griffin.trainer.settings.sections import Config, DataConfig, OptimizerConfig, TrainConfig
 from griffin.trainer.step import Training
 from tests.closeness import assert_all_close
+from tests.converted_models import FIVE_BLOCKS
+from tests.layouts import main_gradient
 from tests.ranks import RankPool
 
-MODEL = ModelConfig(
-    pattern=(RECURRENT, RECURRENT, ATTENTION, RECURRENT, RECURRENT),  # 5 blocks: not a multiple of 3
-    width=32,
-    recurrent_width=48,
-    heads=4,
-    head_dim=16,
-    gate_blocks=4,
-    window=12,
-    vocabulary=200,
-    scale_embedding=True,
-    logit_soft_cap=30.0,
-)
 BATCH, SEQUENCE = 2, 40
 
 
 def batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     # Not token 0: transformers drops its gradient as padding.
-    tokens = torch.randint(1, MODEL.vocabulary, (BATCH, SEQUENCE + 1), generator=generator)
+    tokens = torch.randint(1, FIVE_BLOCKS.vocabulary, (BATCH, SEQUENCE + 1), generator=generator)
     return {
         "tokens": tokens[:, :-1],
         "labels": tokens[:, 1:].contiguous(),
@@ -46,7 +36,7 @@ def batch() -> dict[str, torch.Tensor]:
 def oracle(names: list[str]) -> dict[str, Any]:
     from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
-    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**transformers_settings(MODEL))).float().train()
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**transformers_settings(FIVE_BLOCKS))).float().train()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -67,13 +57,9 @@ def oracle(names: list[str]) -> dict[str, Any]:
     }
 
 
-def main_gradient(parameter: Any) -> torch.Tensor:
-    return parameter.main_grad
-
-
 def run(ranks: Any, layout: ParallelConfig, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     config = Config(
-        model=MODEL,
+        model=FIVE_BLOCKS,
         parallel=layout,
         data=DataConfig(sequence_length=SEQUENCE),
         optimizer=OptimizerConfig(warmup_steps=0, decay_steps=1),
@@ -101,7 +87,7 @@ def canonical_names(ranks: Any) -> list[str]:
     from griffin.parallel.stage import meta_stage
 
     with rank_grid(ParallelConfig(), ranks) as grid:
-        return [piece.name for piece, _ in sharding.named_pieces([meta_stage(MODEL, grid)])]
+        return [piece.name for piece, _ in sharding.named_pieces([meta_stage(FIVE_BLOCKS, grid)])]
 
 
 @pytest.mark.parametrize(
@@ -118,8 +104,8 @@ def test_logits_loss_and_gradients(rank_pool: RankPool, expected: dict[str, Any]
     logits = torch.cat([answer["logits"] for answer in answers], dim=-1).transpose(0, 1)
     assert expected["logits"].abs().max() > 3
     # float32 over 5 blocks, sums in another order: 3e-6 was seen, on logits up to 4.7.
-    torch.testing.assert_close(logits[..., : MODEL.vocabulary], expected["logits"], rtol=0, atol=3e-5)
-    assert (logits[..., MODEL.vocabulary :] == float("-inf")).all()
+    torch.testing.assert_close(logits[..., : FIVE_BLOCKS.vocabulary], expected["logits"], rtol=0, atol=3e-5)
+    assert (logits[..., FIVE_BLOCKS.vocabulary :] == float("-inf")).all()
     for answer in answers:
         torch.testing.assert_close(answer["loss"], expected["loss"], rtol=1e-6, atol=0)
         for name, gradient in expected["gradients"].items():

@@ -22,7 +22,7 @@ from griffin.tools.cli import COMMANDS, main, report, split_overrides
 from griffin.trainer.checkpoint.source import InitFrom
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.lock import RunLock
-from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.complete import load_config
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import pytest
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT
 from griffin.parallel.world.grid import Grid, single_rank_grid
 from griffin.tools.cli import main
-from griffin.trainer.settings.config import CONFIGS
+from griffin.trainer.settings.load import CONFIGS
 from griffin.trainer.settings.presets import PRESETS, preset
 from griffin.trainer.summary import count_parameters, describe_pattern
 from tests.data_sets import write_prefix

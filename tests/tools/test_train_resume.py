@@ -17,7 +17,8 @@ from griffin.parallel.world.ranks import STOPPED
 from griffin.tools.cli import main
 from griffin.trainer.checkpoint.manifest import verify
 from griffin.trainer.checkpoint.steps import newest_complete
-from griffin.trainer.settings.config import Config, load_config
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.sections import Config
 from tests.small_runs import (
     Watch,
     launch,

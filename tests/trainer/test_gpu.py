@@ -18,7 +18,7 @@ import json, sys
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world.grid import single_rank_grid
 from griffin.trainer.step import Training
-from tests.parallel.test_layouts import make_config, micro_batches
+from tests.layouts import make_config, micro_batches
 
 config = make_config(sys.argv[1], ParallelConfig(), dtype=sys.argv[2])
 with single_rank_grid() as grid:
@@ -36,8 +36,8 @@ from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world.grid import single_rank_grid
 from griffin.trainer.checkpoint.checkpoints import Position
 from griffin.trainer.step import Training
-from tests.parallel.test_layouts import make_config
-from tests.trainer.checkpoint.test_layouts import checkpoints, source, state_of, steps
+from tests.layouts import make_config
+from tests.layout_checkpoints import checkpoints, source, state_of, steps
 
 dtype, root = sys.argv[1], Path(sys.argv[2])
 config = make_config("griffin", ParallelConfig(), dtype=dtype, steps=23)
@@ -112,7 +112,7 @@ import torch
 from griffin.parallel.config import ATTENTION, RECURRENT, ParallelConfig
 from griffin.parallel.world.grid import single_rank_grid
 from griffin.trainer.step import Training
-from tests.parallel.test_layouts import make_config
+from tests.layouts import make_config
 
 made = make_config("griffin", ParallelConfig(), dtype=sys.argv[1], kernels=sys.argv[2], global_batch=4, steps=3)
 model = dataclasses.replace(
@@ -148,7 +148,7 @@ import dataclasses, json
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world.grid import single_rank_grid
 from griffin.trainer.step import Training
-from tests.parallel.test_layouts import make_config, micro_batches
+from tests.layouts import make_config, micro_batches
 
 config = make_config("griffin", ParallelConfig())
 with single_rank_grid() as grid:

@@ -10,10 +10,10 @@ import torch
 
 from griffin.parallel.config import ATTENTION, RECURRENT, ParallelConfig
 from griffin.parallel.world.grid import rank_grid
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.step import Training
 from tests.kernels.interpreter import needs_interpreter
-from tests.parallel.test_layouts import global_batch, make_config
+from tests.layouts import global_batch, make_config
 from tests.ranks import RankPool
 
 STEPS, BATCH, TOKENS = 3, 4, 20  # Triton's interpreter takes 20 ms a token and block, forward and backward

@@ -17,7 +17,8 @@ from griffin.trainer.checkpoint.manifest import verify
 from griffin.trainer.checkpoint.steps import newest_complete
 from griffin.trainer.reporting.charts import OTHERS, grouped
 from griffin.trainer.run.folder import RunFolder
-from griffin.trainer.settings.config import Config, load_config
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.settings.validate import validate_data
 from griffin.trainer.summary import summarize
 from tests.ranks import RankPool

@@ -11,7 +11,9 @@ import pytest
 
 from griffin.trainer.optimizer import build_schedule, schedule_end
 from griffin.trainer.schedule import Earlier
-from griffin.trainer.settings.config import SCHEDULES, Config, load_config, to_toml
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.load import to_toml
+from griffin.trainer.settings.sections import SCHEDULES, Config
 from griffin.trainer.settings.validate import validate
 
 MODEL = '[model]\npattern = ["recurrent"]\nwidth = 32\nrecurrent_width = 32\ngate_blocks = 2\nvocabulary = 257\n'

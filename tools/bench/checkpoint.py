@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.parallel.world.ranks import Ranks
 from griffin.tools.bench.checkpoint_state import BYTES_PER_PARAMETER, Peer, fill, require_loaded
-from griffin.trainer.settings.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from griffin.trainer.settings.presets import preset
+from griffin.trainer.settings.sections import Config, DataConfig, OptimizerConfig, TrainConfig
 from griffin.trainer.settings.validate import validate
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _config(model: ModelConfig, ranks: int, parallel: ParallelConfig) -> Config:
         model=model,
         parallel=parallel,
         data=DataConfig(train=("none",)),  # nothing is trained
-        optimizer=OptimizerConfig(schedule="constant"),
+        optimizer=OptimizerConfig(schedule="constant", warmup_steps=0),
         train=TrainConfig(global_batch=ranks // parallel.model_ranks, dtype="float32"),
     )
     validate(config, ranks)

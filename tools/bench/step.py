@@ -100,10 +100,10 @@ def _steps(model: ModelConfig, grid: Grid, sequence: int) -> tuple[Callable[[], 
 
     from griffin.parallel import sharding
     from griffin.tools.weights.hf.names import to_transformers, transformers_settings
-    from griffin.trainer.settings.config import Config, DataConfig, OptimizerConfig, TrainConfig
+    from griffin.trainer.settings.sections import Config, DataConfig, OptimizerConfig, TrainConfig
     from griffin.trainer.step import Training
 
-    settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
+    settings = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0)
     config = Config(
         model=model,
         data=DataConfig(sequence_length=sequence),

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from griffin.parallel.world.axes import Axes
 from griffin.trainer.checkpoint.arrays import (
     KINDS,
     MODEL,
@@ -28,7 +29,8 @@ from griffin.trainer.checkpoint.arrays import (
     state_arrays,
 )
 from griffin.trainer.checkpoint.plan import ChunkPlan, Member, Parameter, Shard, plan_chunks
-from griffin.trainer.settings.config import Config, load_config
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.settings.validate import validate
 
 if TYPE_CHECKING:
@@ -111,19 +113,21 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
     from griffin.parallel.world.grid import absent_grid
     from griffin.trainer.checkpoint.state import in_model_order
 
-    model_ranks, tensor_size = config.parallel.model_ranks, config.parallel.tensor
-    data_size = world_size // model_ranks
+    parallel = config.parallel
+    axes = Axes.of(tensor=parallel.tensor, data=world_size // parallel.model_ranks, pipeline=parallel.pipeline)
     stages: list[tuple[list[Parameter], list[Member]]] = []
     placed_in: list[tuple[tuple[int, int], GlobalTensor]] = []
-    for pipeline_rank in range(config.parallel.pipeline):
-        first_rank = pipeline_rank * tensor_size * data_size
+    for pipeline_rank in range(parallel.pipeline):
+        first_rank = axes.rank(pipeline=pipeline_rank)
         with absent_grid(config.parallel, world_size, first_rank) as grid:
             numbers, layouts, shards = _shards(config, grid)
         # Tensor ranks hold parameters of equal shapes, and so equal shards.
         members = [
-            Member(first_rank + data_rank * tensor_size + tensor_rank, tensor_rank, shards[data_rank])
-            for data_rank in range(data_size)
-            for tensor_rank in range(tensor_size)
+            Member(
+                axes.rank(pipeline=pipeline_rank, data=data_rank, tensor=tensor_rank), tensor_rank, shards[data_rank]
+            )
+            for data_rank in range(axes.size("data"))
+            for tensor_rank in range(axes.size("tensor"))
         ]
         stages.append((layouts, members))
         placed_in += [
@@ -139,7 +143,7 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
         stages=tuple(
             StagePlan(
                 members=tuple(members),
-                chunks=tuple(plan_chunks(layouts, members, tensor_size, shapes)),
+                chunks=tuple(plan_chunks(layouts, members, axes.size("tensor"), shapes)),
             )
             for layouts, members in stages
         ),

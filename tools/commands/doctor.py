@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 from griffin.launch.ranks import discover, leave
 from griffin.parallel.world.ranks import Ranks
 from griffin.tools.runs.findings import FAILED, OK, WARNING, Finding, has_failed, report
-from griffin.trainer.settings.config import Config, load_config
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.sections import Config
 
 PRELOAD = ("griffin.trainer.preflight.check",)
 REPORT_SECONDS = 10.0  # patience with rank 0, which may still be told by others that they know of a failure

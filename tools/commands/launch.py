@@ -19,7 +19,9 @@ from griffin.launch.slurm import IMAGE_FILES, JobFiles, SlurmJob, render
 from griffin.parallel.world.ranks import STOPPED
 from griffin.tools.commands.train import add_init_arguments, check, discover_ranks, load_run_config, start_local
 from griffin.trainer.run.folder import RunFolder, default_run_folder
-from griffin.trainer.settings.config import Config, read_data, to_toml
+from griffin.trainer.settings.complete import read_data
+from griffin.trainer.settings.load import to_toml
+from griffin.trainer.settings.sections import Config
 
 # What `griffin launch slurm` writes for a job: NAME, NAME-2 and so on.
 FILES = (("job", ".sbatch"), ("config", ".toml"), ("setup", ".sh"), ("code", ".json"), ("code", ".diff"), ("code", ""))

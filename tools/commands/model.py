@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from griffin.parallel.config import ModelConfig
-from griffin.trainer.settings.config import Config, find_config, load_config, read_data
-from griffin.trainer.settings.presets import PRESETS, preset
+from griffin.trainer.settings.complete import complete, read_data, with_vocabulary
+from griffin.trainer.settings.load import find_config, read_settings
+from griffin.trainer.settings.presets import PRESETS, VOCABULARY, preset
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.settings.validate import validate_settings
 
 
@@ -32,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     configs: dict[str, tuple[Config, int]] = {}
     for name in args.models or PRESETS:
         if _is_config(name):
-            config = load_config(name, args.overrides, needs_data=False)
+            config = _load(name, args.overrides)
             configs[name] = config, config.parallel.model_ranks if args.ranks is None else args.ranks
             validate_settings(*configs[name])
         else:
@@ -64,6 +67,15 @@ def run(args: argparse.Namespace) -> int:
             except (ValueError, OSError) as error:
                 print(f"The data were not read, which may change the vocabulary: {error}")
     return 0
+
+
+def _load(name: str, overrides: Sequence[str]) -> Config:
+    """A config whose data need not be there: the vocabulary is the presets' then, where none is stated."""
+    config = read_settings(name, overrides)
+    try:
+        return complete(config)
+    except (ValueError, OSError):
+        return with_vocabulary(config, VOCABULARY)
 
 
 def _is_config(name: str) -> bool:

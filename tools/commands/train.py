@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from griffin.kernels.backends import AUTO
 from griffin.launch import code
@@ -19,7 +19,9 @@ from griffin.parallel.world.ranks import STOPPED, Ranks
 from griffin.tools.common.errors import USER_ERRORS, report
 from griffin.trainer.run.folder import RunFolder, default_run_folder
 from griffin.trainer.schedule import Earlier
-from griffin.trainer.settings.config import Config, load_config, to_toml
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.load import read_settings, to_toml
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.settings.validate import validate, validate_data
 
 if TYPE_CHECKING:
@@ -35,8 +37,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train a model",
-        description="Train the model of CONFIG.toml. Any setting can follow as --section.key value; "
-        '--data.train "0.7 a" "0.3 b" blends data, --data.eval none evaluates nothing. '
+        description="Train the model of CONFIG.toml. Any setting can follow as --section.key value (--help-settings "
+        'prints them all); --data.train "0.7 a" "0.3 b" blends data, --data.eval none evaluates nothing. '
         "Under torchrun, "
         "srun or mpiexec this process is one of their ranks; otherwise it starts --ranks processes here. A run folder "
         f"that has checkpoints is continued. SIGTERM or SIGUSR1 saves and stops, with exit code {STOPPED}.",
@@ -54,7 +56,20 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--print-config", action="store_true", help="print every setting as resolved, as TOML, and start nothing"
     )
+    parser.add_argument(
+        "--help-settings", action=PrintSettings, nargs=0, help="print every setting, its default and meaning, and exit"
+    )
     parser.set_defaults(run=run, overrides=[])
+
+
+class PrintSettings(argparse.Action):
+    """Prints the table of all settings and exits, as --help does, whatever other arguments there are."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from griffin.trainer.settings.reference import settings_reference
+
+        print(settings_reference(), end="")
+        parser.exit()
 
 
 def add_init_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,7 +177,7 @@ def load_run_config(args: argparse.Namespace, earlier: Earlier | None = None) ->
 
     def find_model() -> ModelConfig | None:
         if args.run_dir is not None and RunFolder(args.run_dir).config.is_file():
-            return load_config(RunFolder(args.run_dir).config).model
+            return read_settings(RunFolder(args.run_dir).config).model
         return check_step(resolve(args.init_from)).model if args.init_from else None
 
     return load_config(args.config, args.overrides, find_model=find_model, earlier=earlier)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from griffin.parallel.config import MOST_VOCABULARY
 from griffin.tools.checkpoints.carried import CONFIG, SOURCE, TOKENIZER_JSON, TOKENIZER_MODEL, files_of, read_object
 from griffin.trainer.checkpoint.manifest import Manifest
-from griffin.trainer.data.tokenizer import MOST_VOCABULARY, Tokenizer, load_tokenizer
+from griffin.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from griffin.trainer.files import is_integer, parse_json, read_regular
 from griffin.trainer.run.tokenizer_copy import find_tokenizer
 

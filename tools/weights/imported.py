@@ -18,8 +18,8 @@ from griffin.tools.common.workers import Workers
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec, GlobalTensor, chunk_shape, default_cuts
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
-from griffin.trainer.settings.config import Config
 from griffin.trainer.settings.presets import PRESETS
+from griffin.trainer.settings.sections import Config
 
 SHOWN = 10  # tensors that a message lists
 

@@ -23,7 +23,7 @@ from griffin.trainer.checkpoint.steps import newest_complete
 from griffin.trainer.health.spikes import SpikeDetector, SpikeError
 from griffin.trainer.optimizer import optimizer_name
 from griffin.trainer.run.lock import is_taken_over
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.step import NonFiniteError, Training
 
 

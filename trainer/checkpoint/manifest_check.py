@@ -15,8 +15,9 @@ from typing import Any
 from griffin.parallel.config import ModelConfig
 from griffin.trainer.checkpoint.arrays import DTYPES, KINDS, ArraySpec
 from griffin.trainer.files import is_integer
-from griffin.trainer.settings.config import SECTIONS, typed
-from griffin.trainer.settings.validate import MOST, validate_model
+from griffin.trainer.settings.load import typed
+from griffin.trainer.settings.sections import SECTIONS, SETTINGS
+from griffin.trainer.settings.validate import validate_model
 
 MOST_INTEGER = 2**62  # of counts: steps, samples, bytes
 MOST_DIMENSIONS = 8
@@ -124,12 +125,14 @@ def _check_config(config: Any) -> None:
 
 def model_of(config: Mapping[str, Any]) -> ModelConfig:
     """The architecture in a manifest's config, which has been checked. ValueError where it is not all there."""
-    needed: dict[str, tuple[str, ...]] = {"model": ("pattern", "width", "recurrent_width", "heads", "head_dim")}
+    needed: dict[str, tuple[str, ...]] = {
+        "model": ("pattern", "width", "recurrent_width", "heads", "head_dim", "vocabulary")
+    }
     needed |= {"data": ("train", "sequence_length"), "parallel": ("stages",)}
     for section, keys in needed.items():
         if missing := [key for key in keys if key not in config.get(section, {})]:
             raise ValueError(f"lacks config.{section}.{missing[0]}")
-    sequence, most = config["data"]["sequence_length"], MOST["data.sequence_length"]
+    sequence, most = config["data"]["sequence_length"], _most("data.sequence_length")
     _require(is_integer(sequence, 1, most), "config.data.sequence_length", sequence, f"from 1 to {most}")
     model = ModelConfig(**config["model"] | {"pattern": tuple(config["model"]["pattern"])})
     validate_model(model)
@@ -140,8 +143,14 @@ def _check_layout(layout: Any) -> None:
     _require(isinstance(layout, Mapping), "layout", layout, "an object")
     for key in ("tensor", "pipeline", "virtual_pipeline"):
         if key in layout:
-            most = MOST[f"parallel.{key}"]
+            most = _most(f"parallel.{key}")
             _require(is_integer(layout[key], 1, most), f"layout.{key}", layout[key], f"an integer from 1 to {most}")
+
+
+def _most(setting: str) -> int:
+    most = SETTINGS[setting].most
+    assert most is not None
+    return int(most)
 
 
 def _check_spikes(spikes: Mapping[str, Any]) -> None:

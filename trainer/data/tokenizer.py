@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from griffin.parallel.config import MOST_VOCABULARY
 from griffin.trainer.files import read_regular
 
 BYTES = "bytes"
-# Names that published tokenizers give to the token that ends a document, tried in this order.
-MOST_VOCABULARY = 2**24
 MOST_FILE_BYTES = 2**28
+# Names that published tokenizers give to the token that ends a document, tried in this order.
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 
 

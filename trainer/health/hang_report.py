@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from griffin.parallel.world.axes import rank_names
 from griffin.trainer.health.rank_state import RankState
 
 SHOWN = 16  # ranks that lag that a console shows
@@ -61,13 +62,13 @@ def compose(states: Mapping[int, RankState], silent: Iterable[Silent], *, reason
     places: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for state in states.values():
         places[state.phase, state.communication or "no communication", state.where].append(state.rank)
-    rows = [f"  {ranks(held)}: {phase}, {call}, {where}" for (phase, call, where), held in sorted(places.items())]
+    rows = [f"  {rank_names(held)}: {phase}, {call}, {where}" for (phase, call, where), held in sorted(places.items())]
     pending = defaultdict(list)
     for state in states.values():
         for collective in state.collectives:
             if collective.pending:
                 pending[str(collective)].append(state.rank)
-    waits = [f"  {text}: {ranks(held)}" for text, held in sorted(pending.items())]
+    waits = [f"  {text}: {rank_names(held)}" for text, held in sorted(pending.items())]
     more = ["", "More ranks that lag:", *(f"  {line}" for line in found[SHOWN:])] if len(found) > SHOWN else []
     body = [
         *more,
@@ -79,18 +80,6 @@ def compose(states: Mapping[int, RankState], silent: Iterable[Silent], *, reason
         *waits,
     ]
     return "\n".join(head), "\n".join([*head, *body, ""])
-
-
-def ranks(numbers: Iterable[int]) -> str:
-    """ "rank 3" or "ranks 0-2, 5" of rank numbers."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    single = len(runs) == 1 and len(runs[0]) == 1
-    return f"rank{'' if single else 's'} " + ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def _waited_for(states: Mapping[int, RankState]) -> dict[int, str]:

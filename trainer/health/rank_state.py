@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from griffin.parallel.world.axes import rank_name
+
 _TRANSPARENT: set[CodeType] = set()  # code that only wraps what is called
 
 RECENT = 30  # collectives that are listed of a rank
@@ -52,7 +54,7 @@ class RankState:
 
     @property
     def name(self) -> str:
-        return f"rank {self.rank} on {self.host} (pid {self.pid})"
+        return f"{rank_name(self.rank, self.host)} (pid {self.pid})"
 
 
 def transparent(function: F) -> F:

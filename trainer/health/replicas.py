@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from griffin.parallel.world.axes import rank_name
 from griffin.parallel.world.grid import Grid
 from griffin.parallel.world.ranks import RunError
 
@@ -112,7 +113,7 @@ def _describe(everyone: Sequence[_Held]) -> str:
         suspects[ranks, is_clear].append(name)
     lines = []
     for (ranks, is_clear), names in suspects.items():
-        who = ", ".join(f"rank {rank} on {everyone[rank].host}" for rank in ranks)
+        who = ", ".join(rank_name(rank, everyone[rank].host) for rank in ranks)
         more = f" and {len(names) - 1} more parameters" if len(names) > 1 else ""
         verb = f"differ{'s' * (len(ranks) == 1)} from the other copies" if is_clear else "differ, with no majority"
         lines.append(f"{names[0]}{more}: the cop{'y' if len(ranks) == 1 else 'ies'} of {who} {verb}")

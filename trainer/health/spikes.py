@@ -16,7 +16,7 @@ from griffin.parallel.world.grid import Grid
 from griffin.parallel.world.ranks import RunError
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.log_file import LogFile
-from griffin.trainer.settings.config import TrainConfig
+from griffin.trainer.settings.sections import TrainConfig
 
 SKIP, REWIND = "skip", "rewind"
 LOSS, GRAD_NORM, NOT_FINITE = "loss", "gradient norm", "not finite"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from griffin.parallel.world.axes import Axes, rank_name
 from griffin.parallel.world.grid import Grid
 
 SLOW = 1.2  # times the median of the ranks with the same work
@@ -24,37 +25,29 @@ NAMED = 8  # slow ranks that a line names
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Ranks are numbered tensor first, then data, then pipeline."""
-
-    tensor: int
-    data: int
-    pipeline: int
-
-    def peers(self, rank: int) -> range:
-        """The ranks that do as much work as `rank`: those of its pipeline stages."""
-        size = self.tensor * self.data
-        return range(rank // size * size, (rank // size + 1) * size)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Work:
     """Own work of all ranks over the last steps."""
 
     step: int
     seconds: tuple[float, ...]  # of each rank, per step
-    layout: Layout
+    axes: Axes
     hosts: tuple[str, ...]  # of each rank
 
     def ratio(self, rank: int) -> float:
         """A rank's time over the median of the ranks with the same work; of two, over the faster one's."""
-        return self.seconds[rank] / self._medians[self.layout.peers(rank)]
+        return self.seconds[rank] / self._medians[self._stage(rank)]
 
     @cached_property
-    def _medians(self) -> dict[range, float]:
+    def _medians(self) -> dict[int, float]:
         """Of the ranks of each stage; once, since training waits for what is made of these figures."""
-        stages = {self.layout.peers(rank) for rank in range(len(self.seconds))}
-        return {peers: _positive(statistics.median_low([self.seconds[peer] for peer in peers])) for peers in stages}
+        stages: dict[int, list[float]] = {}
+        for rank, seconds in enumerate(self.seconds):
+            stages.setdefault(self._stage(rank), []).append(seconds)
+        return {stage: _positive(statistics.median_low(held)) for stage, held in stages.items()}
+
+    def _stage(self, rank: int) -> int:
+        """The ranks of the same pipeline stages do as much work as one another."""
+        return self.axes.coordinate(rank, "pipeline")
 
     def slow(self) -> set[int]:
         return {rank for rank in range(len(self.seconds)) if self.ratio(rank) > SLOW}
@@ -87,7 +80,7 @@ class Stragglers:
 
     def __init__(self, grid: Grid, path: Path) -> None:
         self._path = path
-        self._layout = Layout(tensor=grid.tensor_size, data=grid.data_size, pipeline=grid.pipeline_size)
+        self._axes = grid.axes
         self._hosts = tuple(grid.all_gather(socket.gethostname(), str))
         self._slow: dict[int, int] = {}  # rank -> logged steps in a row in which it was slow
         self._told: set[int] = set()
@@ -98,7 +91,7 @@ class Stragglers:
             with suppress(OSError):  # of an earlier attempt on more ranks
                 self._path.unlink(missing_ok=True)
             return None
-        work = Work(step=step, seconds=tuple(seconds), layout=self._layout, hosts=self._hosts)
+        work = Work(step=step, seconds=tuple(seconds), axes=self._axes, hosts=self._hosts)
         work.write(self._path)
         return self.complaint(work)
 
@@ -113,7 +106,7 @@ class Stragglers:
 
 def _describe(work: Work, ranks: Sequence[int]) -> str:
     named = "; ".join(
-        f"rank {rank} on {work.hosts[rank]}: {work.ratio(rank):.2f}x the median of its peers "
+        f"{rank_name(rank, work.hosts[rank])}: {work.ratio(rank):.2f}x the median of its peers "
         f"({work.seconds[rank]:.3f} s of work per step)"
         for rank in ranks[:NAMED]
     )

@@ -98,7 +98,7 @@ def data_parallel_imbalance(work: Tensor, grid: Grid) -> float:
 
     A replica is as slow as the slowest of its ranks.
     """
-    replicas = work.view(grid.pipeline_size, grid.data_size, grid.tensor_size).amax((0, 2))
+    replicas = grid.axes.along("data", work).amax(1)
     mean = replicas.mean().item()
     return replicas.max().item() / mean if mean > 0 else 1.0
 

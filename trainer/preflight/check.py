@@ -19,7 +19,7 @@ from griffin.trainer.preflight.judge import Judge
 from griffin.trainer.preflight.links import AllReduce, Exchanges, link_rounds, measure_all_reduce, measure_links
 from griffin.trainer.preflight.machine import Machine, Rates, describe_machine, measure_rates
 from griffin.trainer.preflight.meeting import Meeting, Place, PreflightError
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 
 LIMIT_SECONDS = 60.0
 REPORTING_SECONDS = 3.0  # of them, for a rank whose exchange with another hangs to say so

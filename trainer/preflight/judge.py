@@ -12,12 +12,13 @@ from statistics import median
 
 from griffin.parallel.sharding import named_pieces
 from griffin.parallel.stage import meta_stage
+from griffin.parallel.world.axes import Axes, rank_name, rank_names
 from griffin.parallel.world.grid import Grid
 from griffin.trainer.preflight.links import AllReduce, Exchanges, Link
 from griffin.trainer.preflight.machine import GIB, Machine, Rates
-from griffin.trainer.preflight.meeting import Place, PreflightError, name_ranks
+from griffin.trainer.preflight.meeting import Place, PreflightError
 from griffin.trainer.run.folder import changed_settings
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 
 DEVICE_SHARE = 0.7  # of the median rate of devices of a name, below which one is an outlier
 LINK_SHARE = 0.5  # of the usual bandwidth of links of a kind
@@ -138,13 +139,13 @@ class Judge:
     def _devices(self) -> None:
         users: dict[str, list[int]] = {}
         for rank, machine in enumerate(self._machines):
-            where = f"rank {rank} on {self._hosts[rank]}: {machine.device.name}"
+            where = f"{rank_name(rank, self._hosts[rank])}: {machine.device.name}"
             self._failures += [f"{where}: {text}" for text in machine.device.faults]
             self._warn([f"{where}: {text}" for text in machine.device.oddities])
             if machine.device.uuid:
                 users.setdefault(machine.device.uuid, []).append(rank)
         self._failures += [
-            f"{name_ranks(ranks, self._hosts)}: share GPU {uuid}, each rank needs one of its own"
+            f"{rank_names(ranks, self._hosts)}: share GPU {uuid}, each rank needs one of its own"
             for uuid, ranks in users.items()
             if len(ranks) > 1
         ]
@@ -156,7 +157,7 @@ class Judge:
         self._failures += [f"{self._hosts[rank]} (rank {rank}) {text}" for rank, text in problems]
         if unseen:
             path = self._run_dir.absolute()
-            self._failures.append(f"{name_ranks(unseen, self._hosts)}: rank 0 does not see what they write in {path}")
+            self._failures.append(f"{rank_names(unseen, self._hosts)}: rank 0 does not see what they write in {path}")
         free = shutil.disk_usage(self._run_dir).free
         text = f"run folder: {_size(free)} free"
         if self._config is not None:
@@ -220,7 +221,7 @@ class Judge:
                 tflops=median(each.tflops for each in rates.values()), copy=median(each.copy for each in rates.values())
             )
             for rank, mine in rates.items():
-                where = f"rank {rank} on {self._hosts[rank]}: {name}"
+                where = f"{rank_name(rank, self._hosts[rank])}: {name}"
                 if mine.tflops < DEVICE_SHARE * middle.tflops:
                     texts[rank] = f"{where} is slow: {mine.tflops:.3g} TFLOP/s, the median is {middle.tflops:.3g}"
                 elif mine.copy < DEVICE_SHARE * middle.copy:
@@ -288,7 +289,7 @@ def disagreements(values: Sequence[Mapping[str, str]], hosts: Mapping[int, str])
             ranks.setdefault(mine.get(name, "unset"), []).append(rank)
         usual = max(ranks, key=lambda value: len(ranks[value]))  # of equally many, the lowest rank's
         texts += [
-            f"{name} differs: {value} on {name_ranks(others, hosts)}; {usual} on {_others(len(ranks[usual]))}"
+            f"{name} differs: {value} on {rank_names(others, hosts)}; {usual} on {_others(len(ranks[usual]))}"
             for value, others in ranks.items()
             if value != usual
         ]
@@ -307,7 +308,7 @@ def differing_settings(configs: Sequence[Config | None], hosts: Mapping[int, str
             changed = changed_settings(usual, dataclasses.asdict(config))
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             texts.append(
-                f"settings differ: {name_ranks(others, hosts)} against {_others(len(ranks[usual]))}: "
+                f"settings differ: {rank_names(others, hosts)} against {_others(len(ranks[usual]))}: "
                 f"{', '.join(changed[:3])}{more}"
             )
     return texts
@@ -315,7 +316,7 @@ def differing_settings(configs: Sequence[Config | None], hosts: Mapping[int, str
 
 def checkpoint_bytes(config: Config, grid: Grid) -> int:
     """Size of a step's values: weights, master weights where those are not float32, and Adam's two moments."""
-    whole = dataclasses.replace(grid, tensor_rank=0, tensor_size=1, pipeline_rank=0, pipeline_size=1)
+    whole = dataclasses.replace(grid, rank=0, axes=Axes.of())
     parameters = sum(math.prod(piece.shape) for piece, _ in named_pieces([meta_stage(config.model, whole)]))
     weight = {"float32": 4, "bfloat16": 2 + 4}[config.train.dtype]
     return (weight + 2 * 4) * parameters

@@ -20,7 +20,7 @@ from torch import Tensor
 from griffin.trainer.checkpoint.saving.memory import memory_left
 from griffin.trainer.measuring.peak import best_seconds, measured_tflops
 from griffin.trainer.run.folder import PACKAGES, SOURCE
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 
 FOLDERS = ("kernels", "parallel", "trainer", "launch", "tools")  # of the package's code
 VARIABLES = re.compile("NCCL_|TORCH_|PYTORCH_|GLOO_|CUDA_DEVICE_MAX_CONNECTIONS$|CUBLAS_|NVTE_")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import groupby
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from griffin.parallel.world.axes import rank_name, rank_names
 from griffin.parallel.world.grid import Grid
 from griffin.parallel.world.messages import ForgedError
 from griffin.parallel.world.ranks import RunError
@@ -22,7 +22,6 @@ R = TypeVar("R")
 POLL_SECONDS = 0.005
 GRACE_SECONDS = 5.0  # beyond the limit, for rank 0 to name who was late, and for the others to hear of a failure
 HEARING_SECONDS = 0.5  # in which ranks that wait for a word of rank 0 hear it
-NAMED_HOSTS = 8  # of which a message lists the ranks
 
 
 class PreflightError(RunError):
@@ -55,7 +54,7 @@ class Place:
     host: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host}"
+        return rank_name(self.rank, self.host)
 
 
 class Meeting:
@@ -143,7 +142,7 @@ class Meeting:
             self._hosts[rank], values[rank] = self._get(keys[rank], tuple[str, kind])
         if complete:
             return [values[rank] for rank in range(self._world_size)]
-        late = name_ranks([rank for rank in others if rank not in keys], self._hosts)
+        late = rank_names([rank for rank in others if rank not in keys], self._hosts)
         said = [text for value in values.values() for text in complaints(value)] if complaints else []
         raise PreflightError([f"{late}: not done with {name} within {self._seconds:g} s", *said])
 
@@ -154,27 +153,3 @@ class Meeting:
                 return False
             time.sleep(POLL_SECONDS)
         return True
-
-
-def name_ranks(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
-    """ "rank 3 on n0", "ranks 0-7 on n0; ranks 8, 10 on n1": by host, which is left out where it is not known."""
-    named: dict[str | None, list[int]] = {}
-    for rank in sorted(ranks):
-        named.setdefault(hosts.get(rank), []).append(rank)
-    texts = []
-    for host, mine in list(named.items())[:NAMED_HOSTS]:
-        where = "" if host is None else f" on {host}"
-        texts.append(f"rank{'s' * (len(mine) > 1)} {_spans(mine)}{where}")
-    if len(named) > NAMED_HOSTS:
-        rest = sum(len(mine) for mine in list(named.values())[NAMED_HOSTS:])
-        texts.append(f"{rest} ranks of {len(named) - NAMED_HOSTS} more hosts")
-    return "; ".join(texts)
-
-
-def _spans(ranks: Sequence[int]) -> str:
-    """ "0-7, 9" for sorted numbers."""
-    spans = []
-    for _, group in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0]):
-        numbers = [number for _, number in group]
-        spans.append(f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 2 else ", ".join(map(str, numbers)))
-    return ", ".join(spans)

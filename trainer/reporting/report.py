@@ -28,7 +28,7 @@ from griffin.trainer.reporting.console import Console
 from griffin.trainer.reporting.goodput import Goodput
 from griffin.trainer.reporting.metrics import NOTHING_PREDICTED, MetricsWriter, is_predicted
 from griffin.trainer.run.folder import RunFolder, changed_settings
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.step import StepResult
 from griffin.trainer.summary import summarize
 

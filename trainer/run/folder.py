@@ -22,7 +22,8 @@ from griffin.parallel.config import ModelConfig
 from griffin.parallel.world.ranks import Ranks
 from griffin.trainer.run.lock import NAME as LOCK
 from griffin.trainer.run.lock import refuse_if_held
-from griffin.trainer.settings.config import Config, load_config, to_toml
+from griffin.trainer.settings.load import read_settings, to_toml
+from griffin.trainer.settings.sections import Config
 
 PACKAGES = ("torch", "megatron-core", "numpy", "triton", "apex", "transformer-engine")
 LAUNCH = "launch"  # folder of the jobs that start the run
@@ -117,7 +118,7 @@ class RunFolder:
     def _check(cls, path: Path, config: Config) -> None:
         folder = cls(path)
         if folder.config.exists():
-            there = dataclasses.asdict(load_config(folder.config).model)
+            there = dataclasses.asdict(read_settings(folder.config).model)
             differing = model_differences(config.model, there)
             if differing:
                 raise ValueError(

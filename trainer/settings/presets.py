@@ -24,6 +24,8 @@ LADDER = {
     "14b": (5120, 8192, 40, 40),
 }
 
+VOCABULARY = 256_000  # of both papers
+
 # size: (width = recurrent width, blocks, heads = gate blocks), arXiv 2404.07839.
 RECURRENT_GEMMA = {"2b": (2560, 26, 10), "9b": (4096, 38, 16)}
 
@@ -42,6 +44,7 @@ def _paper(family: str, size: str) -> ModelConfig:
         heads=heads,
         head_dim=128,
         window=1024,
+        vocabulary=VOCABULARY,
     )
 
 
@@ -55,6 +58,7 @@ def _recurrent_gemma(size: str) -> ModelConfig:
         head_dim=256,
         gate_blocks=heads,
         window=2048,
+        vocabulary=VOCABULARY,
         scale_embedding=True,
         logit_soft_cap=30.0,
     )

@@ -6,104 +6,17 @@ import dataclasses
 import math
 from typing import Any, NoReturn
 
-from griffin.kernels.backends import AUTO, BACKENDS
-from griffin.parallel.config import (
-    ATTENTION,
-    GLOBAL_ATTENTION,
-    INITS,
-    MIXERS,
-    RECOMPUTES,
-    RECURRENT,
-    ModelConfig,
-    axis_atoms,
-)
-from griffin.trainer.data.prefix import LAST_SEED, check_contents
-from griffin.trainer.data.tokenizer import MOST_VOCABULARY
-from griffin.trainer.settings.config import (
-    DTYPES,
-    OVERLAPS,
-    SCHEDULES,
-    SPIKES,
-    WSD_DECAYS,
-    Config,
-    OptimizerConfig,
-    read_data,
-)
+from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, MIXERS, RECURRENT, ModelConfig, axis_atoms
+from griffin.trainer.data.prefix import check_contents
+from griffin.trainer.settings.complete import read_data
+from griffin.trainer.settings.sections import SETTINGS, Config, OptimizerConfig
 
 # Data up to this size are compared wholly with what was built; of larger ones, some blocks.
 CHECKED_TOKENS = 2**26
 
-# Smallest accepted value of every integer setting; float settings have ranges of their own below.
-LEAST = {
-    "model.width": 1,
-    "model.recurrent_width": 1,
-    "model.heads": 1,
-    "model.head_dim": 1,
-    "model.gate_blocks": 1,
-    "model.mlp_expansion": 1,
-    "model.window": 1,
-    "model.vocabulary": 1,
-    "parallel.tensor": 1,
-    "parallel.pipeline": 1,
-    "parallel.virtual_pipeline": 1,
-    "data.sequence_length": 2,
-    "data.workers": 0,
-    "optimizer.warmup_steps": 0,
-    "optimizer.decay_steps": 0,
-    "optimizer.decay_end": 0,
-    "train.steps": 1,
-    "train.global_batch": 1,
-    "train.micro_batch": 1,
-    "train.seed": 0,
-    "train.eval_interval": 0,
-    "train.eval_batches": 1,
-    "train.spike_window": 8,
-    "train.spike_limit": 1,
-    "checkpoint.interval": 0,
-    "checkpoint.keep_last": 0,
-    "checkpoint.keep_every": 0,
-    "health.replica_interval": 0,
-    "log.interval": 1,
-    "log.health_interval": 0,
-}
-
-# Largest accepted value: far above what anybody means, and small enough to compute with and to allocate by.
-COUNT = 2**31 - 1
-MOST = dict.fromkeys(LEAST, COUNT) | {
-    "model.width": 2**20,
-    "model.recurrent_width": 2**20,
-    "model.heads": 2**12,
-    "model.head_dim": 2**12,
-    "model.gate_blocks": 2**12,
-    "model.mlp_expansion": 2**8,
-    "model.window": 2**24,
-    "model.vocabulary": MOST_VOCABULARY,
-    "parallel.tensor": 2**12,
-    "parallel.pipeline": 2**12,
-    "parallel.virtual_pipeline": 2**12,
-    "data.sequence_length": 2**24,
-    "data.workers": 256,
-    "train.global_batch": 2**24,
-    "train.micro_batch": 2**20,
-    "train.seed": LAST_SEED - 1,
-    "train.spike_window": 2**16,
-}
 MOST_BLOCKS = 2**12
 MOST_RANKS = 2**20
 MOST_SAMPLES = 2**40  # that a training draws
-LEAST_HANG_SECONDS = 1.0
-MOST_HANG_SECONDS = 7 * 86400.0  # a week
-
-CHOICES = {
-    "model.init": INITS,
-    "optimizer.schedule": SCHEDULES,
-    "optimizer.wsd_decay": WSD_DECAYS,
-    "train.dtype": DTYPES,
-    "train.recompute": RECOMPUTES,
-    "train.kernels": (AUTO, *BACKENDS),
-    "train.overlap": OVERLAPS,
-    "train.spike": SPIKES,
-}
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -118,21 +31,14 @@ def validate(config: Config, world_size: int) -> None:
 
 def validate_settings(config: Config, world_size: int) -> None:
     """`validate` for what needs no data: they need not be named."""
-    settings = {
-        f"{section.name}.{key}": value
-        for section in dataclasses.fields(config)
-        for key, value in dataclasses.asdict(getattr(config, section.name)).items()
-    }
-    for setting in sorted(LEAST, key=lambda name: name != "train.steps"):  # defaults of others follow from that one
-        _require_range(setting, settings[setting])
-    for setting, choices in CHOICES.items():
-        if settings[setting] not in choices:
-            _refuse(setting, settings[setting], f"must be one of {', '.join(choices)}")
+    for setting in sorted(SETTINGS, key=lambda name: name != "train.steps"):  # defaults of others follow from that one
+        section, _, key = setting.partition(".")
+        _require_accepted(setting, getattr(getattr(config, section), key))
     validate_model(config.model)
     _validate_layout(config)
     _validate_batches(config, world_size)
     _validate_optimizer(config.optimizer, config.train.steps)
-    _validate_health(config)
+    _validate_spikes(config)
 
 
 def validate_data(config: Config, *, contents: bool = True) -> None:
@@ -157,20 +63,18 @@ def _refuse(setting: str, value: Any, accepted: str) -> NoReturn:
     raise ValueError(f"{setting} = {value!r}: {accepted}")
 
 
-def _require_range(setting: str, value: int) -> None:
-    if value < LEAST[setting]:
-        _refuse(setting, value, f"must be at least {LEAST[setting]}")
-    if value > MOST[setting]:
-        _refuse(setting, value, f"must be at most {MOST[setting]}")
+def _require_accepted(setting: str, value: Any) -> None:
+    """Refuse what the setting's own description does not accept, whatever the others are."""
+    if value is None:
+        raise ValueError(f"{setting}: missing; must be stated, or completed with what the data say")
+    if (accepted := SETTINGS[setting].refusal(value)) is not None:
+        _refuse(setting, value, accepted)
 
 
 def validate_model(model: ModelConfig) -> None:
     """Refuse a model that cannot be computed: ValueError naming the setting, its value and what is accepted."""
     for field in dataclasses.fields(model):
-        if (setting := f"model.{field.name}") in LEAST:
-            _require_range(setting, getattr(model, field.name))
-    if model.init not in INITS:
-        _refuse("model.init", model.init, f"must be one of {', '.join(INITS)}")
+        _require_accepted(f"model.{field.name}", getattr(model, field.name))
     if not model.pattern:
         _refuse("model.pattern", [], "must name at least one block's mixer")
     if model.blocks > MOST_BLOCKS:
@@ -183,8 +87,6 @@ def validate_model(model: ModelConfig) -> None:
         _refuse("model.gate_blocks", model.gate_blocks, accepted)
     if _attends(model) and model.head_dim % 4:
         _refuse("model.head_dim", model.head_dim, "must be a multiple of 4: rotary embedding turns half of it in pairs")
-    if not 0 <= model.logit_soft_cap <= 1e30:
-        _refuse("model.logit_soft_cap", model.logit_soft_cap, "must be 0 (off) or more, and at most 1e30")
 
 
 def _validate_layout(config: Config) -> None:
@@ -255,22 +157,11 @@ def _validate_batches(config: Config, world_size: int) -> None:
 
 def _validate_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
     peak = optimizer.learning_rate
-    ranges = {
-        "learning_rate": (0 < peak < math.inf, "must be above 0"),
-        "min_learning_rate": (
-            0 <= optimizer.min_learning_rate <= peak,
-            f"must lie in 0 ... optimizer.learning_rate = {peak}",
-        ),
-        "beta1": (0 <= optimizer.beta1 < 1, "must be at least 0 and below 1"),
-        "beta2": (0 <= optimizer.beta2 < 1, "must be at least 0 and below 1"),
-        "epsilon": (0 < optimizer.epsilon < math.inf, "must be above 0"),
-        "weight_decay": (0 <= optimizer.weight_decay < math.inf, "must be 0 (off) or more"),
-        "clip": (0 <= optimizer.clip < math.inf, "must be 0 (off) or more"),
-        "warmup_steps": (optimizer.warmup_steps <= steps, f"must be at most train.steps = {steps}"),
-    }
-    for key, (holds, words) in ranges.items():
-        if not holds:
-            _refuse(f"optimizer.{key}", getattr(optimizer, key), words)
+    if optimizer.min_learning_rate > peak:
+        accepted = f"must lie in 0 ... optimizer.learning_rate = {peak}"
+        _refuse("optimizer.min_learning_rate", optimizer.min_learning_rate, accepted)
+    if optimizer.warmup_steps > steps:
+        _refuse("optimizer.warmup_steps", optimizer.warmup_steps, f"must be at most train.steps = {steps}")
     if optimizer.schedule != "constant" and optimizer.decay_steps < 1:
         accepted = f"must be at least 1 for optimizer.schedule = {optimizer.schedule!r}"
         _refuse("optimizer.decay_steps", optimizer.decay_steps, accepted)
@@ -283,17 +174,9 @@ def _validate_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
         _refuse("optimizer.decay_steps", optimizer.decay_steps, accepted)
 
 
-def _validate_health(config: Config) -> None:
-    if not 1 <= config.train.spike_deviations < math.inf:
-        _refuse("train.spike_deviations", config.train.spike_deviations, "must be at least 1")
+def _validate_spikes(config: Config) -> None:
     if config.train.spike == "rewind" and config.checkpoint.interval == 0:
         _refuse("checkpoint.interval", 0, 'must be at least 1 for train.spike = "rewind", which goes back to one')
-    if not 0 <= config.log.peak_tflops < math.inf:
-        _refuse("log.peak_tflops", config.log.peak_tflops, "must be 0 or more")
-    seconds = config.health.hang_seconds
-    if seconds != 0 and not LEAST_HANG_SECONDS <= seconds <= MOST_HANG_SECONDS:
-        accepted = f"must be 0 (off), or from {LEAST_HANG_SECONDS:g} to {MOST_HANG_SECONDS:g}"
-        _refuse("health.hang_seconds", seconds, accepted)
 
 
 def _recurs(model: ModelConfig) -> bool:

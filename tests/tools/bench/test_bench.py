@@ -10,8 +10,8 @@ import torch
 
 from griffin.tools.bench.step import _require_equal
 from griffin.tools.weights.hf.names import from_transformers, to_transformers, transformers_settings
-from tests.parallel.test_layouts import PATTERNS
-from tests.parallel.test_transformers_parity import MODEL
+from tests.converted_models import FIVE_BLOCKS
+from tests.layouts import PATTERNS
 
 ROOT = Path(__file__).parents[3]
 
@@ -104,4 +104,4 @@ def test_models_that_transformers_does_not_have(change: dict[str, object], setti
     from dataclasses import replace
 
     with pytest.raises(ValueError, match=setting):
-        transformers_settings(replace(MODEL, **change))  # type: ignore[arg-type]
+        transformers_settings(replace(FIVE_BLOCKS, **change))  # type: ignore[arg-type]

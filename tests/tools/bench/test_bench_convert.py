@@ -8,7 +8,7 @@ import pytest
 from griffin.tools.bench.convert import require_equal, write_source
 from griffin.tools.cli import main
 from griffin.trainer.settings.presets import PRESETS
-from tests.tools.weights.test_export_hf import GRIFFIN
+from tests.converted_models import GRIFFIN
 
 
 def bench(*words: object) -> int:

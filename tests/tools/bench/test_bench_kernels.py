@@ -20,7 +20,6 @@ from griffin.tools.bench.kernels_work import (
     OPERATIONS,
     RGLRU,
     RGLRU_BRANCH,
-    Clock,
     Operation,
     Shape,
     Times,
@@ -31,29 +30,9 @@ from griffin.tools.bench.kernels_work import (
     time_sides,
 )
 from griffin.tools.cli import main
+from tests.tools.bench.small_bench import CPU, SHAPE, SMALL, row, small_clock
 
 ROOT = Path(__file__).parents[3]
-CPU = torch.device("cpu")
-SHAPE = Shape(width=5, steps=12, batch=2)
-SMALL = Settings(
-    widths=(5,),
-    lengths=(12,),
-    batches=(2,),
-    dtype="float32",
-    repeats=1,
-    chunk=8,
-    peers=False,
-    copy_bytes=2**16,
-)
-
-
-def small_clock() -> Clock:
-    return Clock(CPU, flush_bytes=1024)
-
-
-def row(operation: str, shape: Shape, over_floor: float) -> Row:
-    """Of an operation that takes so many times its floor of 1 ms."""
-    return Row(operation, shape, "sequential", Times(0.25 * over_floor, 0.75 * over_floor), 10**6, 1e9)
 
 
 @pytest.mark.parametrize(
@@ -135,15 +114,15 @@ def test_everything_is_checked_timed_and_printed(capsys: pytest.CaptureFixture[s
     assert [row.operation for row in rows] == NAMES
     assert peer_rows == []
     assert "R 5, T 12, B 2: as asked for" in printed  # the selector's reason
-    for row, (line,) in zip(rows, rows_of(printed).values(), strict=True):
+    for found_row, (line,) in zip(rows, rows_of(printed).values(), strict=True):
         number = r"([\d.,]+)"
         found = re.search(rf"{number} ms +{number} ms +{number} +{number} +{number} x$", line)
         assert found, line
         forward, backward, _, _, over = (float(word.replace(",", "")) for word in found.groups())
-        milliseconds_at_the_floor = 1000 * row.floor_bytes / row.bandwidth
+        milliseconds_at_the_floor = 1000 * found_row.floor_bytes / found_row.bandwidth
         # Times are printed to a microsecond.
         assert over == pytest.approx((forward + backward) / milliseconds_at_the_floor, rel=0.01)
-        assert ("2 chunks of 8" in line) == (row.operation != "causal_conv1d")
+        assert ("2 chunks of 8" in line) == (found_row.operation != "causal_conv1d")
 
 
 def test_what_does_not_fit_is_skipped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

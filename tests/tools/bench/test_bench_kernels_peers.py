@@ -13,7 +13,7 @@ from griffin.tools.bench import kernels_peers as peers
 from griffin.tools.bench import kernels_work as work
 from griffin.tools.bench.kernels import Settings, measure
 from griffin.tools.bench.kernels_work import RGLRU_FROM_ZERO, Operation, Shape, check, make_inputs
-from tests.tools.bench.test_bench_kernels import CPU, SHAPE, SMALL, row, small_clock
+from tests.tools.bench.small_bench import CPU, SHAPE, SMALL, row, small_clock
 
 
 def scan_btr(term: Tensor, log_a: Tensor) -> tuple[Tensor, None]:

@@ -33,11 +33,11 @@ from griffin.trainer.checkpoint.arrays import ArraySpec, GlobalTensor, numpy_dty
 from griffin.trainer.checkpoint.plan import Member, Parameter, PlacedTensor, SavePlan, Shard, plan_chunks
 from griffin.trainer.checkpoint.state import ShardedState
 from griffin.trainer.checkpoint.zarr_io import create_array
-from griffin.trainer.settings.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from griffin.trainer.settings.presets import preset
+from griffin.trainer.settings.sections import Config, DataConfig, OptimizerConfig, TrainConfig
 from griffin.trainer.settings.validate import validate
 from griffin.trainer.step import Training
-from tests.parallel.test_layouts import LAYOUTS, make_config
+from tests.layouts import LAYOUTS, make_config
 from tests.ranks import RankPool
 
 MIB = 2**20

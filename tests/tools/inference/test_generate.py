@@ -17,7 +17,7 @@ from griffin.tools.cli import main
 from griffin.tools.inference.model import Checkpoint, loaded
 from griffin.tools.inference.sampling import Sampling, generate
 from griffin.trainer.checkpoint.manifest import check
-from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.complete import load_config
 from tests.ranks import RankPool
 from tests.small_runs import CONFIG, launch, wait_for
 from tests.transformers_models import convert, load_model, make_model, save_model, tokens

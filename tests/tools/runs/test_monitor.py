@@ -27,7 +27,7 @@ from griffin.tools.runs.view import one_run, several_runs, sparkline
 from griffin.trainer.reporting.console import Console as Trainer
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.lock import Owner
-from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.complete import load_config
 from tests.ranks import RankPool
 from tests.small_runs import run, write_config
 

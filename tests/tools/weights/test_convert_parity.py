@@ -9,35 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from griffin.parallel import sharding
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.world.grid import rank_grid
 from griffin.tools.weights.hf.names import from_transformers
 from griffin.trainer.checkpoint.manifest import check
 from griffin.trainer.checkpoint.source import InitFrom
-from griffin.trainer.checkpoint.state import ShardedState
-from griffin.trainer.settings.config import Config, DataConfig, OptimizerConfig, TrainConfig, load_config
-from griffin.trainer.step import Training
+from griffin.trainer.settings.complete import load_config
 from tests.closeness import assert_all_close
-from tests.parallel.test_transformers_parity import main_gradient
+from tests.converted_models import LAYOUTS, batch, compute
 from tests.ranks import RankPool
 from tests.small_runs import run, series, write_config
-from tests.transformers_models import convert, logits, make_model, save_model, tokens
-
-BATCH, SEQUENCE = 2, 40
-LAYOUTS = {"1-rank": ParallelConfig(), "tp2": ParallelConfig(tensor=2), "pp2": ParallelConfig(pipeline=2)}
-
-
-def batch(vocabulary: int) -> dict[str, torch.Tensor]:
-    ids = tokens(vocabulary, SEQUENCE + 1, BATCH)
-    return {
-        "tokens": ids[:, :-1],
-        "labels": ids[:, 1:].contiguous(),
-        "positions": torch.arange(SEQUENCE).expand(BATCH, -1).contiguous(),
-        "loss_mask": torch.ones(BATCH, SEQUENCE),
-    }
+from tests.transformers_models import convert, logits, make_model, save_model
 
 
 @pytest.fixture(scope="module", params=["12", "6"])
@@ -51,41 +33,6 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     model = make_model(**changes)
     assert convert("hf", save_model(model, folder / "model"), folder / "step") == 0
     return folder / "step", model
-
-
-def compute(ranks: Any, layout: ParallelConfig, folder: Path) -> dict[str, Any]:
-    """This rank's part of the logits, if it has one; the loss and all gradients."""
-    manifest = check(folder)
-    model = manifest.model
-    config = Config(
-        model=model,
-        parallel=layout,
-        data=DataConfig(sequence_length=SEQUENCE),
-        optimizer=OptimizerConfig(warmup_steps=0, decay_steps=1),
-        train=TrainConfig(steps=1, global_batch=BATCH, micro_batch=BATCH, dtype="float32"),
-    )
-    data = batch(model.vocabulary)
-    with rank_grid(layout, ranks) as grid:
-        training = Training(config, grid)
-        ShardedState(training, grid).load(folder, manifest, everything=False)
-        (stage,) = training.stages
-        found = None
-        with torch.no_grad():
-            if not stage.pre_process:
-                received = torch.empty(SEQUENCE, BATCH, model.width)
-                dist.recv(received, src=0)
-                stage.set_input_tensor([received])
-            output = stage({name: value for name, value in data.items() if name != "labels"})
-            if stage.post_process:
-                found = output
-            else:
-                dist.send(output, dst=1)
-        loss, _ = training.gradients(iter([data]))
-        return {
-            "logits": found,
-            "loss": loss,
-            "gradients": sharding.gather(training.stages, grid, main_gradient),
-        }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

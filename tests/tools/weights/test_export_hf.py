@@ -20,22 +20,10 @@ from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.tokenizer_copy import keep_tokenizer
 from tests.checkpoints import config_json, make_checkpoint, read_arrays, reshard
+from tests.converted_models import GRIFFIN, LAYOUTS, batch, compute
+from tests.deepmind_models import plain
 from tests.ranks import RankPool
-from tests.tools.weights.test_convert_parity import LAYOUTS, batch, compute
 from tests.transformers_models import change_json, convert, export, load_model, logits, make_model, save_model
-
-GRIFFIN = ModelConfig(
-    pattern=(RECURRENT, ATTENTION, RECURRENT),
-    width=32,
-    recurrent_width=48,
-    heads=2,
-    head_dim=16,
-    gate_blocks=2,
-    window=12,
-    vocabulary=200,
-    scale_embedding=True,
-    logit_soft_cap=30.0,
-)
 
 
 @dataclass(frozen=True)
@@ -275,8 +263,6 @@ def test_sentencepiece_model_of_the_data(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_deepminds_tokenizer_goes_along(tmp_path: Path, as_folder: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """Its own ids become those of the exported model."""
-    from tests.tools.weights.test_convert_deepmind import plain
-
     path = make_sentencepiece(tmp_path)
     if as_folder:
         (tmp_path / "folder").mkdir()

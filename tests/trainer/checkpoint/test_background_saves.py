@@ -16,7 +16,8 @@ from griffin.trainer.checkpoint.manifest import verify
 from griffin.trainer.checkpoint.saving.saver import Saver
 from griffin.trainer.checkpoint.steps import newest_complete
 from griffin.trainer.run.folder import step_name
-from griffin.trainer.settings.config import Config, load_config
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.sections import Config
 from tests.ranks import RankPool
 from tests.small_runs import (
     Watch,

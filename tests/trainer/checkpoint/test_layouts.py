@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import zarr
-from megatron.core import parallel_state
 
-from griffin.parallel import sharding
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.world.grid import Grid, rank_grid
+from griffin.parallel.world.grid import rank_grid
 from griffin.trainer.checkpoint import arrays
-from griffin.trainer.checkpoint.checkpoints import Checkpoints, Position
+from griffin.trainer.checkpoint.checkpoints import Position
 from griffin.trainer.checkpoint.manifest import read_manifest
-from griffin.trainer.checkpoint.source import OWN, Source
 from griffin.trainer.run.folder import step_name
-from griffin.trainer.settings.config import Config
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.step import Training
 from tests.closeness import assert_all_close
-from tests.parallel.test_layouts import LAYOUTS, LEARNING_RATE, RANKS, make_config, micro_batches
+from tests.layout_checkpoints import checkpoints, source, state_of, steps
+from tests.layouts import LAYOUTS, LEARNING_RATE, RANKS, make_config
 from tests.ranks import RankPool
 
 NAMES = ("one", "tp2", "pp2", "dp2", "tp2-pp2", "pp2-interleaved", "tp2-dp2")
@@ -57,46 +53,6 @@ def small_chunks() -> Iterator[None]:
         patch.setattr(arrays, "CHUNK_BYTES", 4096)
         patch.setattr(arrays, "WHOLE_BYTES", 1024)
         yield
-
-
-def state_of(training: Training, grid: Grid) -> dict[str, torch.Tensor]:
-    """The model's weights, master weights and moments as global tensors, without any of the checkpoints' code."""
-
-    def full(place: int, parameter: torch.nn.Parameter) -> torch.Tensor:
-        value, shard = torch.zeros(parameter.numel()), training.shard_state(parameter)
-        if shard is not None:
-            start, stop = training.shard_range(parameter)
-            held = shard[place]
-            assert held is not None, "a step was made"
-            value[start:stop] = held
-        value = value.to(grid.device)
-        dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
-        return value.view(parameter.shape)
-
-    state = {f"model.{name}": value for name, value in sharding.gather(training.stages, grid).items()}
-    for place, kind in enumerate((arrays.MASTER, arrays.EXP_AVG, arrays.EXP_AVG_SQ)):
-        gathered = sharding.gather(training.stages, grid, partial(full, place))
-        state |= {f"{kind}.{name}": value for name, value in gathered.items()}
-    return state
-
-
-def steps(training: Training, grid: Grid, first: int, last: int) -> list[float]:
-    config = training.config
-    return [
-        training.step(iter(micro_batches(config, step, grid.data_rank, grid.data_size))).loss
-        for step in range(first, last)
-    ]
-
-
-def checkpoints(config: Config, grid: Grid, training: Training, root: Path) -> Checkpoints:
-    def report(outcome: Any) -> None:
-        assert outcome.error is None, outcome
-
-    return Checkpoints(config, grid, training, root, host="127.0.0.1", attempt=1, lock=None, report=report)
-
-
-def source(folder: Path, step: int) -> Source:
-    return Source(rule=OWN, path=folder, everything=True, step=step, config=None, skipped=(), text="")
 
 
 def train_and_save(ranks: Any, config: Config, root: Path, go_on: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from griffin.trainer.data.dataset import open_samples
 from griffin.trainer.data.loader import WorkerError, batches, sample_numbers, watching_workers
 from griffin.trainer.data.prefix import PrefixWriter
 from griffin.trainer.run.signals import StopRequests
-from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.complete import load_config
 from tests.small_runs import Watch, launch, write_config
 
 ROOT = Path(__file__).parents[3]

@@ -16,7 +16,7 @@ from griffin.parallel.world.ranks import Ranks
 from griffin.trainer.health import replicas
 from griffin.trainer.health.replicas import EMBEDDING, ReplicaError, checksum
 from griffin.trainer.loop import train
-from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.complete import load_config
 from griffin.trainer.step import Training
 from tests.ranks import RankPool
 from tests.small_runs import saved_steps, write_config

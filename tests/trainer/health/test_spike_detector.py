@@ -8,7 +8,7 @@ import random
 from typing import Any
 
 from griffin.trainer.health.spikes import GRAD_NORM, LOSS, NOT_FINITE, SpikeDetector
-from griffin.trainer.settings.config import TrainConfig
+from griffin.trainer.settings.sections import TrainConfig
 
 
 def detector(**settings: Any) -> SpikeDetector:

@@ -15,11 +15,12 @@ from unittest import mock
 
 import pytest
 
+from griffin.parallel.world.axes import Axes
 from griffin.parallel.world.ranks import Ranks
 from griffin.trainer.data.dataset import Samples
-from griffin.trainer.health.stragglers import Layout, Stragglers, Work
+from griffin.trainer.health.stragglers import Stragglers, Work
 from griffin.trainer.loop import train
-from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.complete import load_config
 from griffin.trainer.step import Training
 from tests.ranks import RankPool
 from tests.small_runs import metrics, write_config
@@ -102,8 +103,8 @@ def test_a_slow_rank_is_found(
 
 
 def work(*seconds: float, tensor: int = 1, pipeline: int = 1, step: int = 1) -> Work:
-    layout = Layout(tensor=tensor, data=len(seconds) // tensor // pipeline, pipeline=pipeline)
-    return Work(step=step, seconds=seconds, layout=layout, hosts=tuple(f"n{rank // 2}" for rank in range(len(seconds))))
+    axes = Axes.of(tensor=tensor, data=len(seconds) // tensor // pipeline, pipeline=pipeline)
+    return Work(step=step, seconds=seconds, axes=axes, hosts=tuple(f"n{rank // 2}" for rank in range(len(seconds))))
 
 
 def test_ranks_are_compared_with_those_of_their_stage() -> None:
@@ -135,7 +136,7 @@ def test_what_cannot_be_written_is_lost(tmp_path: Path) -> None:
 
 
 def test_one_rank_alone_leaves_no_report_of_an_earlier_attempt(tmp_path: Path) -> None:
-    grid = mock.Mock(tensor_size=1, data_size=1, pipeline_size=1, all_gather=lambda host, _: [host])
+    grid = mock.Mock(axes=Axes.of(), all_gather=lambda host, _: [host])
     path = tmp_path / "stragglers.json"
     work(1.0, 2.0).write(path)
     for step in (1, 2):

@@ -11,10 +11,11 @@ import torch
 
 from griffin.parallel import sharding
 from griffin.parallel.config import ParallelConfig
+from griffin.parallel.world.axes import Axes
 from griffin.parallel.world.grid import rank_grid
 from griffin.trainer.measuring.norms import KINDS, data_parallel_imbalance, kind, kinds, pipeline_bubble
 from griffin.trainer.step import Training
-from tests.parallel.test_layouts import LAYOUTS, RANKS, make_config, micro_batches
+from tests.layouts import LAYOUTS, RANKS, make_config, micro_batches
 from tests.ranks import RankPool
 
 STEPS = 3
@@ -132,7 +133,7 @@ def test_the_bubble_of_one_forward_one_backward() -> None:
 
 
 def test_the_imbalance_of_replicas() -> None:
-    grid: Any = SimpleNamespace(pipeline_size=2, data_size=2, tensor_size=2)
+    grid: Any = SimpleNamespace(axes=Axes.of(pipeline=2, data=2, tensor=2))
     # Tensor first, then data, then pipeline: rank 6 is of the second replica.
     compute = torch.ones(8)
     assert data_parallel_imbalance(compute, grid) == 1.0

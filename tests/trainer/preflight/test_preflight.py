@@ -22,7 +22,8 @@ from griffin.parallel.world.ranks import Ranks
 from griffin.trainer.preflight.check import preflight
 from griffin.trainer.preflight.folder import visit
 from griffin.trainer.preflight.meeting import PreflightError
-from griffin.trainer.settings.config import Config, load_config
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.sections import Config
 from tests.ranks import RankPool
 from tests.small_runs import metrics, run, write_config
 

@@ -13,14 +13,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from griffin.parallel.world.axes import rank_names
 from griffin.parallel.world.grid import rank_grid, single_rank_grid
 from griffin.trainer.checkpoint.steps import steps
 from griffin.trainer.measuring.peak import best_seconds, measured_tflops
 from griffin.trainer.preflight.judge import Judge, checkpoint_bytes
 from griffin.trainer.preflight.links import Exchanges, Link, link_rounds, pattern, ring_rounds
 from griffin.trainer.preflight.machine import GIB, code_digest, nvml_state, occupied, product_fault
-from griffin.trainer.preflight.meeting import Place, PreflightError, name_ranks
-from griffin.trainer.settings.config import Config, load_config
+from griffin.trainer.preflight.meeting import Place, PreflightError
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.sections import Config
 from tests.ranks import RankPool
 from tests.small_runs import run, write_config
 
@@ -63,10 +65,10 @@ def test_sums_are_exact(size: int) -> None:
 
 def test_names_of_ranks() -> None:
     hosts = {rank: f"n{rank // 8}" for rank in range(800)}
-    assert name_ranks([3], hosts) == "rank 3 on n0"
-    assert name_ranks([5, 1, 2, 3, 8, 10], hosts) == "ranks 1-3, 5 on n0; ranks 8, 10 on n1"
-    assert name_ranks([3, 4], {}) == "ranks 3, 4"
-    assert name_ranks(range(800), hosts).endswith("ranks 56-63 on n7; 736 ranks of 92 more hosts")
+    assert rank_names([3], hosts) == "rank 3 on n0"
+    assert rank_names([5, 1, 2, 3, 8, 10], hosts) == "ranks 1-3, 5 on n0; ranks 8, 10 on n1"
+    assert rank_names([3, 4], {}) == "ranks 3, 4"
+    assert rank_names(range(800), hosts).endswith("ranks 56-63 on n7; 736 ranks of 92 more hosts")
 
 
 def judged_links(slow: dict[tuple[int, int], float], hosts: int = 4, ranks: int = 2) -> list[str]:

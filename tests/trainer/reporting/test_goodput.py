@@ -8,7 +8,7 @@ import pytest
 
 from griffin.trainer.reporting.goodput import Goodput
 from griffin.trainer.run.folder import TIME_FORMAT, RunFolder
-from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.complete import load_config
 from tests.ranks import RankPool
 from tests.small_runs import metrics, run, series, write_config
 

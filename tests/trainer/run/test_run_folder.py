@@ -15,7 +15,8 @@ from griffin.parallel.world.ranks import Ranks
 from griffin.trainer.reporting.console import Console
 from griffin.trainer.run.folder import RunFolder, changed_settings, default_run_folder, describe_environment
 from griffin.trainer.run.lock import RunLock
-from griffin.trainer.settings.config import CheckpointConfig, Config, LogConfig, TrainConfig, load_config
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.sections import CheckpointConfig, Config, LogConfig, TrainConfig
 
 MODEL = ModelConfig(
     pattern=("recurrent", "attention"), width=32, recurrent_width=64, heads=2, head_dim=16, vocabulary=257

@@ -14,7 +14,7 @@ from griffin.tools.inference.prompts import find_language
 from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.tokenizer_copy import find_tokenizer, keep_tokenizer
-from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.complete import load_config
 from tests.ranks import RankPool
 from tests.small_runs import metrics, run, snapshot, write_config
 

@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 
 from griffin.parallel.config import INITS, MIXERS, RECOMPUTES, ModelConfig, ParallelConfig
 from griffin.tools.cli import main, split_overrides
-from griffin.trainer.settings.config import (
-    CONFIGS,
+from griffin.trainer.settings.complete import complete, load_config, read_data
+from griffin.trainer.settings.load import CONFIGS, find_config, read_settings, to_toml
+from griffin.trainer.settings.presets import PRESETS, preset
+from griffin.trainer.settings.sections import (
     DTYPES,
     OVERLAPS,
     SCHEDULES,
@@ -24,12 +26,7 @@ from griffin.trainer.settings.config import (
     LogConfig,
     OptimizerConfig,
     TrainConfig,
-    find_config,
-    load_config,
-    read_data,
-    to_toml,
 )
-from griffin.trainer.settings.presets import PRESETS, preset
 
 ROOT = Path(__file__).parents[3]
 
@@ -71,6 +68,31 @@ def test_defaults(load) -> None:
     assert (config.model.gate_blocks, config.model.mlp_expansion, config.model.window) == (16, 3, 1024)
     assert config.parallel == ParallelConfig()
     assert (config.optimizer.weight_decay, config.optimizer.clip, config.optimizer.epsilon) == (0.1, 1.0, 1e-8)
+
+
+def test_defaults_are_those_of_python(load) -> None:
+    """What a file leaves out is what the dataclasses have in Python, also where it follows from other settings."""
+    model = ModelConfig(
+        pattern=("recurrent", "attention"), width=32, recurrent_width=64, heads=2, head_dim=16, vocabulary=300
+    )
+    assert load(MODEL) == Config(model=model)
+    lines = '[train]\nsteps = 300\n[optimizer]\nschedule = "wsd"\nlearning_rate = 1e-2\n'
+    optimizer = OptimizerConfig(schedule="wsd", learning_rate=1e-2)
+    expected = Config(model=model, optimizer=optimizer, train=TrainConfig(steps=300))
+    assert load(MODEL + lines) == expected
+    assert None not in dataclasses.asdict(expected)["optimizer"].values()
+
+
+def test_reading_settings_reads_no_data(tmp_path: Path, bytes_data: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(f'[model]\npreset = "griffin-100m"\n[data]\ntrain = "{tmp_path}/absent"\n')
+    config = read_settings(path)
+    assert config.model.vocabulary is None
+    with pytest.raises(ValueError, match="absent"):
+        complete(config)
+    there = dataclasses.replace(config, data=DataConfig(train=(bytes_data,)))
+    assert complete(there).model.vocabulary == 257
+    assert complete(there).model == dataclasses.replace(preset("griffin-100m"), vocabulary=257)
 
 
 def test_every_section(load) -> None:
@@ -353,7 +375,7 @@ def test_demo_config(bytes_data: str) -> None:
 
 
 def test_reading_a_config_imports_no_torch() -> None:
-    modules = "griffin.trainer.settings.config, griffin.trainer.settings.validate"
+    modules = ", ".join(f"griffin.trainer.settings.{name}" for name in ("complete", "reference", "validate"))
     code = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from griffin.parallel.config import ModelConfig
-from griffin.trainer.settings.config import Config, DataConfig
-from griffin.trainer.settings.validate import CHOICES, LEAST, validate
+from griffin.trainer.settings.sections import SETTINGS, Config, DataConfig
+from griffin.trainer.settings.validate import validate
 
 CONFIG = Config(
     model=ModelConfig(
@@ -174,25 +174,25 @@ def test_refused(settings: dict[str, Any], world_size: int, message: str) -> Non
         validate(changed(settings), world_size)
 
 
-@pytest.mark.parametrize(("setting", "least"), LEAST.items())
-def test_least_values(setting: str, least: int) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(setting)} = {least - 1}: must be at least {least}$"):
-        validate(changed({setting: least - 1}), 1)
+@pytest.mark.parametrize("setting", [name for name, about in SETTINGS.items() if type(about.least) is int])
+def test_bounds(setting: str) -> None:
+    least, most = SETTINGS[setting].least, SETTINGS[setting].most
+    assert least is not None
+    assert most is not None
+    for value, accepted in ((least - 1, f"at least {least}"), (most + 1, f"at most {most}")):
+        with pytest.raises(ValueError, match=f"^{re.escape(setting)} = {value}: must be {accepted}$"):
+            validate(changed({setting: value}), 1)
 
 
-def test_every_integer_setting_has_a_least_value() -> None:
-    integers = {
-        f"{section.name}.{field.name}"
-        for section in dataclasses.fields(CONFIG)
-        for field in dataclasses.fields(getattr(CONFIG, section.name))
-        if field.type == "int"
-    }
-    assert set(LEAST) == integers
-
-
-@pytest.mark.parametrize(("setting", "choices"), CHOICES.items())
-def test_choices(setting: str, choices: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("setting", [name for name, about in SETTINGS.items() if about.choices])
+def test_choices(setting: str) -> None:
+    choices = SETTINGS[setting].choices
     with pytest.raises(ValueError, match=f"^{re.escape(setting)} = 'other': must be one of {', '.join(choices)}$"):
         validate(changed({setting: "other"}), 1)
     for choice in choices:
         validate(changed({setting: choice}), 1)
+
+
+def test_vocabulary_must_have_been_found() -> None:
+    with pytest.raises(ValueError, match=r"^model\.vocabulary: missing; must be stated, or completed with"):
+        validate(changed({"model.vocabulary": None}), 1)

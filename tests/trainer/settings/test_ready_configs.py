@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from griffin.parallel.world.grid import single_rank_grid
-from griffin.trainer.settings.config import load_config
+from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.validate import validate, validate_data
 from griffin.trainer.summary import count_parameters
 from tests.data_sets import write_prefix

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from griffin.tools.cli import COMMANDS
-from griffin.trainer.settings.config import SECTIONS, TYPES
+from griffin.trainer.settings.sections import SECTIONS, TYPES
 from griffin.trainer.settings.suggestions import ABSENT, OTHER_NAMES, OTHER_SECTIONS, suggest_section, suggest_setting
 
 KNOWN = [f"{section}.{key}" for section, types in TYPES.items() for key in types]
@@ -69,7 +69,7 @@ def test_every_command_knows_every_name_of_a_dtype() -> None:
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers()
     for name in COMMANDS:
-        importlib.import_module(f"griffin.tools.{name}").add_parser(subparsers)
+        importlib.import_module(f"griffin.tools.commands.{name}").add_parser(subparsers)
     actions = list(dtype_actions(parser))
     assert len(actions) >= 6
     for action in actions:

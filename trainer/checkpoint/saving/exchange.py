@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from griffin.parallel.world.axes import rank_name
 from griffin.parallel.world.ranks import is_loopback, listen_on_loopback
 
 CONTROL, VALUES = "control", "values"  # what a connection is for
@@ -213,7 +214,7 @@ class Exchange:
         self._lock = threading.Lock()
 
     def peer(self, rank: int) -> str:
-        return f"the saving process of rank {rank} on {self._addresses[rank][0]}"
+        return f"the saving process of {rank_name(rank, self._addresses[rank][0])}"
 
     def connect(self, rank: int, use: str) -> Channel:
         """The connection from this rank to another, made when it is first asked for."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from griffin.parallel.world.axes import rank_name
 from griffin.trainer.checkpoint.plan import SavePlan
 from griffin.trainer.checkpoint.saving.coordinator import Target, standing
 from griffin.trainer.checkpoint.saving.memory import Request, memory_left, shortages
@@ -120,7 +121,7 @@ class Saver:
         try:
             memory = _shared_memory(size)
         except MemoryError as caught:
-            error = f"rank {self._rank} on {self._host}: {caught}"
+            error = f"{rank_name(self._rank, self._host)}: {caught}"
         errors = [error for error in self._all_gather(error, str | None) if error is not None]
         if errors:
             if memory is not None:
@@ -258,7 +259,7 @@ class Saver:
 
     @property
     def _name(self) -> str:
-        return f"the saving process of rank {self._rank} on {self._host}"
+        return f"the saving process of {rank_name(self._rank, self._host)}"
 
 
 def _shared_memory(size: int) -> tuple[int, mmap.mmap]:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from griffin.parallel.world.axes import rank_name
 from griffin.trainer.checkpoint.arrays import EXP_AVG, EXP_AVG_SQ, MASTER, MODEL, ArraySpec, numpy_dtype
 from griffin.trainer.checkpoint.plan import ChunkPlan, Segment
 from griffin.trainer.checkpoint.regions import put, take
@@ -38,7 +39,7 @@ class Share:
     def __init__(self, setup: Setup, staged: np.ndarray, exchange: Exchange, folder: Path, report: Callable) -> None:
         """`report` is told once: {"files": {path: [size, checksum]}} or {"error": text}."""
         self._plan, self._staged, self._exchange, self._folder = setup.plan, staged, exchange, folder
-        self._timeout, self._name, self._report = setup.timeout, f"rank {setup.rank} on {setup.host}", report
+        self._timeout, self._name, self._report = setup.timeout, rank_name(setup.rank, setup.host), report
         self._arrays: dict[str, Array] = {}
         self._files: dict[str, FileRecord] = {}
         self._running, self._has_failed = 2, False

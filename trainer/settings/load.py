@@ -1,0 +1,197 @@
+"""Settings from a TOML file, with overrides from the command line. No data are read here: see `complete`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig
+from griffin.trainer.dtypes import canonical_dtype
+from griffin.trainer.files import SETTINGS_BYTES, parse_toml, read_regular
+from griffin.trainer.schedule import Earlier, keep_schedule
+from griffin.trainer.settings.presets import PRESETS, preset
+from griffin.trainer.settings.sections import SECTIONS, TYPES, Config, OptimizerConfig
+from griffin.trainer.settings.suggestions import suggest_section, suggest_setting
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # those that come along, each found by its name
+
+ACCEPTED = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    tuple[str, ...]: "a string or a list of strings",
+    tuple[int, ...]: "a list of integers",
+}
+
+
+def read_settings(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    find_model: Callable[[], ModelConfig | None] = lambda: None,
+    earlier: Earlier | None = None,
+) -> Config:
+    """The config of a TOML file, changed by `overrides` (["--train.steps", "10", "--model.window=64", ...]).
+
+    `model.vocabulary` is None where it is not stated; `complete` takes it from the data.
+
+    Args:
+        path: a file, or the name of a packaged config (see `find_config`).
+        find_model: asked for the model where neither a pattern nor a preset is stated; None where it has none.
+        earlier: the config of the run that goes on, whose schedule is kept (see `keep_schedule`).
+
+    Raises FileNotFoundError where there is no such file, and ValueError that names the setting, its value and what is
+    accepted.
+    """
+    path = find_config(path)
+    try:
+        tables = parse_toml(read_regular(path, SETTINGS_BYTES).decode())
+    except ValueError as error:  # of the decoder, or of the encoding
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    settings: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for section, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{section} = {table!r}: stands outside of any section; {_nearest('', section)}")
+        if section not in SECTIONS:
+            raise ValueError(f"[{section}]: no such section; did you mean [{suggest_section(section, SECTIONS)}]?")
+        for key, value in table.items():
+            settings[section][key] = typed(section, key, value)
+    told = {name: set[str]() for name in SECTIONS}
+    for section, key, text in _split(overrides):
+        settings[section][key] = _parsed(section, key, text)
+        told[section].add(key)
+    if earlier is not None:
+        settings["optimizer"] = keep_schedule(
+            settings["optimizer"], told["optimizer"], OptimizerConfig.schedule, earlier
+        )
+    model = _resolve_model(settings.pop("model"), find_model)
+    return Config(model=model, **{name: SECTIONS[name](**stated) for name, stated in settings.items()})
+
+
+def find_config(path: str | Path) -> Path:
+    """The file `path`, or where there is none, the packaged config of that name. FileNotFoundError if neither."""
+    path = Path(path)
+    packaged = {file.stem: file for file in sorted(CONFIGS.glob("*.toml"))}
+    if not path.is_file() and str(path) in packaged:
+        return packaged[str(path)]
+    if path.exists():
+        return path
+    raise FileNotFoundError(f"{path}: no such config file, and none of those that come along: {', '.join(packaged)}")
+
+
+def to_toml(config: Config) -> str:
+    """TOML with every setting stated, which loads as a Config equal to `config`."""
+    return tomli_w.dumps(dataclasses.asdict(config))
+
+
+def _nearest(section: str, key: str) -> str:
+    return suggest_setting(section, key, [f"{name}.{known}" for name, types in TYPES.items() for known in types])
+
+
+def _type(section: str, key: str) -> Any:
+    if key not in TYPES.get(section, {}):
+        raise ValueError(f"{section}.{key}: no such setting; {_nearest(section, key)}")
+    return TYPES[section][key]
+
+
+def typed(section: str, key: str, value: Any) -> Any:
+    """`value` as the setting's type: integers become floats, and floats without a fraction integers, lists tuples, a
+    string a tuple of one, another name of a dtype the canonical one, where asked for.
+
+    Raises ValueError where it is of another type.
+    """
+    kind = _type(section, key)
+    if kind is int and _is_integral(value):
+        return int(value)
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
+        return float(value)
+    if kind == tuple[str, ...] and isinstance(value, str):
+        return () if (section, key, value) == ("data", "eval", "none") else (value,)
+    if isinstance(value, list) and typing.get_origin(kind) is tuple:
+        element = typing.get_args(kind)[0]
+        if element is int:
+            value = [int(item) if _is_integral(item) else item for item in value]
+        if all(type(item) is element for item in value):
+            return tuple(value)
+    elif type(value) is kind:  # not isinstance: true is no integer
+        return canonical_dtype(value) if (section, key) == ("train", "dtype") else value
+    raise ValueError(f"{section}.{key} = {value!r}: must be {ACCEPTED[kind]}")
+
+
+def _is_integral(value: Any) -> bool:
+    """Whether `value` is a float that stands for one integer: 1e6. Above 2^53 it may stand for several."""
+    return type(value) is float and value.is_integer() and abs(value) <= 2**53
+
+
+def _parsed(section: str, key: str, text: str) -> Any:
+    """The value of an override: TOML where that fits the setting, otherwise the text itself."""
+    _type(section, key)
+    try:
+        table = parse_toml(f"value = {text}")
+        if table.keys() == {"value"}:
+            return typed(section, key, table["value"])
+    except ValueError:
+        pass
+    return typed(section, key, text)
+
+
+def _split(overrides: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(section, key, text) of each "--section.key=text", or "--section.key" followed by "text" or several (a list)."""
+    words, split = list(overrides), []
+    while words:
+        word = words.pop(0)
+        name, equals, text = word.partition("=")
+        section, dot, key = name.removeprefix("--").partition(".")
+        if not name.startswith("--") or not dot:
+            raise ValueError(f"{word}: must be --section.key value")
+        _type(section, key)
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ValueError(f"--{section}.{key}: needs a value, {ACCEPTED[_type(section, key)]}")
+            text = words.pop(0)
+            entries = [text]
+            while words and not words[0].startswith("--"):
+                entries.append(words.pop(0))
+            if len(entries) > 1:
+                text = json.dumps(entries, ensure_ascii=False)  # a list of TOML's too
+        split.append((section, key, text))
+    return split
+
+
+def _resolve_model(stated: dict[str, Any], find_model: Callable[[], ModelConfig | None]) -> ModelConfig:
+    stated = dict(stated)
+    name = stated.pop("preset", None)
+    if name is not None:
+        # A preset's vocabulary is a figure for parameter counts; what the model trains on decides here.
+        settings = dataclasses.asdict(preset(name)) | {"vocabulary": None} | stated
+    elif "pattern" in stated:
+        settings = _fill_widths(stated)
+    elif (model := find_model()) is not None:
+        return ModelConfig(**dataclasses.asdict(model) | stated)
+    else:
+        raise ValueError(
+            "model: must state model.pattern (a list of mixers), or model.preset: "
+            f"{', '.join(PRESETS)}; a training with --init-from CHECKPOINT takes the model from there"
+        )
+    return ModelConfig(**settings)
+
+
+def _fill_widths(stated: dict[str, Any]) -> dict[str, Any]:
+    """Demand the widths that the pattern's mixers use, and give the others a value."""
+    needed = {"width"}
+    if RECURRENT in stated["pattern"]:
+        needed |= {"recurrent_width"}
+    if {ATTENTION, GLOBAL_ATTENTION} & set(stated["pattern"]):
+        needed |= {"heads", "head_dim"}
+    missing = sorted(f"model.{key}" for key in needed - stated.keys())
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: missing; model.pattern without model.preset needs them")
+    return {"recurrent_width": stated["width"], "heads": 1, "head_dim": 128, **stated}
