@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from griffin.parallel.config import ATTENTION, RECOMPUTES, RECURRENT
+from griffin.parallel.config import RECOMPUTES
 from griffin.parallel.context import Context, Documents
-from griffin.parallel.mixers.attention import AttentionMixer, AttentionState
-from griffin.parallel.mixers.recurrent import RecurrentMixer, RecurrentState
+from griffin.parallel.mixers import MIXERS
 from griffin.parallel.mlp import MLP
 from griffin.parallel.norm import RMSNorm
 
@@ -27,26 +27,17 @@ class ResidualBlock(nn.Module):
         name = f"blocks.{index}"
         self.recompute = recompute
         self.mixer_norm = RMSNorm(f"{name}.mixer_norm", context)
-        self.mixer: RecurrentMixer | AttentionMixer
-        if mixer == RECURRENT:
-            self.mixer = RecurrentMixer(f"{name}.recurrent", context, save_states=recompute != "states")
-        else:
-            window = context.model.window if mixer == ATTENTION else None
-            self.mixer = AttentionMixer(f"{name}.attention", context, window)
+        described = MIXERS[mixer]
+        self.mixer = described.load().build(f"{name}.{described.kind}", context, recompute)
         self.mlp_norm = RMSNorm(f"{name}.mlp_norm", context)
         self.mlp = MLP(f"{name}.mlp", context)
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         return self._run("block", self._block, x, documents)
 
-    def prefill(self, x: Tensor, documents: Documents, longest: int) -> tuple[Tensor, RecurrentState | AttentionState]:
+    def prefill(self, x: Tensor, documents: Documents, longest: int) -> tuple[Tensor, Any]:
         """As `forward`, and the mixer's state, from which its sequences go on to at most `longest` tokens."""
-        u = self.mixer_norm(x)
-        state: RecurrentState | AttentionState
-        if isinstance(self.mixer, RecurrentMixer):
-            mixed, state = self.mixer.prefill(u, documents)
-        else:
-            mixed, state = self.mixer.prefill(u, documents, longest)
+        mixed, state = self.mixer.prefill(self.mixer_norm(x), documents, longest)
         x = x + mixed
         return x + self._mlp(x), state
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor, nn
 
 from griffin.kernels.local_attention import multi_query_attention, rotary
+from griffin.parallel.config import ModelConfig
 from griffin.parallel.context import Context, Documents
+from griffin.parallel.mixers.base import Cost
 from griffin.parallel.mlp import row_linear
 from griffin.parallel.sharding import Piece, describe, normal
 
@@ -98,6 +101,42 @@ class AttentionMixer(nn.Module):
         q = rotary(q.unflatten(-1, (self.heads, self.head_dim)), documents.positions)
         k = rotary(k, documents.positions)
         return self.out(multi_query_attention(q, k, v, documents.mask(self.window)))[0], k, v
+
+
+class LocalAttention(AttentionMixer):
+    """Over the last `window` tokens of a document."""
+
+    @classmethod
+    def build(cls, name: str, context: Context, recompute: str) -> Self:
+        return cls(name, context, context.model.window)
+
+    @staticmethod
+    def cost(model: ModelConfig, sequence: int) -> Cost:
+        return attention_cost(model, sequence, model.window)
+
+
+class GlobalAttention(AttentionMixer):
+    """Over all earlier tokens of a document."""
+
+    @classmethod
+    def build(cls, name: str, context: Context, recompute: str) -> Self:
+        return cls(name, context, None)
+
+    @staticmethod
+    def cost(model: ModelConfig, sequence: int) -> Cost:
+        return attention_cost(model, sequence, None)
+
+
+def attention_cost(model: ModelConfig, sequence: int, window: int | None) -> Cost:
+    """FLOPs 2 (2 D H hd + 2 D hd) + 4 H hd K, with K keys that a query sees on average."""
+    D, A = model.width, model.attention_width
+    return Cost(2.0 * (2 * D * A + 2 * D * model.head_dim) + 4.0 * A * mean_keys(sequence, window), 8.0 * A)
+
+
+def mean_keys(sequence: int, window: int | None) -> float:
+    """Mean number of keys that a query of a causal sequence sees, itself included; `window` limits it."""
+    reach = min(sequence, window or sequence)
+    return reach - reach * (reach - 1) / (2 * sequence)
 
 
 def _in_slots(x: Tensor, slots: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from griffin.kernels.conv1d import causal_conv1d
 from griffin.kernels.rglru import rglru
-from griffin.parallel.config import CONV_WIDTH
+from griffin.parallel.config import CONV_WIDTH, ModelConfig
 from griffin.parallel.context import Context, Documents
+from griffin.parallel.mixers.base import Cost
 from griffin.parallel.mlp import fused_column_linear, row_linear
 from griffin.parallel.sharding import Piece, decay, describe, normal, zeros
 
@@ -152,10 +154,21 @@ class RecurrentMixer(nn.Module):
             weight_decay=False,
         )
 
+    @classmethod
+    def build(cls, name: str, context: Context, recompute: str) -> Self:
+        return cls(name, context, save_states=recompute != "states")
+
+    @staticmethod
+    def cost(model: ModelConfig, sequence: int) -> Cost:
+        """FLOPs 2 (3 D R + 2 R^2 / gate_blocks)."""
+        D, R = model.width, model.recurrent_width
+        # conv 4, gates, scan and GeLU branch 12 bytes per element
+        return Cost(2.0 * (3 * D * R + 2 * R * model.gate_block_width), 16.0 * R)
+
     def forward(self, u: Tensor, documents: Documents) -> Tensor:
         return self._mix(u, documents)[0]
 
-    def prefill(self, u: Tensor, documents: Documents) -> tuple[Tensor, RecurrentState]:
+    def prefill(self, u: Tensor, documents: Documents, longest: int) -> tuple[Tensor, RecurrentState]:
         """As `forward`, and the state from which the last document of each sequence goes on."""
         mixed, before, last = self._mix(u, documents)
         length = min(CONV_WIDTH - 1, len(u))
