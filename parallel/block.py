@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from griffin.parallel.config import RECOMPUTES
 from griffin.parallel.context import Context, Documents
 from griffin.parallel.mixers import MIXERS
+from griffin.parallel.mixers.base import MixerStep
 from griffin.parallel.mlp import MLP
 from griffin.parallel.norm import RMSNorm
 
@@ -41,6 +42,10 @@ class ResidualBlock(nn.Module):
         x = x + mixed
         return x + self._mlp(x), state
 
+    def stepper(self) -> BlockStep:
+        """The block for one token at a time, with the weights as they are now."""
+        return BlockStep(self)
+
     def _block(self, x: Tensor, documents: Documents) -> Tensor:
         x = x + self._run("mixer", self._mix, x, documents)
         return x + self._run("mlp", self._mlp, x)
@@ -56,3 +61,16 @@ class ResidualBlock(nn.Module):
             # Nothing in a block draws random numbers.
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return function(*args)
+
+
+class BlockStep:
+    """A block that goes on from its mixer's state with one token of B sequences, x [D, B]."""
+
+    def __init__(self, block: ResidualBlock):
+        self._mixer_norm, self._mlp_norm = block.mixer_norm.stepper(), block.mlp_norm.stepper()
+        self.mixer: MixerStep = block.mixer.stepper()
+        self._mlp = block.mlp.stepper()
+
+    def __call__(self, x: Tensor, state: Any, now: Any) -> Tensor:
+        x = x + self.mixer(self._mixer_norm(x), state, now)
+        return x + self._mlp(self._mlp_norm(x))

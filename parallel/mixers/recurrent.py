@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from griffin.kernels.conv1d import causal_conv1d
-from griffin.kernels.rglru import rglru
+from griffin.kernels.rglru import rglru, rglru_step
+from griffin.kernels.selection import resolve_backend
 from griffin.parallel.config import CONV_WIDTH, ModelConfig
-from griffin.parallel.context import Context, Documents
+from griffin.parallel.context import Clock, Context, Documents
+from griffin.parallel.linear import column_step, fused_column_linear, row_linear, row_step
 from griffin.parallel.mixers.base import Cost
-from griffin.parallel.mlp import fused_column_linear, row_linear
 from griffin.parallel.sharding import Piece, decay, describe, normal, zeros
 
 
@@ -179,6 +180,9 @@ class RecurrentMixer(nn.Module):
         window.masked_fill_((distance > documents.positions[-1])[:, None], 0)
         return mixed, RecurrentState(last.t().contiguous(), window)
 
+    def stepper(self) -> RecurrentStep:
+        return RecurrentStep(self)
+
     def _mix(self, u: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
         """The mixer's output, the convolution's input and the recurrence's last state."""
         before, branch = self.lin_xy(u)[0].chunk(2, dim=-1)
@@ -195,3 +199,26 @@ class RecurrentMixer(nn.Module):
             save_states=self.save_states,
         )
         return self.out(y)[0], before, last
+
+
+class RecurrentStep:
+    """A recurrent mixer for one token, with R/t channels in N gate blocks of w."""
+
+    def __init__(self, mixer: RecurrentMixer):
+        self._lin_xy, self._out = column_step(mixer.lin_xy), row_step(mixer.out)
+        self._taps, self._conv_bias = mixer.conv_weight[..., None], mixer.conv_bias[:, None]
+        weight, bias = mixer.gates.weight.mT, mixer.gates.bias[..., None]  # [N, 2 w, w], [N, 2 w, 1]
+        self._gates = tuple(zip(bias.chunk(2, dim=1), weight.chunk(2, dim=1), strict=True))
+        self._recur = rglru_step(mixer.decay, resolve_backend(mixer.kernels, mixer.decay.device, mixer.decay.dtype))
+
+    def now(self, state: RecurrentState, clock: Clock) -> None:
+        return None
+
+    def __call__(self, u: Tensor, state: RecurrentState, now: None) -> Tensor:
+        x, branch = self._lin_xy(u).chunk(2)
+        inputs = torch.cat((state.window, x[None]))
+        state.window.copy_(inputs[1:])
+        x = (inputs.float() * self._taps).sum(0).add_(self._conv_bias).to(u.dtype)
+        blocks = x.view(len(self._gates[0][0]), -1, x.shape[1])  # [N, w, B]
+        input_gate, recurrence_gate = (torch.baddbmm(bias, weight, blocks).view_as(x) for bias, weight in self._gates)
+        return self._out(self._recur(x, input_gate, recurrence_gate, branch, state.recurrence))

@@ -323,7 +323,9 @@ def of_type(section: type, **strategies: st.SearchStrategy) -> st.SearchStrategy
 @given(
     st.builds(
         Config,
-        model=of_type(ModelConfig, pattern=st.lists(st.sampled_from([*MIXERS])).map(tuple), init=st.sampled_from(INITS)),
+        model=of_type(
+            ModelConfig, pattern=st.lists(st.sampled_from([*MIXERS])).map(tuple), init=st.sampled_from(INITS)
+        ),
         parallel=of_type(ParallelConfig),
         data=of_type(DataConfig),
         optimizer=of_type(OptimizerConfig, schedule=st.sampled_from(SCHEDULES), wsd_decay=st.sampled_from(WSD_DECAYS)),
