@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from griffin.parallel.config import ATTENTION, RECOMPUTES, RECURRENT
+from griffin.parallel.config import RECOMPUTES
 from griffin.parallel.context import Context, Documents
-from griffin.parallel.mixers.attention import AttentionMixer, AttentionState
-from griffin.parallel.mixers.recurrent import RecurrentMixer, RecurrentState
+from griffin.parallel.mixers import MIXERS
+from griffin.parallel.mixers.base import MixerStep
 from griffin.parallel.mlp import MLP
 from griffin.parallel.norm import RMSNorm
 
@@ -27,28 +28,23 @@ class ResidualBlock(nn.Module):
         name = f"blocks.{index}"
         self.recompute = recompute
         self.mixer_norm = RMSNorm(f"{name}.mixer_norm", context)
-        self.mixer: RecurrentMixer | AttentionMixer
-        if mixer == RECURRENT:
-            self.mixer = RecurrentMixer(f"{name}.recurrent", context, save_states=recompute != "states")
-        else:
-            window = context.model.window if mixer == ATTENTION else None
-            self.mixer = AttentionMixer(f"{name}.attention", context, window)
+        described = MIXERS[mixer]
+        self.mixer = described.load().build(f"{name}.{described.kind}", context, recompute)
         self.mlp_norm = RMSNorm(f"{name}.mlp_norm", context)
         self.mlp = MLP(f"{name}.mlp", context)
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         return self._run("block", self._block, x, documents)
 
-    def prefill(self, x: Tensor, documents: Documents, longest: int) -> tuple[Tensor, RecurrentState | AttentionState]:
+    def prefill(self, x: Tensor, documents: Documents, longest: int) -> tuple[Tensor, Any]:
         """As `forward`, and the mixer's state, from which its sequences go on to at most `longest` tokens."""
-        u = self.mixer_norm(x)
-        state: RecurrentState | AttentionState
-        if isinstance(self.mixer, RecurrentMixer):
-            mixed, state = self.mixer.prefill(u, documents)
-        else:
-            mixed, state = self.mixer.prefill(u, documents, longest)
+        mixed, state = self.mixer.prefill(self.mixer_norm(x), documents, longest)
         x = x + mixed
         return x + self._mlp(x), state
+
+    def stepper(self) -> BlockStep:
+        """The block for one token at a time, with the weights as they are now."""
+        return BlockStep(self)
 
     def _block(self, x: Tensor, documents: Documents) -> Tensor:
         x = x + self._run("mixer", self._mix, x, documents)
@@ -65,3 +61,16 @@ class ResidualBlock(nn.Module):
             # Nothing in a block draws random numbers.
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return function(*args)
+
+
+class BlockStep:
+    """A block that goes on from its mixer's state with one token of B sequences, x [D, B]."""
+
+    def __init__(self, block: ResidualBlock):
+        self._mixer_norm, self._mlp_norm = block.mixer_norm.stepper(), block.mlp_norm.stepper()
+        self.mixer: MixerStep = block.mixer.stepper()
+        self._mlp = block.mlp.stepper()
+
+    def __call__(self, x: Tensor, state: Any, now: Any) -> Tensor:
+        x = x + self.mixer(self._mixer_norm(x), state, now)
+        return x + self._mlp(self._mlp_norm(x))

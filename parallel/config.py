@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from griffin.parallel.setting import about, setting
 
+# The mixers of published models; all that there are: `griffin.parallel.mixers.MIXERS`.
 RECURRENT = "recurrent"
 ATTENTION = "attention"
 GLOBAL_ATTENTION = "global_attention"
-MIXERS = (RECURRENT, ATTENTION, GLOBAL_ATTENTION)
 INITS = ("jax", "torch")
 # What a block runs again in its backward pass instead of keeping it ("none" keeps everything); "states" are the
 # recurrence's.

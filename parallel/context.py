@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -13,6 +15,8 @@ from griffin.kernels.backends import AUTO
 from griffin.kernels.local_attention import AttentionMask, attention_mask
 from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.parallel.world.grid import Grid
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +90,23 @@ class Documents:
             ids = (self._positions == 0).cumsum(dim=1)
             self._masks[window] = attention_mask(ids, window)
         return self._masks[window]
+
+
+class Clock:
+    """The time at which B sequences go on, whose last tokens lie at one time: shorter ones began later.
+
+    time: of the tokens that come next.
+    starts: int64 [B], the time of each sequence's first token.
+    latest_start: the largest of them.
+    """
+
+    def __init__(self, starts: Tensor, time: int):
+        self.starts, self.time = starts, time
+        self.latest_start = int(starts.max())
+        self._shared: dict[Hashable, Any] = {}
+
+    def shared(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What the blocks of a model share for as long as its sequences go on: made when it is first asked for."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]

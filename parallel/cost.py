@@ -4,61 +4,28 @@ Forward floating-point operations per token count every matrix product twice its
 PaLM paper, arXiv 2204.02311, appendix B) and nothing else; a training step is three times that, recomputation not
 counted:
 
-    recurrent block      2 (3 D R + 2 R^2 / gate_blocks)
-    attention block      2 (2 D H hd + 2 D hd) + 4 H hd K     K: mean number of keys that a query sees
+    mixer                as its class says (`cost`)
     MLP                  2 (3 D F)
     logits               2 D V
 
-The recurrence itself is bound by memory traffic, so that the stage split adds bytes moved outside matrix products.
+A recurrence is bound by memory traffic, so that the stage split adds bytes moved outside matrix products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
-from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig
-
-# bf16 matrix FLOPs that take the time of moving one byte: about 800 TFLOP/s over 4 TB/s on a Hopper GPU.
-FLOPS_PER_BYTE = 200.0
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Forward cost per token: matrix FLOPs, and bytes moved outside matrix products (bfloat16)."""
-
-    flops: float
-    bytes: float
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
-
-    @property
-    def time(self) -> float:
-        """In units of one matrix FLOP."""
-        return self.flops + FLOPS_PER_BYTE * self.bytes
-
-
-def mean_keys(sequence: int, window: int | None) -> float:
-    """Mean number of keys that a query of a causal sequence sees, itself included; `window` limits it."""
-    reach = min(sequence, window or sequence)
-    return reach - reach * (reach - 1) / (2 * sequence)
+from griffin.parallel.config import ModelConfig
+from griffin.parallel.mixers import MIXERS
+from griffin.parallel.mixers.base import Cost
 
 
 def block_cost(model: ModelConfig, mixer: str, sequence: int) -> Cost:
     """Cost of a residual block: norms, temporal mixer and MLP."""
-    D, R, F, A = model.width, model.recurrent_width, model.mlp_width, model.attention_width
-    norms = Cost(0.0, 2 * 10.0 * D)  # read, write, and the residual sum
-    mlp = Cost(2.0 * 3 * D * F, 6.0 * F)
-    if mixer == RECURRENT:
-        # conv 4, gates, scan and GeLU branch 12 bytes per element
-        mix = Cost(2.0 * (3 * D * R + 2 * R * model.gate_block_width), 16.0 * R)
-    else:
-        assert mixer in (ATTENTION, GLOBAL_ATTENTION), mixer
-        keys = mean_keys(sequence, model.window if mixer == ATTENTION else None)
-        mix = Cost(2.0 * (2 * D * A + 2 * D * model.head_dim) + 4.0 * A * keys, 8.0 * A)
-    return norms + mix + mlp
+    norms = Cost(0.0, 2 * 10.0 * model.width)  # read, write, and the residual sum
+    mlp = Cost(2.0 * 3 * model.width * model.mlp_width, 6.0 * model.mlp_width)
+    return norms + MIXERS[mixer].load().cost(model, sequence) + mlp
 
 
 def embedding_cost(model: ModelConfig) -> Cost:

@@ -5,70 +5,11 @@ from __future__ import annotations
 import math
 
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from griffin.parallel.config import axis_atoms
 from griffin.parallel.context import Context
-from griffin.parallel.sharding import Piece, describe, normal, zeros
-
-
-def fused_column_linear(
-    context: Context, names: tuple[str, str], outputs: int, *, atoms: int, std: float
-) -> ColumnParallelLinear:
-    """Two column-parallel linears [outputs, D] of one input as one matrix product: a rank's rows of the first, then
-    its rows of the second. Biases start at zero."""
-    linear = ColumnParallelLinear(
-        context.model.width,
-        2 * outputs,
-        config=context.megatron,
-        init_method=None,
-        bias=True,
-        gather_output=False,
-        tp_group=context.grid.tensor_group,
-    )
-    local = outputs // context.grid.tensor_size
-    for suffix, parameter, shape, init in (
-        ("weight", linear.weight, (outputs, context.model.width), normal(std)),
-        ("bias", linear.bias, (outputs,), zeros),
-    ):
-        describe(
-            parameter,
-            *(
-                Piece(name=f"{name}.{suffix}", shape=shape, init=init, axis=0, atoms=atoms, start=place * local)
-                for place, name in enumerate(names)
-            ),
-            weight_decay=suffix == "weight",
-        )
-    return linear
-
-
-def row_linear(context: Context, name: str, inputs: int, *, atoms: int) -> RowParallelLinear:
-    """Row-parallel output linear [D, inputs] of a branch: its input is sharded, its output summed over tensor ranks."""
-    width = context.model.width
-    linear = RowParallelLinear(
-        inputs,
-        width,
-        config=context.megatron,
-        init_method=None,
-        bias=True,
-        input_is_parallel=True,
-        skip_bias_add=False,
-        tp_group=context.grid.tensor_group,
-    )
-    std = math.sqrt(2 / context.model.blocks / inputs)
-    describe(
-        linear.weight,
-        Piece(name=f"{name}.weight", shape=(width, inputs), init=normal(std), axis=1, atoms=atoms, dim=1),
-        weight_decay=True,
-    )
-    describe(
-        linear.bias,
-        Piece(name=f"{name}.bias", shape=(width,), init=zeros),
-        weight_decay=False,
-        sequence_parallel=True,
-    )
-    return linear
+from griffin.parallel.linear import LayerStep, column_step, fused_column_linear, row_linear, row_step
 
 
 class MLP(nn.Module):
@@ -91,3 +32,13 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x)[0].chunk(2, dim=-1)
         return self.down(F.gelu(gate, approximate="tanh") * up)[0]
+
+    def stepper(self) -> LayerStep:
+        """The same for one token, x [D, B], with the weights as they are now."""
+        gate_up, down = column_step(self.gate_up), row_step(self.down)
+
+        def step(x: Tensor) -> Tensor:
+            gate, up = gate_up(x).chunk(2)
+            return down(F.gelu(gate, approximate="tanh").mul_(up))
+
+        return step

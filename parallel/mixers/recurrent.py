@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from griffin.kernels.conv1d import causal_conv1d
-from griffin.kernels.rglru import rglru
-from griffin.parallel.config import CONV_WIDTH
-from griffin.parallel.context import Context, Documents
-from griffin.parallel.mlp import fused_column_linear, row_linear
+from griffin.kernels.rglru import rglru, rglru_step
+from griffin.kernels.selection import resolve_backend
+from griffin.parallel.config import CONV_WIDTH, ModelConfig
+from griffin.parallel.context import Clock, Context, Documents
+from griffin.parallel.linear import column_step, fused_column_linear, row_linear, row_step
+from griffin.parallel.mixers.base import Cost
 from griffin.parallel.sharding import Piece, decay, describe, normal, zeros
 
 
@@ -152,10 +155,21 @@ class RecurrentMixer(nn.Module):
             weight_decay=False,
         )
 
+    @classmethod
+    def build(cls, name: str, context: Context, recompute: str) -> Self:
+        return cls(name, context, save_states=recompute != "states")
+
+    @staticmethod
+    def cost(model: ModelConfig, sequence: int) -> Cost:
+        """FLOPs 2 (3 D R + 2 R^2 / gate_blocks)."""
+        D, R = model.width, model.recurrent_width
+        # conv 4, gates, scan and GeLU branch 12 bytes per element
+        return Cost(2.0 * (3 * D * R + 2 * R * model.gate_block_width), 16.0 * R)
+
     def forward(self, u: Tensor, documents: Documents) -> Tensor:
         return self._mix(u, documents)[0]
 
-    def prefill(self, u: Tensor, documents: Documents) -> tuple[Tensor, RecurrentState]:
+    def prefill(self, u: Tensor, documents: Documents, longest: int) -> tuple[Tensor, RecurrentState]:
         """As `forward`, and the state from which the last document of each sequence goes on."""
         mixed, before, last = self._mix(u, documents)
         length = min(CONV_WIDTH - 1, len(u))
@@ -165,6 +179,9 @@ class RecurrentMixer(nn.Module):
         distance = torch.arange(CONV_WIDTH - 2, -1, -1, device=u.device)[:, None]
         window.masked_fill_((distance > documents.positions[-1])[:, None], 0)
         return mixed, RecurrentState(last.t().contiguous(), window)
+
+    def stepper(self) -> RecurrentStep:
+        return RecurrentStep(self)
 
     def _mix(self, u: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
         """The mixer's output, the convolution's input and the recurrence's last state."""
@@ -182,3 +199,26 @@ class RecurrentMixer(nn.Module):
             save_states=self.save_states,
         )
         return self.out(y)[0], before, last
+
+
+class RecurrentStep:
+    """A recurrent mixer for one token, with R/t channels in N gate blocks of w."""
+
+    def __init__(self, mixer: RecurrentMixer):
+        self._lin_xy, self._out = column_step(mixer.lin_xy), row_step(mixer.out)
+        self._taps, self._conv_bias = mixer.conv_weight[..., None], mixer.conv_bias[:, None]
+        weight, bias = mixer.gates.weight.mT, mixer.gates.bias[..., None]  # [N, 2 w, w], [N, 2 w, 1]
+        self._gates = tuple(zip(bias.chunk(2, dim=1), weight.chunk(2, dim=1), strict=True))
+        self._recur = rglru_step(mixer.decay, resolve_backend(mixer.kernels, mixer.decay.device, mixer.decay.dtype))
+
+    def now(self, state: RecurrentState, clock: Clock) -> None:
+        return None
+
+    def __call__(self, u: Tensor, state: RecurrentState, now: None) -> Tensor:
+        x, branch = self._lin_xy(u).chunk(2)
+        inputs = torch.cat((state.window, x[None]))
+        state.window.copy_(inputs[1:])
+        x = (inputs.float() * self._taps).sum(0).add_(self._conv_bias).to(u.dtype)
+        blocks = x.view(len(self._gates[0][0]), -1, x.shape[1])  # [N, w, B]
+        input_gate, recurrence_gate = (torch.baddbmm(bias, weight, blocks).view_as(x) for bias, weight in self._gates)
+        return self._out(self._recur(x, input_gate, recurrence_gate, branch, state.recurrence))

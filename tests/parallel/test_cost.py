@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from griffin.parallel import cost, sharding
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig, ParallelConfig
-from griffin.parallel.cost import mean_keys, split_blocks, train_flops_per_token
+from griffin.parallel.cost import split_blocks, train_flops_per_token
+from griffin.parallel.mixers.attention import mean_keys
 from griffin.parallel.stage import build_stages, stage_blocks
 from griffin.parallel.world.grid import Grid, single_rank_grid
 from griffin.trainer.settings.presets import PRESETS, preset

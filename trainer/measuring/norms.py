@@ -11,26 +11,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from griffin.parallel.config import RECURRENT, ModelConfig
+from griffin.parallel import mixers
+from griffin.parallel.config import ModelConfig
 from griffin.parallel.world.grid import Grid
 from griffin.trainer.measuring.clock import Own
 
-KINDS = ("recurrent", "attention", "mlp", "norm", "embedding")
+_OTHER_KINDS = ("mlp", "norm", "embedding")
 _MEMORY = ("memory_allocated_gib", "memory_reserved_gib", "memory_peak_gib")
 
 
+def known_kinds() -> tuple[str, ...]:
+    """All kinds that gradient norms are told apart by: those of mixers first. The same on every rank."""
+    return (*mixers.kinds(mixers.MIXERS.values()), *_OTHER_KINDS)
+
+
 def kind(name: str) -> str:
-    """Which of `KINDS` the tensor of that canonical name belongs to."""
+    """Which of `known_kinds` the tensor of that canonical name belongs to."""
     part = name.split(".")[2 if name.startswith("blocks.") else 0]
     part = "norm" if part.endswith("norm") else part
-    assert part in KINDS, name
+    assert part in known_kinds(), name
     return part
 
 
 def kinds(model: ModelConfig) -> tuple[str, ...]:
-    """Those of `KINDS` that the model has."""
-    mixers = {"recurrent" if mixer == RECURRENT else "attention" for mixer in model.pattern}
-    return tuple(kind for kind in KINDS if kind in mixers or kind not in ("recurrent", "attention"))
+    """Those of `known_kinds` that the model has."""
+    return (*mixers.kinds(mixers.used(model.pattern)), *_OTHER_KINDS)
 
 
 def counts_once(parameter: nn.Parameter, grid: Grid) -> bool:
@@ -42,14 +47,15 @@ def counts_once(parameter: nn.Parameter, grid: Grid) -> bool:
 
 
 def squares(tensors: Iterable[tuple[nn.Parameter, Tensor]], device: torch.device) -> Tensor:
-    """Sums of squares by kind, float64 [len(KINDS)], of this rank's part (a shard, float32) of each parameter."""
+    """Sums of squares by kind, float64 [known kinds], of this rank's part (a shard, float32) of each parameter."""
     found: dict[str, list[Tensor]] = {}
     for parameter, part in tensors:
         if part.numel():
             found.setdefault(kind(parameter.pieces[0].name), []).append(part)  # type: ignore[attr-defined]
-    sums = torch.zeros(len(KINDS), dtype=torch.float64, device=device)
+    known = known_kinds()
+    sums = torch.zeros(len(known), dtype=torch.float64, device=device)
     for name, parts in found.items():
-        sums[KINDS.index(name)] = torch.stack(torch._foreach_norm(parts)).double().square().sum()
+        sums[known.index(name)] = torch.stack(torch._foreach_norm(parts)).double().square().sum()
     return sums
 
 
@@ -70,9 +76,10 @@ def combine(
     row = torch.cat((here.to(grid.device), gradients, parameters))
     rows = row.new_empty(grid.world_size * len(row))
     dist.all_gather_into_tensor(rows, row)
-    ranks, grads, params = rows.cpu().view(grid.world_size, -1).split((len(here), len(KINDS), len(KINDS)), dim=1)
+    known = known_kinds()
+    ranks, grads, params = rows.cpu().view(grid.world_size, -1).split((len(here), len(known), len(known)), dim=1)
     data_wait, work, schedule, *memory = ranks.T
-    by_kind = dict(zip(KINDS, grads.sum(0).sqrt().tolist(), strict=True))
+    by_kind = dict(zip(known, grads.sum(0).sqrt().tolist(), strict=True))
     figures = {
         **{f"grad_norm/{name}": by_kind[name] for name in kinds(model)},
         "param_norm": math.sqrt(params.sum().item()),

@@ -12,7 +12,8 @@ from typing import Any
 
 import tomli_w
 
-from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig
+from griffin.parallel.config import ModelConfig
+from griffin.parallel.mixers import used
 from griffin.trainer.dtypes import canonical_dtype
 from griffin.trainer.files import SETTINGS_BYTES, parse_toml, read_regular
 from griffin.trainer.schedule import Earlier, keep_schedule
@@ -186,11 +187,7 @@ def _resolve_model(stated: dict[str, Any], find_model: Callable[[], ModelConfig 
 
 def _fill_widths(stated: dict[str, Any]) -> dict[str, Any]:
     """Demand the widths that the pattern's mixers use, and give the others a value."""
-    needed = {"width"}
-    if RECURRENT in stated["pattern"]:
-        needed |= {"recurrent_width"}
-    if {ATTENTION, GLOBAL_ATTENTION} & set(stated["pattern"]):
-        needed |= {"heads", "head_dim"}
+    needed = {"width"}.union(*(mixer.widths for mixer in used(stated["pattern"])))
     missing = sorted(f"model.{key}" for key in needed - stated.keys())
     if missing:
         raise ValueError(f"{', '.join(missing)}: missing; model.pattern without model.preset needs them")

@@ -6,7 +6,9 @@ import dataclasses
 import math
 from typing import Any, NoReturn
 
-from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, MIXERS, RECURRENT, ModelConfig, axis_atoms
+from griffin.parallel.config import ModelConfig, axis_atoms
+from griffin.parallel.mixers import MIXERS, used
+from griffin.parallel.mixers.base import Multiple
 from griffin.trainer.data.prefix import check_contents
 from griffin.trainer.settings.complete import read_data
 from griffin.trainer.settings.sections import SETTINGS, Config, OptimizerConfig
@@ -82,11 +84,18 @@ def validate_model(model: ModelConfig) -> None:
     for mixer in model.pattern:
         if mixer not in MIXERS:
             _refuse("model.pattern", mixer, f"must be a list of {', '.join(MIXERS)}")
-    if _recurs(model) and model.recurrent_width % model.gate_blocks:
-        accepted = f"must divide model.recurrent_width = {model.recurrent_width}"
-        _refuse("model.gate_blocks", model.gate_blocks, accepted)
-    if _attends(model) and model.head_dim % 4:
-        _refuse("model.head_dim", model.head_dim, "must be a multiple of 4: rotary embedding turns half of it in pairs")
+    for each in used(model.pattern):
+        for multiple in each.multiples:
+            _require_multiple(model, multiple)
+
+
+def _require_multiple(model: ModelConfig, multiple: Multiple) -> None:
+    setting, value = f"model.{multiple.setting}", getattr(model, multiple.setting)
+    if isinstance(multiple.of, str):
+        if value % (divisor := getattr(model, multiple.of)):
+            _refuse(f"model.{multiple.of}", divisor, f"must divide {setting} = {value}")
+    elif value % multiple.of:
+        _refuse(setting, value, f"must be a multiple of {multiple.of}: {multiple.why}")
 
 
 def _validate_layout(config: Config) -> None:
@@ -95,10 +104,8 @@ def _validate_layout(config: Config) -> None:
         f"the shards of the MLP width {model.mlp_width}": axis_atoms(model.mlp_width),
         f"the shards of the padded vocabulary {model.padded_vocabulary}": axis_atoms(model.padded_vocabulary),
     }
-    if _recurs(model):
-        sizes["model.gate_blocks"] = model.gate_blocks
-    if _attends(model):
-        sizes["model.heads"] = model.heads
+    for mixer in used(model.pattern):
+        sizes |= {f"model.{setting}": getattr(model, setting) for setting in mixer.shards}
     if parallel.sequence_parallel:
         sizes["data.sequence_length (parallel.sequence_parallel is on)"] = config.data.sequence_length
     undivided = [f"{name} = {size}" for name, size in sizes.items() if size % parallel.tensor]
@@ -177,11 +184,3 @@ def _validate_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
 def _validate_spikes(config: Config) -> None:
     if config.train.spike == "rewind" and config.checkpoint.interval == 0:
         _refuse("checkpoint.interval", 0, 'must be at least 1 for train.spike = "rewind", which goes back to one')
-
-
-def _recurs(model: ModelConfig) -> bool:
-    return RECURRENT in model.pattern
-
-
-def _attends(model: ModelConfig) -> bool:
-    return ATTENTION in model.pattern or GLOBAL_ATTENTION in model.pattern

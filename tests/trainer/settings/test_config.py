@@ -10,7 +10,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from griffin.parallel.config import INITS, MIXERS, RECOMPUTES, ModelConfig, ParallelConfig
+from griffin.parallel.config import INITS, RECOMPUTES, ModelConfig, ParallelConfig
+from griffin.parallel.mixers import MIXERS
 from griffin.tools.cli import main, split_overrides
 from griffin.trainer.settings.complete import complete, load_config, read_data
 from griffin.trainer.settings.load import CONFIGS, find_config, read_settings, to_toml
@@ -344,7 +345,9 @@ def of_type(section: type, **strategies: st.SearchStrategy) -> st.SearchStrategy
 @given(
     st.builds(
         Config,
-        model=of_type(ModelConfig, pattern=st.lists(st.sampled_from(MIXERS)).map(tuple), init=st.sampled_from(INITS)),
+        model=of_type(
+            ModelConfig, pattern=st.lists(st.sampled_from([*MIXERS])).map(tuple), init=st.sampled_from(INITS)
+        ),
         parallel=of_type(ParallelConfig),
         data=of_type(DataConfig),
         optimizer=of_type(OptimizerConfig, schedule=st.sampled_from(SCHEDULES), wsd_decay=st.sampled_from(WSD_DECAYS)),
