@@ -12,7 +12,8 @@ from unittest import mock
 
 import pytest
 import torch
-from griffin.trainer.settings.config import Config, load_config
+from griffin.trainer.settings.load import load_config
+from griffin.trainer.settings.sections import Config
 from torch import Tensor, nn
 
 from griffin.kernels.linear_scan import linear_scan
