@@ -42,8 +42,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
     SIGTERM or SIGUSR1 to any rank, all stop after the same step, which is saved.
 
     Raises PreflightError (see `trainer.preflight.check`) where a rank's machine or links are not fit, NonFiniteError
-    (see `trainer.step`) where the loss or a gradient is NaN or infinite and `train.spike` is off, SpikeError where
-    there are too many spikes, WorkerError where a process that draws batches has ended, ReplicaError where copies of a
+    where the loss or a gradient is NaN or infinite and `train.spike` is off, SpikeError where there are too many
+    spikes, WorkerError where a process that draws batches has ended, ReplicaError where copies of a
     weight differ, CheckpointError where what it starts from is damaged, and SaveError where the last state could not
     be saved. Where it hangs, the process ends with HUNG (see `trainer.health.watchdog`).
     """
