@@ -21,6 +21,7 @@ from griffin.trainer.checkpoint.steps import clean
 from griffin.trainer.checkpoint.unreadable import note_skipped, noting
 from griffin.trainer.data.dataset import Samples, build_index, open_samples
 from griffin.trainer.data.loader import batches, watching_workers
+from griffin.trainer.evaluation import Evaluation, held_out_loss
 from griffin.trainer.health.spikes import REWIND, SKIP, Ledger, Spike, SpikeDetector, SpikeError
 from griffin.trainer.health.stragglers import Stragglers
 from griffin.trainer.health.watchdog import Watchdog, communication_timeout
@@ -141,15 +142,17 @@ class _Run:
             return False
         drawn = position.samples + (config.train.steps - position.step) * config.train.global_batch
         train_samples, eval_samples = _open_data(config, self.grid, drawn)
+        evaluations = [self._held_out_loss(name, samples) for name, samples in eval_samples.items()]
         train_batches = _batches(config, self.grid, train_samples, position.samples, workers=config.data.workers)
         report.begin(train_samples, drawn)
         rewound: int | None = None  # the step gone back to, with weights that were evaluated before
         while True:
-            if eval_samples is not None and _evaluates(config, position.step) and position.step != rewound:
-                held_out = self.watchdog.progress(_batches(config, self.grid, eval_samples, 0, workers=0))
-                with self.watchdog.watching("evaluation at step", position.step):
-                    loss, tokens = training.evaluate(held_out, config.train.eval_batches)
-                report.evaluation(position.step, loss, tokens)
+            for evaluation in evaluations:
+                if evaluation.is_due(position.step, config.train.steps) and position.step != rewound:
+                    kind = " ".join(filter(None, ("evaluation", evaluation.name, "at step")))
+                    with self.watchdog.watching(kind, position.step):
+                        figures = evaluation.run(training)
+                    report.evaluation(position.step, figures)
             if position.step == config.train.steps:
                 break
             stop = self.requests.requested is not None or checkpoints.is_taken_over
@@ -189,6 +192,12 @@ class _Run:
         checkpoints.finish(position)
         report.end()
         return False
+
+    def _held_out_loss(self, name: str, samples: Samples) -> Evaluation:
+        def draw() -> Iterator[Batch]:
+            return self.watchdog.progress(_batches(self.config, self.grid, samples, 0, workers=0))
+
+        return held_out_loss(name, self.config.train, draw, samples.bytes_per_token)
 
     def _answer(self, spike: Spike, position: Position) -> int | None:
         """Do about a spike what `train.spike` says, with `position` after it: the step gone back to, if any.
@@ -234,15 +243,10 @@ def implementations(config: Config, device: torch.device) -> dict[str, str]:
     }
 
 
-def _evaluates(config: Config, step: int) -> bool:
-    """Before the first step, every `train.eval_interval` steps, and at the end; never if the interval is 0."""
-    interval = config.train.eval_interval
-    return interval > 0 and (step % interval == 0 or step == config.train.steps)
-
-
-def _open_data(config: Config, grid: Grid, drawn: int) -> tuple[Samples, Samples | None]:
+def _open_data(config: Config, grid: Grid, drawn: int) -> tuple[Samples, dict[str, Samples]]:
+    """Samples for training, of which `drawn` will have been drawn at the end, and those of each held-out set."""
     evaluated = config.train.eval_batches * config.train.global_batch
-    blends = {"train": (config.data.train, drawn), "eval": (config.data.eval, evaluated)}
+    blends = [(config.data.train, drawn), *((blend, evaluated) for blend in config.data.eval_sets.values())]
     settings: dict[str, Any] = {
         "sequence_length": config.data.sequence_length,
         "seed": config.train.seed,
@@ -250,16 +254,12 @@ def _open_data(config: Config, grid: Grid, drawn: int) -> tuple[Samples, Samples
     }
 
     def build() -> None:
-        for entries, samples in blends.values():
-            if entries:
-                build_index(entries, samples=samples, **settings)
+        for entries, samples in blends:
+            build_index(entries, samples=samples, **settings)
 
     grid.first_rank_does("data index", build)
-    train_samples, eval_samples = (
-        open_samples(entries, **settings) if entries else None for entries, _ in blends.values()
-    )
-    assert train_samples is not None, "validated: data.train is not empty"
-    return train_samples, eval_samples
+    train_samples, *eval_samples = (open_samples(entries, **settings) for entries, _ in blends)
+    return train_samples, dict(zip(config.data.eval_sets, eval_samples, strict=True))
 
 
 def _batches(config: Config, grid: Grid, samples: Samples, first: int, *, workers: int) -> Iterator[Batch]:

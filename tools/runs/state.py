@@ -115,7 +115,7 @@ class RunReader:
             if line["loss"] is not None and is_predicted("loss", line):
                 self._losses.append((step, line["loss"]))
             self._step = step
-        if "eval_loss" in line:
+        if any(key.partition("/")[0] == "eval_loss" for key in line):
             self._evaluation = step
         self._time = line.pop("time", None) or self._time
         line.pop("attempt", None)

@@ -56,7 +56,7 @@ class Console:
         if values is None:
             return
         text = f"step {step:>{len(str(self._steps))}}/{self._steps}  " + "  ".join(
-            _figure(key, values) for key in _FORMATS if key in values
+            figure_text(key, values) for key in _FORMATS if key in values
         )
         if step > self._begun[0]:
             left = (now - self._begun[1]) / (step - self._begun[0]) * (self._steps - step)
@@ -64,7 +64,7 @@ class Console:
         if self._bar is None:
             self._show(text)
         else:
-            shown = [_figure(key, values) for key in ("loss", "tokens_per_second") if key in values]
+            shown = [figure_text(key, values) for key in ("loss", "tokens_per_second") if key in values]
             with suppress(OSError):
                 self._bar.set_postfix_str(", ".join(shown))
         self._log.write(f"{text}\n")
@@ -98,8 +98,15 @@ def is_interrupt(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _figure(key: str, values: Mapping[str, float]) -> str:
-    return _FORMATS[key](values[key]) if is_predicted(key, values) else f"{key}: {NOTHING_PREDICTED}"
+def figure_text(key: str, values: Mapping[str, float]) -> str:
+    """One of the figures, with its name."""
+    if not is_predicted(key, values):
+        return f"{key}: {NOTHING_PREDICTED}"
+    return _FORMATS[key](values[key]) if key in _FORMATS else f"{key} {values[key]:{_OTHERS.get(_stem(key), '.4g')}}"
+
+
+def _stem(key: str) -> str:
+    return key.partition("/")[0]
 
 
 _FORMATS = {
@@ -109,3 +116,4 @@ _FORMATS = {
     "learning_rate": "learning_rate {:.2e}".format,
     "tokens_per_second": "{:,.0f} tokens/s".format,
 }
+_OTHERS = {"eval_loss": ".4f", "eval_perplexity": ".3f", "eval_bits_per_byte": ".4f"}  # FIGURE/NAME

@@ -19,6 +19,8 @@ from griffin.trainer.data.prefix import DataInfo, read_blend
 from griffin.trainer.dtypes import canonical_dtype
 from griffin.trainer.files import SETTINGS_BYTES, parse_toml, read_regular
 from griffin.trainer.schedule import Earlier, keep_schedule
+from griffin.trainer.settings import eval_sets
+from griffin.trainer.settings.eval_sets import Blend, EvalSets, read_eval_sets, with_set
 from griffin.trainer.settings.presets import PRESETS, preset
 from griffin.trainer.settings.suggestions import suggest_section, suggest_setting
 
@@ -33,10 +35,18 @@ SPIKES = ("off", "skip", "rewind")
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: tuple[str, ...] = ()  # "PREFIX" or "WEIGHT PREFIX" of data built by `griffin data build`
-    eval: tuple[str, ...] = ()  # the same, for held-out evaluation; () or "none" is none
+    # The same, for held-out evaluation: one blend, or several by name, each evaluated; () or "none" is none.
+    eval: EvalSets = field(default=(), hash=False)  # a dict has no hash
     sequence_length: int = 2048  # tokens per sequence
     cache: str = ""  # folder of the index caches; "" keeps them beside the data
     workers: int = 2  # loader processes per rank; 0 loads in the rank itself
+
+    @property
+    def eval_sets(self) -> dict[str, Blend]:
+        """The blends of `eval` by name; one without a name is ""."""
+        if isinstance(self.eval, dict):
+            return self.eval
+        return {"": self.eval} if self.eval else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +149,7 @@ ACCEPTED = {
     str: "a string",
     tuple[str, ...]: "a string or a list of strings",
     tuple[int, ...]: "a list of integers",
+    EvalSets: eval_sets.ACCEPTED,
 }
 
 
@@ -179,7 +190,9 @@ def load_config(
             settings[section][key] = typed(section, key, value)
     told = {name: set[str]() for name in SECTIONS}
     for section, key, text in _split(overrides):
-        settings[section][key] = _parsed(section, key, text)
+        key, _, name = key.partition(".")
+        value = _parsed(section, key, text)
+        settings[section][key] = with_set(settings[section].get(key, ()), name, value) if name else value
         told[section].add(key)
     if earlier is not None:
         settings["optimizer"] = keep_schedule(
@@ -212,12 +225,15 @@ def read_data(data: DataConfig) -> list[DataInfo]:
     if not data.train:
         raise ValueError("data.train = []: must name at least one PREFIX built by `griffin data build`")
     train = [info for _, info in read_blend(data.train)]
-    held_out = [info for _, info in read_blend(data.eval)] if data.eval else []
-    for info in held_out:
-        if info.tokenizer != train[0].tokenizer:
+    held_out = []
+    for name, blend in data.eval_sets.items():
+        for _, info in read_blend(blend):
+            held_out.append(info)
+            if info.tokenizer == train[0].tokenizer:
+                continue
             raise ValueError(
-                f"data.eval = {info.prefix!r}: built with tokenizer {info.tokenizer}, data.train with "
-                f"{train[0].tokenizer}: all data of a run need the same"
+                f"data.eval{f'.{name}' * bool(name)} = {info.prefix!r}: built with tokenizer {info.tokenizer}, "
+                f"data.train with {train[0].tokenizer}: all data of a run need the same"
             )
     return train + held_out
 
@@ -243,8 +259,10 @@ def typed(section: str, key: str, value: Any) -> Any:
         return int(value)
     if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
+    if kind == EvalSets:
+        return read_eval_sets(value)
     if kind == tuple[str, ...] and isinstance(value, str):
-        return () if (section, key, value) == ("data", "eval", "none") else (value,)
+        return (value,)
     if isinstance(value, list) and typing.get_origin(kind) is tuple:
         element = typing.get_args(kind)[0]
         if element is int:
@@ -282,10 +300,12 @@ def _split(overrides: Sequence[str]) -> list[tuple[str, str, str]]:
         section, dot, key = name.removeprefix("--").partition(".")
         if not name.startswith("--") or not dot:
             raise ValueError(f"{word}: must be --section.key value")
-        _type(section, key)
+        setting, _, set_name = key.partition(".")
+        is_set = set_name and (section, setting) == ("data", "eval")  # --data.eval.NAME
+        kind = _type(section, setting if is_set else key)
         if not equals:
             if not words or words[0].startswith("--"):
-                raise ValueError(f"--{section}.{key}: needs a value, {ACCEPTED[_type(section, key)]}")
+                raise ValueError(f"--{section}.{key}: needs a value, {ACCEPTED[kind]}")
             text = words.pop(0)
             entries = [text]
             while words and not words[0].startswith("--"):
