@@ -28,6 +28,7 @@ from griffin.trainer.health.watchdog import Watchdog, communication_timeout
 from griffin.trainer.optimizer import optimizer_name
 from griffin.trainer.preflight.check import preflight
 from griffin.trainer.reporting.report import Report
+from griffin.trainer.run.attempts import Attempt
 from griffin.trainer.run.folder import RunFolder, describe_environment
 from griffin.trainer.run.lock import RunLock
 from griffin.trainer.run.signals import StopRequests
@@ -65,9 +66,13 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
         report = stack.enter_context(Report(config, grid, folder, source))
         if grid.is_first_rank and (problem := keep_tokenizer(folder, config.data.train)) is not None:
             report.say(problem)
+        attempt = Attempt(folder, report.say)
+        attempt.step = source.step
+        if grid.is_first_rank:
+            stack.enter_context(attempt)
         if config.health.preflight:
             preflight(config, ranks, grid, folder.path, report.say)
-        watchdog = stack.enter_context(Watchdog(config.health.hang_seconds, ranks, grid, folder))
+        watchdog = stack.enter_context(Watchdog(config.health.hang_seconds, ranks, grid, folder, attempt.hung))
         training = Training(config, grid)
         spikes = SpikeDetector(config.train) if config.train.spike != "off" else None
         ledger = stack.enter_context(Ledger(grid, folder, report.say))
@@ -87,9 +92,10 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
         with noting(folder.path, source):
             position = checkpoints.load(source)
         stragglers = Stragglers(grid, folder.stragglers)
-        run = _Run(config, grid, training, checkpoints, report, requests, spikes, ledger, watchdog, stragglers)
+        run = _Run(config, grid, training, checkpoints, report, requests, spikes, ledger, watchdog, stragglers, attempt)
         with watching_workers(config.data.workers):
-            return run.go_on_from(position)
+            attempt.is_stopped = run.go_on_from(position)
+        return attempt.is_stopped
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,7 @@ class _Run:
     ledger: Ledger
     watchdog: Watchdog
     stragglers: Stragglers
+    attempt: Attempt
 
     def go_on_from(self, position: Position) -> bool:
         """The steps after `position`, to the end or to a request to stop; True for the latter."""
@@ -147,6 +154,7 @@ class _Run:
         report.begin(train_samples, drawn)
         rewound: int | None = None  # the step gone back to, with weights that were evaluated before
         while True:
+            self.attempt.step = position.step
             for evaluation in evaluations:
                 if evaluation.is_due(position.step, config.train.steps) and position.step != rewound:
                     kind = " ".join(filter(None, ("evaluation", evaluation.name, "at step")))

@@ -40,8 +40,6 @@ from griffin.trainer.measuring import norms
 from griffin.trainer.optimizer import build_optimizer, build_schedule
 from griffin.trainer.settings.config import Config
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def overlaps(config: Config, data_size: int, *, on_gpu: bool) -> bool:
     """Whether data-parallel communication runs behind computation."""
@@ -162,11 +160,11 @@ class ShardedOptimizer:
 
         Between `gradient_norm` and `clip_and_step`, which changes the gradients in place.
         """
-        return self._squares(lambda shard: shard.grad)
+        return self._squares(_gradient)
 
     def weight_squares(self) -> Tensor:
         """Sums of squares of this rank's shards of the master weights, float64 [kinds] (see `norms.squares`)."""
-        return self._squares(lambda shard: shard.detach())
+        return self._squares(torch.Tensor.detach)
 
     def _squares(self, part: Callable[[Tensor], Tensor]) -> Tensor:
         counted = [parameter for parameter in self._updater if norms.counts_once(parameter, self._grid)]
@@ -190,7 +188,7 @@ class ShardedOptimizer:
         if parameter not in self._updater:
             return None
         state = self._state(parameter)
-        return state["param"], *map(state.get, MOMENTS)
+        return state["param"], state.get("exp_avg"), state.get("exp_avg_sq")
 
     def set_shard_state(self, parameter: nn.Parameter, master: Tensor, moments: Tensor | None) -> None:
         """Replace what `shard_state` gives; `moments` is float32 [2, stop - start], or None for those of a new run.
@@ -201,7 +199,7 @@ class ShardedOptimizer:
         main.copy_(master)
         if moments is not None:
             state = self._updater[parameter].optimizer.state[main]
-            for name, moment in zip(MOMENTS, moments, strict=True):
+            for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
                 if name in state:
                     state[name].copy_(moment)
                 else:  # Adam makes them at its first step
@@ -229,3 +227,8 @@ class ShardedOptimizer:
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         return self._updater[parameter]._get_main_param_and_optimizer_states(parameter)
+
+
+def _gradient(shard: Tensor) -> Tensor:
+    assert shard.grad is not None, "between `gradient_norm` and `clip_and_step`"
+    return shard.grad

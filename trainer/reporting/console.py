@@ -15,6 +15,7 @@ from tqdm import tqdm
 from griffin.trainer.reporting.metrics import NOTHING_PREDICTED, is_predicted
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.log_file import LogFile
+from griffin.trainer.run.signals import is_interrupt
 
 
 class Console:
@@ -89,13 +90,6 @@ class Console:
         elif error is not None:
             self._log.write("".join(traceback.format_exception(error)))
         self.close()
-
-
-def is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C (SIGINT) led to it: perhaps it came up while the interrupt was dealt with."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def figure_text(key: str, values: Mapping[str, float]) -> str:

@@ -74,6 +74,10 @@ class RunFolder:
         return self.path / "ledger.jsonl"
 
     @property
+    def attempts(self) -> Path:
+        return self.path / "attempts.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
