@@ -154,7 +154,6 @@ class _Run:
         report.begin(train_samples, drawn)
         rewound: int | None = None  # the step gone back to, with weights that were evaluated before
         while True:
-            self.attempt.step = position.step
             for evaluation in evaluations:
                 if evaluation.is_due(position.step, config.train.steps) and position.step != rewound:
                     kind = " ".join(filter(None, ("evaluation", evaluation.name, "at step")))
@@ -178,10 +177,12 @@ class _Run:
             rewound = self._answer(result.spike, position) if result.spike is not None else None
             if rewound is not None:  # a request to stop is heard by the next step
                 position = Position(rewound, position.samples)
+                self.attempt.step = rewound
                 train_batches = _batches(
                     config, self.grid, train_samples, position.samples, workers=config.data.workers
                 )
                 continue
+            self.attempt.step = step
             report.step(position, result, self.spikes)
             if result.work is not None and self.grid.is_first_rank:
                 line = self.stragglers.note(step, result.work)
