@@ -24,9 +24,9 @@ def state_of(training: Training, grid: Grid) -> dict[str, torch.Tensor]:
     """The model's weights, master weights and moments as global tensors, without any of the checkpoints' code."""
 
     def full(place: int, parameter: torch.nn.Parameter) -> torch.Tensor:
-        value, shard = torch.zeros(parameter.numel()), training.shard_state(parameter)
+        value, shard = torch.zeros(parameter.numel()), training.optimizer.shard_state(parameter)
         if shard is not None:
-            start, stop = training.shard_range(parameter)
+            start, stop = training.optimizer.shard_range(parameter)
             held = shard[place]
             assert held is not None, "a step was made"
             value[start:stop] = held

@@ -164,6 +164,7 @@ DESCRIPTION = {
     "tokens": 9,
     "sha256": "0" * 64,
     "inputs": ["a.txt"],
+    "text_bytes": 7,
 }
 GEMMA = {
     "model_type": "recurrent_gemma",
@@ -190,11 +191,13 @@ LOCK = {
 }
 METRICS = {"step": 3, "time": 1.0, "attempt": 1, "loss": 1.0, "step_seconds": 0.5, "trained_seconds": 2.0}
 LEDGER = {"step": 3, "time": 1.0, "kind": "loss", "action": "skip", "samples": [0, 4]}
+ATTEMPT = {"attempt": 1, "ended": 2.0, "why": "failed", "exit_code": 1, "step": 3, "error": "ValueError: no"}
 STRAGGLERS = {"hosts": [{"host": "n0", "ratio": 1.5}], "ranks": [{"rank": 0, "ratio": 1.5}]}
 RUN_FOLDER: dict[str, Any] = {
     "lock": LOCK,
     "metrics.jsonl": METRICS,
     "ledger.jsonl": LEDGER,
+    "attempts.jsonl": ATTEMPT,
     "stragglers.json": STRAGGLERS,
     "environment.json": {"started": "2024-01-01T00:00:00+0000"},
     "config.toml": None,

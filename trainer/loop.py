@@ -21,12 +21,14 @@ from griffin.trainer.checkpoint.steps import clean
 from griffin.trainer.checkpoint.unreadable import note_skipped, noting
 from griffin.trainer.data.dataset import Samples, build_index, open_samples
 from griffin.trainer.data.loader import batches, watching_workers
+from griffin.trainer.evaluation import Evaluation, held_out_loss
 from griffin.trainer.health.spikes import REWIND, SKIP, Ledger, Spike, SpikeDetector, SpikeError
 from griffin.trainer.health.stragglers import Stragglers
 from griffin.trainer.health.watchdog import Watchdog, communication_timeout
 from griffin.trainer.optimizer import optimizer_name
 from griffin.trainer.preflight.check import preflight
 from griffin.trainer.reporting.report import Report
+from griffin.trainer.run.attempts import Attempt
 from griffin.trainer.run.folder import RunFolder, describe_environment
 from griffin.trainer.run.lock import RunLock
 from griffin.trainer.run.signals import StopRequests
@@ -42,8 +44,8 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
     SIGTERM or SIGUSR1 to any rank, all stop after the same step, which is saved.
 
     Raises PreflightError (see `trainer.preflight.check`) where a rank's machine or links are not fit, NonFiniteError
-    (see `trainer.step`) where the loss or a gradient is NaN or infinite and `train.spike` is off, SpikeError where
-    there are too many spikes, WorkerError where a process that draws batches has ended, ReplicaError where copies of a
+    where the loss or a gradient is NaN or infinite and `train.spike` is off, SpikeError where there are too many
+    spikes, WorkerError where a process that draws batches has ended, ReplicaError where copies of a
     weight differ, CheckpointError where what it starts from is damaged, and SaveError where the last state could not
     be saved. Where it hangs, the process ends with HUNG (see `trainer.health.watchdog`).
     """
@@ -64,9 +66,13 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
         report = stack.enter_context(Report(config, grid, folder, source))
         if grid.is_first_rank and (problem := keep_tokenizer(folder, config.data.train)) is not None:
             report.say(problem)
+        attempt = Attempt(folder, report.say)
+        attempt.step = source.step
+        if grid.is_first_rank:
+            stack.enter_context(attempt)
         if config.health.preflight:
             preflight(config, ranks, grid, folder.path, report.say)
-        watchdog = stack.enter_context(Watchdog(config.health.hang_seconds, ranks, grid, folder))
+        watchdog = stack.enter_context(Watchdog(config.health.hang_seconds, ranks, grid, folder, attempt.hung))
         training = Training(config, grid)
         spikes = SpikeDetector(config.train) if config.train.spike != "off" else None
         ledger = stack.enter_context(Ledger(grid, folder, report.say))
@@ -86,9 +92,10 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
         with noting(folder.path, source):
             position = checkpoints.load(source)
         stragglers = Stragglers(grid, folder.stragglers)
-        run = _Run(config, grid, training, checkpoints, report, requests, spikes, ledger, watchdog, stragglers)
+        run = _Run(config, grid, training, checkpoints, report, requests, spikes, ledger, watchdog, stragglers, attempt)
         with watching_workers(config.data.workers):
-            return run.go_on_from(position)
+            attempt.is_stopped = run.go_on_from(position)
+        return attempt.is_stopped
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,7 @@ class _Run:
     ledger: Ledger
     watchdog: Watchdog
     stragglers: Stragglers
+    attempt: Attempt
 
     def go_on_from(self, position: Position) -> bool:
         """The steps after `position`, to the end or to a request to stop; True for the latter."""
@@ -141,15 +149,17 @@ class _Run:
             return False
         drawn = position.samples + (config.train.steps - position.step) * config.train.global_batch
         train_samples, eval_samples = _open_data(config, self.grid, drawn)
+        evaluations = [self._held_out_loss(name, samples) for name, samples in eval_samples.items()]
         train_batches = _batches(config, self.grid, train_samples, position.samples, workers=config.data.workers)
         report.begin(train_samples, drawn)
         rewound: int | None = None  # the step gone back to, with weights that were evaluated before
         while True:
-            if eval_samples is not None and _evaluates(config, position.step) and position.step != rewound:
-                held_out = self.watchdog.progress(_batches(config, self.grid, eval_samples, 0, workers=0))
-                with self.watchdog.watching("evaluation at step", position.step):
-                    loss, tokens = training.evaluate(held_out, config.train.eval_batches)
-                report.evaluation(position.step, loss, tokens)
+            for evaluation in evaluations:
+                if evaluation.is_due(position.step, config.train.steps) and position.step != rewound:
+                    kind = " ".join(filter(None, ("evaluation", evaluation.name, "at step")))
+                    with self.watchdog.watching(kind, position.step):
+                        figures = evaluation.run(training)
+                    report.evaluation(position.step, figures)
             if position.step == config.train.steps:
                 break
             stop = self.requests.requested is not None or checkpoints.is_taken_over
@@ -167,10 +177,12 @@ class _Run:
             rewound = self._answer(result.spike, position) if result.spike is not None else None
             if rewound is not None:  # a request to stop is heard by the next step
                 position = Position(rewound, position.samples)
+                self.attempt.step = rewound
                 train_batches = _batches(
                     config, self.grid, train_samples, position.samples, workers=config.data.workers
                 )
                 continue
+            self.attempt.step = step
             report.step(position, result, self.spikes)
             if result.work is not None and self.grid.is_first_rank:
                 line = self.stragglers.note(step, result.work)
@@ -189,6 +201,12 @@ class _Run:
         checkpoints.finish(position)
         report.end()
         return False
+
+    def _held_out_loss(self, name: str, samples: Samples) -> Evaluation:
+        def draw() -> Iterator[Batch]:
+            return self.watchdog.progress(_batches(self.config, self.grid, samples, 0, workers=0))
+
+        return held_out_loss(name, self.config.train, draw, samples.bytes_per_token)
 
     def _answer(self, spike: Spike, position: Position) -> int | None:
         """Do about a spike what `train.spike` says, with `position` after it: the step gone back to, if any.
@@ -234,15 +252,10 @@ def implementations(config: Config, device: torch.device) -> dict[str, str]:
     }
 
 
-def _evaluates(config: Config, step: int) -> bool:
-    """Before the first step, every `train.eval_interval` steps, and at the end; never if the interval is 0."""
-    interval = config.train.eval_interval
-    return interval > 0 and (step % interval == 0 or step == config.train.steps)
-
-
-def _open_data(config: Config, grid: Grid, drawn: int) -> tuple[Samples, Samples | None]:
+def _open_data(config: Config, grid: Grid, drawn: int) -> tuple[Samples, dict[str, Samples]]:
+    """Samples for training, of which `drawn` will have been drawn at the end, and those of each held-out set."""
     evaluated = config.train.eval_batches * config.train.global_batch
-    blends = {"train": (config.data.train, drawn), "eval": (config.data.eval, evaluated)}
+    blends = [(config.data.train, drawn), *((blend, evaluated) for blend in config.data.eval_sets.values())]
     settings: dict[str, Any] = {
         "sequence_length": config.data.sequence_length,
         "seed": config.train.seed,
@@ -250,16 +263,12 @@ def _open_data(config: Config, grid: Grid, drawn: int) -> tuple[Samples, Samples
     }
 
     def build() -> None:
-        for entries, samples in blends.values():
-            if entries:
-                build_index(entries, samples=samples, **settings)
+        for entries, samples in blends:
+            build_index(entries, samples=samples, **settings)
 
     grid.first_rank_does("data index", build)
-    train_samples, eval_samples = (
-        open_samples(entries, **settings) if entries else None for entries, _ in blends.values()
-    )
-    assert train_samples is not None, "validated: data.train is not empty"
-    return train_samples, eval_samples
+    train_samples, *eval_samples = (open_samples(entries, **settings) for entries, _ in blends)
+    return train_samples, dict(zip(config.data.eval_sets, eval_samples, strict=True))
 
 
 def _batches(config: Config, grid: Grid, samples: Samples, first: int, *, workers: int) -> Iterator[Batch]:

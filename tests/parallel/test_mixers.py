@@ -12,8 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-from griffin.trainer.settings.load import load_config
-from griffin.trainer.settings.sections import Config
 from torch import Tensor, nn
 
 from griffin.kernels.linear_scan import linear_scan
@@ -31,6 +29,8 @@ from griffin.parallel.world.grid import rank_grid, single_rank_grid
 from griffin.trainer.checkpoint.arrays import MODEL
 from griffin.trainer.checkpoint.manifest import check, read_manifest
 from griffin.trainer.run.folder import step_name
+from griffin.trainer.settings.complete import load_config
+from griffin.trainer.settings.sections import Config
 from griffin.trainer.settings.validate import validate
 from griffin.trainer.summary import count_parameters
 from tests.ranks import RankPool

@@ -17,6 +17,8 @@ from griffin.parallel.world.ranks import STOPPED
 from griffin.tools.cli import main
 from griffin.trainer.checkpoint.manifest import verify
 from griffin.trainer.checkpoint.steps import newest_complete
+from griffin.trainer.run.attempts import read_end
+from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.sections import Config
 from tests.small_runs import (
@@ -79,6 +81,12 @@ def test_stopped_twice_it_ends_as_if_never_stopped(stopped: Path, uninterrupted:
     assert {step: loss for _, step, loss in logged} == series(uninterrupted, "loss")
     assert series(stopped, "eval_loss") == series(uninterrupted, "eval_loss")
     assert saved_files(stopped, 12) == saved_files(uninterrupted, 12)
+    ends = [read_end(RunFolder(stopped, attempt)) for attempt in (1, 2, 3)]
+    assert [end and (end.why, end.exit_code, end.step) for end in ends] == [
+        ("stopped", STOPPED, first),
+        ("stopped", STOPPED, 7),
+        ("finished", 0, 12),
+    ]
     said = (stopped / "console.log").read_text()
     assert f"step {first}: asked to stop; saving" in said
     assert "step 7: asked to stop; saving" in said

@@ -14,9 +14,10 @@ from griffin.parallel import sharding
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.stage import build_stages
 from griffin.parallel.world.grid import rank_grid
+from griffin.trainer.health.non_finite import NonFiniteError
 from griffin.trainer.optimizer import build_schedule
 from griffin.trainer.settings.sections import Config, OptimizerConfig
-from griffin.trainer.step import NonFiniteError, Training
+from griffin.trainer.step import Training
 from tests.closeness import assert_all_close
 from tests.layouts import SEQUENCE, make_config, micro_batches, train
 from tests.ranks import RankPool

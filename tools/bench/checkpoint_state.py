@@ -51,19 +51,19 @@ def fill(training: Training, grid: Grid) -> None:
 
     with torch.no_grad():
         for parameter in _parameters(training):
-            start, stop = training.shard_range(parameter)
+            start, stop = training.optimizer.shard_range(parameter)
             if stop > start:
                 weights, *moments = (drawn(kind, parameter, grid)[start:stop] for kind in KINDS)
-                training.set_shard_state(parameter, weights, torch.stack(moments))
-        training.spread_weights()
+                training.optimizer.set_shard_state(parameter, weights, torch.stack(moments))
+        training.optimizer.spread_weights()
     training.continue_after(1, 1)
 
 
 def require_loaded(training: Training, grid: Grid) -> None:
     """RuntimeError unless a training holds the drawn state bit by bit, in its model and in its optimizer."""
     for parameter in _parameters(training):
-        start, stop = training.shard_range(parameter)
-        held = training.shard_state(parameter)
+        start, stop = training.optimizer.shard_range(parameter)
+        held = training.optimizer.shard_state(parameter)
         assert held is not None, "every tensor-parallel rank updates all that it holds"
         names = ", ".join(piece.name for piece in parameter.pieces)  # type: ignore[attr-defined]
         for kind, value in zip(KINDS, held, strict=True):

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from griffin.parallel.world.axes import Axes
@@ -34,14 +33,10 @@ from griffin.trainer.settings.sections import Config
 from griffin.trainer.settings.validate import validate
 
 if TYPE_CHECKING:
-    from megatron.core.distributed import DistributedDataParallel
-    from torch import nn
-
     from griffin.parallel.world.grid import Grid
 
 FLOAT32_BYTES = 4
 SIZE_CLASSES = (2**16, 2**20, 2**22, 2**24, 2**25, 2**26)  # bytes of values in a file: upper bounds
-Range = tuple[int, int]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -158,7 +153,7 @@ def _shards(config: Config, grid: Grid) -> tuple[list[int], list[Parameter], lis
     from griffin.parallel import host
     from griffin.parallel.stage import build_stages
     from griffin.trainer.checkpoint.state import parameter_layout, shards_in_a_row
-    from griffin.trainer.step import in_buffers, overlaps
+    from griffin.trainer.sharded_optimizer import in_buffers, overlaps, shard_ranges
 
     with host.on_meta():
         stages = build_stages(
@@ -177,33 +172,9 @@ def _shards(config: Config, grid: Grid) -> tuple[list[int], list[Parameter], lis
     ]
     shards = []
     for data_rank in range(grid.data_size):
-        ranges = _ranges(chunks, data_rank, grid.data_size)
+        ranges = shard_ranges(chunks, data_rank, grid.data_size)
         shards.append(shards_in_a_row(ranges.get(parameter, (0, 0)) for _, parameter in saved))
     return [number for number, _ in saved], [parameter_layout(parameter) for _, parameter in saved], shards
-
-
-def _ranges(chunks: Sequence[DistributedDataParallel], data_rank: int, data_size: int) -> dict[nn.Parameter, Range]:
-    """The elements [start, stop) of flattened parameters that a data-parallel rank's optimizer updates."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    ranges: dict[nn.Parameter, Range] = {}
-    for chunk in chunks:
-        for buffer in chunk.buffers:
-            placed: list[dict[nn.Parameter, tuple[int, int, int]]] = [{} for _ in buffer.buckets]
-            for parameter, place in buffer.param_index_map.items():
-                placed[place[2]][parameter] = place
-            for bucket, inside in enumerate(placed):
-                # What the optimizer of that rank reads of the buffer; of its parameters only those in the bucket.
-                view = SimpleNamespace(
-                    data_parallel_group=SimpleNamespace(rank=lambda: data_rank, size=lambda: data_size),
-                    buckets=buffer.buckets,
-                    param_index_map=inside,
-                )
-                held = DistributedOptimizer._build_model_gbuf_range(view, bucket)["param_map"]
-                ranges |= {
-                    parameter: (extent["param"].start, extent["param"].end) for parameter, extent in held.items()
-                }
-    return ranges
 
 
 def file_bytes(array: ArraySpec) -> int:
@@ -254,7 +225,7 @@ def cut_tensors(arrays: Sequence[ArraySpec], tensor_size: int) -> list[str]:
 
 def describe(config: Config, world_size: int, plan: CheckpointPlan) -> str:
     """The figures, in lines."""
-    from griffin.trainer.step import overlaps
+    from griffin.trainer.sharded_optimizer import overlaps
 
     parallel = config.parallel
     data_size = world_size // parallel.model_ranks

@@ -119,6 +119,8 @@ def _inspect(args: argparse.Namespace) -> None:
     check_ids(min(ids), max(ids), info.vocabulary, f"{args.prefix}.bin is damaged")
     print(f"documents  {info.documents:,}")
     print(f"tokens     {info.tokens:,} ({info.tokens / info.documents:,.1f} a document), {info.dtype.__name__}")
+    if info.bytes_per_token is not None:
+        print(f"text       {info.text_bytes:,} bytes ({info.bytes_per_token:.2f} a token)")
     print(f"tokenizer  {info.tokenizer_spec}: {info.tokenizer}")
     print(f"inputs     {' '.join(info.inputs)}")
     print(f"first ids  {ids}")

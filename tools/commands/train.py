@@ -38,8 +38,8 @@ def add_parser(subparsers: Any) -> None:
         "train",
         help="train a model",
         description="Train the model of CONFIG.toml. Any setting can follow as --section.key value (--help-settings "
-        'prints them all); --data.train "0.7 a" "0.3 b" blends data, --data.eval none evaluates nothing. '
-        "Under torchrun, "
+        'prints them all); --data.train "0.7 a" "0.3 b" blends data, --data.eval none evaluates nothing, '
+        "--data.eval.NAME c adds a held-out set with figures of its own. Under torchrun, "
         "srun or mpiexec this process is one of their ranks; otherwise it starts --ranks processes here. A run folder "
         f"that has checkpoints is continued. SIGTERM or SIGUSR1 saves and stops, with exit code {STOPPED}.",
     )

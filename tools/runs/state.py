@@ -14,6 +14,7 @@ from typing import Any
 
 from griffin.trainer.files import SETTINGS_BYTES, is_integer, open_regular, parse_json, parse_toml, read_regular
 from griffin.trainer.reporting.metrics import is_predicted
+from griffin.trainer.run.attempts import FAILED, FINISHED, HUNG, MOST_STEPS, STOPPED, End, read_end
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.json_lines import Follower
 from griffin.trainer.run.lock import PATIENCE_SECONDS, Owner
@@ -22,10 +23,9 @@ HISTORY = 400  # logged losses that are kept
 SILENT_SECONDS = 60.0  # a run that has said nothing for so long is called silent, unless its steps take longer
 EVENTS = 5  # of the ledger and of hangs, the newest
 HEAD_BYTES = 2**16  # of a report, of which the first lines are shown
-MOST_STEPS = 2**53
 
-RUNNING, SILENT, HUNG, GONE = "running", "silent", "hung", "gone"
-STOPPED, FAILED, FINISHED, EMPTY = "stopped", "failed", "finished", "not started"
+RUNNING, SILENT, GONE = "running", "silent", "gone"
+EMPTY = "not started"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class RunReader:
             if line["loss"] is not None and is_predicted("loss", line):
                 self._losses.append((step, line["loss"]))
             self._step = step
-        if "eval_loss" in line:
+        if any(key.partition("/")[0] == "eval_loss" for key in line):
             self._evaluation = step
         self._time = line.pop("time", None) or self._time
         line.pop("attempt", None)
@@ -129,9 +129,13 @@ class RunReader:
         hung = any(
             name.endswith(f"-attempt-{folder.attempt}") for name in _names(folder.hangs)
         )  # which ends an attempt
+        end = read_end(folder)
+        hung = hung or (end is not None and end.why == HUNG)
         try:
             text, touched = read_regular(folder.lock, SETTINGS_BYTES), folder.lock.stat().st_mtime
         except OSError:
+            if end is not None:
+                return _ended(end)
             return (HUNG, "") if hung else _without_lock(folder, step, steps, said)
         now = time.time()
         owner = Owner.parse(text)
@@ -168,7 +172,15 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
+def _ended(end: End) -> tuple[str, str]:
+    detail = f"{duration(max(0.0, time.time() - end.time))} ago"
+    if end.why != FINISHED:
+        detail += f", exit code {end.exit_code}"
+    return end.why, detail + (f": {end.error.splitlines()[0]}" if end.error.strip() else "")
+
+
 def _without_lock(folder: RunFolder, step: int, steps: int, said: Sequence[str]) -> tuple[str, str]:
+    """The state of an attempt that has not said how it ended, guessed from its console."""
     if not said:
         return EMPTY, ""
     begins = [place for place, line in enumerate(said) if line.startswith("Run folder: ")]  # an attempt, or ends it

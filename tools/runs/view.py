@@ -21,6 +21,10 @@ MOST_TIME = 2.0**35  # Unix time, that of the year 3058
 WIDE = 100  # columns that two figures beside each other take
 ABSENT = "-"
 SPIKES = {"skipped_updates": "{:.0f} skipped", "rewinds": "{:.0f} rewound"}
+HELD_OUT = {
+    "eval_perplexity": "perplexity {:.3f}",
+    "eval_bits_per_byte": "{:.4f} bits per byte",
+}
 PARTS = {"forward-backward": "forward_backward", "optimizer": "optimizer", "data wait": "data_wait", "rest": "other"}
 
 
@@ -58,7 +62,7 @@ def several_runs(states: Sequence[RunState]) -> Table:
             f"{state.step:,}/{state.steps:,}",
             _left(state),
             find("loss", "{:.4f}".format),
-            find("eval_loss", "{:.4f}".format),
+            " ".join(find(f"eval_loss{name and '/'}{name}", "{:.4f}".format) for name in held_out_sets(state)),
             find("tokens_per_second", "{:,.0f}".format),
             find("mfu", "{:.1%}".format),
             find("goodput", "{:.1%}".format),
@@ -105,11 +109,10 @@ def _training(state: RunState, blocks: bool) -> list[tuple[str, str]]:
         for name, value in state.figures.items()
         if name.startswith("grad_norm/") and value is not None
     ]
-    at = f" at step {state.evaluation:,}" if state.evaluation is not None else ""
     rows = [
         ("loss", find("loss", "{:.4f} nats per token".format)),
         ("", sparkline([loss for _, loss in state.losses][-SPARKS:]) if blocks else ""),
-        ("held-out loss", find("eval_loss", "{:.4f}".format) + at),
+        *_held_out(state),
         ("gradient norm", find("grad_norm", "{:.3g}".format)),
         ("", ", ".join(kinds)),
         ("parameter norm", find("param_norm", "{:.4g}".format)),
@@ -117,6 +120,26 @@ def _training(state: RunState, blocks: bool) -> list[tuple[str, str]]:
         ("tokens", find("tokens", "{:,.0f}".format)),
     ]
     return [row for row in rows if any(row)]
+
+
+def held_out_sets(state: RunState) -> list[str]:
+    """Names of the held-out sets that have a loss; [""] for the one that has no name, or none yet."""
+    names = [name.removeprefix("eval_loss/") for name in state.figures if name.startswith("eval_loss/")]
+    return names if names and "eval_loss" not in state.figures else ["", *names]
+
+
+def _held_out(state: RunState) -> list[tuple[str, str]]:
+    """Lines for each held-out set."""
+    find = _Find(state.figures)
+    at = f" at step {state.evaluation:,}" if state.evaluation is not None else ""
+    rows = []
+    for name in held_out_sets(state):
+        rows.append((f"held-out {name or 'loss'}", find(f"eval_loss{name and '/'}{name}", "{:.4f}".format) + at))
+        keys = {f"{figure}/{name}": form for figure, form in HELD_OUT.items()}
+        known = [key for key in keys if key in state.figures and is_predicted(key, state.figures)]
+        if known:
+            rows.append(("", ", ".join(find(key, keys[key].format) for key in known)))
+    return rows
 
 
 def _machine(state: RunState) -> list[tuple[str, str]]:

@@ -20,11 +20,12 @@ from griffin.trainer.checkpoint.saving.saver import Outcome, Saver
 from griffin.trainer.checkpoint.source import Source
 from griffin.trainer.checkpoint.state import ShardedState
 from griffin.trainer.checkpoint.steps import newest_complete
+from griffin.trainer.health.non_finite import NonFiniteError
 from griffin.trainer.health.spikes import SpikeDetector, SpikeError
 from griffin.trainer.optimizer import optimizer_name
 from griffin.trainer.run.lock import is_taken_over
 from griffin.trainer.settings.sections import Config
-from griffin.trainer.step import NonFiniteError, Training
+from griffin.trainer.step import Training
 
 
 class SaveError(RunError):
@@ -217,7 +218,7 @@ class Checkpoints:
                 "sequence_parallel": parallel.sequence_parallel,
                 "data": self._grid.data_size,
             },
-            "optimizer": {"name": optimizer_name(), "step": self._training.updates_done},
+            "optimizer": {"name": optimizer_name(), "step": self._training.optimizer.updates_done},
             "random": _random_state(self._grid.device),
             "spikes": self._spikes.state() if self._spikes is not None else None,
         }

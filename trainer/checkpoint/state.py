@@ -52,7 +52,7 @@ class ShardedState:
         # A second copy of the tied embedding is loaded, but saved by the stage that owns the first.
         self._is_owned = [not getattr(parameter, "shared", False) for parameter in self._parameters]
         self._layouts = [parameter_layout(parameter) for parameter in self._parameters]
-        ranges = [training.shard_range(parameter) for parameter in self._parameters]
+        ranges = [training.optimizer.shard_range(parameter) for parameter in self._parameters]
         virtual = [number for number, stage in enumerate(training.stages) for _ in stage.parameters()]
         owned = [
             ((number, grid.pipeline_rank), placed.tensor)
@@ -95,7 +95,7 @@ class ShardedState:
         for parameter, is_owned in zip(self._parameters, self._is_owned, strict=True):
             if not is_owned:
                 continue
-            values = self._training.shard_state(parameter)
+            values = self._training.optimizer.shard_state(parameter)
             if values is None:
                 continue
             master, exp_avg, exp_avg_sq = values
@@ -137,8 +137,8 @@ class ShardedState:
                 rows = buffer[:, : shard.stop - shard.start]
                 self._read(pool, buffers, folder, manifest, kinds, number, member, rows)
                 master, moments = torch.from_numpy(rows[0]), torch.from_numpy(rows[1:]) if everything else None
-                self._training.set_shard_state(parameter, master, moments)
-        self._training.spread_weights()
+                self._training.optimizer.set_shard_state(parameter, master, moments)
+        self._training.optimizer.spread_weights()
         if everything:
             assert manifest.optimizer is not None, "checked: the checkpoint holds more than weights"
             self._training.continue_after(manifest.step, manifest.optimizer["step"])

@@ -76,8 +76,8 @@ def build(
         bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc=prefix, disable=None))
         for encoded in _encode_in_order(cut_into_tasks(sources), options, workers):
             documents = np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1]) if encoded.lengths.size else []
-            for ids, held_out in zip(documents, encoded.held_out, strict=True):
-                writers[int(held_out)].add(ids)
+            for ids, text_bytes, held_out in zip(documents, encoded.text_bytes, encoded.held_out, strict=True):
+                writers[int(held_out)].add(ids, int(text_bytes))
             empty += encoded.empty
             undecodable += encoded.undecodable
             bar.update(encoded.progress)

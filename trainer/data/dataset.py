@@ -117,6 +117,13 @@ class Samples(torch.utils.data.Dataset):
         blend, sequence_length, seed, cache = self._arguments
         return functools.partial(Samples, blend, sequence_length=sequence_length, seed=seed, cache=cache), ()
 
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text of a predicted token, in the mean over the blend; None where not known of every prefix."""
+        blend, *_ = self._arguments
+        known = [(weight, info.bytes_per_token) for weight, info in blend]
+        return None if any(size is None for _, size in known) else sum(weight * (size or 0.0) for weight, size in known)
+
     def _drawn(self, samples: int) -> list[int]:
         """How many of the first `samples` samples come from each part."""
         periods, rest = divmod(samples, len(self._source))

@@ -61,6 +61,7 @@ class Encoded:
 
     tokens: np.ndarray  # int32 [tokens]
     lengths: np.ndarray  # int64 [documents]
+    text_bytes: np.ndarray  # int64 [documents]: of UTF-8
     held_out: np.ndarray  # bool [documents]
     empty: int  # documents without a token, left out
     undecodable: int  # files met while walking a folder that are not UTF-8, left out
@@ -150,6 +151,7 @@ def encode(task: Files | Lines, options: EncodeOptions) -> Encoded:
     end = np.array([tokenizer.eod], dtype=np.int32)
     parts: list[np.ndarray] = [np.empty(0, dtype=np.int32)]
     lengths: list[int] = []
+    text_bytes: list[int] = []
     held_out: list[bool] = []
     empty = undecodable = 0
     for key, text in task.texts(options.text_key):
@@ -162,10 +164,12 @@ def encode(task: Files | Lines, options: EncodeOptions) -> Encoded:
             continue
         parts += (ids, end)
         lengths.append(ids.size + 1)
+        text_bytes.append(len(text.encode()))
         held_out.append(is_held_out(key, options.hold_out))
     return Encoded(
         tokens=np.concatenate(parts),
         lengths=np.array(lengths, dtype=np.int64),
+        text_bytes=np.array(text_bytes, dtype=np.int64),
         held_out=np.array(held_out, dtype=bool),
         empty=empty,
         undecodable=undecodable,

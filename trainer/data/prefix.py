@@ -29,7 +29,7 @@ from griffin.trainer.data.checksums import (
     sampled,
 )
 from griffin.trainer.data.tokenizer import Tokenizer, load_tokenizer
-from griffin.trainer.files import parse_json, read_regular
+from griffin.trainer.files import is_integer, parse_json, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class DataInfo:
     empty: int = 0  # documents without a token that were left out
     undecodable: int = 0  # files that are not UTF-8 that were left out
     checksums: Checksums | None = None  # None: built before there were any
+    text_bytes: int | None = None  # of the documents, as UTF-8; None: built before they were counted
 
     @property
     def vocabulary(self) -> int:
@@ -66,6 +67,15 @@ class DataInfo:
     @property
     def eod(self) -> int:
         return self.tokenizer["eod"]
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text of a token, end-of-document tokens left out; None where they were not counted.
+
+        A document has as many predicted tokens as it has tokens of text: not its first one, but its end.
+        """
+        text_tokens = self.tokens - self.documents
+        return self.text_bytes / text_tokens if self.text_bytes and text_tokens else None
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer of this data set. Raises ValueError if its file is gone or is another one now."""
@@ -107,6 +117,7 @@ class PrefixWriter:
         require_new(prefix)
         self.prefix = prefix
         self.documents = self.tokens = 0
+        self._text_bytes: int | None = 0
         self._tokenizer, self._tokenizer_spec, self._eod_token = tokenizer, tokenizer_spec, eod_token
         path = Path(prefix)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,9 +126,10 @@ class PrefixWriter:
         self._dtype = token_dtype(tokenizer["vocabulary"])
         self._builder = IndexedDatasetBuilder(self._temporary + ".bin", self._dtype)
 
-    def add(self, ids: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, text_bytes: int | None = None) -> None:
         """Appends one document, integer [tokens], that ends in the end-of-document token.
 
+        `text_bytes` are those of its text; where they are not known of one document, they are not of all.
         Raises ValueError for an id outside the vocabulary.
         """
         name = f"{self.prefix}: document {self.documents} (counted from 0)"
@@ -131,6 +143,8 @@ class PrefixWriter:
         self._builder.add_document(stored, [stored.size])
         self.documents += 1
         self.tokens += stored.size
+        if self._text_bytes is not None:
+            self._text_bytes = None if text_bytes is None else self._text_bytes + text_bytes
 
     def discard(self) -> None:
         """Removes whatever is still under a temporary name."""
@@ -158,6 +172,7 @@ class PrefixWriter:
             empty=empty,
             undecodable=undecodable,
             checksums=checksums,
+            text_bytes=self._text_bytes,
         )
         record = {"format": FORMAT, **asdict(info)}
         del record["prefix"]  # files may be moved
@@ -197,6 +212,8 @@ def read_description(prefix: str) -> DataInfo:
         numbers = (info.documents, info.tokens, info.vocabulary, info.eod)
         if not all(type(number) is int for number in numbers) or min(numbers[:3]) < 1:
             raise ValueError("documents, tokens, vocabulary and eod must be positive integers")
+        if info.text_bytes is not None and not is_integer(info.text_bytes, 0, 2**63):
+            raise ValueError("text_bytes must be an integer from 0 on, or absent")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{prefix}.json is damaged: {error!r}") from error
     return info

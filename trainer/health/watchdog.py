@@ -85,9 +85,18 @@ class Watchdog:
     """Watches the main threads of all ranks. A context manager, made on all ranks alike; `hang_seconds` 0 is off.
 
     Only what is done within `watching` is bounded in time. Elsewhere a rank is expected to give signs of life, no more.
+    `on_report` is called by the rank that reports a hang, in a thread, before the process ends.
     """
 
-    def __init__(self, hang_seconds: float, ranks: Ranks, grid: Grid, folder: RunFolder) -> None:
+    def __init__(
+        self,
+        hang_seconds: float,
+        ranks: Ranks,
+        grid: Grid,
+        folder: RunFolder,
+        on_report: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._on_report = on_report
         self._hang_seconds, self._ranks, self._device, self._folder = hang_seconds, ranks, grid.device, folder
         self._run_key = grid.key
         self._interval = min(max(hang_seconds / 20, 0.2), 10.0)  # seconds between two signs of life
@@ -272,9 +281,15 @@ class Watchdog:
         _within(DISK_SECONDS, lambda: os.write(2, f"griffin: {place}\n".encode()))
 
         def write() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "report.txt").open("x", encoding="utf-8") as file:  # by one rank
-                file.write(report)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with (folder / "report.txt").open("x", encoding="utf-8") as file:
+                    file.write(report)
+            except FileExistsError:  # another rank has
+                return
+            except OSError:  # what is called now may fare better
+                pass
+            self._on_report()
 
         _within(DISK_SECONDS, write)
         _within(DISK_SECONDS, lambda: LogFile(self._folder.console, lambda _: None).write(f"{place}\n"))

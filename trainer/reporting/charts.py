@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 # Figures by group, up to their first slash. TensorBoard sorts groups by name: the numbers put the loss first.
 _GROUPS = {
-    "1_loss": ("loss", "eval_loss"),
+    "1_loss": ("loss", "eval_loss", "eval_perplexity", "eval_bits_per_byte"),
     "2_optimizer": ("grad_norm", "param_norm", "learning_rate", "skipped_updates", "rewinds"),
     "3_speed": (
         "tokens_per_second",
@@ -37,6 +37,11 @@ _GROUPS = {
 _GROUP_OF = {figure: group for group, figures in _GROUPS.items() for figure in figures}
 OTHERS = "7_other"
 # Category -> chart -> regular expressions of its figures, literal up to their first slash.
+_HELD_OUT_SETS = {  # in the place of those of the same titles, where the sets have names
+    "Loss (nats per token)": ["loss", "eval_loss/.*"],
+    "Perplexity": ["eval_perplexity/.*"],
+    "Bits per byte": ["eval_bits_per_byte/.*"],
+}
 _CHARTS = {
     "Run": {
         "Loss (nats per token)": ["loss", "eval_loss"],
@@ -78,11 +83,12 @@ def grouped(figure: str) -> str:
     return f"{group}/{figure.removeprefix(group[2:] + '/')}"
 
 
-def layout(tag: Callable[[str], str] = grouped) -> dict[str, dict[str, list]]:
-    """For SummaryWriter.add_custom_scalars, with what makes a figure's tag."""
+def layout(tag: Callable[[str], str] = grouped, *, named_sets: bool = False) -> dict[str, dict[str, list]]:
+    """For SummaryWriter.add_custom_scalars, with what makes a figure's tag; `named_sets`: held-out sets have names."""
+    pages = _CHARTS | {"Run": _CHARTS["Run"] | (_HELD_OUT_SETS if named_sets else {})}
     return {
         category: {
             title: ["Multiline", [f"^{tag(figure)}$" for figure in figures]] for title, figures in charts.items()
         }
-        for category, charts in _CHARTS.items()
+        for category, charts in pages.items()
     }

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from griffin.trainer.reporting.metrics import NOTHING_PREDICTED, is_predicted
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.log_file import LogFile
+from griffin.trainer.run.signals import is_interrupt
 
 
 class Console:
@@ -56,7 +57,7 @@ class Console:
         if values is None:
             return
         text = f"step {step:>{len(str(self._steps))}}/{self._steps}  " + "  ".join(
-            _figure(key, values) for key in _FORMATS if key in values
+            figure_text(key, values) for key in _FORMATS if key in values
         )
         if step > self._begun[0]:
             left = (now - self._begun[1]) / (step - self._begun[0]) * (self._steps - step)
@@ -64,7 +65,7 @@ class Console:
         if self._bar is None:
             self._show(text)
         else:
-            shown = [_figure(key, values) for key in ("loss", "tokens_per_second") if key in values]
+            shown = [figure_text(key, values) for key in ("loss", "tokens_per_second") if key in values]
             with suppress(OSError):
                 self._bar.set_postfix_str(", ".join(shown))
         self._log.write(f"{text}\n")
@@ -91,15 +92,15 @@ class Console:
         self.close()
 
 
-def is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C (SIGINT) led to it: perhaps it came up while the interrupt was dealt with."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
+def figure_text(key: str, values: Mapping[str, float]) -> str:
+    """One of the figures, with its name."""
+    if not is_predicted(key, values):
+        return f"{key}: {NOTHING_PREDICTED}"
+    return _FORMATS[key](values[key]) if key in _FORMATS else f"{key} {values[key]:{_OTHERS.get(_stem(key), '.4g')}}"
 
 
-def _figure(key: str, values: Mapping[str, float]) -> str:
-    return _FORMATS[key](values[key]) if is_predicted(key, values) else f"{key}: {NOTHING_PREDICTED}"
+def _stem(key: str) -> str:
+    return key.partition("/")[0]
 
 
 _FORMATS = {
@@ -109,3 +110,4 @@ _FORMATS = {
     "learning_rate": "learning_rate {:.2e}".format,
     "tokens_per_second": "{:,.0f} tokens/s".format,
 }
+_OTHERS = {"eval_loss": ".4f", "eval_perplexity": ".3f", "eval_bits_per_byte": ".4f"}  # FIGURE/NAME

@@ -20,11 +20,19 @@ if TYPE_CHECKING:  # it takes a second to import
 
 
 NOTHING_PREDICTED = "no token was predicted"
+# Figures that are means over predicted tokens, and that of their number.
+_TOKENS = {"loss": "loss_tokens"} | dict.fromkeys(
+    ("eval_loss", "eval_perplexity", "eval_bits_per_byte"), "eval_loss_tokens"
+)
 
 
 def is_predicted(key: str, values: Mapping[str, float]) -> bool:
-    """Whether a figure of a step means anything: a loss over no token, by "loss_tokens" beside it, is 0.0 and none."""
-    return not (key in ("loss", "eval_loss") and values.get(f"{key}_tokens") == 0)
+    """Whether a figure of a step means anything: a loss over no token, by "loss_tokens" beside it, is 0.0 and none.
+
+    Those of a held-out set are called FIGURE/NAME.
+    """
+    figure, slash, name = key.partition("/")
+    return not (figure in _TOKENS and values.get(f"{_TOKENS[figure]}{slash}{name}") == 0)
 
 
 class MetricsWriter:
@@ -34,7 +42,8 @@ class MetricsWriter:
     from an attempt that ended after its last checkpoint, stay in metrics.jsonl under that attempt's number, and are
     hidden from TensorBoard's curves.
 
-    TensorBoard shows the figures in groups, under the run's name, but for a run that an older version began.
+    TensorBoard shows the figures in groups, under the run's name, but for a run that an older version began. With
+    `named_sets`, its charts show those of held-out sets by their names.
 
     What cannot be written is lost and nothing is raised; `say` is told once for each of the two. metrics.jsonl is tried
     again with each line, TensorBoard's writer, whose thread ends with its first error, is not.
@@ -47,6 +56,7 @@ class MetricsWriter:
         attempt: int = 1,
         start: int = 0,
         say: Callable[[str], object] = print,
+        named_sets: bool = False,
     ) -> None:
         self._attempt = attempt
         self._say = say
@@ -61,7 +71,7 @@ class MetricsWriter:
             text = folder.config.read_text(encoding="utf-8")
             with self._tensorboard_errors():
                 self._tensorboard.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), start)
-                self._tensorboard.add_custom_scalars(layout(self._tag))
+                self._tensorboard.add_custom_scalars(layout(self._tag, named_sets=named_sets))
                 self._tensorboard.flush()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -24,9 +25,9 @@ from griffin.trainer.measuring.clock import StepTimes
 from griffin.trainer.measuring.peak import peak
 from griffin.trainer.measuring.rglru_health import layer_name
 from griffin.trainer.optimizer import schedule_end
-from griffin.trainer.reporting.console import Console
+from griffin.trainer.reporting.console import Console, figure_text
 from griffin.trainer.reporting.goodput import Goodput
-from griffin.trainer.reporting.metrics import NOTHING_PREDICTED, MetricsWriter, is_predicted
+from griffin.trainer.reporting.metrics import MetricsWriter, is_predicted
 from griffin.trainer.run.folder import RunFolder, changed_settings
 from griffin.trainer.settings.sections import Config
 from griffin.trainer.step import StepResult
@@ -57,7 +58,14 @@ class Report:
         config, grid, folder, source = self._config, self._grid, self._folder, self._source
         self._console = self._stack.enter_context(Console(folder, config.train.steps, source.step))
         self._metrics = self._stack.enter_context(
-            MetricsWriter(folder, config.log.tensorboard, folder.attempt, source.step, say=self._console.print)
+            MetricsWriter(
+                folder,
+                config.log.tensorboard,
+                folder.attempt,
+                source.step,
+                say=self._console.print,
+                named_sets=isinstance(config.data.eval, dict),
+            )
         )
         self._goodput = Goodput(folder, source.step)
         self._console.print(
@@ -200,17 +208,17 @@ class Report:
             self._goodput.rewind(back)
             self._restart_clock()
 
-    def evaluation(self, step: int, loss: float, tokens: int) -> None:
-        """Mean loss over so many tokens of held-out data."""
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """The figures of an evaluation (see `trainer.evaluation`)."""
         if not self._grid.is_first_rank:
             return
-        figures = {"eval_loss": loss, "eval_loss_tokens": tokens}
         self._metrics.log(step, figures)
-        if is_predicted("eval_loss", figures):
-            self._console.print(f"step {step}: eval_loss {loss:.4f}")
-            self._note("held-out", loss)
-        else:
-            self._console.print(f"step {step}: eval_loss: {NOTHING_PREDICTED}")
+        shown = [key for key in figures if not key.startswith("eval_loss_tokens")]
+        self._console.print(f"step {step}: {'  '.join(figure_text(key, figures) for key in shown)}")
+        for key, value in figures.items():
+            figure, _, name = key.partition("/")
+            if figure == "eval_loss" and is_predicted(key, figures):
+                self._note(f"held-out {name}".strip(), value)
         self._restart_clock()  # the evaluation's time is no step's
 
     def end(self) -> None:

@@ -75,6 +75,10 @@ class RunFolder:
         return self.path / "ledger.jsonl"
 
     @property
+    def attempts(self) -> Path:
+        return self.path / "attempts.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -207,9 +211,16 @@ def _differences(section: Any, there: Mapping[str, Any]) -> Iterator[tuple[str, 
     for field in dataclasses.fields(section):
         default = None if field.default is dataclasses.MISSING else field.default
         old, new = there.get(field.name, default), getattr(section, field.name)
-        old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
+        old, new = map(_as_json, (old, new))
         if old != new:
             yield field.name, old, new
+
+
+def _as_json(value: Any) -> Any:
+    """With lists for tuples."""
+    if isinstance(value, Mapping):
+        return {key: _as_json(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _attempts(path: Path) -> int:

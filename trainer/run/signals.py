@@ -42,3 +42,10 @@ class StopRequests:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._requested is None:
             self._requested = signal.Signals(number).name
+
+
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C (SIGINT) led to it: perhaps it came up while the interrupt was dealt with."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -46,11 +46,14 @@ def read_data(data: DataConfig) -> list[DataInfo]:
     if not data.train:
         raise ValueError("data.train = []: must name at least one PREFIX built by `griffin data build`")
     train = [info for _, info in read_blend(data.train)]
-    held_out = [info for _, info in read_blend(data.eval)] if data.eval else []
-    for info in held_out:
-        if info.tokenizer != train[0].tokenizer:
+    held_out = []
+    for name, blend in data.eval_sets.items():
+        for _, info in read_blend(blend):
+            held_out.append(info)
+            if info.tokenizer == train[0].tokenizer:
+                continue
             raise ValueError(
-                f"data.eval = {info.prefix!r}: built with tokenizer {info.tokenizer}, data.train with "
-                f"{train[0].tokenizer}: all data of a run need the same"
+                f"data.eval{f'.{name}' * bool(name)} = {info.prefix!r}: built with tokenizer {info.tokenizer}, "
+                f"data.train with {train[0].tokenizer}: all data of a run need the same"
             )
     return train + held_out

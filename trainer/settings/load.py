@@ -17,6 +17,8 @@ from griffin.parallel.mixers import used
 from griffin.trainer.dtypes import canonical_dtype
 from griffin.trainer.files import SETTINGS_BYTES, parse_toml, read_regular
 from griffin.trainer.schedule import Earlier, keep_schedule
+from griffin.trainer.settings import eval_sets
+from griffin.trainer.settings.eval_sets import EvalSets, read_eval_sets, with_set
 from griffin.trainer.settings.presets import PRESETS, preset
 from griffin.trainer.settings.sections import SECTIONS, TYPES, Config, OptimizerConfig
 from griffin.trainer.settings.suggestions import suggest_section, suggest_setting
@@ -30,6 +32,7 @@ ACCEPTED = {
     str: "a string",
     tuple[str, ...]: "a string or a list of strings",
     tuple[int, ...]: "a list of integers",
+    EvalSets: eval_sets.ACCEPTED,
 }
 
 
@@ -67,7 +70,9 @@ def read_settings(
             settings[section][key] = typed(section, key, value)
     told = {name: set[str]() for name in SECTIONS}
     for section, key, text in _split(overrides):
-        settings[section][key] = _parsed(section, key, text)
+        key, _, name = key.partition(".")
+        value = _parsed(section, key, text)
+        settings[section][key] = with_set(settings[section].get(key, ()), name, value) if name else value
         told[section].add(key)
     if earlier is not None:
         settings["optimizer"] = keep_schedule(
@@ -114,8 +119,10 @@ def typed(section: str, key: str, value: Any) -> Any:
         return int(value)
     if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
+    if kind == EvalSets:
+        return read_eval_sets(value)
     if kind == tuple[str, ...] and isinstance(value, str):
-        return () if (section, key, value) == ("data", "eval", "none") else (value,)
+        return (value,)
     if isinstance(value, list) and typing.get_origin(kind) is tuple:
         element = typing.get_args(kind)[0]
         if element is int:
@@ -153,10 +160,12 @@ def _split(overrides: Sequence[str]) -> list[tuple[str, str, str]]:
         section, dot, key = name.removeprefix("--").partition(".")
         if not name.startswith("--") or not dot:
             raise ValueError(f"{word}: must be --section.key value")
-        _type(section, key)
+        setting, _, set_name = key.partition(".")
+        is_set = set_name and (section, setting) == ("data", "eval")  # --data.eval.NAME
+        kind = _type(section, setting if is_set else key)
         if not equals:
             if not words or words[0].startswith("--"):
-                raise ValueError(f"--{section}.{key}: needs a value, {ACCEPTED[_type(section, key)]}")
+                raise ValueError(f"--{section}.{key}: needs a value, {ACCEPTED[kind]}")
             text = words.pop(0)
             entries = [text]
             while words and not words[0].startswith("--"):

@@ -11,6 +11,7 @@ from griffin.kernels.backends import AUTO, BACKENDS
 from griffin.parallel.config import RECOMPUTES, ModelConfig, ParallelConfig
 from griffin.parallel.setting import COUNT, Setting, about, setting, setting_of
 from griffin.trainer.data.prefix import LAST_SEED
+from griffin.trainer.settings.eval_sets import Blend, EvalSets
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 WSD_DECAYS = ("linear", "cosine", "exponential", "minus_sqrt")
@@ -26,10 +27,25 @@ class DataConfig:
         '`"PREFIX"` of data built by `griffin data build`, or a list of them, or of `"WEIGHT PREFIX"`; without '
         "weights in proportion to tokens",
     )
-    eval: tuple[str, ...] = setting((), "the same, for held-out evaluation", default_means='`"none"`')
+    eval: EvalSets = field(
+        default=(),
+        hash=False,  # a dict has no hash
+        metadata=about(
+            'the same, for held-out evaluation; in a table `[data.eval]` several sets, `NAME = ["PREFIX"]` each, with '
+            "figures of their own; `--data.eval.NAME PREFIX` adds or replaces one, `none` leaves it out",
+            default_means='`"none"`',
+        ),
+    )
     sequence_length: int = setting(2048, "tokens per sequence", least=2, most=2**24)
     cache: str = setting("", "folder of the sample index", default_means="beside the data")
     workers: int = setting(2, "loader processes per rank; 0 loads in the rank itself", least=0, most=256)
+
+    @property
+    def eval_sets(self) -> dict[str, Blend]:
+        """The blends of `eval` by name; one without a name is ""."""
+        if isinstance(self.eval, dict):
+            return self.eval
+        return {"": self.eval} if self.eval else {}
 
 
 @dataclass(frozen=True, kw_only=True)

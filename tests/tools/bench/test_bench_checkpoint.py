@@ -61,7 +61,7 @@ def test_nothing_is_timed_that_was_loaded_otherwise() -> None:
         held = training(grid)
         require_loaded(held, grid)
         parameter = next(iter(held.stages[0].parameters()))
-        shard = held.shard_state(parameter)
+        shard = held.optimizer.shard_state(parameter)
         assert shard is not None
         for value in shard:
             assert value is not None

@@ -61,7 +61,7 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(arrays, "CHUNK_BYTES", 4096)
     patch.setattr(arrays, "WHOLE_BYTES", 1024)
     config = functools.partial(DistributedDataParallelConfig, bucket_size=5000)
-    for module in ("megatron.core.distributed", "griffin.trainer.step"):
+    for module in ("megatron.core.distributed", "griffin.trainer.sharded_optimizer"):
         patch.setattr(f"{module}.DistributedDataParallelConfig", config)
 
 

@@ -170,6 +170,40 @@ def test_a_run_without_lock_stopped_or_failed(run_dir: Path) -> None:
     assert reader.read().status == STOPPED, "the attempt that failed was an earlier one"
 
 
+def test_how_an_attempt_ended_is_what_it_has_said(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reader, now = RunReader(run_dir), time.time()
+    assert reader.read().status == FINISHED
+    with (run_dir / "console.log").open("a") as file:
+        file.write("Traceback (most recent call last):\n")
+    assert reader.read().status == FINISHED, "whatever stands on the console"
+    ended = {"attempt": 1, "ended": now - 100, "step": 12, "exit_code": 85, "why": "stopped"}
+    append(run_dir / "attempts.jsonl", ended)
+    state = reader.read()
+    assert (state.status, state.detail) == (STOPPED, "1 min 40 s ago, exit code 85")
+    append(run_dir / "attempts.jsonl", ended | {"why": "failed", "exit_code": 1, "error": "[red]: no\nmore"})
+    state = reader.read()
+    assert (state.status, state.detail) == (FAILED, "1 min 40 s ago, exit code 1: [red]: no")
+    assert "exit code 1: [red]: no)" in shown(capsys, run_dir).replace("\n", "")
+    append(run_dir / "attempts.jsonl", ended | {"why": "hung", "exit_code": 86})
+    assert (reader.read().status, reader.read().detail) == (HUNG, "1 min 40 s ago, exit code 86")
+    lock(run_dir)
+    assert reader.read().status == HUNG, "its processes have not left yet"
+    shutil.copy(run_dir / "config.toml", run_dir / "config.attempt-2.toml")
+    assert reader.read().status == RUNNING, "the next attempt"
+    append(run_dir / "attempts.jsonl", {"attempt": 2, "started": now})
+    lock(run_dir, process_started=1)
+    assert reader.read().status == GONE, "killed: it has said nothing of its end"
+
+
+def test_a_run_of_a_version_without_attempts_reads_as_before(run_dir: Path) -> None:
+    (run_dir / "attempts.jsonl").unlink()
+    state = RunReader(run_dir).read()
+    assert (state.status, state.step) == (FINISHED, 12)
+    with (run_dir / "console.log").open("a") as file:
+        file.write(f"Run folder: {run_dir}\nTraceback (most recent call last):\n")
+    assert RunReader(run_dir).read().status == FAILED
+
+
 def interrupted_and_cut_off() -> None:
     try:
         raise KeyboardInterrupt

@@ -296,9 +296,9 @@ def test_nothing_is_overwritten(tmp_path, suffix, which):
 def test_a_file_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
     add = PrefixWriter.add
 
-    def appear(self, ids):
+    def appear(self, *ids):
         write(tmp_path / "out" / "data.idx", "mine")
-        add(self, ids)
+        add(self, *ids)
 
     monkeypatch.setattr(PrefixWriter, "add", appear)
     with pytest.raises(ValueError, match=r"data\.idx exists"):
@@ -308,7 +308,7 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_build_cleans_up(tmp_path, monkeypatch):
-    def interrupt(self, ids):
+    def interrupt(self, *ids):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PrefixWriter, "add", interrupt)

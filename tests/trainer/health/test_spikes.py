@@ -23,6 +23,7 @@ from griffin.trainer.checkpoint.manifest import Manifest, read_manifest
 from griffin.trainer.checkpoint.manifest import _to_text as to_text
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.health.spikes import SpikeError
+from griffin.trainer.run.attempts import read_end
 from griffin.trainer.run.folder import RunFolder, step_name
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.sections import Config
@@ -350,3 +351,7 @@ def test_too_many_end_the_run(rank_pool: RankPool, config_path: Path, tmp_path: 
         "More than train.spike_limit = 2 spikes within train.spike_window = 8 steps"
         in (tmp_path / "run" / "console.log").read_text()
     )
+    end = read_end(RunFolder(tmp_path / "run"))
+    assert end is not None
+    assert (end.why, end.exit_code, end.step) == ("failed", 1, 11)
+    assert end.error.startswith("SpikeError: step 12: ")

@@ -33,6 +33,7 @@ from griffin.trainer.health.hang_report import Silent, compose, culprits
 from griffin.trainer.health.rank_state import Collective, RankState
 from griffin.trainer.health.watchdog import Watchdog, _Alarm
 from griffin.trainer.reporting.report import Report
+from griffin.trainer.run.attempts import read_end
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.sections import Config
@@ -79,9 +80,17 @@ def hang(config: Config, run_dir: Path, world_size: int, rank: int, do: Any) -> 
     assert HANG <= seconds < HANG + BOUND
     (folder,) = (run_dir / "hangs").iterdir()
     assert folder.name == f"step-{SAVED + 2:08}-attempt-1"
+    assert_hung(run_dir)
     report = (folder / "report.txt").read_text()
     print(f"{seconds:.1f} s\n{report}")  # for those who run it with -s
     return report
+
+
+def assert_hung(run_dir: Path) -> None:
+    end = read_end(RunFolder(run_dir))
+    assert end is not None
+    assert (end.why, end.exit_code, end.step) == ("hung", HUNG, SAVED + 1)
+    assert (run_dir / "attempts.jsonl").read_text().count("hung") == 1
 
 
 def lagging(report: str) -> list[int]:
@@ -168,6 +177,7 @@ def test_a_disk_that_cannot_be_written_keeps_no_rank_from_leaving(config_path: P
     watch = Watch(at_step={(1, SAVED + 2): partial(_without_hangs_folder, run_dir)})
     assert launch(2, config(config_path), run_dir, watch) == HUNG
     assert (run_dir / "hangs").is_file()
+    assert_hung(run_dir)
     assert "Ranks that lag:\n  rank 1 on" in (run_dir / "console.log").read_text()
 
 

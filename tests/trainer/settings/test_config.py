@@ -327,6 +327,14 @@ def test_train_and_eval_data_of_different_tokenizers(bytes_data: str, tmp_path: 
         read_data(DataConfig(train=(bytes_data,), eval=(str(tmp_path / "words"),)))
 
 
+def eval_sets() -> st.SearchStrategy:
+    """One blend, or several by name."""
+    entries = st.lists(st.text(st.characters(codec="utf-8")))
+    names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True)
+    sets = st.dictionaries(names, entries.filter(bool).map(tuple), max_size=3)
+    return entries.map(tuple) | sets
+
+
 def of_type(section: type, **strategies: st.SearchStrategy) -> st.SearchStrategy:
     """Any value of a section's types, sensible or not: what is loaded is not yet validated."""
     by_type = {
@@ -335,6 +343,7 @@ def of_type(section: type, **strategies: st.SearchStrategy) -> st.SearchStrategy
         "bool": st.booleans(),
         "str": st.text(st.characters(codec="utf-8")),
         "tuple[str, ...]": st.lists(st.text(st.characters(codec="utf-8"))).map(tuple),
+        "EvalSets": eval_sets(),
         "tuple[int, ...]": st.lists(st.integers(-(2**63), 2**63 - 1)).map(tuple),
     }
     fields = {field.name: by_type[str(field.type)] for field in dataclasses.fields(section)}

@@ -1,0 +1,42 @@
+"""A loss or gradient that is NaN or infinite: which parameter it begins with, and on which ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from griffin.parallel.stage import Stage
+from griffin.parallel.world.grid import Grid
+from griffin.parallel.world.ranks import RunError
+
+
+class NonFiniteError(RunError):
+    """The loss or a gradient is NaN or infinite. Raised on every rank before the optimizer changes a weight."""
+
+
+def describe_non_finite(stages: Sequence[Stage], grid: Grid) -> str:
+    """Which gradient is not finite, and on which ranks: the same on every rank. A collective."""
+    mine = [
+        (place, piece.name)
+        for place, (piece, parameter) in enumerate(
+            (piece, parameter) for stage in stages for parameter in stage.parameters() for piece in parameter.pieces
+        )
+        if not piece.view(parameter.main_grad, grid.tensor_size).isfinite().all()
+    ]
+    found = grid.all_gather((grid.pipeline_rank, mine), tuple[int, list[tuple[int, str]]])
+    offenders = sorted((_model_order(name), name) for _, names in found for _, name in names)
+    if not offenders:
+        return "every gradient is finite"
+    name = offenders[0][1]
+    ranks = [rank for rank, (_, names) in enumerate(found) if name in {n for _, n in names}]
+    return (
+        f"the first non-finite gradient is that of {name} on rank{'s' * (len(ranks) > 1)} "
+        f"{', '.join(map(str, ranks))} ({len({n for _, n in offenders})} parameters in all)"
+    )
+
+
+def _model_order(name: str) -> tuple[int, str]:
+    """Sorts parameter names from the input to the output of the model."""
+    parts = name.split(".")
+    if parts[0] == "blocks":
+        return int(parts[1]), name
+    return (-1 if parts[0] == "embedding" else 1 << 30), name
