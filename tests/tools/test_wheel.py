@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("griffin", "kernels", "launch", "parallel", "tools", "trainer", "pyproject.toml", "README.md")
+SOURCES = ("griffin", "kernels", "launch", "parallel", "tools", "trainer", "pyproject.toml", "README.md", "LICENSE")
 STEP = "--parallel.tensor=1 --parallel.pipeline=1 --train.steps=1 --optimizer.warmup_steps=0 --checkpoint.interval=0"
 
 
