@@ -1,9 +1,8 @@
-"""Every command of the README runs as written, with small stand-ins for the files that it names."""
+"""Every command, config and piece of code of the README.md files runs as written, with stand-ins for what it reads."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import importlib
 import json
@@ -17,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -31,25 +31,16 @@ from griffin.tools.weights.imported import model_tensors
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.settings.complete import load_config
 from tests.checkpoints import make_checkpoint
+from tests.documents import READMES, ROOT, Block, blocks, name_of
+from tests.small_steps import ARRAYS, bits, save_step
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS = ("griffin", "make", "mpiexec", "python3", "srun", "tensorboard", "torchrun")
-
-
-def code_blocks() -> list[str]:
-    """Indented blocks, without their indentation; lists' own paragraphs are indented less."""
-    blocks = re.findall(r"(?<=\n\n)(?:    .*\n|\n(?=    ))+", README)
-    return [re.sub("^    ", "", block, flags=re.MULTILINE).strip("\n") for block in blocks]
-
-
-def is_commands(block: str) -> bool:
-    return block.split()[0] in PROGRAMS and not block.startswith("griffin/")
+LANGUAGES = ("python", "sh", "text", "toml")
 
 
 def commands() -> list[str]:
-    """The command lines of all blocks, without comments, continued lines as one."""
-    lines = (line for block in code_blocks() if is_commands(block) for line in block.replace("\\\n", " ").splitlines())
+    """The command lines of all README.md files, without comments, continued lines as one."""
+    texts = [block.text for document in READMES for block in blocks(document) if block.language == "sh"]
+    lines = (line for text in texts for line in text.replace("\\\n", " ").splitlines())
     return [" ".join(code.split()) for code in (re.sub(r"(^|\s)#.*", "", line) for line in lines) if code.strip()]
 
 
@@ -127,6 +118,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("books").mkdir()
         Path("books/one.txt").write_text("to be or not to be " * 20)
         lines = "".join(json.dumps({"text": f"text {number} " * 30}) + "\n" for number in range(400))
+        Path("books/more.jsonl").write_text(lines)
         Path("more.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
         make_tokenizer(Path("tokenizer.json"))
         data = ["data/books", "books", "more.jsonl.zst", "--tokenizer", "tokenizer.json", "--workers", "1"]
@@ -135,8 +127,6 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(part, part.with_stem("code"))
         Path("my.toml").write_text(MY)
         Path("tune.toml").write_text(TUNE)
-        Path("trainer").mkdir()
-        Path("trainer/configs").symlink_to(ROOT / "trainer/configs")
 
         config = load_config("my.toml")
         assert config.model == MODEL
@@ -183,7 +173,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers(required=True)
     for name in COMMANDS:
-        importlib.import_module(f"griffin.tools.{name}").add_parser(subparsers)
+        importlib.import_module(f"griffin.tools.commands.{name}").add_parser(subparsers)
     assert words[0] == "griffin"
     return parser.parse_args(words[1:])
 
@@ -209,6 +199,12 @@ dry_run = run_with("--dry-run")
 def build(words: list[str]) -> None:
     shutil.rmtree("data")
     one_worker(words)
+
+
+def begin(words: list[str]) -> None:
+    """A run of its own."""
+    shutil.rmtree("runs")
+    dry_run(words)
 
 
 def convert(words: list[str]) -> None:
@@ -272,7 +268,18 @@ def parse_after_mpiexec(words: list[str]) -> None:
 
 
 def make(words: list[str]) -> None:
+    words = [word for word in words if "=" not in word]
+    assert words[0] == "make"
     subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+
+def one_test(words: list[str]) -> None:
+    assert (ROOT / words[3]).is_file()
+    assert words[4] == "-k"
+    family, _, layout = words[5].partition("-")
+    text = (ROOT / words[3]).read_text(encoding="utf-8")
+    assert f'"{family}"' in text
+    assert f'"{layout}"' in text
 
 
 def tensorboard(words: list[str]) -> None:
@@ -288,7 +295,8 @@ def tensorboard(words: list[str]) -> None:
 def install(words: list[str]) -> None:
     assert words == shlex.split("python3 -m venv .venv && .venv/bin/pip install -e .")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = set(re.findall(r"(?:\.|griffin-megatron)\[(\w+)\]", README))
+    readmes = "".join(document.read_text(encoding="utf-8") for document in READMES)
+    named = set(re.findall(r"(?:'\.|griffin-megatron)\[(\w+)\]", readmes))
     assert named
     assert named <= extras.keys()
 
@@ -298,7 +306,8 @@ slow = pytest.mark.slow
 RUN: list[tuple[str, Callable[[list[str]], None]]] = [
     (r"griffin data build .*", build),
     (r"griffin data (inspect|verify) .*", run),
-    (r"griffin train my\.toml --ranks 8", dry_run),
+    (r"griffin train (my\.toml|griffin-1.3b-8gpu) --ranks 8( .*)?", dry_run),
+    (r"griffin train griffin-400m-1gpu .*", begin),
     (r"griffin train tune\.toml --init-from .*", dry_run),
     (r"torchrun .*", torchrun),
     (r"srun .*", srun),
@@ -325,7 +334,8 @@ RUN_SLOWLY: list[tuple[str, Callable[[list[str]], None]]] = [
 ]
 # They take minutes, need a GPU, look at the machine, serve without an end, or install.
 PARSED: list[tuple[str, Callable[[list[str]], object]]] = [
-    (r"make .*", make),
+    (r"(PYTEST_DEBUG_TEMPROOT=/tmp )?make .*", make),
+    (r"\.venv/bin/python -m pytest .*", one_test),
     (r"python3 .*", install),
     (r"tensorboard .*", tensorboard),
     (r"griffin bench .*", parse),
@@ -362,10 +372,21 @@ def test_a_command_that_does_not_exist_is_refused() -> None:
         parse(["griffin", "bench", "absent"])
 
 
-def test_other_blocks(folder: Path) -> None:
-    """The tree, a config that works, and code that runs."""
-    kinds = []
-    values = {
+def other_blocks() -> Iterator[object]:
+    for document in READMES:
+        for number, block in enumerate(blocks(document)):
+            assert block.language in LANGUAGES, f"{name_of(document)}: a block of {block.language!r}"
+            if block.language in ("python", "toml"):
+                yield pytest.param(block, id=f"{name_of(document)}-{block.language}-{number}")
+
+
+@pytest.mark.parametrize("block", list(other_blocks()))
+def test_other_block(folder: Path, block: Block) -> None:
+    if block.language == "toml":
+        Path("block.toml").write_text(block.text)
+        assert main(["train", "block.toml", "--ranks", "8", "--dry-run"]) == 0
+        return
+    values: dict[str, Any] = {
         "zarr": zarr,
         **{name: torch.zeros(4, 1, 64) for name in ("x", "input_gate", "recurrence_gate", "branch", "a", "b")},
         "weight": torch.zeros(4, 64),
@@ -373,16 +394,10 @@ def test_other_blocks(folder: Path) -> None:
         "decay": torch.zeros(64),
         "starts": torch.zeros(4, 1, dtype=torch.bool),
     }
-    for block in code_blocks():
-        if is_commands(block):
-            continue
-        if block.startswith("griffin/"):
-            kinds.append("tree")
-        elif block.startswith("["):
-            Path("block.toml").write_text(block)
-            assert main(["train", "block.toml", "--ranks", "8", "--dry-run"]) == 0
-            kinds.append("config")
-        else:
-            exec(compile(ast.parse(block), "README.md", "exec"), dict(values))
-            kinds.append("python")
-    assert kinds == ["tree", "config", "python", "python"]
+    exec(compile(block.text, name_of(block.document), "exec"), values)
+    if "read_array" in values:  # the checkpoint format's: it reads what stock Zarr does
+        step = save_step(Path("checkpoints"), 1)
+        arrays = {name: np.asarray(array[:]) for name, array in zarr.open_group(step, mode="r").arrays()}
+        for name, array in arrays.items():
+            assert np.array_equal(bits(values["read_array"](step, name)), bits(array)), name
+        assert len(arrays) == len(ARRAYS)

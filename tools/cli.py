@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import os
 import re
 import signal
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 
+import griffin
 from griffin.tools.common.errors import USER_ERRORS, report
 
 # Each has `add_parser(subparsers)`, which sets `run`: args -> exit code or None. They import torch inside `run` only.
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="griffin", description="Train Griffin and Hawk language models.")
-    parser.add_argument("--version", action="version", version=f"griffin-megatron {_version()}")
+    parser.add_argument("--version", action="version", version=f"griffin-megatron {griffin.__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"griffin.tools.commands.{name}").add_parser(subparsers)
@@ -63,13 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except USER_ERRORS as error:
         return report(error)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("griffin-megatron")
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path only
-        return "(not installed)"
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

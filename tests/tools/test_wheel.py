@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("griffin", "kernels", "launch", "parallel", "tools", "trainer", "pyproject.toml", "README.md")
+SOURCES = ("griffin", "kernels", "launch", "parallel", "tools", "trainer", "pyproject.toml", "README.md", "LICENSE")
 STEP = "--parallel.tensor=1 --parallel.pipeline=1 --train.steps=1 --optimizer.warmup_steps=0 --checkpoint.interval=0"
 
 
@@ -54,6 +54,10 @@ def test_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
     (site / "others.pth").write_text("".join(f"{path}\n" for path in others))
     found = run(python, "-c", "import griffin.trainer.loop as loop; print(loop.__file__)", cwd=work).strip()
     assert Path(found) == site / "griffin" / "trainer" / "loop.py"
+    assert (site / "griffin" / "py.typed").is_file()
+    assert list(site.glob("griffin_megatron-*.dist-info/licenses/LICENSE"))
+    stated = run(python, "-c", "from importlib.metadata import version; print(version('griffin-megatron'))", cwd=work)
+    assert run(griffin, "--version", cwd=work) == f"griffin-megatron {stated}"
 
     (work / "text.txt").write_text("to be or not to be " * 500)
     for name in ("stdlib", "stdlib-held-out"):

@@ -19,13 +19,26 @@ CONFIGS = Path(__file__).parents[3] / "trainer/configs"
 KEPT = {"recurrent": 28.6, "attention": 26.5}
 
 
-@pytest.mark.parametrize(("gpu", "memory"), [("h100", 80), ("h200", 141)])
-def test_14b_on_64_gpus(gpu: str, memory: int, tmp_path: Path) -> None:
+# By name: GPUs, and memory of each in GB.
+GPUS = {
+    "griffin-400m-1gpu": (1, 80),
+    "griffin-1.3b-8gpu": (8, 80),
+    "griffin-14b-h100-8x8": (64, 80),
+    "griffin-14b-h200-8x8": (64, 141),
+}
+
+
+def test_all_are_covered() -> None:
+    assert {file.stem for file in CONFIGS.glob("*.toml")} == {"demo", *GPUS}  # `make demo` runs that one
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_on_gpus(name: str, tmp_path: Path) -> None:
     """The memory that the comment adds up is that of the settings, and leaves a fifth of the GPU."""
-    path = CONFIGS / f"griffin-14b-{gpu}-8x8.toml"
+    path, (ranks, memory) = CONFIGS / f"{name}.toml", GPUS[name]
     prefix = write_prefix(tmp_path / "data", [[0] * 3000], vocabulary=256_000)
     config = load_config(path, [f"--data.train={prefix}", f"--data.eval={prefix}"])
-    validate(config, 64)
+    validate(config, ranks)
     validate_data(config)
 
     model, tensor, tokens = config.model, config.parallel.tensor, config.train.micro_batch * config.data.sequence_length
@@ -34,7 +47,7 @@ def test_14b_on_64_gpus(gpu: str, memory: int, tmp_path: Path) -> None:
     kept = sum(KEPT[mixer] for mixer in model.pattern)
     terms = [
         6 * parameters / tensor,
-        12 * parameters / 64,
+        12 * parameters / ranks,
         kept * 2 * model.width * tokens / tensor,
         10 * tokens * model.padded_vocabulary / tensor,
     ]
