@@ -231,6 +231,7 @@ def test_it_is_saved_at_its_end(run_dir: Path) -> None:
         (run_dir / "console.log").read_text()
     )
     assert sorted(path.name for path in run_dir.iterdir()) == [
+        "attempts.jsonl",
         "checkpoints",
         "config.toml",
         "console.log",
