@@ -60,7 +60,7 @@ def test_first_page() -> None:
     for document in (first, *READMES):  # in two clicks
         linked |= {(document.parent / link.partition("#")[0]).resolve() for link in links(document)}
     assert linked >= {*DOCUMENTS} - {first}
-    assert len(READMES) == 8
+    assert len(READMES) == 9
     everywhere = {heading for document in READMES for heading in headings(document)}
     searched = {"Quick start", "Features", "Installation", "Usage", "Resuming", "Settings reference"}
     assert everywhere >= searched | {"Repository layout", "Exit codes", "Format", "Run folder"}

@@ -277,7 +277,7 @@ def one_test(words: list[str]) -> None:
     assert (ROOT / words[3]).is_file()
     assert words[4] == "-k"
     family, _, layout = words[5].partition("-")
-    text = (ROOT / words[3]).read_text(encoding="utf-8")
+    text = (ROOT / words[3]).read_text(encoding="utf-8") + (ROOT / "tests/layouts.py").read_text(encoding="utf-8")
     assert f'"{family}"' in text
     assert f'"{layout}"' in text
 
