@@ -28,7 +28,8 @@ from griffin.trainer.checkpoint.steps import steps
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.data.prefix import read_info
 from griffin.trainer.loop import train
-from griffin.trainer.run.folder import RunFolder, step_name
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.step_name import step_name
 from griffin.trainer.settings.sections import Config
 from griffin.trainer.step import Training
 from tests import saving_process

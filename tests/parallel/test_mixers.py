@@ -28,7 +28,7 @@ from griffin.parallel.stage import build_stages
 from griffin.parallel.world.grid import rank_grid, single_rank_grid
 from griffin.trainer.checkpoint.arrays import MODEL
 from griffin.trainer.checkpoint.manifest import check, read_manifest
-from griffin.trainer.run.folder import step_name
+from griffin.trainer.run.step_name import step_name
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.sections import Config
 from griffin.trainer.settings.validate import validate

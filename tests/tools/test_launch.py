@@ -18,7 +18,8 @@ from griffin.launch import code
 from griffin.parallel.world.ranks import STOPPED
 from griffin.tools.cli import main
 from griffin.trainer.checkpoint import unreadable
-from griffin.trainer.run.folder import RunFolder, step_name
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.step_name import step_name
 from griffin.trainer.settings.complete import load_config
 from tests.ranks import RankError, RankPool
 from tests.small_runs import metrics, run, saved_steps, series, snapshot, wait_for, write_config

@@ -28,7 +28,8 @@ from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from griffin.trainer.checkpoint.source import InitFrom
 from griffin.trainer.checkpoint.steps import newest_complete
 from griffin.trainer.reporting.charts import grouped
-from griffin.trainer.run.folder import RunFolder, step_name
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.step_name import step_name
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.sections import Config
 from tests.ranks import RankError, RankPool

@@ -30,7 +30,7 @@ from griffin.trainer.checkpoint.zarr_io import (
     synchronise,
 )
 from griffin.trainer.files import parse_json, read_regular
-from griffin.trainer.run.folder import step_name
+from griffin.trainer.run.step_name import step_name
 
 FORMAT = 1
 MANIFEST = "manifest.json"

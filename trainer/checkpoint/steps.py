@@ -8,7 +8,7 @@ from pathlib import Path
 
 from griffin.trainer.checkpoint.manifest import MANIFEST, check
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, naming, synchronise
-from griffin.trainer.run.folder import step_name
+from griffin.trainer.run.step_name import step_name
 
 _STEP = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"step-\d{8,}(\.[0-9a-f]+)?\.(tmp|deleted)")

@@ -40,8 +40,9 @@ from griffin.trainer.health.rank_state import (
     recorded,
     where,
 )
-from griffin.trainer.run.folder import RunFolder, step_name
+from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.log_file import LogFile
+from griffin.trainer.run.step_name import step_name
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

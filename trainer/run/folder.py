@@ -31,11 +31,6 @@ TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"  # of "started" in environment.json
 SOURCE = Path(__file__).resolve().parents[2]
 
 
-def step_name(step: int) -> str:
-    """The folder of a step's checkpoint."""
-    return f"step-{step:08d}"
-
-
 @dataclass(frozen=True)
 class RunFolder:
     """Paths inside a run's folder, which one process, rank 0, writes.

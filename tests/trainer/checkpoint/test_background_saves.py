@@ -15,7 +15,7 @@ import pytest
 from griffin.trainer.checkpoint.manifest import verify
 from griffin.trainer.checkpoint.saving.saver import Saver
 from griffin.trainer.checkpoint.steps import newest_complete
-from griffin.trainer.run.folder import step_name
+from griffin.trainer.run.step_name import step_name
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.sections import Config
 from tests.ranks import RankPool

@@ -19,7 +19,7 @@ from griffin.parallel.world.grid import rank_grid
 from griffin.trainer.checkpoint import arrays
 from griffin.trainer.checkpoint.checkpoints import Position
 from griffin.trainer.checkpoint.manifest import read_manifest
-from griffin.trainer.run.folder import step_name
+from griffin.trainer.run.step_name import step_name
 from griffin.trainer.settings.sections import Config
 from griffin.trainer.step import Training
 from tests.closeness import assert_all_close

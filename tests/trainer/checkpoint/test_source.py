@@ -18,7 +18,7 @@ from griffin.trainer.checkpoint.source import (
     find_source,
     refuse_other_model,
 )
-from griffin.trainer.run.folder import step_name
+from griffin.trainer.run.step_name import step_name
 from tests.checkpoints import MODEL_CONFIG, config_json, make_checkpoint
 
 

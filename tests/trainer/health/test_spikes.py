@@ -24,7 +24,8 @@ from griffin.trainer.checkpoint.manifest import _to_text as to_text
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.health.spikes import SpikeError
 from griffin.trainer.run.attempts import read_end
-from griffin.trainer.run.folder import RunFolder, step_name
+from griffin.trainer.run.folder import RunFolder
+from griffin.trainer.run.step_name import step_name
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.sections import Config
 from griffin.trainer.step import Training

@@ -195,7 +195,7 @@ def test_a_single_rank(config_path: Path, tmp_path: Path) -> None:
 def test_a_process_in_which_no_python_runs_any_more_ends() -> None:
     """The interpreter's lock is held for good: the stack comes from C, to stderr, and the exit code is 1."""
     script = (
-        "import ctypes, sys, time; from griffin.trainer import watchdog\n"
+        "import ctypes, sys, time; from griffin.trainer.health import watchdog\n"
         "watchdog.LAST_SECONDS = 0.5\n"
         "dog = object.__new__(watchdog.Watchdog); dog._hang_seconds, dog._kinds = 0.5, {'step'}\n"
         "dog._mark = watchdog._Mark(entered=0, phase='', step=0, since=0, limit=float('inf'))\n"

@@ -19,8 +19,8 @@ from griffin.trainer.checkpoint.manifest import Manifest, begin, commit
 from griffin.trainer.checkpoint.saving.exchange import CONNECT_SECONDS, CONTROL, Channel, Exchange, NoAnswerError
 from griffin.trainer.checkpoint.steps import clean, retain
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord
-from griffin.trainer.run.folder import step_name
 from griffin.trainer.run.lock import holds, is_taken_over
+from griffin.trainer.run.step_name import step_name
 
 SIGN_OF_LIFE_SECONDS = 5.0
 PARTING_SECONDS = 10.0  # patience with ranks that let go of a failed save
