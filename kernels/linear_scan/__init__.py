@@ -47,8 +47,8 @@ def linear_scan(
         batch_first: a, b, `starts` and h have the batch axis before the time axis.
         backend: "reference" (a loop, differentiated by autograd), "cpu", "triton", or "auto" for what
             `griffin.kernels.selection.select_backend` says.
-        chunk: how Triton's programs cut time; see `griffin.kernels.recurrence.plan.select_plan`. Where states
-            grow over a chunk and cancel, or overflow from a zero state only, 0: one chunk, which is a loop.
+        chunk: how Triton's programs cut time; see `griffin.kernels.recurrence.plan.select_plan`. 0 is one
+            chunk, a plain loop: set it where states grow over a chunk and cancel, or overflow from a zero state only.
 
     Returns:
         h, with shape and dtype of b, and the state after the last position, [B, R] in float32 (float64 where b is).

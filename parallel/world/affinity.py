@@ -24,7 +24,7 @@ def stay_near(device: torch.device, sysfs: Path = SYSFS) -> set[int]:
     near = near_cores(_pci_address(device), sysfs) & os.sched_getaffinity(0)
     if near:
         for thread in os.listdir("/proc/self/task"):
-            with suppress(ProcessLookupError):  # it has just ended
+            with suppress(OSError):  # it has just ended, or a container forbids it: a run goes on without
                 os.sched_setaffinity(int(thread), near)
     return near
 
@@ -45,5 +45,9 @@ def _cores(text: str) -> range:
 
 
 def _pci_address(device: torch.device) -> str:
+    """Such as "0000:3b:00.0"; "" where this PyTorch does not tell."""
     card: Any = torch.cuda.get_device_properties(device)  # torch's annotations lack these three
-    return f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"
+    try:
+        return f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"
+    except AttributeError:
+        return ""

@@ -70,6 +70,22 @@ def test_cores_that_may_not_be_used_change_nothing(card, cores):
     assert os.sched_getaffinity(0) == MINE
 
 
+def test_a_device_whose_address_is_not_told_changes_nothing(card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="GPU"))
+    assert stay_near(torch.device("cuda", 0), card(min(MINE))) == set()
+    assert os.sched_getaffinity(0) == MINE
+
+
+def test_cores_that_a_container_does_not_let_be_chosen_end_nothing(card, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    stay_near(torch.device("cuda", 0), card(min(MINE)))
+    monkeypatch.undo()
+    assert os.sched_getaffinity(0) == MINE
+
+
 def test_what_a_launcher_has_bound_is_only_narrowed(card):
     first = min(MINE)
     os.sched_setaffinity(0, {first})
