@@ -47,6 +47,8 @@ def split_blocks(model: ModelConfig, stages: int, sequence: int) -> tuple[int, .
 
     The embedding counts to the first stage and the logits to the last. Every stage has at least one block.
     """
+    if stages == 1:  # tools that only move bytes ask too: mixers' costs come with torch
+        return (model.blocks,)
     blocks = [block_cost(model, mixer, sequence).time for mixer in model.pattern]
     return _split(tuple(blocks), embedding_cost(model).time, logits_cost(model).time, stages)
 
