@@ -5,6 +5,7 @@
 import torch
 from torch import Tensor
 
+from griffin.kernels.costs import OperatorCost, states_cost, touched
 from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.layout import accumulation_dtype, like
 from griffin.kernels.selection import implementation
@@ -37,6 +38,17 @@ def _(grad_y, x, weight, starts, window, backend):
     dtype = accumulation_dtype(x)
     grad_window = x.new_empty(0) if window is None else x.new_empty(window.shape, dtype=dtype)
     return like(x), x.new_empty(weight.shape, dtype=dtype), x.new_empty(x.shape[2], dtype=dtype), grad_window
+
+
+@states_cost(forward)
+def _(given, results) -> OperatorCost:
+    return OperatorCost(kind="convolution", bytes=touched(given) + touched([results[0]]), kernels=1)
+
+
+@states_cost(backward)
+def _(given, results) -> OperatorCost:
+    """One program for the input, and one with a sum over its partial sums for the weight and bias."""
+    return OperatorCost(kind="convolution", bytes=touched(given) + touched(results), kernels=3)
 
 
 def _save(ctx, inputs, output):

@@ -5,8 +5,11 @@
 import torch
 from torch import Tensor
 
+from griffin.kernels.costs import OperatorCost, states_cost, touched
 from griffin.kernels.forward_mode import without_tangents
+from griffin.kernels.launch import multiprocessors
 from griffin.kernels.layout import accumulation_dtype, like
+from griffin.kernels.recurrence.plan import select_plan
 from griffin.kernels.selection import implementation
 
 
@@ -41,6 +44,24 @@ def backward(
 @backward.register_fake
 def _(grad_h, grad_last, a, starts, initial_state, h, chunk, backend):
     return like(a), like(h), h.new_empty(h.shape[1:], dtype=accumulation_dtype(h))
+
+
+@states_cost(forward)
+def _(given, results) -> OperatorCost:
+    """Chunked, a and b are read a second time; three programs then: chunk ends, their chain, the walk."""
+    b, chunk = given[1], given[4]
+    chunks = select_plan(*b.shape, multiprocessors(b.device), chunk).chunks
+    again = touched(given[:2]) if chunks > 1 else 0
+    return OperatorCost(kind="scan", bytes=touched(given) + touched(results) + again, kernels=3 if chunks > 1 else 1)
+
+
+@states_cost(backward)
+def _(given, results) -> OperatorCost:
+    """Chunked, a and the gradient of h are read a second time."""
+    grad_h, a, chunk = given[0], given[2], given[6]
+    chunks = select_plan(*grad_h.shape, multiprocessors(grad_h.device), chunk).chunks
+    again = touched([grad_h, a]) if chunks > 1 else 0
+    return OperatorCost(kind="scan", bytes=touched(given) + touched(results) + again, kernels=3 if chunks > 1 else 1)
 
 
 def _save(ctx, inputs, output):

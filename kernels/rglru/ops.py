@@ -8,6 +8,7 @@ Both have no notion of what happens inside. Optional results are tensors without
 import torch
 from torch import Tensor
 
+from griffin.kernels.costs import OperatorCost, states_cost, touched
 from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.launch import multiprocessors
 from griffin.kernels.layout import accumulation_dtype, like
@@ -98,6 +99,27 @@ def _(
         x.new_empty(0) if branch is None else like(branch),
         x.new_empty(x.shape[1:], dtype=dtype),
     )
+
+
+@states_cost(forward)
+def _(given, results) -> OperatorCost:
+    """Chunked, x and both gates are read a second time; three programs then: chunk ends, their chain, the walk."""
+    x, *_, chunk, _ = given
+    chunks = select_plan(*x.shape, multiprocessors(x.device), chunk).chunks
+    again = 3 * touched([x]) if chunks > 1 else 0
+    return OperatorCost(kind="scan", bytes=touched(given) + touched(results) + again, kernels=3 if chunks > 1 else 1)
+
+
+@states_cost(backward)
+def _(given, results) -> OperatorCost:
+    """Chunked, the recurrence gate, branch and gradient are read twice. The gradient of the decay is summed in two."""
+    x, states, chunk = given[0], given[7], given[11]
+    chunks = select_plan(*x.shape, multiprocessors(x.device), chunk).chunks
+    again = 3 * touched([x]) if chunks > 1 else 0
+    if states is None:  # computed again: x and both gates read, states written and read
+        again += 4 * touched([x])
+    moved = touched(given) + touched(results) + again
+    return OperatorCost(kind="scan", bytes=moved, kernels=5 if chunks > 1 else 3)
 
 
 def _save(ctx, inputs, output):
