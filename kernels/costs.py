@@ -17,12 +17,17 @@ NAMESPACE = "griffin"
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorCost:
-    """Of one call. `kind` is the class of kernels that it counts to, such as "scan"."""
+    """Of one call.
+
+    kind: the class of kernels that it counts to, such as "scan".
+    balance: the mean over the longest time of the device's multiprocessors.
+    """
 
     kind: str
     bytes: float
     kernels: int
     flops: float = 0.0
+    balance: float = 1.0
 
 
 # By qualified name, "griffin::rglru". A cost is asked for with an operator's arguments in order and its results.

@@ -216,10 +216,10 @@ class Training:
 
     def _forward(self, batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, partial]:
         batch = {name: value.to(self.grid.device, non_blocking=True) for name, value in next(batches).items()}
-        return chunk(batch), partial(_loss, batch["loss_mask"])
+        return chunk(batch), partial(masked_loss, batch["loss_mask"])
 
 
-def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def masked_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of unmasked losses, their number, both for logging) of a micro-batch; mask [B, T], losses [T, B]."""
     mask = mask.t()
     total, tokens = (losses * mask).sum(), mask.sum()

@@ -8,19 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from griffin.kernels.local_attention.counted import CountedMask, counted_attention, counted_mask
 from griffin.kernels.local_attention.flex import flex_attention_mqa, flex_mask
 from griffin.kernels.local_attention.rotary import rotary, rotation, turn
 from griffin.kernels.local_attention.sdpa import BlockedMask, blocked_mask, sdpa_attention
 
 __all__ = ["AttentionMask", "attention_mask", "multi_query_attention", "rotary", "rotation", "select_backend", "turn"]
 
-AttentionMask = BlockMask | BlockedMask
-BACKENDS: dict[str, Callable[[Tensor, int | None], AttentionMask]] = {"flex": flex_mask, "sdpa": blocked_mask}
+AttentionMask = BlockMask | BlockedMask | CountedMask
+BACKENDS: dict[str, Callable[[Tensor, int | None], AttentionMask]] = {
+    "flex": flex_mask,
+    "sdpa": blocked_mask,
+    "counted": counted_mask,
+}
 
 
 def select_backend(device: torch.device) -> str:
-    """The backend that `backend="auto"` uses for tensors on `device`: "flex" on CUDA, else "sdpa"."""
-    return "flex" if device.type == "cuda" else "sdpa"
+    """The backend that `backend="auto"` uses for tensors on `device`.
+
+    "flex" on CUDA, "counted" for meta tensors, which stand for those of a GPU; else "sdpa".
+    """
+    return {"cuda": "flex", "meta": "counted"}.get(device.type, "sdpa")
 
 
 def attention_mask(documents: Tensor, window: int | None, *, backend: str = "auto") -> AttentionMask:
@@ -32,7 +40,8 @@ def attention_mask(documents: Tensor, window: int | None, *, backend: str = "aut
     Args:
         documents: [B, T] integers, non-decreasing along T; tokens of one document have the same number.
         window: W, or None for global attention.
-        backend: "flex" (FlexAttention; on CPU without backward), "sdpa", or "auto" for what `select_backend` says.
+        backend: "flex" (FlexAttention; on CPU without backward), "sdpa", "counted" (meta tensors, to count costs), or
+            "auto" for what `select_backend` says.
 
     Raises:
         ValueError: documents is not as above in shape or dtype, the window is below 1, or the backend is unknown.
@@ -79,4 +88,6 @@ def multi_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) 
         raise ValueError(f"mask: of documents {list(masked)}; q of shape {list(q.shape)} needs {[batch, length]}")
     if isinstance(mask, BlockMask):
         return flex_attention_mqa(q, k, v, mask)
+    if isinstance(mask, CountedMask):
+        return counted_attention(q, k, v, mask)
     return sdpa_attention(q, k, v, mask)

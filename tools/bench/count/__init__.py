@@ -1,0 +1,107 @@
+"""`griffin bench count`: where the time and memory of a GPU's training step go, counted without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from griffin.trainer.settings.sections import Config
+
+
+def add_parser(kinds: argparse._SubParsersAction) -> None:
+    parser = kinds.add_parser(
+        "count",
+        help="where a training step's time and memory go on a GPU, by count",
+        description="Run a rank's stages on meta tensors, record every operator with its shapes, FLOPs and bytes, and "
+        "give each the time that a device is assumed to need (a roofline). Nothing is measured: the figures are worth "
+        "most as differences between two versions. Settings can follow as --section.key value; options go before them.",
+    )
+    parser.add_argument("model", metavar="MODEL|CONFIG", help="a preset, or a config: a file or a packaged one")
+    parser.add_argument("--world", type=int, default=64, metavar="N", help="devices (default: 64)")
+    parser.add_argument("--tensor", type=int, metavar="T", help="tensor-parallel size")
+    parser.add_argument("--sp", action="store_true", help="sequence parallelism")
+    parser.add_argument("--pipeline", type=int, metavar="P", help="pipeline-parallel size")
+    parser.add_argument("--micro-batch", type=int, metavar="B", help="sequences; for a preset by default 4")
+    parser.add_argument("--global-batch", type=int, metavar="N", help="sequences; for a preset by default 1024")
+    parser.add_argument("--sequence", type=int, metavar="S", help="tokens; for a preset by default 2048")
+    parser.add_argument("--device", choices=("h100", "h200"), default="h100", help="default: h100")
+    parser.add_argument("--gemm", type=float, metavar="TFLOPS", help="of a large matrix product (default: 790)")
+    parser.add_argument("--detail", type=int, default=0, metavar="N", help="print the N operators that take longest")
+    parser.add_argument("--assumptions", action="store_true", help="print what is assumed, and from where")
+    parser.set_defaults(run=run, overrides=[])
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.gemm is not None and not 0 < args.gemm < 1e5:
+        raise ValueError(f"--gemm {args.gemm}: must be above 0, in TFLOP/s")
+    if args.detail < 0:
+        raise ValueError(f"--detail {args.detail}: must be at least 0")
+    config = _config(args)
+
+    from griffin.tools.bench.count.rates import ASSUMPTIONS, DEVICES
+    from griffin.tools.bench.count.report import lines
+    from griffin.tools.bench.count.step import count_step
+
+    device = DEVICES[args.device]
+    if args.gemm is not None:
+        device = dataclasses.replace(device, products=args.gemm * 1e12)
+    layout, train = config.parallel, config.train
+    print(
+        f"{args.model} on {args.world} x {device.name}: tensor {layout.tensor}"
+        f"{' with sequence parallelism' * layout.sequence_parallel}, pipeline {layout.pipeline} x "
+        f"{layout.virtual_pipeline}, data {args.world // layout.model_ranks}; micro-batch {train.micro_batch} x "
+        f"{config.data.sequence_length}, {train.dtype}, recompute {train.recompute}. Counted, not measured."
+    )
+    if args.assumptions:
+        for what, value, source in ASSUMPTIONS:
+            print(f"  {what:32} {value:28} {source}")
+    step = count_step(config, args.world, device)
+    for line in lines(step, args.detail):
+        print(line)
+    print(f"MFU {step.mfu:.1%}".replace("%", " %") + f", {step.tokens_per_second:,.0f} tokens/s/device")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """The settings with those of the command line. Data are not read.
+
+    Raises ValueError where they cannot train on so many devices.
+    """
+    from griffin.trainer.settings.complete import with_vocabulary
+    from griffin.trainer.settings.load import read_settings
+    from griffin.trainer.settings.presets import PRESETS, VOCABULARY, preset
+    from griffin.trainer.settings.sections import Config, DataConfig, TrainConfig
+    from griffin.trainer.settings.validate import validate_settings
+
+    if args.model in PRESETS:
+        if args.overrides:
+            raise ValueError(f"{args.overrides[0]}: settings are for configs; {args.model} is a preset")
+        config = Config(
+            model=preset(args.model),
+            data=DataConfig(train=("data",)),
+            train=TrainConfig(micro_batch=4, global_batch=1024, dtype="bfloat16"),
+        )
+    else:
+        config = read_settings(Path(args.model), args.overrides)
+        if config.model.vocabulary is None:
+            config = with_vocabulary(config, VOCABULARY)
+    given = {
+        "parallel": {
+            "tensor": args.tensor,
+            "pipeline": args.pipeline,
+            "sequence_parallel": True if args.sp else None,
+        },
+        "train": {"micro_batch": args.micro_batch, "global_batch": args.global_batch},
+        "data": {"sequence_length": args.sequence},
+    }
+    for section, values in given.items():
+        stated = {name: value for name, value in values.items() if value is not None}
+        config = dataclasses.replace(
+            config,
+            **{section: dataclasses.replace(getattr(config, section), **stated)},  # type: ignore[arg-type]
+        )
+    validate_settings(config, args.world)
+    return config
