@@ -50,7 +50,8 @@ def _(grad_h, grad_last, a, starts, initial_state, h, chunk, backend):
 def _(given, results) -> OperatorCost:
     """Chunked, a and b are read a second time; three programs then: chunk ends, their chain, the walk."""
     b, chunk = given[1], given[4]
-    chunks = select_plan(*b.shape, multiprocessors(b.device), chunk).chunks
+    steps, batch, width = b.shape
+    chunks = select_plan(steps, batch, width, multiprocessors(b.device), chunk).chunks
     again = touched(given[:2]) if chunks > 1 else 0
     return OperatorCost(kind="scan", bytes=touched(given) + touched(results) + again, kernels=3 if chunks > 1 else 1)
 
@@ -59,7 +60,8 @@ def _(given, results) -> OperatorCost:
 def _(given, results) -> OperatorCost:
     """Chunked, a and the gradient of h are read a second time."""
     grad_h, a, chunk = given[0], given[2], given[6]
-    chunks = select_plan(*grad_h.shape, multiprocessors(grad_h.device), chunk).chunks
+    steps, batch, width = grad_h.shape
+    chunks = select_plan(steps, batch, width, multiprocessors(grad_h.device), chunk).chunks
     again = touched([grad_h, a]) if chunks > 1 else 0
     return OperatorCost(kind="scan", bytes=touched(given) + touched(results) + again, kernels=3 if chunks > 1 else 1)
 

@@ -105,7 +105,8 @@ def _(
 def _(given, results) -> OperatorCost:
     """Chunked, x and both gates are read a second time; three programs then: chunk ends, their chain, the walk."""
     x, *_, chunk, _ = given
-    chunks = select_plan(*x.shape, multiprocessors(x.device), chunk).chunks
+    steps, batch, width = x.shape
+    chunks = select_plan(steps, batch, width, multiprocessors(x.device), chunk).chunks
     again = 3 * touched([x]) if chunks > 1 else 0
     return OperatorCost(kind="scan", bytes=touched(given) + touched(results) + again, kernels=3 if chunks > 1 else 1)
 
@@ -114,7 +115,8 @@ def _(given, results) -> OperatorCost:
 def _(given, results) -> OperatorCost:
     """Chunked, the recurrence gate, branch and gradient are read twice. The gradient of the decay is summed in two."""
     x, states, chunk = given[0], given[7], given[11]
-    chunks = select_plan(*x.shape, multiprocessors(x.device), chunk).chunks
+    steps, batch, width = x.shape
+    chunks = select_plan(steps, batch, width, multiprocessors(x.device), chunk).chunks
     again = 3 * touched([x]) if chunks > 1 else 0
     if states is None:  # computed again: x and both gates read, states written and read
         again += 4 * touched([x])
