@@ -24,6 +24,7 @@ from griffin.tools.checkpoints.carried import files_of, read_object, require_ins
 from griffin.tools.commands.logits import _read as read_tokens
 from griffin.tools.common.safetensors_files import lay_out, read_entries
 from griffin.tools.inference.prompts import read_prompts
+from griffin.tools.runs.curves import read_curves
 from griffin.tools.runs.state import RunReader
 from griffin.tools.runs.view import one_run, several_runs
 from griffin.tools.weights.hf.config import model_of_config
@@ -320,6 +321,10 @@ def read_run(path: Path) -> None:
     """All that a monitor, a newcomer to the folder and the next attempt read."""
     state = RunReader(path).read()
     Console(file=io.StringIO(), width=120).print(one_run(state), several_runs([state]))
+    with suppress(ValueError, OSError):  # one line for who asked for a plot
+        curves = read_curves(path, ["loss"])
+        for figure in curves.figures:
+            curves.over(figure, "seconds")
     with suppress(ValueError):  # held by a process that runs
         refuse_if_held(path)
     Goodput(RunFolder(path, 2), 3).values()

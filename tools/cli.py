@@ -21,6 +21,7 @@ COMMANDS = (
     "train",
     "launch",
     "monitor",
+    "plot",
     "doctor",
     "checkpoint",
     "convert",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from griffin.tools.bench import kernels_plot
 from griffin.tools.bench.kernels_rows import PeerRow, Row
 from griffin.tools.common.arguments import add_dtype
+from griffin.tools.common.plots import require_new_plot
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ class Settings:
 def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     if args.plot is not None:
-        kernels_plot.require_new(args.plot)
+        require_new_plot("--plot", args.plot, (".png",))
 
     import torch
 

@@ -54,16 +54,22 @@ class RunState:
         return None if seconds is None else seconds * max(0, self.steps - self.step)
 
 
+def open_run_folder(path: Path) -> RunFolder:
+    """Return what names the files of a run; ValueError where `path` is no run folder."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such run folder")
+    folder = RunFolder(path)
+    if not (folder.config.exists() or folder.lock.exists()):
+        raise ValueError(f"{path}: not a run folder; it has no {folder.config.name}")
+    return folder
+
+
 class RunReader:
     """Reads a run folder again and again: of its growing files what is new, whatever their size."""
 
     def __init__(self, path: Path):
         """ValueError where `path` is no run's folder."""
-        if not path.is_dir():
-            raise ValueError(f"{path}: no such run folder")
-        folder = RunFolder(path)
-        if not (folder.config.exists() or folder.lock.exists()):
-            raise ValueError(f"{path}: not a run folder; it has no {folder.config.name}")
+        folder = open_run_folder(path)
         self._folder = folder
         self._metrics = Follower(folder.metrics)
         self._ledger = Follower(folder.ledger, 2**16)
@@ -108,7 +114,7 @@ class RunReader:
         step = line.pop("step", None)
         if not is_integer(step, 0, MOST_STEPS):
             return
-        line = {key: value for key, value in line.items() if value is None or _is_figure(value)}
+        line = {key: value for key, value in line.items() if value is None or is_figure(value)}
         if "loss" in line:
             while self._losses and self._losses[-1][0] >= step:  # the run has gone back
                 self._losses.pop()
@@ -157,7 +163,7 @@ class RunReader:
         return (SILENT if quiet > max(SILENT_SECONDS, 3 * expected) else RUNNING), detail
 
 
-def _is_figure(value: Any) -> bool:
+def is_figure(value: Any) -> bool:
     return is_integer(value, -(2**63), 2**63) or (isinstance(value, float) and math.isfinite(value))
 
 
