@@ -23,6 +23,9 @@ CHECKPOINT = ROOT / "trainer/checkpoint/README.md"
 SETTINGS = section(TRAINER, "Settings reference")
 MOST_LINES = 150  # of the first page
 
+FIRST = ROOT / "README.md"
+LARGEST_PICTURE = 60_000  # bytes
+
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 
 
@@ -55,15 +58,48 @@ def test_headings_differ(document: Path) -> None:
 
 
 def test_first_page() -> None:
-    first, linked = ROOT / "README.md", set()
-    assert len(first.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
-    for document in (first, *READMES):  # in two clicks
-        linked |= {(document.parent / link.partition("#")[0]).resolve() for link in links(document)}
-    assert linked >= {*DOCUMENTS} - {first}
+    assert len(FIRST.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+    assert {ROOT / link.partition("#")[0] for link in links(FIRST)} >= {*DOCUMENTS} - {FIRST}  # one click away
     assert len(READMES) == 9
     everywhere = {heading for document in READMES for heading in headings(document)}
     searched = {"Quick start", "Features", "Installation", "Usage", "Resuming", "Settings reference"}
     assert everywhere >= searched | {"Repository layout", "Exit codes", "Format", "Run folder"}
+
+
+def test_picture_of_the_first_page() -> None:
+    (picture,) = re.findall(r"!\[[^\]]+\]\((.*?)\)", FIRST.read_text(encoding="utf-8"))
+    drawn = (ROOT / picture).read_text(encoding="utf-8")
+    assert picture.endswith(".svg")
+    assert len(drawn) < LARGEST_PICTURE
+    assert "fill: #ffffff" in drawn  # it reads on a dark page, too
+    assert all(f"<!-- {title} -->" in drawn for title in ("loss (nats per token)", "tokens", "training time (s)"))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("Learning-rate schedule", "[optimizer.py](optimizer.py)"),
+        ("HGRN", "Add an entry** to `MIXERS`"),
+        ("HGRN", "`reference.py`"),
+        ("evaluation", "Add it to the list `evaluations`"),
+        ("axis", "Add the name to `AXES`"),
+        ("a command", "`COMMANDS`"),
+        ("a setting", "settings/sections.py"),
+        ("File formats", "`manifest.json`"),
+        ("86", "the run [hung](#hangs)"),
+        ("Weights", "RecurrentGemma"),
+        ("Triton programs", "recurrence/plan.py"),
+        ("Which kernel", "selection.py"),
+        ("data_parallel_imbalance", "`data_parallel_imbalance` |"),
+    ],
+)
+def test_first_page_leads_to_answers(question: str, answer: str) -> None:
+    """In one click, to a section that has the answer."""
+    rows = [line for line in section(FIRST, "Where to find things").splitlines() if question in line]
+    assert len(rows) == 1
+    targets = [link.partition("#") for link in re.findall(r"\]\((.*?)\)", rows[0])]
+    sections = [section(ROOT / path, anchors(ROOT / path)[anchor]) for path, _, anchor in targets if anchor]
+    assert any(answer in text for text in sections)
 
 
 def test_manifest_is_documented() -> None:

@@ -131,7 +131,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = load_config("my.toml")
         assert config.model == MODEL
         run = RunFolder.create(Path("runs/mine"), config, {})
-        run.metrics.write_text(json.dumps({"step": 100, "attempt": 1, "time": 0.0, "loss": 2.5}) + "\n")
+        figures = {"loss": 2.5, "tokens": 1600, "tokens_per_second": 800.0, "trained_seconds": 2.0}
+        run.metrics.write_text(json.dumps({"step": 100, "attempt": 1, "time": 0.0, **figures}) + "\n")
         step = run.checkpoints / "step-00000100"
         make_checkpoint(
             step,
@@ -315,6 +316,7 @@ RUN: list[tuple[str, Callable[[list[str]], None]]] = [
     (r"griffin launch slurm .*", run),
     (r"griffin launch local .*", launch_local),
     (r"griffin monitor .*", run_with("--once")),
+    (r"griffin plot .*", run),
     (r"griffin convert hf .*", convert),
     (r"griffin convert deepmind 2b\.pt .*", convert_deepmind),
     (r"griffin export hf .*", one_worker),
