@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,13 @@ def test_exit_codes_are_documented() -> None:
 def test_commands_are_documented() -> None:
     listed = first_cells((ROOT / "tools/README.md").read_text(encoding="utf-8").split("\n## ")[0])
     assert sorted(re.findall(r"`griffin (\w+)`", " ".join(listed))) == sorted(COMMANDS)
+
+
+def test_make_lists_its_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert re.findall(r"^make (\S+) +\S", listed, flags=re.MULTILINE) == targets.split()
 
 
 def test_ready_configurations_are_documented() -> None:
