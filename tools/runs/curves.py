@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def read_curves(path: Path, figures: Collection[str]) -> Curves:
     others: set[str] = set()
     earliest = MOST_STEPS
     for line in lines_from_end(open_run_folder(path).metrics):
-        step = line.get("step")
+        step: Any = line.get("step")
         if not is_integer(step, 0, earliest):
             continue
         if "loss" in line:

@@ -18,8 +18,6 @@ UNITS = {
 SUFFIXES = {"_seconds": "s", "_gib": "GiB"}
 FROM_ZERO = ("_per_second", "_seconds", "_gib", "mfu", "_per_device", "goodput")  # a share of these means something
 TITLES = {"tokens": "tokens", "steps": "optimizer steps", "seconds": "training time (s)"}
-# The same runs give the same file: no random ids, no date. Text is drawn, so that it needs no font.
-SETTINGS = {"svg.hashsalt": "griffin", "svg.fonttype": "path"}
 
 
 def plot(runs: Sequence[Curves], panels: Sequence[tuple[str, str]], path: Path, points: int) -> None:
@@ -45,7 +43,8 @@ def plot(runs: Sequence[Curves], panels: Sequence[tuple[str, str]], path: Path, 
         place.spines[["top", "right"]].set_visible(False)
         place.legend(frameon=False)
     metadata = {"Date": None, "Creator": "griffin plot"} if path.suffix == ".svg" else {"Software": "griffin plot"}
-    with rc_context(SETTINGS), open(path, "xb") as file:
+    # The same runs give the same file: no random ids, no date. Glyphs are drawn, so that no font is needed.
+    with rc_context({"svg.hashsalt": "griffin", "svg.fonttype": "path"}), open(path, "xb") as file:
         picture.savefig(file, format=path.suffix[1:], metadata=metadata)
 
 
