@@ -80,10 +80,10 @@ def test_picture_of_the_first_page() -> None:
     ("question", "answer"),
     [
         ("Learning-rate schedule", "[optimizer.py](optimizer.py)"),
-        ("HGRN", "Add an entry** to `MIXERS`"),
+        ("HGRN", "`MIXERS`"),
         ("HGRN", "`reference.py`"),
-        ("evaluation", "Add it to the list `evaluations`"),
-        ("axis", "Add the name to `AXES`"),
+        ("evaluation", "`evaluations`"),
+        ("axis", "to `AXES`"),
         ("a command", "`COMMANDS`"),
         ("a setting", "settings/sections.py"),
         ("File formats", "`manifest.json`"),

@@ -30,6 +30,7 @@ from griffin.tools.bench.kernels_work import (
     time_sides,
 )
 from griffin.tools.cli import main
+from griffin.tools.common import plots
 from tests.tools.bench.small_bench import CPU, SHAPE, SMALL, row, small_clock
 
 ROOT = Path(__file__).parents[3]
@@ -69,7 +70,7 @@ def test_an_existing_plot_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_plot_needs_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("griffin.tools.common.plots.find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert main(["bench", "kernels", "--plot", str(tmp_path / "shares.png")]) == 2
     assert "needs matplotlib" in capsys.readouterr().err
 

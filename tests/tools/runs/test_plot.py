@@ -11,7 +11,7 @@ import pytest
 
 from griffin.tools.cli import main
 from griffin.tools.commands.plot import SUFFIXES
-from griffin.tools.common.plots import require_new_plot
+from griffin.tools.common import plots
 from griffin.tools.runs.curves import AXES, read_curves, thin
 from griffin.tools.runs.plot import TITLES, label
 
@@ -148,6 +148,6 @@ def test_refusals(
 
 
 def test_matplotlib_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("griffin.tools.common.plots.find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs matplotlib; pip install 'griffin-megatron\[bench\]'"):
-        require_new_plot("--out", tmp_path / "run.svg", SUFFIXES)
+        plots.require_new_plot("--out", tmp_path / "run.svg", SUFFIXES)
