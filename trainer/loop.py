@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +25,13 @@ from griffin.trainer.evaluation import Evaluation, held_out_loss
 from griffin.trainer.health.spikes import REWIND, SKIP, Ledger, Spike, SpikeDetector, SpikeError
 from griffin.trainer.health.stragglers import Stragglers
 from griffin.trainer.health.watchdog import Watchdog, communication_timeout
+from griffin.trainer.measuring.profile import FOLDER, StepProfiler
 from griffin.trainer.optimizer import optimizer_name
 from griffin.trainer.preflight.check import preflight
 from griffin.trainer.reporting.report import Report
 from griffin.trainer.run.attempts import Attempt
 from griffin.trainer.run.folder import RunFolder, describe_environment
+from griffin.trainer.run.garbage import collected_at_steps
 from griffin.trainer.run.lock import RunLock
 from griffin.trainer.run.signals import StopRequests
 from griffin.trainer.run.tokenizer_copy import keep_tokenizer
@@ -92,7 +94,13 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
         with noting(folder.path, source):
             position = checkpoints.load(source)
         stragglers = Stragglers(grid, folder.stragglers)
-        run = _Run(config, grid, training, checkpoints, report, requests, spikes, ledger, watchdog, stragglers, attempt)
+        log = config.log
+        profiler = StepProfiler(folder.path / FOLDER, log.profile_steps, log.profile_ranks, ranks.rank, grid.device)
+        collect = stack.enter_context(collected_at_steps())
+        run = _Run(
+            config, grid, training, checkpoints, report, requests, spikes, ledger, watchdog, stragglers, attempt,
+            profiler, collect,
+        )  # fmt: skip
         with watching_workers(config.data.workers):
             attempt.is_stopped = run.go_on_from(position)
         return attempt.is_stopped
@@ -140,6 +148,8 @@ class _Run:
     watchdog: Watchdog
     stragglers: Stragglers
     attempt: Attempt
+    profiler: StepProfiler
+    collect_garbage: Callable[[int], None]
 
     def go_on_from(self, position: Position) -> bool:
         """The steps after `position`, to the end or to a request to stop; True for the latter."""
@@ -165,7 +175,7 @@ class _Run:
             stop = self.requests.requested is not None or checkpoints.is_taken_over
             judge = self.spikes.judge if self.spikes is not None else None
             step = position.step + 1
-            with self.watchdog.watching("step", step):
+            with self.watchdog.watching("step", step), self.profiler.of(step):
                 result = training.step(
                     train_batches,
                     stop=stop,
@@ -188,6 +198,7 @@ class _Run:
                 line = self.stragglers.note(step, result.work)
                 if line is not None:
                     report.say(line)
+            self.collect_garbage(step)
             checkpoints.poll()
             if result.stop and position.step < config.train.steps:
                 why = "another run has taken the run folder over" if checkpoints.is_taken_over else "asked to stop"

@@ -39,6 +39,7 @@ class Grid:
     axes: Axes
     tensor_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
     embedding_group: dist.ProcessGroup | None  # first and last stage; None on other stages and where there is one stage
     device: torch.device
     store: dist.Store
@@ -157,9 +158,7 @@ def rank_grid(
     NCCL is used where there is a GPU, gloo elsewhere. The world size must be a multiple of `layout.model_ranks`.
     RuntimeError on a rank that sees a GPU where others see none, or the reverse.
     """
-    # Read when CUDA starts: kernels then run in the order of their launch, which overlapping megatron-core's
-    # tensor-parallel communication with computation relies on.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    set_cuda_defaults(layout)
     device = host.device(ranks.local_rank)
     store = ranks.store()
     _agree_on_backend(store, ranks, _backend(device))
@@ -188,6 +187,17 @@ def rank_grid(
     # Not after an error: the other ranks may be in a collective, and waiting for them would be in vain.
     dist.destroy_process_group()
     _leave_together(store, ranks)
+
+
+def set_cuda_defaults(layout: ParallelConfig) -> None:
+    """Set what CUDA and PyTorch's allocator read when they start, unless the user has."""
+    if layout.tensor > 1:
+        # Kernels then run in the order of their launch, which overlapping tensor-parallel communication with
+        # computation relies on. Without it, more connections let data-parallel communication run earlier.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Micro-batches of several lengths of life otherwise leave memory in pieces that fit nothing.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 class _Sealed(dist.Store):
@@ -333,6 +343,7 @@ def _read(device: torch.device, store: dist.Store, key: bytes = b"") -> Grid:
         axes=axes,
         tensor_group=groups["tensor"],
         data_group=groups["data"],
+        pipeline_group=groups["pipeline"],
         embedding_group=parallel_state.get_embedding_group(check_initialized=False) if is_pipelined else None,
         device=device,
         store=store,

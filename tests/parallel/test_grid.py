@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world import grid as grid_module
-from griffin.parallel.world.grid import rank_grid, single_rank_grid
+from griffin.parallel.world.grid import rank_grid, set_cuda_defaults, single_rank_grid
 from tests.ranks import RankError, RankPool
 
 
@@ -182,3 +182,25 @@ with grid.rank_grid(ParallelConfig(), discover()):
     )
     assert done.returncode == 1
     assert "in never_connected" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("tensor", "given", "connections", "allocator"),
+    [
+        (1, {}, None, "expandable_segments:True"),
+        (2, {}, "1", "expandable_segments:True"),
+        (2, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8", "expandable_segments:True"),
+        (1, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None, "max_split_size_mb:64"),
+        (1, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None, None),
+    ],
+)
+def test_defaults_of_cuda_give_way_to_the_user_s(
+    tensor: int, given: dict[str, str], connections: str | None, allocator: str | None
+) -> None:
+    with patch.dict(os.environ):
+        for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            os.environ.pop(name, None)
+        os.environ.update(given)
+        set_cuda_defaults(ParallelConfig(tensor=tensor))
+        assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == connections
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == allocator

@@ -27,6 +27,8 @@ def _default(field: dataclasses.Field) -> str:
     words = setting_of(field).default_means
     if words or field.default is dataclasses.MISSING or field.default == ():
         return words
+    if isinstance(field.default, tuple):
+        return str(list(field.default))
     if isinstance(field.default, bool):
         return str(field.default).lower()
     return f'`"{field.default}"`' if isinstance(field.default, str) else figure(field.default)

@@ -173,6 +173,10 @@ class LogConfig:
         default_means="known or measured",
     )
     tensorboard: bool = setting(True, "write the figures for TensorBoard")
+    profile_steps: tuple[int, ...] = setting(
+        (), "steps of which torch.profiler writes a trace, and on GPUs a snapshot of memory, to `profiles/` in the run"
+    )
+    profile_ranks: tuple[int, ...] = setting((0,), "ranks that write them")
     run_root: str = setting("runs", "where run folders go that `--run-dir` does not name")
 
 

@@ -39,6 +39,7 @@ def validate_settings(config: Config, world_size: int) -> None:
     validate_model(config.model)
     _validate_layout(config)
     _validate_batches(config, world_size)
+    _validate_profiles(config, world_size)
     _validate_optimizer(config.optimizer, config.train.steps)
     _validate_spikes(config)
 
@@ -130,6 +131,18 @@ def _validate_layout(config: Config) -> None:
         _refuse("parallel.stages", stages, "each stage must hold at least 1 block")
     if sum(stages) != model.blocks:
         _refuse("parallel.stages", stages, f"must sum to the number of blocks, {model.blocks}; sums to {sum(stages)}")
+
+
+def _validate_profiles(config: Config, world_size: int) -> None:
+    log = config.log
+    for step in log.profile_steps:
+        if not 1 <= step <= config.train.steps:
+            _refuse(
+                "log.profile_steps", list(log.profile_steps), f"must be from 1 to train.steps = {config.train.steps}"
+            )
+    for rank in log.profile_ranks:
+        if not 0 <= rank < world_size:
+            _refuse("log.profile_ranks", list(log.profile_ranks), f"must be from 0 to {world_size - 1}")
 
 
 def _validate_batches(config: Config, world_size: int) -> None:
