@@ -6,15 +6,16 @@ import base64
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from griffin.parallel.world.grid import Grid
 from griffin.parallel.world.ranks import RunError
+from griffin.trainer.checkpoint.header import Header
 from griffin.trainer.checkpoint.manifest import CheckpointError, read_manifest, set_aside
 from griffin.trainer.checkpoint.saving.saver import Outcome, Saver
 from griffin.trainer.checkpoint.source import Source
@@ -48,12 +49,25 @@ class Rewound:
     set_aside: Path | None  # what has become of a newer checkpoint that was not good
 
 
+class Stateful(Protocol):
+    """What keeps state from step to step that a checkpoint saves in its header's `extras`."""
+
+    def state(self) -> Any:
+        """A JSON value, the same on every rank."""
+        ...
+
+    def restore(self, state: Any, *, values_only: bool = False) -> None:
+        """Go on from a `state`; with `values_only`, in a rewind, what was counted since then stays counted."""
+        ...
+
+
 class Checkpoints:
     """Loads a training, and saves it while it goes on. Made and called by all ranks alike; a context manager.
 
     `host` is this machine's address for other ranks' saving processes. `lock` is (path, token) of the run folder's
     lock, of which rank 0's knows. `report` is told on every rank what became of each save. `spikes` is what judges the
-    training's steps, if anything does: its state is a part of the training's.
+    training's steps, if anything does: its state is a part of the training's. `extras` are others with state, by the
+    names under which checkpoints hold it; state under other names is carried along from checkpoint to checkpoint.
     """
 
     def __init__(
@@ -68,9 +82,12 @@ class Checkpoints:
         lock: tuple[Path, str] | None,
         report: Callable[[Outcome], None],
         spikes: SpikeDetector | None = None,
+        extras: Mapping[str, Stateful] | None = None,
     ):
         self._config, self._grid, self._attempt, self._report = config, grid, attempt, report
         self._spikes = spikes
+        self._extras: Mapping[str, Stateful] = extras or {}
+        self._carried_extras: dict[str, Any] = {}  # of the checkpoint that was loaded
         self._lock = lock if grid.is_first_rank else None
         self.is_taken_over = False  # another run writes the folder by now; rank 0 finds out
         self._root, self._training = root, training
@@ -116,9 +133,7 @@ class Checkpoints:
         self._state.load(source.path, manifest, everything=source.everything)
         if not source.everything:
             return Position()
-        _set_random_state(manifest.random, self._grid.device)
-        if self._spikes is not None and manifest.spikes is not None:
-            self._spikes.restore(manifest.spikes)
+        self._restore(manifest)
         return Position(manifest.step, manifest.samples)
 
     def rewind(self) -> Rewound | None:
@@ -137,10 +152,7 @@ class Checkpoints:
         self._rewound = path, self._training.steps_done
         manifest = read_manifest(path)
         self._state.load(path, manifest, everything=True)
-        _set_random_state(manifest.random, self._grid.device)
-        assert self._spikes is not None, "a spike was found"
-        if manifest.spikes is not None:
-            self._spikes.restore(manifest.spikes, values_only=True)
+        self._restore(manifest, values_only=True)
         self._begun = None  # later steps are made, and saved, anew
         return Rewound(manifest.step, aside)
 
@@ -202,26 +214,36 @@ class Checkpoints:
             if outcome.error is not None and self._lock is not None:
                 self.is_taken_over = is_taken_over(*self._lock)
 
-    def _header(self, position: Position) -> dict[str, Any]:
-        """The manifest's fields, but for the arrays and files."""
+    def _restore(self, header: Header, *, values_only: bool = False) -> None:
+        """Set all state but the tensors', as `Stateful.restore`."""
+        _set_random_state(header.random, self._grid.device)
+        if self._spikes is not None and header.spikes is not None:
+            self._spikes.restore(header.spikes, values_only=values_only)
+        for name, stateful in self._extras.items():
+            if name in header.extras:
+                stateful.restore(header.extras[name], values_only=values_only)
+        self._carried_extras = header.extras
+
+    def _header(self, position: Position) -> Header:
         parallel = self._config.parallel
-        return {
-            "step": position.step,
-            "samples": position.samples,
-            "attempt": self._attempt,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "config": json.loads(json.dumps(dataclasses.asdict(self._config))),
-            "layout": {
+        return Header(
+            step=position.step,
+            samples=position.samples,
+            attempt=self._attempt,
+            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            config=json.loads(json.dumps(dataclasses.asdict(self._config))),
+            layout={
                 "tensor": parallel.tensor,
                 "pipeline": parallel.pipeline,
                 "virtual_pipeline": parallel.virtual_pipeline,
                 "sequence_parallel": parallel.sequence_parallel,
                 "data": self._grid.data_size,
             },
-            "optimizer": {"name": optimizer_name(), "step": self._training.optimizer.updates_done},
-            "random": _random_state(self._grid.device),
-            "spikes": self._spikes.state() if self._spikes is not None else None,
-        }
+            optimizer={"name": optimizer_name(), "step": self._training.optimizer.updates_done},
+            random=_random_state(self._grid.device),
+            spikes=self._spikes.state() if self._spikes is not None else None,
+            extras=self._carried_extras | {name: stateful.state() for name, stateful in self._extras.items()},
+        )
 
 
 def _random_state(device: torch.device) -> dict[str, str]:

@@ -14,13 +14,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from griffin.parallel.config import ModelConfig
 from griffin.trainer.checkpoint.arrays import ArraySpec
-from griffin.trainer.checkpoint.manifest_check import array_spec, check_description, check_files, model_of
+from griffin.trainer.checkpoint.header import Header, header_fields, header_to_json, parse_header
+from griffin.trainer.checkpoint.manifest_check import array_spec, check_files
 from griffin.trainer.checkpoint.zarr_io import (
     Array,
     CheckpointError,
@@ -39,29 +39,16 @@ _SHOWN = 10  # damaged files that a message lists
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a step holds besides its arrays, and what its files must be."""
+class Manifest(Header):
+    """A step's header, its arrays, and the record of each of its files."""
 
-    step: int
-    samples: int  # training samples consumed
-    attempt: int  # of the run, counted from its first start
-    created: str  # ISO 8601
-    config: dict[str, Any]  # dataclasses.asdict of the run's; config["model"] is the architecture
-    layout: dict[str, Any]  # that it was saved from; nothing depends on it
-    optimizer: dict[str, Any] | None  # its scalars; None for weights only
-    random: dict[str, str]  # states of generators, base64
-    spikes: dict[str, Any] | None = None  # what `trainer.health.spikes` goes on from, where it judged steps
-    sources: tuple[str, ...] = ()  # what weights were made from: checkpoints that they are the mean of, or other files
     arrays: dict[str, ArraySpec]  # by their names
     files: dict[str, FileRecord]  # by their paths in the step's folder
 
-    @property
-    def model(self) -> ModelConfig:
-        """The architecture. CheckpointError where the manifest does not say it, or not one that can be computed."""
-        try:
-            return model_of(self.config)
-        except ValueError as error:
-            raise CheckpointError(f"the manifest of step {self.step}: {error}") from None
+    @classmethod
+    def of(cls, header: Header, arrays: Iterable[ArraySpec], files: Mapping[str, FileRecord]) -> Manifest:
+        """The manifest with the fields of `header`, which may be another manifest, and these arrays and files."""
+        return cls(**header_fields(header), arrays={array.name: array for array in arrays}, files=dict(files))
 
     def chunk_files(self) -> Iterator[str]:
         """The path of every chunk of every array."""
@@ -182,7 +169,7 @@ def _checksum(values: Mapping[str, Any]) -> str:
 def _to_text(manifest: Manifest) -> str:
     """JSON with one array and one file on each line, for people and grep."""
     values: dict[str, Any] = {"format": FORMAT}
-    values |= {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
+    values |= header_to_json(manifest)
     values["arrays"] = {name: array.to_json() for name, array in manifest.arrays.items()}
     values["files"] = {name: vars(record) for name, record in sorted(manifest.files.items())}
     entries = []
@@ -209,15 +196,8 @@ def read_manifest(folder: Path) -> Manifest:
     with refusing(path):
         arrays, records = parse_arrays(values), values.get("files")
         check_files(arrays, records, GROUP)
-        check_description(values, *MANIFEST_KEYS)
-    files = {name: FileRecord(**record) for name, record in values["files"].items()}
-    return Manifest(**values | {"sources": tuple(values.get("sources", ())), "arrays": arrays, "files": files})
-
-
-MANIFEST_KEYS = (
-    tuple(field.name for field in fields(Manifest)),
-    tuple(field.name for field in fields(Manifest) if field.default is MISSING),
-)
+        header = parse_header(values, besides=("arrays", "files"))
+    return Manifest.of(header, arrays.values(), {name: FileRecord(**record) for name, record in records.items()})
 
 
 @contextmanager

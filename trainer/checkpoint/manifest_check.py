@@ -61,10 +61,10 @@ def array_spec(name: str, values: Any) -> ArraySpec:
     return ArraySpec.from_json(name, values)
 
 
-def check_description(values: Mapping[str, Any], known: Iterable[str], required: Iterable[str]) -> None:
-    """Refuse what a manifest says besides its arrays and files: ValueError naming the key.
+def check_header(values: Mapping[str, Any], known: Iterable[str], required: Iterable[str]) -> None:
+    """Check the keys that make the header of a manifest: ValueError naming the key that is not accepted.
 
-    `known` are the keys that there may be, `required` those that there must be.
+    `known` are all keys that `values` may have, `required` those that it must have.
     """
     if missing := sorted(set(required) - values.keys()):
         raise ValueError(f"lacks {', '.join(missing)}")
@@ -81,6 +81,8 @@ def check_description(values: Mapping[str, Any], known: Iterable[str], required:
     _require(_is_mapping_to(values["random"], _is_text), "random", values["random"], "an object of strings")
     sources = values.get("sources", [])
     _require(isinstance(sources, list) and all(map(_is_text, sources)), "sources", sources, "a list of strings")
+    extras = values.get("extras", {})
+    _require(isinstance(extras, Mapping), "extras", extras, "an object")
     _check_layout(values["layout"])
     _check_config(values["config"])
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from griffin.trainer.checkpoint.arrays import ArraySpec
+from griffin.trainer.checkpoint.header import Header
 from griffin.trainer.checkpoint.manifest import Manifest, begin, commit
 from griffin.trainer.checkpoint.saving.exchange import CONNECT_SECONDS, CONTROL, Channel, Exchange, NoAnswerError
 from griffin.trainer.checkpoint.steps import clean, retain
@@ -42,7 +43,7 @@ class Target:
 
 
 def coordinate(
-    target: Target, step: int, header: dict[str, Any], exchange: Exchange, own: Channel, ranks: int, timeout: float
+    target: Target, step: int, header: Header, exchange: Exchange, own: Channel, ranks: int, timeout: float
 ) -> None:
     """See one save through, and tell every rank (rank 0 over `own`) its end: {"path", "bytes", "error", "warning"}.
 
@@ -63,8 +64,7 @@ def coordinate(
         for channel in channels.values():
             channel.send_message({"folder": str(folder), "inode": os.stat(folder).st_ino})
         files = _collect(channels, timeout)
-        arrays = {array.name: array for array in target.arrays}
-        manifest = Manifest(**header, arrays=arrays, files=files)
+        manifest = Manifest.of(header, target.arrays, files)
         _assert_ours(target)
         verdict["path"] = str(commit(folder, manifest, target.root / step_name(step)))
         verdict["bytes"] = sum(record.size for record in files.values())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from griffin.trainer.checkpoint.header import Header
 from griffin.trainer.checkpoint.plan import SavePlan
 from griffin.trainer.checkpoint.saving.coordinator import Target
 
@@ -32,7 +32,7 @@ class Order:
     save: int  # number of the save, the same on all ranks
     step: int
     addresses: tuple[tuple[str, int], ...]  # of every rank's saving process
-    header: dict[str, Any] | None  # rank 0's: the manifest but for its arrays and files
+    header: Header | None  # on rank 0
 
 
 @dataclass(frozen=True, kw_only=True)

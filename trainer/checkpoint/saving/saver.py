@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from griffin.parallel.world.axes import rank_name
+from griffin.trainer.checkpoint.header import Header
 from griffin.trainer.checkpoint.plan import SavePlan
 from griffin.trainer.checkpoint.saving.coordinator import Target, standing
 from griffin.trainer.checkpoint.saving.memory import Request, memory_left, shortages
@@ -141,10 +142,10 @@ class Saver:
         """The outcome of the save under way if it has ended."""
         return self._listen(0)
 
-    def start(self, step: int, header: dict[str, Any] | None) -> None:
+    def start(self, step: int, header: Header | None) -> None:
         """Begin to save what is staged, which is not to be changed until `wait` or `poll` return the outcome.
 
-        `header`, of rank 0, holds the manifest's fields but for `arrays` and `files`.
+        `header` is the manifest's; rank 0 gives it.
         """
         assert self._flight is None, "the save before has not been waited for"
         self._flight = _Flight(step=step, begun=time.monotonic())
