@@ -15,6 +15,7 @@ import pytest
 import zarr
 
 from griffin.trainer.checkpoint import manifest as manifests
+from griffin.trainer.checkpoint.header import header_to_json
 from griffin.trainer.checkpoint.manifest import begin, check, commit, read_manifest, step_name, verify
 from griffin.trainer.checkpoint.steps import clean, newest_complete, resolve, retain, steps
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord
@@ -62,6 +63,7 @@ def test_a_step_is_a_zarr_group(root):
     [
         {},
         {"optimizer": None, "random": {}},
+        {"extras": {"ramp": {"sizes": [8, 16], "ends": None}, "evaluation": 0.5}},
         {"config": {'é\n"': [1e-05, 0.1, 1e300, -0.0, float("inf"), None, True, {"b": {}, "a": []}]}},
     ],
 )
@@ -174,6 +176,39 @@ def test_another_format_is_refused(root, monkeypatch):
         patch.setattr(manifests, "FORMAT", 2)
         folder = save_step(root, 1, arrays=FEW)
     with pytest.raises(CheckpointError, match=r"manifest\.json is of format 2; .* reads format 1"):
+        check(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", -1),
+        ("samples", 1.5),
+        ("attempt", True),
+        ("created", None),
+        ("config", []),
+        ("layout", {"tensor": 0}),
+        ("optimizer", "adam"),
+        ("random", {"cpu": 1}),
+        ("spikes", {"losses": ["1"]}),
+        ("sources", "a"),
+        ("extras", [1]),
+    ],
+)
+def test_a_header_of_other_types_is_refused(root, key, value):
+    tmp, manifest = write_step(root, 2, arrays=FEW)
+    folder = commit(tmp, replace(manifest, **{key: value}), root / step_name(2))
+    with pytest.raises(
+        CheckpointError, match=rf"step-00000002/manifest\.json is damaged, .*: {key}(\.\w+)? = .*must be"
+    ):
+        check(folder)
+
+
+def test_other_keys_are_refused(root, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "header_to_json", lambda manifest: header_to_json(manifest) | {"ramp": 1})
+        folder = save_step(root, 1, arrays=FEW)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged, .*: has the unknown key 'ramp'"):
         check(folder)
 
 
