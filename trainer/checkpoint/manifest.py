@@ -194,10 +194,11 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     values = read_checked(path, _checksum, FORMAT)
     with refusing(path):
-        arrays, records = parse_arrays(values), values.get("files")
-        check_files(arrays, records, GROUP)
+        arrays = parse_arrays(values)
+        check_files(arrays, values.get("files"), GROUP)
         header = parse_header(values, besides=("arrays", "files"))
-    return Manifest.of(header, arrays.values(), {name: FileRecord(**record) for name, record in records.items()})
+    files = {name: FileRecord(**record) for name, record in values["files"].items()}
+    return Manifest.of(header, arrays.values(), files)
 
 
 @contextmanager
