@@ -108,8 +108,8 @@ class Checkpoints:
             # Page-locked: a GPU copies to it at the bus's speed, not through a bounce buffer.
             size = self._staging.numel() * self._staging.element_size()
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._staging.data_ptr(), size, 0))
-        self._begun: int | None = None  # step of the last save that was begun
-        self._ended: Outcome | None = None  # of the last save that has ended, as this rank knows
+        self._last_started: int | None = None  # step of the last save that was begun
+        self._last_outcome: Outcome | None = None  # of the last save that has ended, as this rank knows
         self._rewound: tuple[Path, int] | None = None  # checkpoint last gone back to, and the step that was left
 
     def __enter__(self) -> Checkpoints:
@@ -120,7 +120,7 @@ class Checkpoints:
     ) -> None:
         if isinstance(error, NonFiniteError | SpikeError):
             # On every rank alike: what was saved before it went wrong is worth a wait.
-            self._tell(self._saver.wait())
+            self._report_outcome(self._saver.wait())
         if self._grid.device.type == "cuda" and self._staging.numel() > 0:
             torch.cuda.cudart().cudaHostUnregister(self._staging.data_ptr())
         self._saver.close()
@@ -144,7 +144,7 @@ class Checkpoints:
 
         Raises as `ShardedState.load`.
         """
-        self._tell(self._saver.wait())
+        self._report_outcome(self._saver.wait())
         found = self._last_good() if self._grid.is_first_rank else (None, None)
         path, aside = self._grid.all_gather(found, tuple[Path | None, Path | None])[0]
         if path is None:
@@ -153,7 +153,7 @@ class Checkpoints:
         manifest = read_manifest(path)
         self._state.load(path, manifest, everything=True)
         self._restore(manifest, values_only=True)
-        self._begun = None  # later steps are made, and saved, anew
+        self._last_started = None  # later steps are made, and saved, anew
         return Rewound(manifest.step, aside)
 
     def _last_good(self) -> tuple[Path | None, Path | None]:
@@ -182,34 +182,34 @@ class Checkpoints:
         it is reported, and the next is tried as if nothing had been.
         """
         begun = time.perf_counter()
-        self._tell(self._saver.wait())
+        self._report_outcome(self._saver.wait())
         self._state.stage(self._staging)
         self._saver.start(position.step, self._header(position) if self._grid.is_first_rank else None)
-        self._begun = position.step
+        self._last_started = position.step
         return time.perf_counter() - begun
 
     def poll(self) -> None:
         """Report what became of the save under way, if it has ended."""
-        self._tell(self._saver.poll())
+        self._report_outcome(self._saver.poll())
 
     def finish(self, position: Position) -> None:
         """Have the training as it is now saved when this returns. Tries twice; raises SaveError after that."""
         error: str | None = None
         for tries in range(2):
-            if self._begun != position.step or tries > 0:
+            if self._last_started != position.step or tries > 0:
                 self.save(position)
-            self._tell(self._saver.wait())
+            self._report_outcome(self._saver.wait())
             # Rank 0's saving process is the one that knows whether the checkpoint stands.
-            ended = self._grid.all_gather(self._ended, Outcome | None)[0]
+            ended = self._grid.all_gather(self._last_outcome, Outcome | None)[0]
             assert ended is not None, "a save has been begun"
             if ended.error is None:
                 return
             error = ended.error
         raise SaveError(f"step {position.step} could not be saved: {error}")
 
-    def _tell(self, outcome: Outcome | None) -> None:
+    def _report_outcome(self, outcome: Outcome | None) -> None:
         if outcome is not None:
-            self._ended = outcome
+            self._last_outcome = outcome
             self._report(outcome)
             if outcome.error is not None and self._lock is not None:
                 self.is_taken_over = is_taken_over(*self._lock)

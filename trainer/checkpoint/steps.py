@@ -70,11 +70,11 @@ def retain(root: Path, keep_last: int, keep_every: int, newest: int) -> list[Pat
         keep_last: number of steps to keep, `newest` among them; 0 keeps all.
         keep_every: steps that are multiples of it are kept; 0 keeps none.
     """
-    if keep_last == 0 or not _can_go_on_from(root / step_name(newest)):
+    if keep_last == 0 or not _is_resumable(root / step_name(newest)):
         return []
     kept, removed = 1, []
     for step, folder in reversed(steps(root)):
-        if step >= newest or not _can_go_on_from(folder):
+        if step >= newest or not _is_resumable(folder):
             continue
         if kept < keep_last:
             kept += 1
@@ -84,7 +84,7 @@ def retain(root: Path, keep_last: int, keep_every: int, newest: int) -> list[Pat
     return removed
 
 
-def _can_go_on_from(folder: Path) -> bool:
+def _is_resumable(folder: Path) -> bool:
     try:
         return check(folder).optimizer is not None
     except CheckpointError:
@@ -92,13 +92,13 @@ def _can_go_on_from(folder: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    doomed = folder.with_name(f"{folder.name}.deleted")
+    deleted = folder.with_name(f"{folder.name}.deleted")
     with naming(folder):
-        if doomed.exists():
-            shutil.rmtree(doomed)
-        folder.rename(doomed)  # at once: a step that is half removed must not carry a step's name
+        if deleted.exists():
+            shutil.rmtree(deleted)
+        folder.rename(deleted)  # at once: a step that is half removed must not carry a step's name
         synchronise(folder.parent)
-        shutil.rmtree(doomed)
+        shutil.rmtree(deleted)
 
 
 def clean(root: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from griffin.trainer.checkpoint.zarr_io import CheckpointError
 NAME = "unreadable-checkpoints"  # a line for each: its folder's name, and what is wrong; job.sbatch reads it too
 
 
-def note_skipped(run_dir: Path, checkpoints: Path, source: Source) -> None:
+def record_skipped(run_dir: Path, checkpoints: Path, source: Source) -> None:
     """Begin the file anew with the checkpoints that were passed over; there is none where none were."""
     newer = [folder.name for step, folder in reversed(steps(checkpoints)) if step > source.step]
     with suppress(OSError):  # a full disk: nothing depends on the file
@@ -23,7 +23,7 @@ def note_skipped(run_dir: Path, checkpoints: Path, source: Source) -> None:
 
 
 @contextmanager
-def noting(run_dir: Path, source: Source) -> Iterator[None]:
+def recording_failure(run_dir: Path, source: Source) -> Iterator[None]:
     """Add the run's own checkpoint `source` to the file where it cannot be loaded."""
     try:
         yield

@@ -246,9 +246,9 @@ class TestListener:
 
         thread = threading.Thread(target=wait)
         thread.start()
-        here.give_up()
+        here.abort()
         thread.join(5)
-        assert str(caught[0]) == "the save was given up"
+        assert str(caught[0]) == "the save was aborted"
 
     def test_values_are_awaited_however_long(self) -> None:
         """Until the save is given up: its timeout is for control."""
@@ -273,7 +273,7 @@ class TestListener:
             waiting = threads.submit(channel.result().receive)
             time.sleep(0.5)
             assert not waiting.done()
-            here.give_up()
+            here.abort()
             with pytest.raises(ConnectionError, match="lost the saving process of rank 1"):
                 waiting.result(5)
         for exchange in (here, there):

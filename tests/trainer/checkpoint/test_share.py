@@ -43,7 +43,7 @@ def share_of_one(folder: Path, report: Any) -> Iterator[Share]:
     setup = Setup(rank=0, parent=0, world_size=1, host="here", key=b"", plan=layout.plans[0], target=unused, timeout=30)
     share = Share(setup, staged, unused, folder, report)
     yield share
-    share.give_up()
+    share.abort()
     assert share.join()
 
 
@@ -74,7 +74,7 @@ def test_all_that_it_reports_is_durable(tmp_path: Path) -> None:
     assert open_below(folder) == []
 
 
-@pytest.mark.parametrize("harm", ["no space to write", "no space to synchronise", "given up"])
+@pytest.mark.parametrize("harm", ["no space to write", "no space to synchronise", "aborted"])
 def test_a_share_that_fails_leaves_no_file_open(tmp_path: Path, harm: str) -> None:
     """An open file keeps its space when it is removed, which the next save may need."""
     folder, reports, write_begun = tmp_path / "step", Reports(), threading.Semaphore(0)
@@ -95,15 +95,15 @@ def test_a_share_that_fails_leaves_no_file_open(tmp_path: Path, harm: str) -> No
         mock.patch("os.posix_fadvise", lambda *arguments: failing("no space to write", fadvise, *arguments)),
         share_of_one(folder, reports) as share,
     ):
-        if harm == "given up":
+        if harm == "aborted":
             for _ in range(30):
                 assert write_begun.acquire(timeout=60)
-            share.give_up()
+            share.abort()
         assert reports.come.wait(60)
         assert share.join()
         error = reports.found["error"]
-        if harm == "given up":
-            assert "given up" in error
+        if harm == "aborted":
+            assert "aborted" in error
         else:
             assert f"{folder}/" in error
             assert "No space left on device" in error
