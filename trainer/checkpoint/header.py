@@ -1,4 +1,4 @@
-"""The header of a manifest: everything that a step says besides its arrays and files, as Python and as JSON."""
+"""The header of a manifest: the state of a training besides its tensors, as a dataclass and as JSON."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The state of a training besides its tensors, and where it comes from.
+    """Everything that a manifest holds besides arrays and files.
 
-    State that a later feature adds goes into `extras`, by name: readers carry along the names that they do not know.
+    A feature that adds state to checkpoints puts it in `extras` under a name of its own (see `checkpoints.Stateful`).
+    Code that does not know a name carries its value along unchanged.
     """
 
     step: int
@@ -23,16 +24,16 @@ class Header:
     attempt: int  # of the run, counted from its first start
     created: str  # ISO 8601
     config: dict[str, Any]  # dataclasses.asdict of the run's; config["model"] is the architecture
-    layout: dict[str, Any]  # that it was saved from; nothing depends on it
-    optimizer: dict[str, Any] | None  # its scalars; None for weights only
-    random: dict[str, str]  # states of generators, base64
+    layout: dict[str, Any]  # of the run that saved; for information only
+    optimizer: dict[str, Any] | None  # scalars of its state; None for weights only
+    random: dict[str, str]  # states of random generators, base64
     spikes: dict[str, Any] | None = None  # state of `trainer.health.spikes.SpikeDetector`; None where it is off
-    sources: tuple[str, ...] = ()  # what weights were made from: checkpoints that they are the mean of, or other files
+    sources: tuple[str, ...] = ()  # what the weights were made from: averaged checkpoints, or converted files
     extras: dict[str, Any] = field(default_factory=dict)  # any other state, as JSON values by name
 
     @property
     def model(self) -> ModelConfig:
-        """The architecture. CheckpointError where `config` lacks it, or has one that cannot be computed."""
+        """The architecture. CheckpointError if `config` lacks it, or has one that cannot be built."""
         try:
             return model_of(self.config)
         except ValueError as error:
@@ -44,19 +45,19 @@ _REQUIRED = [name for name, field in _FIELDS.items() if field.default is field.d
 
 
 def header_fields(header: Header) -> dict[str, Any]:
-    """The fields by name; of a Manifest those of its header alone."""
+    """The header's fields by name, also of a Manifest."""
     return {name: getattr(header, name) for name in _FIELDS}
 
 
 def header_to_json(header: Header) -> dict[str, Any]:
-    """The keys of a header in a JSON object, in their order. Empty `extras` are left out, for readers without them."""
+    """The JSON keys of a header, in order. Leaves out empty `extras`, which earlier versions would refuse."""
     return {name: value for name, value in header_fields(header).items() if name != "extras" or value}
 
 
 def parse_header(values: Mapping[str, Any], besides: Collection[str]) -> Header:
-    """Check the keys of a header in a JSON object, and build it. ValueError naming the key that is not accepted.
+    """Check and build the header of a JSON object. ValueError naming the first key that is not accepted.
 
-    The object must have the keys `besides` as well, which are left to the caller, and no others.
+    The object must also have the keys `besides`, which the caller checks, and no others.
     """
     check_header(values, known=[*_FIELDS, *besides], required=[*_REQUIRED, *besides])
     found = {name: values[name] for name in _FIELDS if name in values}

@@ -57,7 +57,7 @@ class _PendingSave:
     """The save in progress."""
 
     step: int
-    begun: float
+    started: float
     error: str | None = None  # it failed before the saving processes were told
     inode: int | None = None
 
@@ -159,7 +159,7 @@ class Saver:
         `header` is that of the manifest, given by rank 0.
         """
         assert self._pending is None, "the save before has not been waited for"
-        self._pending = _PendingSave(step=step, begun=time.monotonic())
+        self._pending = _PendingSave(step=step, started=time.monotonic())
         self._saves += 1
         error = self._ensure_ready()
         answers = self._all_gather((self._host, self._port, error), tuple[str, int | None, str | None])
@@ -213,7 +213,7 @@ class Saver:
 
     def _end(self, pending: _PendingSave, path: Path | None, error: str | None) -> Outcome:
         self._pending = None
-        return Outcome(step=pending.step, path=path, error=error, seconds=time.monotonic() - pending.begun, bytes=0)
+        return Outcome(step=pending.step, path=path, error=error, seconds=time.monotonic() - pending.started, bytes=0)
 
     def _launch(self) -> None:
         ours, theirs = socket.socketpair()
