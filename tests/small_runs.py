@@ -153,8 +153,8 @@ class Watch:
             start(saver, step, header)
 
         def watched_wait(saver: Saver) -> Any:
-            if ranks.rank == 0 and saver._flight is not None and saver._flight.step in self.at_wait:
-                self.at_wait[saver._flight.step](saver)
+            if ranks.rank == 0 and saver._pending is not None and saver._pending.step in self.at_wait:
+                self.at_wait[saver._pending.step](saver)
             else:
                 assert not _stopped, "the training waits for a saving process that stands still"
             return wait(saver)

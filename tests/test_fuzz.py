@@ -214,7 +214,7 @@ class Reader:
 
 
 def readers(folder: Path) -> dict[str, Reader]:
-    step = save_step(folder / "checkpoints", 3, arrays=ARRAYS)
+    step = save_step(folder / "checkpoints", 3, arrays=ARRAYS, extras={"ramp": [1]})
     text = (step / manifests.MANIFEST).read_bytes()
     index = json.loads(text) | {"stages": [1, 1], "layout": {"tensor": 1, "pipeline": 1, "virtual_pipeline": 2}}
     header, entries = lay_out([("a.weight", "float32", (2, 3)), ("b.weight", "bfloat16", (4,))])

@@ -14,7 +14,7 @@ from griffin.parallel.world.ranks import HUNG, STOPPED
 from griffin.tools.cli import COMMANDS
 from griffin.tools.weights.imported import model_tensors
 from griffin.trainer.checkpoint.arrays import KINDS
-from griffin.trainer.checkpoint.manifest import MANIFEST_KEYS
+from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.settings.load import CONFIGS
 from griffin.trainer.settings.presets import preset
 from tests.documents import DOCUMENTS, FOLDERS, READMES, ROOT, anchors, first_cells, headings, links, name_of, section
@@ -105,7 +105,7 @@ def test_first_page_leads_to_answers(question: str, answer: str) -> None:
 
 def test_manifest_is_documented() -> None:
     documented = [key for cell in first_cells(section(CHECKPOINT, "Manifest")) for key in names(cell)]
-    assert sorted(documented) == sorted(["checksum", "format", *MANIFEST_KEYS[0]])
+    assert sorted(documented) == sorted(["checksum", "format", *(field.name for field in dataclasses.fields(Manifest))])
 
 
 def test_arrays_are_documented() -> None:

@@ -18,7 +18,7 @@ from griffin.parallel.world.ranks import Ranks, RunError
 from griffin.trainer.checkpoint.checkpoints import Checkpoints, Position
 from griffin.trainer.checkpoint.source import InitFrom, Source, find_source, refuse_other_model
 from griffin.trainer.checkpoint.steps import clean
-from griffin.trainer.checkpoint.unreadable import note_skipped, noting
+from griffin.trainer.checkpoint.unreadable import record_skipped, recording_failure
 from griffin.trainer.data.dataset import Samples, build_index, open_samples
 from griffin.trainer.data.loader import batches, watching_workers
 from griffin.trainer.evaluation import Evaluation, held_out_loss
@@ -91,7 +91,7 @@ def train(config: Config, ranks: Ranks, run_dir: Path, init_from: InitFrom | Non
                 spikes=spikes,
             )
         )
-        with noting(folder.path, source):
+        with recording_failure(folder.path, source):
             position = checkpoints.load(source)
         stragglers = Stragglers(grid, folder.stragglers)
         log = config.log
@@ -129,7 +129,7 @@ def _open_folder(
     except ValueError as error:
         raise RunError(str(error)) from error
     clean(folder.checkpoints)
-    note_skipped(folder.path, folder.checkpoints, source)
+    record_skipped(folder.path, folder.checkpoints, source)
     return Opened(folder, source, (lock.path, lock.token), config.optimizer)
 
 

@@ -14,7 +14,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from griffin.tools.checkpoints.stored import Source
 from griffin.tools.common import safetensors_files
 from griffin.tools.common.safetensors_files import Entry, read_box, read_bytes
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box, intersection, numpy_dtype, shape_of, within
-from griffin.trainer.checkpoint.manifest import MANIFEST_KEYS, Manifest, parse_arrays, read_checked, refusing
-from griffin.trainer.checkpoint.manifest_check import check_description, model_of
+from griffin.trainer.checkpoint.header import Header, header_to_json, parse_header
+from griffin.trainer.checkpoint.manifest import Manifest, parse_arrays, read_checked, refusing
+from griffin.trainer.checkpoint.manifest_check import model_of
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 from griffin.trainer.files import is_integer
 
@@ -118,12 +119,12 @@ class RankFile:
             yield from part.slices()
 
 
-def stage_blocks(manifest: Manifest, layout: ParallelConfig) -> tuple[int, ...]:
+def stage_blocks(header: Header, layout: ParallelConfig) -> tuple[int, ...]:
     """Blocks of each of the pipeline x virtual stages, as training splits the model of a checkpoint's config.
 
     Raises ValueError where there are fewer blocks than stages.
     """
-    model, config = manifest.model, manifest.config
+    model, config = header.model, header.config
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
         raise ValueError(f"--virtual {layout.virtual_pipeline}: must be 1 where --pipeline is 1")
     count = layout.pipeline * layout.virtual_pipeline
@@ -199,19 +200,19 @@ class RankArray:
 
 def write_index(
     folder: Path,
-    manifest: Manifest,
+    header: Header,
+    arrays: Sequence[ArraySpec],
     stages: Sequence[int],
     files: Sequence[RankFile],
     checksums: Mapping[str, Mapping[str, Sequence[str]]],
 ) -> None:
-    """Write index.json: the manifest, but for its files, and `checksums` of the slices, by file and array."""
-    holders: dict[str, list[str]] = {name: [] for name in manifest.arrays}
+    """Write index.json: the header, the arrays, and `checksums` of the slices, by file and array."""
+    holders: dict[str, list[str]] = {array.name: [] for array in arrays}
     for file in files:
         for part in file.parts:
             holders[part.spec.name].append(file.name)
-    values: dict[str, Any] = {"format": FORMAT, "stages": list(stages)}
-    values |= {field.name: getattr(manifest, field.name) for field in fields(Manifest) if field.name != "files"}
-    values["arrays"] = {name: array.to_json() | {"files": holders[name]} for name, array in manifest.arrays.items()}
+    values: dict[str, Any] = {"format": FORMAT, "stages": list(stages)} | header_to_json(header)
+    values["arrays"] = {array.name: array.to_json() | {"files": holders[array.name]} for array in arrays}
     values["files"] = {file.name: {"size": file.size, "crc32": checksums[file.name]} for file in files}
     with open(folder / INDEX, "x", encoding="utf-8") as stream:
         stream.write(json.dumps({"checksum": _checksum(values)} | values, indent=1) + "\n")
@@ -232,8 +233,7 @@ def open_rank_folder(folder: Path) -> tuple[Source, list[tuple[RankFile, Mapping
     values = read_checked(folder / INDEX, _checksum, FORMAT)
     with refusing(folder / INDEX):
         specs = parse_arrays(values)
-        known, required = MANIFEST_KEYS
-        check_description(values, (*known, "stages"), (*set(required) - {"files"}, "stages"))
+        header = parse_header(values, besides=("arrays", "files", "stages"))
         layout = _layout(values, specs)
         files = lay_out(list(specs.values()), layout, values["stages"])
         _check_records(files, values.get("files"))
@@ -250,9 +250,8 @@ def open_rank_folder(folder: Path) -> tuple[Source, list[tuple[RankFile, Mapping
             raise CheckpointError(f"{path}: its header was changed")
         for part in file.parts:
             parts[part.spec.name].setdefault(part.tensor_rank, (path, part))
-    kept = {key: values[key] for key in known if key in values}
     arrays = {name: RankArray(spec, tuple(parts[name].values())) for name, spec in specs.items()}
-    manifest = Manifest(**kept | {"arrays": specs, "files": {}, "sources": tuple(values.get("sources", ()))})
+    manifest = Manifest.of(header, specs.values(), {})
     return Source(folder, manifest, arrays), [(file, records[file.name]["crc32"]) for file in files]
 
 

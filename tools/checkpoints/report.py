@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
@@ -19,6 +18,7 @@ from griffin.launch.local import cores
 from griffin.tools.checkpoints.stored import Source, StoredArray, bits, open_step
 from griffin.tools.common.workers import Workers
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec, Box
+from griffin.trainer.checkpoint.header import header_to_json
 from griffin.trainer.checkpoint.manifest import Manifest, check, read_manifest, verify
 from griffin.trainer.checkpoint.steps import resolve, steps
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
@@ -82,11 +82,7 @@ def show(path: Path, as_json: bool) -> None:
         "files": len(manifest.files),
     }
     if as_json:
-        values = {
-            field.name: getattr(manifest, field.name)
-            for field in dataclasses.fields(manifest)
-            if field.name not in ("arrays", "files", "random")
-        }
+        values = {key: value for key, value in header_to_json(manifest).items() if key != "random"}
         described = {
             name: array.to_json() | {"bytes": array.nbytes, "files": math.prod(array.grid)}
             for name, array in manifest.arrays.items()

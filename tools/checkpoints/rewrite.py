@@ -25,6 +25,7 @@ from griffin.trainer.checkpoint.arrays import (
     chunk_shape,
     default_cuts,
 )
+from griffin.trainer.checkpoint.header import Header
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.checkpoint.steps import resolve
 
@@ -67,15 +68,15 @@ def reshard(
     whole_bytes = 0 if layout else None
     chunks = {tensor.name: chunk_shape(tensor, cuts, whole_bytes=whole_bytes) for tensor in tensors}
     made = _converted(source, chunks, dtype, weights_only)
-    manifest = _described(manifest, made, weights_only)
+    header = _header(manifest, weights_only)
     if layout:
         cut = {name: getattr(layout, name) for name in ("tensor", "pipeline", "virtual_pipeline")}
-        manifest = replace(manifest, layout=cut | {"sequence_parallel": False, "data": 1})
+        header = replace(header, layout=cut | {"sequence_parallel": False, "data": 1})
     if to_ranks:
         assert layout is not None
-        write_ranks(target, manifest, made, layout, workers)
+        write_ranks(target, header, made, layout, workers)
     else:
-        write_step(target, manifest, made, workers, carried_files(source.path))
+        write_step(target, header, made, workers, carried_files(source.path))
 
 
 def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str | None = None) -> None:
@@ -100,9 +101,9 @@ def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str
         for name in newest.arrays
         if newest.manifest.arrays[name].kind == MODEL
     ]
-    manifest = _described(newest.manifest, made, weights_only=True)
-    manifest = replace(manifest, sources=tuple(str(source.path) for source in sources))
-    write_step(target, manifest, made, workers, carried_files(newest.path))
+    header = _header(newest.manifest, weights_only=True)
+    header = replace(header, sources=tuple(str(source.path) for source in sources))
+    write_step(target, header, made, workers, carried_files(newest.path))
 
 
 def _tensors(manifest: Manifest) -> list[GlobalTensor]:
@@ -140,14 +141,10 @@ def _converted(
     return made
 
 
-def _described(manifest: Manifest, made: Sequence[Made], weights_only: bool) -> Manifest:
-    manifest = replace(
-        manifest,
-        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        arrays={one.spec.name: one.spec for one in made},
-        files={},
-    )
-    return replace(manifest, optimizer=None, random={}, spikes=None) if weights_only else manifest
+def _header(source: Header, weights_only: bool) -> Header:
+    """The header of a checkpoint made from another. `extras` stay: only what wrote them knows what they mean."""
+    header = replace(source, created=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    return replace(header, optimizer=None, random={}, spikes=None) if weights_only else header
 
 
 def check_layout(manifest: Manifest, layout: ParallelConfig | None) -> None:

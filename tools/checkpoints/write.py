@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from griffin.tools.checkpoints.stored import StoredArray, opened, same_bits
 from griffin.tools.common import safetensors_files
 from griffin.tools.common.workers import Workers
 from griffin.trainer.checkpoint.arrays import CHUNK_BYTES, ArraySpec, Box, numpy_dtype, shape_of
+from griffin.trainer.checkpoint.header import Header
 from griffin.trainer.checkpoint.manifest import Manifest, commit
 from griffin.trainer.checkpoint.zarr_io import (
     SYNCS,
@@ -138,9 +139,9 @@ def _write_chunk(task: _ChunkTask) -> tuple[str, FileRecord, int]:
 
 
 def write_step(
-    target: Path, manifest: Manifest, made: Sequence[Made], workers: Workers, carried: Mapping[str, Path] | None = None
+    target: Path, header: Header, made: Sequence[Made], workers: Workers, carried: Mapping[str, Path] | None = None
 ) -> None:
-    """Write a Zarr checkpoint of these arrays, which are the manifest's, to the new folder `target`.
+    """Write a Zarr checkpoint of this header and these arrays to the new folder `target`.
 
     Files of `carried` are copied to its subfolder SOURCE, by the names that they get. Raises CheckpointError where a
     file cannot be read or written; then nothing is left.
@@ -162,7 +163,7 @@ def write_step(
         if carried:
             (tmp / SOURCE).mkdir()
             copy_files(carried, tmp / SOURCE)
-        commit(tmp, replace(manifest, files=files))
+        commit(tmp, Manifest.of(header, (one.spec for one in made), files))
     summarize(target, len(made), files=len(files), size=sum(one.spec.nbytes for one in made), begun=begun)
 
 
@@ -240,16 +241,14 @@ def check_files(folder: Path, files: Sequence[tuple[RankFile, Mapping[str, Seque
         workers.run(_check_slices, tasks(), bar.update)
 
 
-def write_ranks(
-    target: Path, manifest: Manifest, made: Sequence[Made], layout: ParallelConfig, workers: Workers
-) -> None:
-    """Write these arrays, which are the manifest's, as a file per rank to the new folder `target`.
+def write_ranks(target: Path, header: Header, made: Sequence[Made], layout: ParallelConfig, workers: Workers) -> None:
+    """Write this header and these arrays as a file per rank to the new folder `target`.
 
     Raises CheckpointError where a file cannot be read or written; then nothing is left.
     """
     begun = time.monotonic()
-    stages = rank_files.stage_blocks(manifest, layout)
-    files = rank_files.lay_out(list(manifest.arrays.values()), layout, stages)
+    stages, arrays = rank_files.stage_blocks(header, layout), [one.spec for one in made]
+    files = rank_files.lay_out(arrays, layout, stages)
     by_name = {one.spec.name: one for one in made}
     checksums: dict[str, dict[str, dict[int, str]]] = {
         file.name: {part.spec.name: {} for part in file.parts} for file in files
@@ -271,10 +270,10 @@ def write_ranks(
 
             workers.run(_write_slices, tasks, done)
         in_order = {
-            file: {name: [values[first] for first in sorted(values)] for name, values in arrays.items()}
-            for file, arrays in checksums.items()
+            file: {name: [values[first] for first in sorted(values)] for name, values in by_array.items()}
+            for file, by_array in checksums.items()
         }
-        rank_files.write_index(tmp, manifest, stages, files, in_order)
+        rank_files.write_index(tmp, header, arrays, stages, files, in_order)
         synchronise(tmp)
         tmp.rename(target)
         synchronise(tmp.parent)

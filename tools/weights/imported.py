@@ -16,7 +16,7 @@ from griffin.tools.checkpoints.stored import StoredArray
 from griffin.tools.checkpoints.write import Made, write_step
 from griffin.tools.common.workers import Workers
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec, GlobalTensor, chunk_shape, default_cuts
-from griffin.trainer.checkpoint.manifest import Manifest
+from griffin.trainer.checkpoint.header import Header
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 from griffin.trainer.settings.presets import PRESETS
 from griffin.trainer.settings.sections import Config
@@ -75,7 +75,7 @@ def write_imported(
         tensor = array.spec.tensor
         spec = ArraySpec(kind=MODEL, tensor=tensor, dtype=dtype or array.spec.dtype, chunks=chunk_shape(tensor, cuts))
         made.append(Made(spec, (array,)))
-    manifest = Manifest(
+    header = Header(
         step=0,
         samples=0,
         attempt=1,
@@ -85,10 +85,8 @@ def write_imported(
         optimizer=None,
         random={},
         sources=(str(source.absolute()),),
-        arrays={one.spec.name: one.spec for one in made},
-        files={},
     )
-    write_step(target, manifest, made, workers, carried)
+    write_step(target, header, made, workers, carried)
     print(f"{sum(array.spec.tensor.elements for array in arrays.values()):,} parameters; {tokenizer_text(carried)}")
     print(f"To train it, a config needs:\n\n{model_section(model)}")
 

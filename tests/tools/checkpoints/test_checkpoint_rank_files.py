@@ -133,7 +133,7 @@ def test_stock_readers_find_each_ranks_parts(source: Path, written: dict[str, Pa
     )
     assert tuple(index["stages"]) == stages
     manifest = read_manifest(source)
-    for key in ("step", "samples", "config", "optimizer", "random"):
+    for key in ("step", "samples", "config", "optimizer", "random", "spikes", "extras"):
         assert index[key] == getattr(manifest, key)
     embedding = index["arrays"]["model.embedding.weight"]
     assert {key: embedding[key] for key in ("shape", "axis", "padded", "atoms", "dtype")} == {
@@ -162,21 +162,18 @@ def test_back_to_zarr(source: Path, written: dict[str, Path], tmp_path: Path) ->
     assert found.arrays == expected.arrays
     assert found.config == expected.config
     assert found.layout["tensor"] == 2
-    assert (found.step, found.samples, found.optimizer, found.random) == (
-        expected.step,
-        expected.samples,
-        expected.optimizer,
-        expected.random,
-    )
+    for name in ("step", "samples", "optimizer", "random", "spikes", "extras"):
+        assert getattr(found, name) == getattr(expected, name)
 
 
-def test_an_index_of_before_spikes_were_judged(written: dict[str, Path], tmp_path: Path) -> None:
+def test_an_index_without_newer_keys(written: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(written["t1p1"], tmp_path / "source"))
     values = json.loads((folder / "index.json").read_text())
-    del values["checksum"], values["spikes"]
+    del values["checksum"], values["spikes"], values["extras"]
     (folder / "index.json").write_text(json.dumps({"checksum": _checksum(values)} | values))
     assert reshard(folder, tmp_path / "out", "--from-ranks") == 0
-    assert verify(tmp_path / "out").spikes is None
+    found = verify(tmp_path / "out")
+    assert (found.spikes, found.extras) == (None, {})
 
 
 def test_weights_of_another_dtype(source: Path, written: dict[str, Path], tmp_path: Path) -> None:

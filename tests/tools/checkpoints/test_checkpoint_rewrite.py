@@ -74,7 +74,7 @@ def test_chunks_are_those_of_the_layout(
         "sequence_parallel": False,
         "data": 1,
     }
-    for name in ("step", "samples", "attempt", "config", "optimizer", "random"):
+    for name in ("step", "samples", "attempt", "config", "optimizer", "random", "spikes", "extras"):
         assert getattr(manifest, name) == getattr(old, name)
     size = sum(spec.nbytes for spec in manifest.arrays.values())
     chunks = len(list(manifest.chunk_files()))
@@ -120,6 +120,7 @@ def test_weights_only(bfloat16: tuple[Path, dict[str, np.ndarray]], tmp_path: Pa
     assert_equal_arrays(read_arrays(tmp_path / "out"), expected)
     manifest = verify(tmp_path / "out")
     assert (manifest.optimizer, manifest.random, manifest.spikes) == (None, {}, None)
+    assert manifest.extras == read_manifest(source).extras
     assert manifest.step == 100
 
 
@@ -306,6 +307,7 @@ def test_average(
     assert (manifest.step, manifest.samples, manifest.optimizer, manifest.random) == (300, 1200, None, {})
     assert manifest.sources == (str(bfloat16[0]), str(tmp_path / "b"), str(tmp_path / "c"))
     assert manifest.layout == read_manifest(tmp_path / "b").layout
+    assert manifest.extras == {"ramp": {"sizes": [8, 300], "ends": None}}  # of the newest
     assert main(["checkpoint", "inspect", str(tmp_path / "mean")]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in shown if line.startswith("made from ")] == list(manifest.sources)
