@@ -16,8 +16,10 @@ from griffin.trainer.step import Batch, Training
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One evaluation. All ranks call `run` at the same steps. It changes no weight, and returns the same figures by name
-    on every rank."""
+    """One evaluation. All ranks call `run` at the same steps; it changes no weight.
+
+    It returns figures by name, which are the same on every rank.
+    """
 
     name: str  # for messages; "" if it is the only one
     every: int  # optimizer steps between evaluations; 0 is never

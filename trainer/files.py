@@ -15,7 +15,7 @@ MOST_BYTES = 64 * 2**20  # most bytes of any file that is read whole; a manifest
 
 
 def open_regular(path: str | Path, *, buffering: int = -1) -> BinaryIO:
-    """Open a regular file for reading; `buffering` as for `open`. OSError naming the file for a FIFO, device or folder."""
+    """Open a regular file for reading; `buffering` as for `open`. OSError naming it for a FIFO, device or folder."""
     # Non-blocking: opening a FIFO would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

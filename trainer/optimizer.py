@@ -60,7 +60,7 @@ def schedule_end(config: Config) -> int:
 
 
 def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Build the schedule: linear warm-up from 0, then the configured decay to `min_learning_rate`, which later steps keep.
+    """Build the schedule: linear warm-up from 0, then the configured decay; later steps keep `min_learning_rate`.
 
     Steps count from 1: the first step trains with learning_rate / warmup_steps.
     """

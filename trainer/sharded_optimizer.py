@@ -70,7 +70,7 @@ def wrap_in_ddp(stages: Sequence[Stage], overlap: bool) -> list[DistributedDataP
 def shard_ranges(
     chunks: Sequence[DistributedDataParallel], data_rank: int, data_size: int
 ) -> dict[nn.Parameter, tuple[int, int]]:
-    """The elements [start, stop) of each flattened parameter that data-parallel rank `data_rank` of `data_size` updates.
+    """Elements [start, stop) of each flattened parameter that data-parallel rank `data_rank` of `data_size` updates.
 
     This is for planning: it needs no optimizer, and the parameters may be meta tensors.
     """
@@ -81,7 +81,7 @@ def shard_ranges(
             for parameter, place in buffer.param_index_map.items():
                 index_maps[place[2]][parameter] = place
             for bucket, index_map in enumerate(index_maps):
-                # The attributes of the buffer that the optimizer of that rank reads, with this bucket's parameters only.
+                # What the optimizer of that rank reads of the buffer, with the parameters of this bucket only.
                 view = SimpleNamespace(
                     data_parallel_group=SimpleNamespace(rank=lambda: data_rank, size=lambda: data_size),
                     buckets=buffer.buckets,
@@ -166,7 +166,7 @@ class ShardedOptimizer:
         return self._squares(_gradient)
 
     def weight_squares(self) -> Tensor:
-        """Sums of squares of this rank's shards of the master weights, float64 [kinds] (see `figures.squares_by_kind`)."""
+        """Sums of squares of this rank's shards of master weights, float64 [kinds] (see `figures.squares_by_kind`)."""
         return self._squares(torch.Tensor.detach)
 
     def _squares(self, value_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -194,7 +194,7 @@ class ShardedOptimizer:
         return state["param"], state.get("exp_avg"), state.get("exp_avg_sq")
 
     def set_shard_state(self, parameter: nn.Parameter, master: Tensor, moments: Tensor | None) -> None:
-        """Overwrite what `shard_state` returns. `moments` is float32 [2, stop - start], or None to leave them as they are.
+        """Overwrite what `shard_state` returns; `moments` is float32 [2, stop - start], or None to leave them.
 
         Afterwards call `gather_weights`, which updates the model, and `continue_after`, which sets the step counts.
         """

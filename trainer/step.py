@@ -103,8 +103,8 @@ class Training:
             health: fill `StepResult.health`. This changes no bit of the weights.
 
         Raises:
-            NonFiniteError: the loss or the gradient is not finite, and there is no `detect_spike`. No weight is changed.
-            ReplicaError: copies of a weight differ; checked every `health.replica_interval` steps. No weight is changed.
+            NonFiniteError: the loss or the gradient is not finite, and there is no `detect_spike`. No weight changes.
+            ReplicaError: copies of a weight differ; checked every `health.replica_interval` steps. No weight changes.
         """
         number = self.steps_done + 1
         self.clock.begin()

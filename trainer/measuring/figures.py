@@ -91,7 +91,7 @@ def gather_figures(
 
 
 def pipeline_bubble(work: Tensor, schedule: Tensor) -> float:
-    """Share of the pipeline schedule in which ranks were idle, from each rank's seconds of work and of schedule [world].
+    """Share of the pipeline schedule in which ranks were idle; `work` and `schedule` are seconds of each rank [world].
 
     The schedule lasts as long as that of the rank that ends last: what another rank waits after its end is idle time.
     """

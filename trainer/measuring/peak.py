@@ -46,7 +46,7 @@ KNOWN = (
 
 
 def peak(device: torch.device, dtype: torch.dtype, configured: float) -> Peak:
-    """The peak of one device: `configured` (`log.peak_tflops`) unless 0, else the known figure of a GPU, else measured."""
+    """Peak of one device: `configured` (`log.peak_tflops`) unless 0, else the known figure of a GPU, else measured."""
     if configured:
         return Peak(tflops=configured, source="set")
     if device.type == "cuda" and (known := known_tflops(torch.cuda.get_device_name(device), dtype)):

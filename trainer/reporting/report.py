@@ -133,7 +133,7 @@ class Report:
         """Whether the figures of a step are logged: then it is measured. The same on every rank."""
         return self._is_due(step, self._config.log.interval)
 
-    def looks_at_health(self, step: int) -> bool:
+    def is_health_logged(self, step: int) -> bool:
         """Whether the RG-LRU's gates are looked at in a step. The same on every rank."""
         interval = self._config.log.health_interval
         return interval > 0 and RECURRENT in self._config.model.pattern and self._is_due(step, interval)

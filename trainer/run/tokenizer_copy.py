@@ -33,7 +33,7 @@ class _Description:
     data: list[str]  # prefixes that were built with it, as data.train named them
 
 
-def keep_tokenizer(run: RunFolder, entries: Sequence[str]) -> str | None:
+def copy_tokenizer(run: RunFolder, entries: Sequence[str]) -> str | None:
     """Copy the tokenizer of a run's data into its folder, where it has a file and none is kept there yet.
 
     Returns what a person should know, where the folder does not hold this tokenizer then. Raises nothing for what

@@ -135,7 +135,7 @@ def test_skip_is_written_down(skipped: Path) -> None:
         "samples": [9 * BATCH, 10 * BATCH],
     }
     assert line["loss"] == series(skipped, "loss")[10]
-    assert f"step 10: SPIKE: {line['text']}; no update\n" in (skipped / "console.log").read_text()
+    assert f"step 10: SPIKE: {line['text']}; update skipped\n" in (skipped / "console.log").read_text()
     assert series(skipped, "skipped_updates")[10] == 1
 
 
@@ -194,7 +194,7 @@ def test_rewind_goes_on_from_the_checkpoint_with_the_data_after_the_spike(
     rank_pool.run(disturbed_run, 2, config(config_path, "rewind"), rewound)
     (line,) = ledger(rewound)
     assert (line["step"], line["action"], line["back_to"], line["samples"]) == (10, "rewind", 8, [72, 80])
-    assert f"step 10: SPIKE: {line['text']}; back to step 8, and on" in (rewound / "console.log").read_text()
+    assert f"step 10: SPIKE: {line['text']}; rewound to step 8; training continues" in (rewound / "console.log").read_text()
     logged = [line["step"] for line in metrics(rewound) if "loss" in line]
     assert logged == [*range(1, 10), *range(9, STEPS + 1)]
     assert series(rewound, "rewinds")[10] == 1
@@ -225,7 +225,7 @@ def test_rewind_takes_an_older_checkpoint_where_the_newest_leads_no_further(
     (kept,) = [path.name for path in (run_dir / "checkpoints").iterdir() if "spiked" in path.name]
     assert kept == "step-00000008.spiked-1"
     console = (run_dir / "console.log").read_text()
-    assert f"From the checkpoint after that it comes no further: it is kept as {kept}\n" in console
+    assert f"The later checkpoint leads to a spike again; it is kept as {kept}\n" in console
     assert saved_steps(run_dir) == [4, 8, 12, 16]
     assert series(run_dir, "rewinds")[STEPS] == 2
     trained = [line["trained_seconds"] for line in metrics(run_dir) if line["step"] == 5 and "loss" in line]
@@ -317,7 +317,7 @@ def test_without_a_checkpoint_rewind_skips(rank_pool: RankPool, config_path: Pat
     rank_pool.run(disturbed_run, 2, settings, tmp_path / "run")
     (line,) = ledger(tmp_path / "run")
     assert line["action"] == "skip"
-    assert "no update, as there is no checkpoint to go back to yet" in (tmp_path / "run" / "console.log").read_text()
+    assert "update skipped, as there is no checkpoint to rewind to yet" in (tmp_path / "run" / "console.log").read_text()
 
 
 @pytest.mark.parametrize("spike", ["skip", pytest.param("rewind", marks=pytest.mark.slow)])

@@ -140,5 +140,5 @@ def test_one_rank_alone_leaves_no_report_of_an_earlier_attempt(tmp_path: Path) -
     path = tmp_path / "stragglers.json"
     work(1.0, 2.0).write(path)
     for step in (1, 2):
-        assert Stragglers(grid, path).note(step, [1.0]) is None
+        assert Stragglers(grid, path).record(step, [1.0]) is None
         assert not path.exists()

@@ -29,7 +29,7 @@ from griffin.tools.commands.train import PRELOAD, train_rank
 from griffin.trainer import loop
 from griffin.trainer.checkpoint.checkpoints import Checkpoints
 from griffin.trainer.checkpoint.manifest import verify
-from griffin.trainer.health.hang_report import Silent, compose, culprits
+from griffin.trainer.health.hang_report import SilentRank, compose_report, lagging_ranks
 from griffin.trainer.health.rank_state import Collective, RankState
 from griffin.trainer.health.watchdog import Watchdog, _Alarm
 from griffin.trainer.reporting.report import Report
@@ -163,7 +163,7 @@ def test_a_rank_that_stops_while_it_saves_is_noticed_by_its_neighbour(config_pat
     save = Watch(at_save={SAVED: _stop_in_save})
     assert launch(3, config(config_path, "--train.global_batch", "6"), tmp_path / "run", save) == HUNG
     (report,) = (tmp_path / "run/hangs").glob("*/report.txt")
-    assert "HANG: rank 0 has given no sign of life" in report.read_text()
+    assert "HANG: rank 0 has sent no sign of life" in report.read_text()
     assert lagging(report.read_text()) == [0]
 
 
@@ -198,7 +198,7 @@ def test_a_process_in_which_no_python_runs_any_more_ends() -> None:
         "import ctypes, sys, time; from griffin.trainer.health import watchdog\n"
         "watchdog.LAST_SECONDS = 0.5\n"
         "dog = object.__new__(watchdog.Watchdog); dog._hang_seconds, dog._kinds = 0.5, {'step'}\n"
-        "dog._mark = watchdog._Mark(entered=0, phase='', step=0, since=0, limit=float('inf'))\n"
+        "dog._phase = watchdog._Phase(entered=0, name='', step=0, since=0, limit=float('inf'))\n"
         "with dog.watching('step', 1): ctypes.PyDLL(None).sleep(600)\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
@@ -333,7 +333,7 @@ def test_alarms_of_strangers_are_none(tmp_path: Path, forged: bytes) -> None:
 
     def talk(watchdog: Watchdog) -> str | None:
         with mock.patch.object(watchdog._closing, "wait", side_effect=[False, True]):
-            watchdog._talk_to(cast(Any, store))
+            watchdog._exchange_heartbeats(cast(Any, store))
         return watchdog._alarm
 
     assert [talk(watchdog) for watchdog in watchdogs] == [None, None]
@@ -383,11 +383,11 @@ def test_a_lost_connection_is_made_anew(rank_pool: RankPool, tmp_path: Path) -> 
 
 
 def test_culprits() -> None:
-    def named(*states: RankState, silent: tuple[Silent, ...] = ()) -> list[str]:
-        return [line.split(" on ")[0] for line in culprits({state.rank: state for state in states}, silent)]
+    def named(*states: RankState, silent: tuple[SilentRank, ...] = ()) -> list[str]:
+        return [line.split(" on ")[0] for line in lagging_ranks({state.rank: state for state in states}, silent)]
 
     assert named(*map(state, range(4))) == []
-    assert named(state(0), state(1), silent=(Silent(rank=2, last=state(2)),)) == ["rank 2"]
+    assert named(state(0), state(1), silent=(SilentRank(rank=2, last=state(2)),)) == ["rank 2"]
     assert named(state(0), state(1, entered=6), state(2)) == ["rank 1"]
     assert named(state(0), state(1), state(2, communication="")) == ["rank 2"]
     # 0 and 1 share group a, 1 and 2 group b: 0 waits for 1, which waits for 2.
@@ -408,19 +408,19 @@ def test_culprits() -> None:
 def test_a_report_of_a_thousand_ranks_can_be_read() -> None:
     states = {rank: state(rank) for rank in range(1024) if rank != 77}
     states[5] = unpack(pack(state(5, collectives=(collective("a", 1, pending=True),))), RankState)
-    head, report = compose(states, [Silent(rank=77)], reason="step 7 has taken more than 600 s on rank 3")
+    head, report = compose_report(states, [SilentRank(rank=77)], reason="step 7 has taken more than 600 s on rank 3")
     assert head.splitlines() == [
         "HANG: step 7 has taken more than 600 s on rank 3",
         "Ranks that lag:",
-        "  rank 77: has never given a sign of life",
+        "  rank 77: has never sent a sign of life",
     ]
     assert "  ranks 0-76, 78-1023: step 7, all_reduce, wait (x.py:1)\n" in report
     assert "  all_reduce number 1 of Ga: rank 5\n" in report
-    head, report = compose(states, map(silent_rank, range(900, 1000)), reason="")
+    head, report = compose_report(states, map(silent_rank, range(900, 1000)), reason="")
     assert len(head.splitlines()) == 19
     assert head.endswith("  and 84 more ranks, in the report")
-    assert all(f"  rank {rank}: has never given a sign of life\n" in report for rank in range(900, 1000))
+    assert all(f"  rank {rank}: has never sent a sign of life\n" in report for rank in range(900, 1000))
 
 
-def silent_rank(rank: int) -> Silent:
-    return Silent(rank=rank)
+def silent_rank(rank: int) -> SilentRank:
+    return SilentRank(rank=rank)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from griffin.trainer.health.rank_state import main_frames, where
-from griffin.trainer.measuring.clock import Own, StepClock, StepTimes, WorkClock
+from griffin.trainer.measuring.clock import RankTimes, StepClock, StepTimes, WorkClock
 
 
 def slow_batches(seconds: float) -> Iterator[str]:
@@ -17,7 +17,7 @@ def slow_batches(seconds: float) -> Iterator[str]:
         yield "batch"
 
 
-def step(clock: StepClock, *, wait: float, takes: bool = False) -> tuple[StepTimes, Own | None]:
+def step(clock: StepClock, *, wait: float, takes: bool = False) -> tuple[StepTimes, RankTimes | None]:
     """Two micro-batches, each waited for, computed for 0.02 s and sent for 0.03 s; then 0.02 s of reduction."""
     clock.begin()
     reduce = clock.before_reduction(lambda: time.sleep(0.02))

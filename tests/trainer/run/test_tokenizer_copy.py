@@ -13,7 +13,7 @@ from griffin.tools.cli import main
 from griffin.tools.inference.prompts import find_language
 from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.run.folder import RunFolder
-from griffin.trainer.run.tokenizer_copy import find_tokenizer, keep_tokenizer
+from griffin.trainer.run.tokenizer_copy import copy_tokenizer, find_tokenizer
 from griffin.trainer.settings.complete import load_config
 from tests.ranks import RankPool
 from tests.small_runs import metrics, run, snapshot, write_config
@@ -80,7 +80,7 @@ def test_the_copy_stands_in(
     folder: RunFolder, original: Path, prefix: Path, lost: Callable[[Path, Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries, content = [f"2.0 {prefix}"], original.read_bytes()
-    assert keep_tokenizer(folder, entries) is None
+    assert copy_tokenizer(folder, entries) is None
     assert sorted(file.name for file in folder.path.iterdir()) == ["tokenizer"], "nothing unfinished is left"
     assert (folder.tokenizer / "tokenizer.json").read_bytes() == content
     assert find_tokenizer(step(folder), entries).spec == str(original), "while it is there"
@@ -95,13 +95,13 @@ def test_the_copy_stands_in(
 
 
 def test_a_later_start_leaves_it_as_it_is(folder: RunFolder, tmp_path: Path, original: Path, prefix: Path) -> None:
-    assert keep_tokenizer(folder, [str(prefix)]) is None
+    assert copy_tokenizer(folder, [str(prefix)]) is None
     before = snapshot(folder.path)
-    assert keep_tokenizer(folder, [str(prefix)]) is None
+    assert copy_tokenizer(folder, [str(prefix)]) is None
     original.unlink()
-    assert keep_tokenizer(folder, [str(prefix)]) is None, "there is a copy"
+    assert copy_tokenizer(folder, [str(prefix)]) is None, "there is a copy"
     other = build(tmp_path / "other" / "train", save_tokenizer(tmp_path / "other.json", last="c"))
-    said = keep_tokenizer(folder, [str(other)])
+    said = copy_tokenizer(folder, [str(other)])
     assert said is not None
     assert "keeps another one than that of the data; it is left as it is" in said
     assert snapshot(folder.path) == before
@@ -120,7 +120,7 @@ def test_a_tokenizer_that_is_gone_is_no_error(
     folder: RunFolder, original: Path, prefix: Path, lost: Callable[[Path, Path], None], reason: str
 ) -> None:
     lost(original, prefix)
-    said = keep_tokenizer(folder, [str(prefix)])
+    said = copy_tokenizer(folder, [str(prefix)])
     assert said is not None
     assert said.startswith("Tokenizer: there is no copy of it in the run folder (")
     assert reason in said
@@ -128,7 +128,7 @@ def test_a_tokenizer_that_is_gone_is_no_error(
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(folder: RunFolder, prefix: Path) -> None:
-    said = keep_tokenizer(RunFolder(folder.path / "gone"), [str(prefix)])
+    said = copy_tokenizer(RunFolder(folder.path / "gone"), [str(prefix)])
     assert said is not None
     assert "No such file or directory" in said
 
@@ -137,9 +137,9 @@ def test_a_folder_that_cannot_be_written_is_no_error(folder: RunFolder, prefix: 
     "text", ["", "[]", "{}", '{"format": "griffin-tokenizer-1", "tokenizer": 1, "eod_token": 2}', "[" * 10**5]
 )
 def test_a_damaged_description(folder: RunFolder, original: Path, prefix: Path, text: str) -> None:
-    keep_tokenizer(folder, [str(prefix)])
+    copy_tokenizer(folder, [str(prefix)])
     (folder.tokenizer / "description.json").write_text(text)
-    said = keep_tokenizer(folder, [str(prefix)])
+    said = copy_tokenizer(folder, [str(prefix)])
     assert said is not None
     assert "description.json is damaged" in said
     original.unlink()
@@ -148,7 +148,7 @@ def test_a_damaged_description(folder: RunFolder, original: Path, prefix: Path, 
 
 
 def test_a_damaged_copy(folder: RunFolder, original: Path, prefix: Path) -> None:
-    keep_tokenizer(folder, [str(prefix)])
+    copy_tokenizer(folder, [str(prefix)])
     original.unlink()
     save_tokenizer(folder.tokenizer / "tokenizer.json", last="c")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not the tokenizer that description\.json beside it"):

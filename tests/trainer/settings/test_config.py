@@ -157,7 +157,7 @@ def test_missing_widths_are_named(load, pattern: str, missing: str) -> None:
 
 
 def test_neither_pattern_nor_preset(load) -> None:
-    with pytest.raises(ValueError, match=r"model: must state model\.pattern .* or model\.preset: .*griffin-100m"):
+    with pytest.raises(ValueError, match=r"model: must state model\.pattern .* or model\.preset \(griffin-100m"):
         load("[model]\nwidth = 32\n")
 
 
@@ -221,7 +221,7 @@ def test_refused_overrides(load, words: list[str], message: str) -> None:
         ("[model]\nwidht = 3", r"model\.widht: no such setting; did you mean model\.width\?"),
         ("[train]\nsequence_length = 3", r"train\.sequence_length: no such setting; did you mean data\.sequence_len"),
         ("[trian]\nsteps = 3", r"\[trian\]: no such section; did you mean \[train\]\?"),
-        ("steps = 3", r"steps = 3: stands outside of any section; did you mean train\.steps\?"),
+        ("steps = 3", r"steps = 3: is outside of any section; did you mean train\.steps\?"),
         ("[model]\nwidth = '3'", r"model\.width = '3': must be an integer"),
         ("[model]\nwidth = 3.5", r"model\.width = 3\.5: must be an integer"),
         ("[model]\nwidth = true", r"model\.width = True: must be an integer"),
@@ -256,7 +256,7 @@ def test_model_that_is_not_stated_is_looked_for(load, tmp_path: Path) -> None:
     assert load_config(path, ["--model.preset=hawk-100m", "--model.vocabulary=9"], find_model=lambda: model).model == (
         dataclasses.replace(preset("hawk-100m"), vocabulary=9)
     )
-    with pytest.raises(ValueError, match="takes the model from there"):
+    with pytest.raises(ValueError, match="the model is that of the checkpoint"):
         load_config(path)
 
 

@@ -57,15 +57,15 @@ def test_sets_on_the_command_line(
 @pytest.mark.parametrize(
     ("text", "words", "message"),
     [
-        ('[data.eval]\n"a b" = "x"\n', [], r"data\.eval\.'a b': a set's name must be of 1 to 64 letters"),
+        ('[data.eval]\n"a b" = "x"\n', [], r"data\.eval\.'a b': the name of a set must have 1 to 64 letters"),
         ('[data.eval]\n"a/b" = "x"\n', [], r"data\.eval\.'a/b': a set's name"),
         ("[data.eval]\n-a = 'x'\n", [], r"data\.eval\.'-a': a set's name"),
         ("[data.eval]\na = []\n", [], r"data\.eval\.a = \[\]: must name at least one PREFIX"),
         ("[data.eval]\na = 3\n", [], r"data\.eval\.a = 3: must be a string or a list of strings$"),
         ("[data.eval]\na = [1]\n", [], r"data\.eval\.a = \[1\]: must be a string or a list of strings$"),
         ("[data.eval.a]\nb = 'x'\n", [], r"data\.eval\.a = \{'b': 'x'\}: must be a string or a list of strings$"),
-        ("eval = 3\n", [], r"data\.eval = 3: must be a string or a list of strings, or a table of such by name"),
-        ('eval = "b"\n', ["--data.eval.a", "x"], r"data\.eval\.a: data\.eval is one blend, \['b'\], without a name"),
+        ("eval = 3\n", [], r"data\.eval = 3: must be a string, a list of strings, or a table of these by name"),
+        ('eval = "b"\n', ["--data.eval.a", "x"], r"data\.eval\.a: data\.eval is one blend without a name, \['b'\]"),
         ("", ["--data.eval.a.b", "x"], r"data\.eval\.'a\.b': a set's name"),
         ("", ["--data.eval.", "x"], r"data\.eval\.: no such setting"),
         ("", ["--data.train.a", "x"], r"data\.train\.a: no such setting"),
