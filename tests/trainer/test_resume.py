@@ -330,7 +330,7 @@ def test_a_truncated_chunk_of_the_newest_checkpoint_is_passed_over(
     os.truncate(chunk, size - 1)
     assert go_on(rank_pool, 2, config(config_path), run_dir) == [False, False]
     said = text(run_dir)
-    assert f"DAMAGED CHECKPOINT, passed over: {chunk} has {size - 1:,} bytes instead of {size:,}" in said
+    assert f"DAMAGED CHECKPOINT, skipped: {chunk} has {size - 1:,} bytes instead of {size:,}" in said
     assert f"Weights: step 4 of {run_dir} (the run's own folder)" in said
     assert_same_end(run_dir, uninterrupted, 8)
     assert_same_end(run_dir, uninterrupted, 12)

@@ -62,7 +62,7 @@ def compose_report(states: Mapping[int, RankState], silent: Iterable[SilentRank]
     places: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for state in states.values():
         places[state.phase, state.communication or "no communication", state.where].append(state.rank)
-    rows = [f"  {rank_names(ranks)}: {phase}, {call}, {where}" for (phase, call, where), ranks in sorted(places.items())]
+    rows = [f"  {rank_names(ranks)}: {', '.join(place)}" for place, ranks in sorted(places.items())]
     pending = defaultdict(list)
     for state in states.values():
         for collective in state.collectives:

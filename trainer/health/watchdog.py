@@ -232,7 +232,7 @@ class Watchdog:
             os._exit(HUNG)
 
     def _await_report(self, store: TCPStore) -> None:
-        """Tell that this rank has written its stacks; wait for the report, as a launcher ends all ranks if one exits."""
+        """Tell that this rank has written its stacks. Wait for the report: launchers end all ranks if one exits."""
         store.add(self._key("answers"), 1)
         while not store.check([self._key("reported")]):
             time.sleep(0.2)

@@ -194,7 +194,10 @@ def test_rewind_goes_on_from_the_checkpoint_with_the_data_after_the_spike(
     rank_pool.run(disturbed_run, 2, config(config_path, "rewind"), rewound)
     (line,) = ledger(rewound)
     assert (line["step"], line["action"], line["back_to"], line["samples"]) == (10, "rewind", 8, [72, 80])
-    assert f"step 10: SPIKE: {line['text']}; rewound to step 8; training continues" in (rewound / "console.log").read_text()
+    assert (
+        f"step 10: SPIKE: {line['text']}; rewound to step 8; training continues"
+        in (rewound / "console.log").read_text()
+    )
     logged = [line["step"] for line in metrics(rewound) if "loss" in line]
     assert logged == [*range(1, 10), *range(9, STEPS + 1)]
     assert series(rewound, "rewinds")[10] == 1
@@ -317,7 +320,9 @@ def test_without_a_checkpoint_rewind_skips(rank_pool: RankPool, config_path: Pat
     rank_pool.run(disturbed_run, 2, settings, tmp_path / "run")
     (line,) = ledger(tmp_path / "run")
     assert line["action"] == "skip"
-    assert "update skipped, as there is no checkpoint to rewind to yet" in (tmp_path / "run" / "console.log").read_text()
+    assert (
+        "update skipped, as there is no checkpoint to rewind to yet" in (tmp_path / "run" / "console.log").read_text()
+    )
 
 
 @pytest.mark.parametrize("spike", ["skip", pytest.param("rewind", marks=pytest.mark.slow)])

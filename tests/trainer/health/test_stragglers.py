@@ -121,11 +121,11 @@ def test_a_line_comes_once_after_several_slow_steps(tmp_path: Path) -> None:
     slow, fine = work(1.0, 1.0, 1.31, step=7), work(1.0, 1.0, 1.0)
 
     def told(*measured: Work) -> Iterator[bool]:
-        return (stragglers.complaint(each) is not None for each in measured)
+        return (stragglers.report(each) is not None for each in measured)
 
     assert list(told(slow, slow, fine, slow, slow, slow, slow)) == [False, False, False, False, False, True, False]
     assert list(told(fine, slow, slow)) == [False, False, False]
-    line = stragglers.complaint(slow)
+    line = stragglers.report(slow)
     assert line == "step 7: stragglers: rank 2 on n1: 1.31x the median of its peers (1.310 s of work per step)"
 
 

@@ -21,7 +21,7 @@ def test_a_full_disk_loses_lines_of_the_log_and_no_more(tmp_path: Path) -> None:
         console.print("one")
         console.step(1, VALUES)
         assert [line for line in stream.getvalue().splitlines() if "cannot" in line] == [
-            "console.log cannot be written: [Errno 28] No space left on device; training goes on without it"
+            "console.log cannot be written: [Errno 28] No space left on device; training continues without it"
         ]
         assert stream.getvalue().startswith("one\n")
         log.unlink()

@@ -176,7 +176,7 @@ def test_a_full_disk_loses_lines_and_no_more(folder: RunFolder, capsys: pytest.C
         metrics.log(1, {"loss": 1.0})
         metrics.log(2, {"loss": 1.0})
         assert capsys.readouterr().out == (
-            "metrics.jsonl cannot be written: [Errno 28] No space left on device; training goes on without it\n"
+            "metrics.jsonl cannot be written: [Errno 28] No space left on device; training continues without it\n"
         )
         folder.metrics.unlink()
         metrics.log(3, {"loss": 1.0})

@@ -103,7 +103,7 @@ def test_a_later_start_leaves_it_as_it_is(folder: RunFolder, tmp_path: Path, ori
     other = build(tmp_path / "other" / "train", save_tokenizer(tmp_path / "other.json", last="c"))
     said = copy_tokenizer(folder, [str(other)])
     assert said is not None
-    assert "keeps another one than that of the data; it is left as it is" in said
+    assert "holds another one than that of the data; it is left as it is" in said
     assert snapshot(folder.path) == before
     assert find_tokenizer(step(folder), [str(other)]).spec == str(tmp_path / "other.json")
     for gone in (tmp_path / "other.json", tmp_path / "other" / "train.json"):
@@ -122,7 +122,7 @@ def test_a_tokenizer_that_is_gone_is_no_error(
     lost(original, prefix)
     said = copy_tokenizer(folder, [str(prefix)])
     assert said is not None
-    assert said.startswith("Tokenizer: there is no copy of it in the run folder (")
+    assert said.startswith("Tokenizer: not copied to the run folder (")
     assert reason in said
     assert not list(folder.path.iterdir())
 

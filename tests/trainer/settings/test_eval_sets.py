@@ -58,19 +58,19 @@ def test_sets_on_the_command_line(
     ("text", "words", "message"),
     [
         ('[data.eval]\n"a b" = "x"\n', [], r"data\.eval\.'a b': the name of a set must have 1 to 64 letters"),
-        ('[data.eval]\n"a/b" = "x"\n', [], r"data\.eval\.'a/b': a set's name"),
-        ("[data.eval]\n-a = 'x'\n", [], r"data\.eval\.'-a': a set's name"),
+        ('[data.eval]\n"a/b" = "x"\n', [], r"data\.eval\.'a/b': the name of a set"),
+        ("[data.eval]\n-a = 'x'\n", [], r"data\.eval\.'-a': the name of a set"),
         ("[data.eval]\na = []\n", [], r"data\.eval\.a = \[\]: must name at least one PREFIX"),
         ("[data.eval]\na = 3\n", [], r"data\.eval\.a = 3: must be a string or a list of strings$"),
         ("[data.eval]\na = [1]\n", [], r"data\.eval\.a = \[1\]: must be a string or a list of strings$"),
         ("[data.eval.a]\nb = 'x'\n", [], r"data\.eval\.a = \{'b': 'x'\}: must be a string or a list of strings$"),
         ("eval = 3\n", [], r"data\.eval = 3: must be a string, a list of strings, or a table of these by name"),
         ('eval = "b"\n', ["--data.eval.a", "x"], r"data\.eval\.a: data\.eval is one blend without a name, \['b'\]"),
-        ("", ["--data.eval.a.b", "x"], r"data\.eval\.'a\.b': a set's name"),
+        ("", ["--data.eval.a.b", "x"], r"data\.eval\.'a\.b': the name of a set"),
         ("", ["--data.eval.", "x"], r"data\.eval\.: no such setting"),
         ("", ["--data.train.a", "x"], r"data\.train\.a: no such setting"),
         ('"eval.a" = "x"\n', [], r"data\.eval\.a: no such setting"),
-        ("", ["--data.eval.a"], r"--data\.eval\.a: needs a value, a string or a list of strings"),
+        ("", ["--data.eval.a"], r"--data\.eval\.a: needs a value, a string, a list of strings, or a table"),
     ],
 )
 def test_refusals(tmp_path: Path, text: str, words: list[str], message: str) -> None:
