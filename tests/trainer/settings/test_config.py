@@ -269,7 +269,9 @@ def test_packaged_config_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert {find_config(name) for name in names} == set(CONFIGS.glob("*.toml"))
     (tmp_path / "demo").write_text(MODEL)
     assert find_config("demo") == Path("demo")
-    with pytest.raises(FileNotFoundError, match=r"dem: no such config file, and no packaged config of that name: demo, "):
+    with pytest.raises(
+        FileNotFoundError, match=r"dem: no such config file, and no packaged config of that name: demo, "
+    ):
         find_config("dem")
 
 
