@@ -406,8 +406,8 @@ def test_registering_the_command_imports_nothing_heavy():
         ("data.json", b'[{"text": "a"}]', "a JSON array is a data set"),
         ("data.JSON", b"\xef\xbb\xbf\n [1]", "a JSON array is a data set"),
         ("data.json", b" " * 70_000 + b"[1]", "a JSON array is a data set"),
-        ("data.parquet", b"PAR1", "Parquet is not read"),
-        ("data.arrow", b"ARROW1", "Arrow is not read"),
+        ("data.parquet", b"PAR1", "Parquet is not supported"),
+        ("data.arrow", b"ARROW1", "Arrow is not supported"),
     ],
 )
 @pytest.mark.parametrize("named", [True, False])

@@ -173,8 +173,8 @@ def test_a_prefix_without_checksums_still_trains(tmp_path, caplog):
     check_contents(info, whole=True, seed=0)
     check_contents(info, whole=False, seed=0)
     messages = [record.getMessage() for record in caplog.records]
-    assert messages[0].endswith(f"{prefix}.idx cannot be compared with what was built")
-    assert messages[1].endswith(f"{prefix}.bin and {prefix}.idx cannot be compared with what was built")
+    assert messages[0].endswith(f"{prefix}.idx cannot be verified")
+    assert messages[1].endswith(f"{prefix}.bin and {prefix}.idx cannot be verified")
     assert verify(info) == []
     flip(prefix + ".bin", 0)
     with pytest.raises(ValueError, match=r"p\.bin is damaged: bytes 0 to 319 are not what was built"):
