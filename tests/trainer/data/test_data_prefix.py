@@ -84,7 +84,7 @@ DAMAGE = {
     ),
     "the numbers of documents": (
         lambda p: patch(p + ".idx", 34 + 100 * 12 + 8, b"\7"),
-        r"p\.idx is damaged: its numbers",
+        r"p\.idx is damaged: its document numbers",
     ),
     "checksums": (lambda p: edit(p + ".json", checksums={"block_bytes": 0, "bin": "", "idx": ""}), "p.json is damaged"),
     "documents": (lambda p: edit(p + ".json", documents=99), r"p\.idx is damaged: its header does not agree with"),
