@@ -354,7 +354,7 @@ def test_too_many_end_the_run(rank_pool: RankPool, config_path: Path, tmp_path: 
         (12, "end"),
     ]
     assert (
-        "More than train.spike_limit = 2 spikes within train.spike_window = 8 steps"
+        "more than train.spike_limit = 2 spikes within train.spike_window = 8 steps"
         in (tmp_path / "run" / "console.log").read_text()
     )
     end = read_end(RunFolder(tmp_path / "run"))

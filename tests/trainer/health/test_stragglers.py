@@ -116,15 +116,15 @@ def test_ranks_are_compared_with_those_of_their_stage() -> None:
 
 
 def test_a_line_comes_once_after_several_slow_steps(tmp_path: Path) -> None:
-    stragglers = object.__new__(Stragglers)
-    stragglers._slow, stragglers._told = {}, set()
+    grid = mock.Mock(axes=Axes.of(), all_gather=lambda host, _: [host])
+    stragglers = Stragglers(grid, tmp_path / "stragglers.json")
     slow, fine = work(1.0, 1.0, 1.31, step=7), work(1.0, 1.0, 1.0)
 
-    def told(*measured: Work) -> Iterator[bool]:
+    def reported(*measured: Work) -> Iterator[bool]:
         return (stragglers.report(each) is not None for each in measured)
 
-    assert list(told(slow, slow, fine, slow, slow, slow, slow)) == [False, False, False, False, False, True, False]
-    assert list(told(fine, slow, slow)) == [False, False, False]
+    assert list(reported(slow, slow, fine, slow, slow, slow, slow)) == [False, False, False, False, False, True, False]
+    assert list(reported(fine, slow, slow)) == [False, False, False]
     line = stragglers.report(slow)
     assert line == "step 7: stragglers: rank 2 on n1: 1.31x the median of its peers (1.310 s of work per step)"
 
