@@ -386,9 +386,9 @@ def test_a_blend_goes_on_after_its_period(tmp_path, monkeypatch):
     for n, origin in enumerate(origins(short, range(220))):
         assert same(short[n], alone[origin][next_of[origin]])
         next_of[origin] += 1
-        assert short._drawn(n + 1) == next_of
+        assert short._samples_per_part(n + 1) == next_of
     unequal = open_samples([f"1e9 {prefixes[0]}", f"1 {prefixes[1]}"], sequence_length=16, seed=1)
-    assert unequal._drawn(100) == [98, 2]
+    assert unequal._samples_per_part(100) == [98, 2]
 
 
 @pytest.mark.parametrize(
