@@ -1,4 +1,4 @@
-"""The schedule of a run that goes on for longer: what it had, unless told otherwise."""
+"""The schedule of a resumed run, which is kept unless a change is asked for."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def previous_run(config: Config, step: int) -> PreviousRun:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("from_resolved_file", [False, True])
-def test_more_steps_change_no_step_that_was_planned(path: Path, schedule: str, from_resolved_file: bool) -> None:
-    """At its end and again after that; also with the run's own config.toml, which states every setting."""
+def test_more_steps_change_no_planned_step(path: Path, schedule: str, from_resolved_file: bool) -> None:
+    """Before its end, and again; also with the config.toml of the run, which states every setting."""
     stated = ["--optimizer.schedule", schedule]
     first = load_config(path, stated)
     if from_resolved_file:
@@ -61,7 +61,7 @@ def test_more_steps_change_no_step_that_was_planned(path: Path, schedule: str, f
 
 
 def test_a_stable_phase_becomes_longer(path: Path) -> None:
-    """A decay at the end of training that has not begun is still at the end, and as long as it was."""
+    """A decay that has not begun moves to the new end, and keeps its length."""
     first = load_config(path, ["--optimizer.schedule", "wsd"])
     stated = ["--optimizer.schedule", "wsd", "--train.steps", "200"]
     assert (first.optimizer.warmup_steps, first.optimizer.decay_steps) == (10, 20)
@@ -76,8 +76,8 @@ def test_a_stable_phase_becomes_longer(path: Path) -> None:
 
 @pytest.mark.parametrize("by", ["command line", "file"])
 @pytest.mark.parametrize(("key", "value"), [("warmup_steps", 10), ("decay_steps", 150), ("warmup_steps", 40)])
-def test_what_is_told_holds(path: Path, by: str, key: str, value: int) -> None:
-    """On the command line also where it is what the run had, or the default for so many steps."""
+def test_requested_changes_of_the_schedule_are_made(path: Path, by: str, key: str, value: int) -> None:
+    """On the command line, also a value that the run had already, or the default for so many steps."""
     first = load_config(path)
     settings = ["--train.steps", "400"]
     if by == "command line":
@@ -105,8 +105,8 @@ def test_another_schedule_decays_as_if_new(path: Path) -> None:
     assert (found.warmup_steps, found.decay_steps, found.decay_end) == (10, 80, 0)
 
 
-def test_checkpoints_made_before_a_setting_was_known(path: Path) -> None:
-    """Of other programs too, which know no settings at all."""
+def test_checkpoints_without_a_later_setting(path: Path) -> None:
+    """Also checkpoints of other programs, which have no settings at all."""
     first = dataclasses.asdict(load_config(path, ["--optimizer.schedule=wsd"]))
     del first["optimizer"]["decay_end"]
     settings = ["--optimizer.schedule=wsd", "--train.steps=400"]
@@ -126,6 +126,6 @@ def test_checkpoints_made_before_a_setting_was_known(path: Path) -> None:
         ),
     ],
 )
-def test_an_end_that_cannot_be(path: Path, settings: list[str], expected: str) -> None:
+def test_implausible_ends_are_ignored(path: Path, settings: list[str], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         validate(load_config(path, settings), 1)

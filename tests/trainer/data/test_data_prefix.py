@@ -1,4 +1,4 @@
-"""Prefixes: damaged files and blends are refused before anything is drawn from them."""
+"""Prefixes: damaged files and blends are refused before anything is read from them."""
 
 import json
 import os
@@ -166,7 +166,7 @@ def test_some_blocks_of_a_large_file_are_compared(tmp_path, small_blocks):
     assert found == chosen
 
 
-def test_a_prefix_without_checksums_still_trains(tmp_path, caplog):
+def test_prefix_without_checksums_trains(tmp_path, caplog):
     prefix = write_prefix(tmp_path / "p", [[1, 2, 3]] * 40)
     edit(prefix + ".json", checksums=...)
     info = read_info(prefix)

@@ -1,4 +1,4 @@
-"""A run that hangs: it ends by itself, tells which rank keeps it waiting, and goes on from its last checkpoint."""
+"""Hangs: the run ends by itself, names the rank that lags, and resumes from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def config(path: Path, *overrides: str) -> Config:
 
 
 def after_the_save(run_dir: Path, mark: Path, do: Any) -> None:
-    """Once the last save stands, so that each test goes on from the same step; `mark` tells when."""
+    """Call `do` after the last save, so that each test resumes from the same step; the time of `mark` is that of the call."""
     wait_until_saved(run_dir, SAVED)
     mark.touch()
     do()
@@ -72,7 +72,7 @@ def fall_asleep() -> None:
 
 
 def hang(config: Config, run_dir: Path, world_size: int, rank: int, do: Any) -> str:
-    """The report of a run in which a rank does something that does not end, within the time that is allowed for it."""
+    """Run with a rank that hangs, and return the report, which must come within the time limit."""
     mark = run_dir.with_suffix(".mark")
     watch = Watch(at_step={(rank, SAVED + 2): partial(after_the_save, run_dir, mark, do)})
     assert launch(world_size, config, run_dir, watch) == HUNG
@@ -125,7 +125,7 @@ def test_every_other_rank_leaves_its_stacks(stopped: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_it_goes_on_from_the_last_checkpoint_with_nothing_lost(
+def test_hung_run_resumes_from_its_last_checkpoint(
     stopped: tuple[Path, str], config_path: Path, rank_pool: RankPool
 ) -> None:
     run_dir, _ = stopped
@@ -159,7 +159,7 @@ def test_the_first_rank_is_named_too(config_path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_stops_while_it_saves_is_noticed_by_its_neighbour(config_path: Path, tmp_path: Path) -> None:
-    """Saving is not bounded in time: only the signs of life end."""
+    """Saving has no time limit: only heartbeats stop."""
     save = Watch(at_save={SAVED: _stop_in_save})
     assert launch(3, config(config_path, "--train.global_batch", "6"), tmp_path / "run", save) == HUNG
     (report,) = (tmp_path / "run/hangs").glob("*/report.txt")
@@ -172,7 +172,7 @@ def _stop_in_save(saver: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_disk_that_cannot_be_written_keeps_no_rank_from_leaving(config_path: Path, tmp_path: Path) -> None:
+def test_ranks_exit_if_the_disk_cannot_be_written(config_path: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     watch = Watch(at_step={(1, SAVED + 2): partial(_without_hangs_folder, run_dir)})
     assert launch(2, config(config_path), run_dir, watch) == HUNG
@@ -192,8 +192,8 @@ def test_a_single_rank(config_path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_in_which_no_python_runs_any_more_ends() -> None:
-    """The interpreter's lock is held for good: the stack comes from C, to stderr, and the exit code is 1."""
+def test_process_that_runs_no_python_ends() -> None:
+    """The interpreter's lock is held forever: C code writes the stack to stderr, and the exit code is 1."""
     script = (
         "import ctypes, sys, time; from griffin.trainer.health import watchdog\n"
         "watchdog.LAST_SECONDS = 0.5\n"
@@ -209,7 +209,7 @@ def test_a_process_in_which_no_python_runs_any_more_ends() -> None:
 
 @pytest.mark.slow
 def test_a_stopped_server_of_the_store(config_path: Path, tmp_path: Path) -> None:
-    """Rank 0 serves the store where srun starts the ranks."""
+    """Rank 0 serves the store, as under srun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -289,7 +289,7 @@ def _slow_run(ranks: Ranks, config: Config, run_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_slow_but_healthy_work_trips_nothing(config_path: Path, tmp_path: Path) -> None:
+def test_slow_but_healthy_work_is_no_hang(config_path: Path, tmp_path: Path) -> None:
     settings = config(config_path, "--train.steps", "4", "--train.eval_interval", "4", "--checkpoint.interval", "2")
     settings = replace(settings, health=replace(settings.health, hang_seconds=2.0))
     begun = time.monotonic()
@@ -319,7 +319,7 @@ def collective(group: str, sequence: int, *, pending: bool) -> Collective:
 @pytest.mark.parametrize(
     "forged", [b"x", b'{"rank": 1, "step": "/../.."}', seal(b"another", "griffin/watchdog/1/alarm", 1)]
 )
-def test_alarms_of_strangers_are_none(tmp_path: Path, forged: bytes) -> None:
+def test_alarms_from_outside_the_run_are_ignored(tmp_path: Path, forged: bytes) -> None:
     store = HashStore()
     name = "griffin/watchdog/1/alarm"
     store.set(name, forged)  # type: ignore[arg-type]  # it takes bytes as well
@@ -343,7 +343,7 @@ def test_alarms_of_strangers_are_none(tmp_path: Path, forged: bytes) -> None:
 
 
 class Unsteady:
-    """A connection to a store, lost after some requests."""
+    """A connection to the store that is lost after some requests."""
 
     def __init__(self, store: Any) -> None:
         self._store, self._left = store, 5
@@ -356,7 +356,7 @@ class Unsteady:
 
 
 def watched_over_lost_connections(ranks: Ranks, run_dir: Path) -> int:
-    """How often a rank has made its connection; it is at work for four times as long as it may be silent."""
+    """The number of connections of a rank that works for four times as long as it may be silent."""
     made: list[Unsteady] = []
     folder = SimpleNamespace(attempt=1, hangs=run_dir / "hangs", console=run_dir / "console.log")
     with rank_grid(ParallelConfig(), ranks) as grid:
@@ -375,14 +375,14 @@ def watched_over_lost_connections(ranks: Ranks, run_dir: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_lost_connection_is_made_anew(rank_pool: RankPool, tmp_path: Path) -> None:
+def test_watchdog_reconnects_after_a_lost_connection(rank_pool: RankPool, tmp_path: Path) -> None:
     steady, made = rank_pool.run(watched_over_lost_connections, 2, tmp_path)
     assert steady == 0
     assert made > 2
     assert not (tmp_path / "hangs").exists()
 
 
-def test_culprits() -> None:
+def test_lagging_ranks() -> None:
     def named(*states: RankState, silent: tuple[SilentRank, ...] = ()) -> list[str]:
         return [line.split(" on ")[0] for line in lagging_ranks({state.rank: state for state in states}, silent)]
 

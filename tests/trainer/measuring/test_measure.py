@@ -1,4 +1,4 @@
-"""What a logged step is measured for: the same on every layout, and without effect on what is trained."""
+"""Figures of a logged step: they are the same in every layout, and measuring changes no weight."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ def test_extreme_gates_are_counted_at_the_ends() -> None:
     assert values["input_gate_open"] == pytest.approx(1 / 3)
 
 
-def test_what_is_not_a_number_does_not_end_the_step() -> None:
-    """The step that it comes from does, with the parameter's name, or is skipped."""
+def test_nan_does_not_end_the_step() -> None:
+    """The step itself ends the run, naming the parameter, or is skipped."""
     gates = torch.tensor([0.0, math.nan, math.inf, -math.inf]).view(4, 1, 1)
     for input_gate, recurrence_gate, p in (
         (gates, gates, torch.zeros(1)),
@@ -70,7 +70,7 @@ def test_parts_of_channels_add_up() -> None:
     torch.testing.assert_close(sum(halves), whole)
 
 
-def test_tokens_are_left_out_evenly() -> None:
+def test_observed_tokens_are_evenly_spaced() -> None:
     input_gate, recurrence_gate, p = random_gates()
     some = distribution(input_gate, recurrence_gate, p, every=5)
     torch.testing.assert_close(some, distribution(input_gate[::5], recurrence_gate[::5], p))
@@ -89,6 +89,6 @@ def test_all_layers_are_counted_together() -> None:
     assert ends[-1] == LAST_OCTAVE
 
 
-def test_nothing_seen_is_nothing_said() -> None:
+def test_no_observation_gives_no_figures() -> None:
     empty = torch.zeros(BINS + 5, dtype=torch.float64)
     assert Health(layers={0: layer(empty)}).values() == {}

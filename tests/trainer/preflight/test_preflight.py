@@ -1,4 +1,4 @@
-"""The checks before the first step: what is found to be well, what is named where it is not, and what ends the run."""
+"""Preflight of several ranks: results, warnings and failures."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from tests.ranks import RankPool
 from tests.small_runs import metrics, run, write_config
 
 HOSTS = ("north", "north", "south", "south")  # of four ranks
-SLOW = 100.0  # times: further apart than what a busy machine measures
+SLOW = 100.0  # factor, larger than differences that a busy machine measures
 
-# What one rank finds changed: by what mock.patch finds it, what makes the new value of the old.
+# What is patched on one rank: target of mock.patch -> function from the old value to the new one.
 Changes = Mapping[str, Callable[[Any], Any]]
 MODULES = "griffin.trainer.preflight"
 
@@ -54,7 +54,7 @@ def examine(
     absent: Sequence[int] = (),
     limit: float = 30.0,
 ) -> dict[str, Any]:
-    """What preflight says on this rank of two hosts. `changes` and `configs` are of a rank alone."""
+    """Run preflight on this rank of two hosts. `changes` and `configs` are by rank."""
     ranks = dataclasses.replace(ranks, local_rank=ranks.rank % 2)
     config = (configs or {}).get(ranks.rank, config)
     said: list[str] = []
@@ -80,14 +80,14 @@ def examine(
 
 
 def failures(answers: list[dict[str, Any]]) -> str:
-    """What all ranks raised alike."""
+    """The failures, which all ranks raise alike."""
     assert all(answer.get("failures") for answer in answers), answers
     assert len({answer["failures"] for answer in answers}) == 1
     return "\n".join(answers[0]["failures"])
 
 
 def warnings(answers: list[dict[str, Any]]) -> str:
-    """What is odd, and was said; nothing failed."""
+    """The warnings, which are printed; nothing fails."""
     found = answers[0]["found"]
     assert all(answer["found"] == found for answer in answers)
     for text in found.warnings:
@@ -97,7 +97,7 @@ def warnings(answers: list[dict[str, Any]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """To the dict that a function returns."""
+    """Adds values to the dict that a function returns."""
 
     values: dict[str, str]
 
@@ -123,7 +123,7 @@ class Returns:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """What a function returns, or the first of it, times `factor` in its first `calls` calls."""
+    """Multiplies the result of a function, or its first item, by `factor` in its first `calls` calls."""
 
     factor: float
     calls: float = float("inf")
@@ -178,7 +178,7 @@ def test_a_single_rank(rank_pool: RankPool, config: Config, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_all_that_differs_is_named_at_once(
+def test_all_disagreements_are_named_together(
     rank_pool: RankPool, config_path: Path, config: Config, tmp_path: Path
 ) -> None:
     versions = f"{MODULES}.machine.versions"
@@ -195,7 +195,7 @@ def test_all_that_differs_is_named_at_once(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_environment_is_odd(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
+def test_different_environment_is_a_warning(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
     variables = {"NCCL_ALGO": "Ring"}
     changes: dict[int, Changes] = {2: {f"{MODULES}.machine.os.environ": Constant(variables)}}
     text = warnings(rank_pool.run(examine, 4, config, tmp_path, changes))
@@ -246,7 +246,7 @@ def test_a_wrong_all_reduce(rank_pool: RankPool, config: Config, tmp_path: Path)
 
 
 def sends_garbage(pattern: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What the rank itself sends, not what it expects of others."""
+    """Corrupt what the rank sends, not what it expects from others."""
     return lambda rank, *args: pattern(rank, *args) + (rank == 2)
 
 
@@ -258,7 +258,7 @@ def test_a_link_that_corrupts(rank_pool: RankPool, config: Config, tmp_path: Pat
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Matrix products at a rate that no load of this machine changes: `first` in the first measurement, then `rate`."""
+    """A fixed rate of matrix products, whatever this machine's load: `first` in the first measurement, then `rate`."""
 
     first: float
     rate: float
@@ -269,7 +269,7 @@ class Rate:
 
 
 def rated(*first: float, rate: float | None = None) -> dict[int, Changes]:
-    """The rates that the ranks measure, in TFLOP/s; and copies that all take as long."""
+    """Rates that the ranks measure, in TFLOP/s; all copies take the same time."""
     return {
         rank: {
             f"{MODULES}.machine.measured_tflops": Rate(each, each if rate is None else rate),
@@ -315,7 +315,7 @@ def test_a_host_that_does_not_see_the_folder(rank_pool: RankPool, config: Config
 
 
 def probe_elsewhere(function: Any) -> Callable[[Path, int], str]:
-    """Where the host has a folder of the same name, but of its own disk."""
+    """Probe a folder of the same name on another disk."""
     return lambda folder, rank: probe(folder.parents[1] / folder.name, rank)
 
 
@@ -375,7 +375,7 @@ def test_a_rank_that_hangs_in_an_exchange(rank_pool: RankPool, config: Config, t
     assert all(answer["seconds"] < 12 for answer in answers[:3])
 
 
-def test_it_precedes_a_run(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
+def test_launch_folder_may_precede_a_run(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1, eval_interval=0))
     rank_pool.run(run, 2, config, tmp_path / "run")
     text = (tmp_path / "run/console.log").read_text()

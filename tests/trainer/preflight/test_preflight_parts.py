@@ -72,7 +72,7 @@ def test_names_of_ranks() -> None:
 
 
 def slow_links(slow: dict[tuple[int, int], float], hosts: int = 4, ranks: int = 2) -> list[str]:
-    """Warnings where links have a tenth of the others' bandwidth."""
+    """Warnings about links, some of which are slow."""
     locations = [
         RankLocation(rank=rank, local_rank=rank % ranks, host=f"n{rank // ranks}") for rank in range(hosts * ranks)
     ]
@@ -141,7 +141,7 @@ def nvml(rows: tuple[int, int, int, int], errors: int | None, reasons: int) -> A
     )
 
 
-def test_what_the_driver_knows() -> None:
+def test_faults_and_oddities_from_nvml() -> None:
     assert nvml_state(nvml((3, 0, 0, 0), None, 1), None) == ([], [])
     faults, oddities = nvml_state(nvml((0, 1, 1, 1), 2, 32), None)
     assert len(faults) == 1
@@ -161,14 +161,14 @@ def test_the_best_time_counts() -> None:
     assert next(pauses, None) is None
 
 
-def test_the_code_has_one_digest() -> None:
+def test_code_digest() -> None:
     assert code_digest() == code_digest()
     assert len(bytes.fromhex(code_digest())) == 6
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_size_of_a_checkpoint(rank_pool: RankPool, tmp_path: Path, dtype: str) -> None:
-    """What is foreseen is what a run saves, but for metadata and the padding of small chunks."""
+    """The predicted size is that of a saved checkpoint, except for metadata and the padding of small chunks."""
     overrides = ["--train.dtype", dtype, "--train.steps", "1", "--train.eval_interval", "0"]
     config = load_config(write_config(tmp_path), overrides)
     rank_pool.run(run, 1, config, tmp_path / "run")

@@ -33,7 +33,7 @@ def save_tokenizer(path: Path, *, last: str = "b") -> Path:
 
 
 def build(prefix: Path, tokenizer: Path, text: str = "a b b a " * 500) -> Path:
-    """Its end-of-document token has none of the usual names."""
+    """A tokenizer whose end-of-document token has none of the usual names."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     (prefix.parent / "text.txt").write_text(text)
     files = [str(prefix), str(prefix.parent / "text.txt")]
@@ -76,7 +76,7 @@ def lose_all(original: Path, prefix: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [change, lose, lose_all])
-def test_the_copy_stands_in(
+def test_copy_replaces_a_missing_tokenizer(
     folder: RunFolder, original: Path, prefix: Path, lost: Callable[[Path, Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries, content = [f"2.0 {prefix}"], original.read_bytes()
@@ -94,7 +94,7 @@ def test_the_copy_stands_in(
         find_tokenizer(folder.path / "elsewhere" / "step-00000001", entries)
 
 
-def test_a_later_start_leaves_it_as_it_is(folder: RunFolder, tmp_path: Path, original: Path, prefix: Path) -> None:
+def test_later_attempt_keeps_the_copy(folder: RunFolder, tmp_path: Path, original: Path, prefix: Path) -> None:
     assert copy_tokenizer(folder, [str(prefix)]) is None
     before = snapshot(folder.path)
     assert copy_tokenizer(folder, [str(prefix)]) is None
@@ -116,7 +116,7 @@ def test_a_later_start_leaves_it_as_it_is(folder: RunFolder, tmp_path: Path, ori
     ("lost", "reason"),
     [(change, "is not the tokenizer that"), (lose, "No such file"), (lose_all, "train.json is missing")],
 )
-def test_a_tokenizer_that_is_gone_is_no_error(
+def test_missing_tokenizer_is_no_error(
     folder: RunFolder, original: Path, prefix: Path, lost: Callable[[Path, Path], None], reason: str
 ) -> None:
     lost(original, prefix)
@@ -155,7 +155,7 @@ def test_a_damaged_copy(folder: RunFolder, original: Path, prefix: Path) -> None
         find_tokenizer(step(folder), [str(prefix)])
 
 
-def test_a_run_keeps_it_and_its_checkpoints_generate(
+def test_run_copies_its_tokenizer_and_generates(
     rank_pool: RankPool, original: Path, prefix: Path, tmp_path: Path
 ) -> None:
     settings = {"data.train": [str(prefix)], "data.eval": [], "model.vocabulary": 257}

@@ -72,7 +72,7 @@ def test_defaults(load) -> None:
 
 
 def test_defaults_are_those_of_python(load) -> None:
-    """What a file leaves out is what the dataclasses have in Python, also where it follows from other settings."""
+    """Defaults are the same from a file and in Python, also those that depend on other settings."""
     model = ModelConfig(
         pattern=("recurrent", "attention"), width=32, recurrent_width=64, heads=2, head_dim=16, vocabulary=300
     )
@@ -246,7 +246,7 @@ def test_other_names_of_numbers_and_dtypes_in_files(load) -> None:
     assert (config.train.steps, type(config.train.steps), config.train.dtype) == (1_000_000, int, "bfloat16")
 
 
-def test_model_that_is_not_stated_is_looked_for(load, tmp_path: Path) -> None:
+def test_model_that_is_not_stated_is_found(load, tmp_path: Path) -> None:
     model = load(MODEL).model
     path = tmp_path / "none.toml"
     path.write_text("[train]\nsteps = 3\n")
@@ -261,7 +261,7 @@ def test_model_that_is_not_stated_is_looked_for(load, tmp_path: Path) -> None:
 
 
 def test_packaged_config_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of that name comes first; no name is a preset's too."""
+    """A file of that name takes precedence; no config has the name of a preset."""
     monkeypatch.chdir(tmp_path)
     names = {path.stem for path in CONFIGS.glob("*.toml")}
     assert "demo" in names
@@ -280,7 +280,7 @@ def test_missing_file(tmp_path: Path) -> None:
         load_config(tmp_path / "absent.toml")
 
 
-def test_file_that_is_no_text(tmp_path: Path) -> None:
+def test_config_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"config\.toml: not a TOML file"):
         load_config(tmp_path / "config.toml")
@@ -338,7 +338,7 @@ def eval_sets() -> st.SearchStrategy:
 
 
 def of_type(section: type, **strategies: st.SearchStrategy) -> st.SearchStrategy:
-    """Any value of a section's types, sensible or not: what is loaded is not yet validated."""
+    """Any values of the types of a section, sensible or not: loading does not validate them."""
     by_type = {
         "int": st.integers(-(2**63), 2**63 - 1),
         "float": st.floats(allow_nan=False),

@@ -87,10 +87,10 @@ def test_all_sets_are_read_and_have_one_tokenizer(tmp_path: Path) -> None:
         read_data(DataConfig(train=(train,), eval={"books": (books,), "code": (other,)}))
 
 
-def test_a_changed_set_is_told(tmp_path: Path) -> None:
+def test_changed_held_out_sets(tmp_path: Path) -> None:
     config = load(tmp_path, TABLE)
-    earlier = {"eval": {"books": ["b"], "code": ["0.7 c", "0.3 d"]}, "train": ["a"]}  # as JSON has it
-    told = [text for text in changed_settings(config, {"data": earlier}) if text.startswith("data.")]
+    previous = {"eval": {"books": ["b"], "code": ["0.7 c", "0.3 d"]}, "train": ["a"]}  # as JSON has it
+    told = [text for text in changed_settings(config, {"data": previous}) if text.startswith("data.")]
     assert told == []
-    told = [text for text in changed_settings(config, {"data": earlier | {"eval": ["b"]}}) if text.startswith("data.")]
+    told = [text for text in changed_settings(config, {"data": previous | {"eval": ["b"]}}) if text.startswith("data.")]
     assert told == ['data.eval ["b"] -> {"books": ["b"], "code": ["0.7 c", "0.3 d"]}']
