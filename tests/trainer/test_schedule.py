@@ -126,6 +126,6 @@ def test_checkpoints_without_a_later_setting(path: Path) -> None:
         ),
     ],
 )
-def test_implausible_ends_are_ignored(path: Path, settings: list[str], expected: str) -> None:
+def test_impossible_decay_ends_are_refused(path: Path, settings: list[str], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         validate(load_config(path, settings), 1)

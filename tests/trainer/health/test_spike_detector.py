@@ -45,7 +45,7 @@ def test_outlier_is_a_spike_and_does_not_join_the_window() -> None:
     assert found.detect(*usual()) is None
 
 
-def test_detection_starts_after_half_a_window() -> None:
+def test_only_non_finite_values_are_spikes_before_half_a_window() -> None:
     found = detector(spike_window=10)
     for _ in range(4):
         assert found.detect(1.0, 1.0) is None

@@ -57,7 +57,7 @@ def config(path: Path, *overrides: str) -> Config:
 
 
 def after_the_save(run_dir: Path, mark: Path, do: Any) -> None:
-    """Call `do` after the last save, so that each test resumes from the same step; the time of `mark` is that of the call."""
+    """Call `do` after the last save, so that each test resumes from the same step. `mark` keeps the time."""
     wait_until_saved(run_dir, SAVED)
     mark.touch()
     do()

@@ -375,7 +375,7 @@ def test_a_rank_that_hangs_in_an_exchange(rank_pool: RankPool, config: Config, t
     assert all(answer["seconds"] < 12 for answer in answers[:3])
 
 
-def test_launch_folder_may_precede_a_run(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
+def test_preflight_comes_before_the_first_step(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1, eval_interval=0))
     rank_pool.run(run, 2, config, tmp_path / "run")
     text = (tmp_path / "run/console.log").read_text()

@@ -98,7 +98,7 @@ GOOD = {"attempt": 1, "ended": 5.0, "why": "stopped", "exit_code": 85, "step": 4
     ],
     ids=str,
 )
-def test_lines_that_are_no_objects_are_skipped(tmp_path: Path, odd: dict[str, Any]) -> None:
+def test_damaged_lines_are_skipped(tmp_path: Path, odd: dict[str, Any]) -> None:
     folder = RunFolder(tmp_path)
     folder.attempts.write_text(json.dumps(GOOD | odd) + "\n[1]\n{\n")
     assert read_end(folder) is None
