@@ -69,7 +69,7 @@ class Training:
             kernels=config.train.kernels,
         )
         initialize(self.stages, grid, config.train.seed)
-        self.chunks = wrap_in_ddp(self.stages, self.overlap)
+        self.chunks = wrap_in_ddp(self.stages, self.overlap)  # megatron-core's model chunks
         self.optimizer = ShardedOptimizer(config, grid, self.chunks, dtype=self.dtype, overlap=self.overlap)
 
         # megatron-core's schedule calls these between its passes.
@@ -95,7 +95,7 @@ class Training:
 
         Args:
             batches: this rank's micro-batches, dicts of int64 and float32 [B, T] (see `trainer.data.loader`).
-            stop: whether this rank was asked to stop. `StepResult.stop` is then True on every rank. All other arguments
+            stop: whether this rank was asked to stop. `StepResult.stop` is then True on every rank. The arguments below
                 must be the same on every rank.
             detect_spike: returns the spike for a loss and a gradient norm, if they are one. The update is then skipped;
                 the schedule advances all the same.
