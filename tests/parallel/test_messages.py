@@ -16,9 +16,9 @@ from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world.grid import _Sealed, rank_grid
 from griffin.parallel.world.messages import ForgedError, pack, seal, unpack, unseal
 from griffin.parallel.world.ranks import LOOPBACK, Ranks, serve_store
-from griffin.trainer.preflight import meeting
+from griffin.trainer.preflight import agreement
+from griffin.trainer.preflight.agreement import Agreement, PreflightError, RankLocation
 from griffin.trainer.preflight.links import Exchanges, Link
-from griffin.trainer.preflight.meeting import Meeting, Place, PreflightError
 from tests.ranks import RankPool
 from tests.strangers import Bomb, sockets_of
 
@@ -28,7 +28,7 @@ KEY = b"k" * 32
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (Exchanges(links=(Link(pair=(0, 1), seconds=0.5, bandwidth=1.0),), complaints=("a",)), Exchanges),
+        (Exchanges(links=(Link(pair=(0, 1), seconds=0.5, bandwidth=1.0),), failures=("a",)), Exchanges),
         ((Path("a"), None, frozenset({2, 1})), tuple[Path, int | None, frozenset[int]]),
         ([{"a": (True, 2)}], list[dict[str, tuple[bool, int]]]),
         (b"\0\xff", bytes),
@@ -44,7 +44,7 @@ def test_values_come_back(value: Any, kind: Any) -> None:
         (b"1", str),
         (b"true", int),
         (b"[1]", tuple[int, int]),
-        (b"{}", Place),
+        (b"{}", RankLocation),
         (b"[" * 100_000, Any),
         (b"\xff", Any),
         (pickle.dumps(1), Any),
@@ -101,9 +101,9 @@ def test_a_local_store_listens_on_the_loopback_interface_alone() -> None:
 
 def meet(ranks: Ranks, bomb: Path) -> tuple[str, set[str]]:
     """Two ranks agree while a stranger puts a pickle where rank 1's word, or rank 0's answer, is looked for."""
-    with mock.patch.object(meeting, "GRACE_SECONDS", 0.2), rank_grid(ParallelConfig(), ranks) as grid:
+    with mock.patch.object(agreement, "GRACE_SECONDS", 0.2), rank_grid(ParallelConfig(), ranks) as grid:
         addresses = listening(sockets_of(os.getpid()))
-        ranks_meet = Meeting(grid, Place(rank=ranks.rank, local_rank=0, host="n0"), 1.0)
+        agreement_of_ranks = Agreement(grid, RankLocation(rank=ranks.rank, local_rank=0, host="n0"), 1.0)
         stranger = dist.TCPStore(LOOPBACK, ranks.port, is_master=False, wait_for_workers=False)
         said = ""
         if ranks.rank == 1:
@@ -112,9 +112,9 @@ def meet(ranks: Ranks, bomb: Path) -> tuple[str, set[str]]:
             stranger.set("griffin/preflight/second", pickle.dumps(Bomb(bomb)))  # type: ignore[arg-type]
         try:
             if ranks.rank == 0:
-                ranks_meet.agree("first", 1, int, sum, int)
+                agreement_of_ranks.agree("first", 1, int, sum, int)
             else:
-                ranks_meet.agree("second", 1, int, sum, int)
+                agreement_of_ranks.agree("second", 1, int, sum, int)
         except PreflightError as error:
             said = str(error)
     return said, addresses

@@ -1,4 +1,4 @@
-"""A whole run: what it leaves in its folder, and what is refused before anything is written."""
+"""Whole runs: the content of the run folder, and refusals before anything is written."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_parts_of_a_step_make_its_time(run_dir: Path) -> None:
         assert 0 < line["memory_allocated_gib"] <= line["memory_peak_gib"]
 
 
-def test_it_is_saved_at_its_end(run_dir: Path) -> None:
+def test_checkpoint_at_the_end_of_the_run(run_dir: Path) -> None:
     folder = run_dir / "checkpoints" / "step-00000012"
     assert newest_complete(run_dir / "checkpoints") == (folder, [])
     saved = verify(folder)
@@ -251,7 +251,7 @@ def empty(path: Path) -> None:
 
 
 def scribble(path: Path) -> None:
-    """Ids past the vocabulary, or no index, or no JSON."""
+    """Ids outside the vocabulary, a damaged index, or invalid JSON."""
     path.write_bytes(b"\xff" * path.stat().st_size)
 
 

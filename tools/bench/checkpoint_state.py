@@ -55,7 +55,7 @@ def fill(training: Training, grid: Grid) -> None:
             if stop > start:
                 weights, *moments = (drawn(kind, parameter, grid)[start:stop] for kind in KINDS)
                 training.optimizer.set_shard_state(parameter, weights, torch.stack(moments))
-        training.optimizer.spread_weights()
+        training.optimizer.gather_weights()
     training.continue_after(1, 1)
 
 

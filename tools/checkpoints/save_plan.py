@@ -153,7 +153,7 @@ def _shards(config: Config, grid: Grid) -> tuple[list[int], list[Parameter], lis
     from griffin.parallel import host
     from griffin.parallel.stage import build_stages
     from griffin.trainer.checkpoint.state import parameter_layout, shards_in_a_row
-    from griffin.trainer.sharded_optimizer import in_buffers, overlaps, shard_ranges
+    from griffin.trainer.sharded_optimizer import overlaps_communication, shard_ranges, wrap_in_ddp
 
     with host.on_meta():
         stages = build_stages(
@@ -163,7 +163,7 @@ def _shards(config: Config, grid: Grid) -> tuple[list[int], list[Parameter], lis
             dtype=getattr(torch, config.train.dtype),
             sequence=config.data.sequence_length,
         )
-        chunks = in_buffers(stages, overlaps(config, grid.data_size, on_gpu=True))
+        chunks = wrap_in_ddp(stages, overlaps_communication(config, grid.data_size, on_gpu=True))
     saved = [
         (number, parameter)
         for number, stage in enumerate(stages)
@@ -225,12 +225,12 @@ def cut_tensors(arrays: Sequence[ArraySpec], tensor_size: int) -> list[str]:
 
 def describe(config: Config, world_size: int, plan: CheckpointPlan) -> str:
     """The figures, in lines."""
-    from griffin.trainer.sharded_optimizer import overlaps
+    from griffin.trainer.sharded_optimizer import overlaps_communication
 
     parallel = config.parallel
     data_size = world_size // parallel.model_ranks
     weights = sum(array.tensor.elements for array in plan.arrays if array.kind == MODEL)
-    overlap = "with" if overlaps(config, data_size, on_gpu=True) else "without"
+    overlap = "with" if overlaps_communication(config, data_size, on_gpu=True) else "without"
     supposed = " (train.overlap = 'auto': on GPUs)" if config.train.overlap == "auto" and overlap == "with" else ""
     virtual = f" ({parallel.virtual_pipeline} stages each)" if parallel.virtual_pipeline > 1 else ""
     cut = cut_tensors(plan.arrays, parallel.tensor)

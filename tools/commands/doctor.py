@@ -89,7 +89,7 @@ def _leave_after_report(ranks: Ranks, findings: Sequence[Finding]) -> NoReturn:
     """End this rank once rank 0 has reported: a launcher ends all when one leaves. If it never does, others report."""
     import torch.distributed as dist
 
-    from griffin.trainer.preflight.meeting import HEARING_SECONDS
+    from griffin.trainer.preflight.agreement import HEARING_SECONDS
 
     with suppress(dist.DistNetworkError):  # rank 0 is gone, and the store that it served
         store = ranks.another_connection(timedelta(seconds=REPORT_SECONDS))
@@ -145,8 +145,8 @@ def check_rank(ranks: Ranks, config: Config | None, folder: Path) -> list[Findin
     """What preflight finds with the world's other ranks, of which each is a data-parallel one."""
     from griffin.parallel.config import ParallelConfig
     from griffin.parallel.world.grid import rank_grid
+    from griffin.trainer.preflight.agreement import PreflightError
     from griffin.trainer.preflight.check import preflight
-    from griffin.trainer.preflight.meeting import PreflightError
 
     failures: tuple[str, ...] = ()
     try:

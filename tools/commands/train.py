@@ -18,7 +18,7 @@ from griffin.parallel.config import ModelConfig
 from griffin.parallel.world.ranks import STOPPED, Ranks
 from griffin.tools.common.errors import USER_ERRORS, report
 from griffin.trainer.run.folder import RunFolder, default_run_folder
-from griffin.trainer.schedule import Earlier
+from griffin.trainer.schedule import PreviousRun
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.load import read_settings, to_toml
 from griffin.trainer.settings.sections import Config
@@ -160,7 +160,7 @@ def check(
         if source.path and source.config:
             refuse_other_model(config.model, source.config["model"], source.path)
         if source.everything and source.config:
-            earlier = Earlier(config=source.config, step=source.step)
+            earlier = PreviousRun(config=source.config, step=source.step)
             config = load_run_config(args, earlier)
             validate(config, world_size)
     if makes_folder and (found := differences(config.model)):
@@ -169,7 +169,7 @@ def check(
     return config, run_dir, init_from
 
 
-def load_run_config(args: argparse.Namespace, earlier: Earlier | None = None) -> Config:
+def load_run_config(args: argparse.Namespace, earlier: PreviousRun | None = None) -> Config:
     """The config of a training. A model that it does not state is that of its run folder, else of --init-from; the
     schedule is that of the `earlier` config where the run goes on."""
     from griffin.trainer.checkpoint.manifest import check as check_step
@@ -180,7 +180,7 @@ def load_run_config(args: argparse.Namespace, earlier: Earlier | None = None) ->
             return read_settings(RunFolder(args.run_dir).config).model
         return check_step(resolve(args.init_from)).model if args.init_from else None
 
-    return load_config(args.config, args.overrides, find_model=find_model, earlier=earlier)
+    return load_config(args.config, args.overrides, find_model=find_model, previous=earlier)
 
 
 def _check_kernels(config: Config) -> None:

@@ -141,7 +141,7 @@ class ShardedState:
                 self._read(pool, buffers, folder, manifest, kinds, number, member, rows)
                 master, moments = torch.from_numpy(rows[0]), torch.from_numpy(rows[1:]) if everything else None
                 self._training.optimizer.set_shard_state(parameter, master, moments)
-        self._training.optimizer.spread_weights()
+        self._training.optimizer.gather_weights()
         if everything:
             assert manifest.optimizer is not None, "checked: the checkpoint holds more than weights"
             self._training.continue_after(manifest.step, manifest.optimizer["step"])

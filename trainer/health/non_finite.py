@@ -1,4 +1,4 @@
-"""A loss or gradient that is NaN or infinite: which parameter it begins with, and on which ranks."""
+"""Non-finite losses and gradients: the first affected parameter, and its ranks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class NonFiniteError(RunError):
 
 
 def describe_non_finite(stages: Sequence[Stage], grid: Grid) -> str:
-    """Which gradient is not finite, and on which ranks: the same on every rank. A collective."""
+    """Name the first gradient that is not finite and its ranks. A collective; the same text on every rank."""
     mine = [
-        (place, piece.name)
-        for place, (piece, parameter) in enumerate(
+        (index, piece.name)
+        for index, (piece, parameter) in enumerate(
             (piece, parameter) for stage in stages for parameter in stage.parameters() for piece in parameter.pieces
         )
         if not piece.view(parameter.main_grad, grid.tensor_size).isfinite().all()
@@ -35,7 +35,7 @@ def describe_non_finite(stages: Sequence[Stage], grid: Grid) -> str:
 
 
 def _model_order(name: str) -> tuple[int, str]:
-    """Sorts parameter names from the input to the output of the model."""
+    """Sort key of parameter names, from the input to the output of the model."""
     parts = name.split(".")
     if parts[0] == "blocks":
         return int(parts[1]), name

@@ -1,4 +1,4 @@
-"""The table of all settings, in Markdown, from what each says of itself."""
+"""The settings reference in Markdown, generated from the metadata of the settings."""
 
 from __future__ import annotations
 

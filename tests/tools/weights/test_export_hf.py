@@ -18,7 +18,7 @@ from griffin.tools.weights.imported import model_tensors, write_imported
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec, Box
 from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.run.folder import RunFolder
-from griffin.trainer.run.tokenizer_copy import keep_tokenizer
+from griffin.trainer.run.tokenizer_copy import copy_tokenizer
 from tests.checkpoints import config_json, make_checkpoint, read_arrays, reshard
 from tests.converted_models import GRIFFIN, LAYOUTS, batch, compute
 from tests.deepmind_models import plain
@@ -235,7 +235,7 @@ def test_the_copy_in_the_run_folder_where_the_data_are_gone(tmp_path: Path, caps
     content, step, run = path.read_bytes(), trained(tmp_path, str(path)), RunFolder(tmp_path / "run")
     run.checkpoints.mkdir(parents=True)
     step.rename(run.checkpoints / "step-00000001")
-    assert keep_tokenizer(run, [f"1.0 {tmp_path / 'data/train'}"]) is None
+    assert copy_tokenizer(run, [f"1.0 {tmp_path / 'data/train'}"]) is None
     path.unlink()
     (tmp_path / "data/train.json").unlink()
     capsys.readouterr()

@@ -32,7 +32,7 @@ def test_known_devices(name: str, tflops: float | None) -> None:
 
 
 @pytest.mark.parametrize(("allowed", "expected"), [(False, 66.9), (True, 494.7)])
-def test_float32_goes_by_whether_tf32_is_allowed(allowed: bool, expected: float) -> None:
+def test_float32_peak_depends_on_tf32(allowed: bool, expected: float) -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
@@ -41,7 +41,7 @@ def test_float32_goes_by_whether_tf32_is_allowed(allowed: bool, expected: float)
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def test_what_is_set_goes_first() -> None:
+def test_configured_peak_takes_precedence() -> None:
     assert (peak(CPU, torch.float32, 123.0).tflops, peak(CPU, torch.float32, 123.0).source) == (123.0, "set")
     measured = peak(CPU, torch.float32, 0.0)
     assert measured.source == "measured"

@@ -26,7 +26,7 @@ def test_lines_come_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [line["step"] for line in lines_from_end(path)] == [31, *reversed(range(30))]
 
 
-def test_what_is_added_is_read(tmp_path: Path) -> None:
+def test_follower_reads_appended_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     follower = Follower(path)
     assert follower.read() == []
@@ -50,7 +50,7 @@ def test_a_long_file_is_read_at_its_end(tmp_path: Path) -> None:
     assert 40 < len(steps) < 80
 
 
-def test_what_no_run_writes_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_lines_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_lines, "_BLOCK", 64)
     monkeypatch.setattr(json_lines, "_LONGEST", 1000)
     path = tmp_path / "metrics.jsonl"

@@ -47,7 +47,7 @@ def test_folder_that_is_only_locked_is_used(tmp_path: Path) -> None:
 
 
 def test_attempts_of_the_same_model(tmp_path: Path) -> None:
-    """A run goes on in its folder, and what its earlier attempts were made from stays as it was."""
+    """A run resumes in its folder; the config and environment of earlier attempts stay as they were."""
     configs = [dataclasses.replace(CONFIG, train=TrainConfig(steps=steps)) for steps in range(1, 13)]
     written: dict[Path, bytes] = {}
     for attempt, config in enumerate(configs, start=1):

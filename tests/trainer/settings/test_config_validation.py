@@ -204,5 +204,5 @@ def test_choices(setting: str) -> None:
 
 
 def test_vocabulary_must_have_been_found() -> None:
-    with pytest.raises(ValueError, match=r"^model\.vocabulary: missing; must be stated, or completed with"):
+    with pytest.raises(ValueError, match=r"^model\.vocabulary: missing; must be stated, or completed from"):
         validate(changed({"model.vocabulary": None}), 1)
