@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from griffin.parallel.setting import about, setting
+from griffin.parallel.world.axes import AXES, Axes
 
 # The mixers of published models; all that there are: `griffin.parallel.mixers.MIXERS`.
 RECURRENT = "recurrent"
@@ -101,5 +103,25 @@ class ParallelConfig:
     )
 
     @property
+    def model_axes(self) -> dict[str, int]:
+        """Sizes of all axes of the grid but the data-parallel one, by name."""
+        return {axis.name: getattr(self, axis.name) for axis in AXES if axis.size_argument is not None}
+
+    @property
     def model_ranks(self) -> int:
-        return self.tensor * self.pipeline
+        """Ranks that a world size must be a multiple of."""
+        return math.prod(self.model_axes.values())
+
+    @property
+    def megatron_sizes(self) -> dict[str, int]:
+        """`model_axes` by megatron-core's names of the sizes."""
+        return {axis.size_argument: getattr(self, axis.name) for axis in AXES if axis.size_argument is not None}
+
+    def axes(self, world_size: int) -> Axes:
+        """The grid that `world_size` ranks form."""
+        return Axes.of(**self.model_axes, data=world_size // self.model_ranks)
+
+    def record(self, world_size: int) -> dict[str, Any]:
+        """The layout as manifests and environment.json state it, with the data-parallel size."""
+        sizes = {name: value for name, value in asdict(self).items() if name != "stages"}
+        return sizes | {"data": world_size // self.model_ranks}

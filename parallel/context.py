@@ -45,8 +45,7 @@ def megatron_config(
         hidden_size=model.width,
         ffn_hidden_size=model.mlp_width,
         num_attention_heads=layout.tensor,  # unused (attention is ours) but checked against the tensor size
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
+        **layout.megatron_sizes,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
         sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
         params_dtype=dtype,

@@ -209,7 +209,7 @@ def gather(
         piece.name: (piece.axis, piece.shape, piece.view(value(parameter), grid.tensor_size).detach().cpu())
         for piece, parameter in named_pieces(modules)
     }
-    everyone = _all_gather_parts(mine if grid.data_rank == 0 else {}, grid)
+    everyone = _all_gather_parts(mine if grid.is_first_replica else {}, grid)
     parts: dict[str, list[Part]] = {}
     for held in everyone:  # ranks of one tensor group follow each other in order
         for name, part in held.items():

@@ -57,7 +57,7 @@ class Training:
         self.config, self.grid = config, grid
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
         self.micro_batches = config.train.global_batch // (config.train.micro_batch * grid.data_size)
-        self.overlap = overlaps(config, grid.data_size, on_gpu=grid.device.type == "cuda")
+        self.overlap = overlaps(config, grid.axes.replicas, on_gpu=grid.device.type == "cuda")
         stages = build_stages(
             config.model,
             config.parallel,
@@ -205,7 +205,7 @@ class Training:
             forward_only=forward_only,
         )
         total = torch.zeros(3, dtype=torch.float64, device=self.grid.device)
-        if self.grid.is_last_stage and self.grid.tensor_rank == 0:
+        if self.grid.reports_loss:
             for loss in losses:
                 total[:2] += loss
         if stop:

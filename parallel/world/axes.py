@@ -1,7 +1,6 @@
 """The axes of the rank grid: coordinates of ranks on them, and the names of ranks in messages.
 
-An axis is added by its name in AXES, at its place in megatron-core's order of ranks, its group in `grid._read`, and its
-size in `ParallelConfig`. Coordinates of all ranks, ranks with the same work and replicas' figures follow from that.
+To add an axis, see "Add an axis" in parallel/README.md.
 """
 
 from __future__ import annotations
@@ -15,9 +14,31 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Ranks are numbered along the first axis first, as in megatron-core.
-AXES = ("tensor", "data", "pipeline")
 NAMED_HOSTS = 8  # of which a message lists the ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """An axis of the grid.
+
+    name: also of the setting of `ParallelConfig` that holds its size.
+    size_argument: what megatron-core calls the size; None for the axis that takes the ranks that the others leave.
+    shards_weights: ranks along it hold different weights; otherwise they hold copies.
+    shards_tokens: ranks along it see different tokens; otherwise they see the same ones.
+    """
+
+    name: str
+    size_argument: str | None
+    shards_weights: bool = False
+    shards_tokens: bool = False
+
+
+# Ranks are numbered along the first axis first, as in megatron-core.
+AXES = (
+    Axis(name="tensor", size_argument="tensor_model_parallel_size", shards_weights=True),
+    Axis(name="data", size_argument=None, shards_tokens=True),
+    Axis(name="pipeline", size_argument="pipeline_model_parallel_size", shards_weights=True),
+)
 
 
 @dataclass(frozen=True)
@@ -29,29 +50,50 @@ class Axes:
     @classmethod
     def of(cls, **sizes: int) -> Axes:
         """`Axes.of(tensor=2, data=4)`; axes that are left out have size 1."""
-        assert sizes.keys() <= set(AXES), sizes
-        return cls(tuple(sizes.get(axis, 1) for axis in AXES))
+        assert sizes.keys() <= {axis.name for axis in AXES}, sizes
+        return cls(tuple(sizes.get(axis.name, 1) for axis in AXES))
 
     @property
     def world_size(self) -> int:
         return math.prod(self.sizes)
 
+    @property
+    def replicas(self) -> int:
+        """How many ranks hold each weight: the data-parallel size in megatron-core's sense."""
+        return math.prod(self.size(axis.name) for axis in AXES if not axis.shards_weights)
+
     def size(self, axis: str) -> int:
-        return self.sizes[AXES.index(axis)]
+        return self.sizes[_place(axis)]
 
     def coordinate(self, rank: int, axis: str) -> int:
-        place = AXES.index(axis)
+        place = _place(axis)
         return rank // math.prod(self.sizes[:place]) % self.sizes[place]
 
-    def rank(self, **coordinates: int) -> int:
-        """The rank with these coordinates, and 0 on other axes."""
-        strides = [math.prod(self.sizes[:place]) for place in range(len(AXES))]
-        return sum(coordinates.get(axis, 0) * stride for axis, stride in zip(AXES, strides, strict=True))
+    def replica(self, rank: int) -> int:
+        """The number of a rank among those that hold the same weights."""
+        number, stride = 0, 1
+        for axis in AXES:
+            if not axis.shards_weights:
+                number += stride * self.coordinate(rank, axis.name)
+                stride *= self.size(axis.name)
+        return number
+
+    def ranks(self, **coordinates: int) -> list[int]:
+        """All ranks with these coordinates, ascending: `axes.ranks(pipeline=1)`."""
+        return [
+            rank
+            for rank in range(self.world_size)
+            if all(self.coordinate(rank, axis) == number for axis, number in coordinates.items())
+        ]
 
     def along(self, axis: str, values: Tensor) -> Tensor:
         """[world] -> [size of the axis, ranks with the same coordinate on it]."""
-        place = len(AXES) - 1 - AXES.index(axis)
+        place = len(AXES) - 1 - _place(axis)
         return values.view(*reversed(self.sizes)).movedim(place, 0).flatten(1)
+
+
+def _place(axis: str) -> int:
+    return next(place for place, known in enumerate(AXES) if known.name == axis)
 
 
 def rank_name(rank: int, host: str) -> str:

@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from griffin.parallel import host
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world.affinity import stay_near
-from griffin.parallel.world.axes import Axes, rank_name
+from griffin.parallel.world.axes import AXES, Axes, rank_name
 from griffin.parallel.world.messages import seal, unseal
 from griffin.parallel.world.ranks import OtherRankError, Ranks
 
@@ -38,7 +38,7 @@ class Grid:
     rank: int
     axes: Axes
     tensor_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup  # ranks that hold the same weights
     embedding_group: dist.ProcessGroup | None  # first and last stage; None on other stages and where there is one stage
     device: torch.device
     store: dist.Store
@@ -79,6 +79,18 @@ class Grid:
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this is the first of the ranks that hold the same weights."""
+        return self.axes.replica(self.rank) == 0
+
+    @property
+    def reports_loss(self) -> bool:
+        """Whether this rank is the one of those that see the same tokens whose loss counts: on the last stage, the
+        first."""
+        axes = (axis.name for axis in AXES if not axis.shards_tokens and axis.name != "pipeline")
+        return self.is_last_stage and all(self.axes.coordinate(self.rank, axis) == 0 for axis in axes)
 
     def all_gather(self, value: T, kind: Any) -> list[T]:
         """Every rank's value, in the order of ranks, read as `kind` (see `parallel.world.messages`). A collective.
@@ -304,8 +316,7 @@ def _backend(device: torch.device) -> str:
 @contextmanager
 def _model_parallel(layout: ParallelConfig, timeout: datetime.timedelta) -> Iterator[None]:
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
+        **layout.megatron_sizes,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
@@ -323,16 +334,18 @@ def _read(device: torch.device, store: dist.Store, key: bytes = b"") -> Grid:
         "data": parallel_state.get_data_parallel_group(),
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
     }
+    replica_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     rank, axes = dist.get_rank(), Axes.of(**{axis: group.size() for axis, group in groups.items()})
     assert axes.world_size == dist.get_world_size(), axes
     for axis, group in groups.items():
         assert axes.coordinate(rank, axis) == group.rank(), (axis, rank, axes)
+    assert (axes.replica(rank), axes.replicas) == (replica_group.rank(), replica_group.size()), (rank, axes)
     is_pipelined = axes.size("pipeline") > 1
     return Grid(
         rank=rank,
         axes=axes,
         tensor_group=groups["tensor"],
-        data_group=groups["data"],
+        replica_group=replica_group,
         embedding_group=parallel_state.get_embedding_group(check_initialized=False) if is_pipelined else None,
         device=device,
         store=store,

@@ -28,6 +28,9 @@ def place(ranks: Any, layout: ParallelConfig) -> dict[str, Any]:
             "data": (grid.data_rank, grid.data_size),
             "pipeline": (grid.pipeline_rank, grid.pipeline_size),
             "tensor_group": dist.get_process_group_ranks(grid.tensor_group),
+            "replica_group": dist.get_process_group_ranks(grid.replica_group),
+            "is_first_replica": grid.is_first_replica,
+            "reports_loss": grid.reports_loss,
             "is_first_rank": grid.is_first_rank,
             "is_last_stage": grid.is_last_stage,
         }
@@ -49,6 +52,9 @@ def test_tensor_ranks_are_neighbours_then_data_then_pipeline(
             "data": (d, data),
             "pipeline": (p, pipeline),
             "tensor_group": list(range(rank - t, rank - t + tensor)),
+            "replica_group": [(p * data + replica) * tensor + t for replica in range(data)],
+            "is_first_replica": d == 0,
+            "reports_loss": t == 0 and p == pipeline - 1,
             "is_first_rank": rank == 0,
             "is_last_stage": p == pipeline - 1,
         }

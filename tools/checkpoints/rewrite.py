@@ -69,8 +69,7 @@ def reshard(
     made = _converted(source, chunks, dtype, weights_only)
     manifest = _described(manifest, made, weights_only)
     if layout:
-        cut = {name: getattr(layout, name) for name in ("tensor", "pipeline", "virtual_pipeline")}
-        manifest = replace(manifest, layout=cut | {"sequence_parallel": False, "data": 1})
+        manifest = replace(manifest, layout=layout.record(layout.model_ranks))
     if to_ranks:
         assert layout is not None
         write_ranks(target, manifest, made, layout, workers)
