@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from griffin.parallel.setting import about, setting
-from griffin.parallel.world.axes import AXES, Axes
 
 # The mixers of published models; all that there are: `griffin.parallel.mixers.MIXERS`.
 RECURRENT = "recurrent"
@@ -87,6 +86,30 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Axis:
+    """An axis of the grid.
+
+    name: also of the setting of `ParallelConfig` that holds its size.
+    size_argument: what megatron-core calls the size; None for the axis that takes the ranks that the others leave.
+    shards_weights: ranks along it hold different weights; otherwise they hold copies.
+    shards_tokens: ranks along it see different tokens; otherwise they see the same ones.
+    """
+
+    name: str
+    size_argument: str | None
+    shards_weights: bool = False
+    shards_tokens: bool = False
+
+
+# Ranks are numbered along the first axis first, as in megatron-core.
+AXES = (
+    Axis(name="tensor", size_argument="tensor_model_parallel_size", shards_weights=True),
+    Axis(name="data", size_argument=None, shards_tokens=True),
+    Axis(name="pipeline", size_argument="pipeline_model_parallel_size", shards_weights=True),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the model is laid out over ranks. The data-parallel size is what the world size leaves."""
 
@@ -116,10 +139,6 @@ class ParallelConfig:
     def megatron_sizes(self) -> dict[str, int]:
         """`model_axes` by megatron-core's names of the sizes."""
         return {axis.size_argument: getattr(self, axis.name) for axis in AXES if axis.size_argument is not None}
-
-    def axes(self, world_size: int) -> Axes:
-        """The grid that `world_size` ranks form."""
-        return Axes.of(**self.model_axes, data=world_size // self.model_ranks)
 
     def record(self, world_size: int) -> dict[str, Any]:
         """The layout as manifests and environment.json state it, with the data-parallel size."""

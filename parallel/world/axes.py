@@ -11,34 +11,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from griffin.parallel.config import AXES, ParallelConfig
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 NAMED_HOSTS = 8  # of which a message lists the ranks
-
-
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """An axis of the grid.
-
-    name: also of the setting of `ParallelConfig` that holds its size.
-    size_argument: what megatron-core calls the size; None for the axis that takes the ranks that the others leave.
-    shards_weights: ranks along it hold different weights; otherwise they hold copies.
-    shards_tokens: ranks along it see different tokens; otherwise they see the same ones.
-    """
-
-    name: str
-    size_argument: str | None
-    shards_weights: bool = False
-    shards_tokens: bool = False
-
-
-# Ranks are numbered along the first axis first, as in megatron-core.
-AXES = (
-    Axis(name="tensor", size_argument="tensor_model_parallel_size", shards_weights=True),
-    Axis(name="data", size_argument=None, shards_tokens=True),
-    Axis(name="pipeline", size_argument="pipeline_model_parallel_size", shards_weights=True),
-)
 
 
 @dataclass(frozen=True)
@@ -52,6 +30,11 @@ class Axes:
         """`Axes.of(tensor=2, data=4)`; axes that are left out have size 1."""
         assert sizes.keys() <= {axis.name for axis in AXES}, sizes
         return cls(tuple(sizes.get(axis.name, 1) for axis in AXES))
+
+    @classmethod
+    def of_layout(cls, layout: ParallelConfig, world_size: int) -> Axes:
+        """The grid that `world_size` ranks form."""
+        return cls.of(**layout.model_axes, data=world_size // layout.model_ranks)
 
     @property
     def world_size(self) -> int:

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from griffin.parallel import host
-from griffin.parallel.config import ParallelConfig
+from griffin.parallel.config import AXES, ParallelConfig
 from griffin.parallel.world.affinity import stay_near
-from griffin.parallel.world.axes import AXES, Axes, rank_name
+from griffin.parallel.world.axes import Axes, rank_name
 from griffin.parallel.world.messages import seal, unseal
 from griffin.parallel.world.ranks import OtherRankError, Ranks
 

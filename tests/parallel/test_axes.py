@@ -6,9 +6,9 @@ import pytest
 import torch
 from megatron.core.parallel_state import RankGenerator
 
-from griffin.parallel.config import ParallelConfig
+from griffin.parallel.config import AXES, Axis, ParallelConfig
 from griffin.parallel.world import axes as axes_module
-from griffin.parallel.world.axes import AXES, Axes, Axis
+from griffin.parallel.world.axes import Axes
 
 
 def test_coordinates_and_ranks_are_the_inverse_of_each_other() -> None:
@@ -33,7 +33,7 @@ def test_values_along_an_axis() -> None:
 
 def test_the_layout_of_a_world() -> None:
     layout = ParallelConfig(tensor=2, pipeline=3, sequence_parallel=True, stages=(1, 1, 1))
-    assert layout.axes(24) == Axes.of(tensor=2, data=4, pipeline=3)
+    assert Axes.of_layout(layout, 24) == Axes.of(tensor=2, data=4, pipeline=3)
     assert layout.model_ranks == 6
     assert list(layout.record(24).items()) == [
         ("tensor", 2),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from griffin.parallel.world.axes import Axes
 from griffin.trainer.checkpoint.arrays import (
     KINDS,
     MODEL,
@@ -108,7 +109,7 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
     from griffin.trainer.checkpoint.state import in_model_order
 
     parallel = config.parallel
-    axes = parallel.axes(world_size)
+    axes = Axes.of_layout(parallel, world_size)
     stages: list[tuple[list[Parameter], list[Member]]] = []
     placed_in: list[tuple[tuple[int, int], GlobalTensor]] = []
     for pipeline_rank in range(parallel.pipeline):
@@ -221,7 +222,7 @@ def describe(config: Config, world_size: int, plan: CheckpointPlan) -> str:
     from griffin.trainer.sharded_optimizer import overlaps
 
     parallel = config.parallel
-    axes = parallel.axes(world_size)
+    axes = Axes.of_layout(parallel, world_size)
     weights = sum(array.tensor.elements for array in plan.arrays if array.kind == MODEL)
     overlap = "with" if overlaps(config, axes.replicas, on_gpu=True) else "without"
     supposed = " (train.overlap = 'auto': on GPUs)" if config.train.overlap == "auto" and overlap == "with" else ""
