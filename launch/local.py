@@ -16,7 +16,7 @@ from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-from griffin.launch.ranks import failure_text, leave
+from griffin.launch.discovery import failure_text, leave
 from griffin.parallel.world.ranks import HUNG, LOOPBACK, STOPPED, OtherRankError, Ranks, serve_store
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from griffin.kernels.backends import AUTO
-from griffin.parallel import host
+from griffin.parallel import megatron_device
 from griffin.parallel.block import ResidualBlock
 from griffin.parallel.config import ModelConfig, ParallelConfig, axis_atoms
 from griffin.parallel.context import Context, Documents, megatron_config
@@ -229,7 +229,7 @@ def build_stages(
 
 def meta_stage(model: ModelConfig, grid: Grid) -> Stage:
     """The whole model as one stage of meta tensors: names and shapes, no memory. For a first rank only."""
-    with host.on_meta():
+    with megatron_device.on_meta():
         (stage,) = build_stages(
             model, ParallelConfig(), grid, dtype=torch.float32, sequence=1, device=torch.device("meta")
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from griffin.kernels.layout import accumulation_dtype, like
+from griffin.kernels.memory_layout import accumulation_dtype, like
 
 TILE_ELEMENTS = 2**17  # elements of a float32 buffer, of which up to three are live; 2 MB of L2 cache per core
 DEVICE_TILE_ELEMENTS = 2**26  # no such cache elsewhere (CUDA): the tile only bounds memory

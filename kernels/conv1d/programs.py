@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from griffin.kernels.walk import CHANGING, at, flag, flags, place, row
+from griffin.kernels.triton_functions import CHANGING, at, flag, flags, place, row
 
 WIDTH = 4
 

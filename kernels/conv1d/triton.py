@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.conv1d import programs
-from griffin.kernels.launch import BLOCK, launch, multiprocessors
-from griffin.kernels.layout import like, rows, strides
+from griffin.kernels.memory_layout import like, rows, strides
+from griffin.kernels.triton_launch import BLOCK, launch, multiprocessors
 
 UNROLL, STAGES = 8, 4  # steps of a round, and rounds on the way
 SPREAD = 8  # programs for each multiprocessor

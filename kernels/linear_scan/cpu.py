@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from griffin.kernels.layout import accumulation_dtype, like
+from griffin.kernels.memory_layout import accumulation_dtype, like
 
 # Measured on a CPU with 2 MB of L2 cache per core. A tile of gates and scan works on six to nine float32 buffers of
 # this many elements.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.forward_mode import without_tangents
-from griffin.kernels.layout import accumulation_dtype, like
+from griffin.kernels.memory_layout import accumulation_dtype, like
 from griffin.kernels.selection import implementation
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from griffin.kernels.layout import accumulation_dtype
+from griffin.kernels.memory_layout import accumulation_dtype
 
 
 def linear_scan_reference(

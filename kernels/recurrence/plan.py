@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from griffin.kernels.launch import BLOCK
+from griffin.kernels.triton_launch import BLOCK
 
 UNROLL = 8  # the most steps of a round; chunks are multiples of it
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
-from griffin.kernels.walk import CHANGING, at, flag, flags, place, row, wide
+from griffin.kernels.triton_functions import CHANGING, at, flag, flags, place, row, wide
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 AT_START = tl.constexpr(-1000.0)  # added to log2 a: exp2 gives exactly 0

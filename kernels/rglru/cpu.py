@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.kernels.layout import accumulation_dtype, like
 from griffin.kernels.linear_scan.cpu import Tiling, or_at_0, part, scan_
+from griffin.kernels.memory_layout import accumulation_dtype, like
 from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
 from griffin.kernels.rglru.reference import GATE_SCALE, Given
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.forward_mode import without_tangents
-from griffin.kernels.launch import multiprocessors
-from griffin.kernels.layout import accumulation_dtype, like
+from griffin.kernels.memory_layout import accumulation_dtype, like
 from griffin.kernels.recurrence.plan import select_plan
 from griffin.kernels.rglru.reference import Given
 from griffin.kernels.selection import implementation
+from griffin.kernels.triton_launch import multiprocessors
 
 
 def _or_empty(tensor: Tensor | None, x: Tensor) -> Tensor:

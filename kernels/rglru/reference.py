@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.kernels.layout import accumulation_dtype
+from griffin.kernels.memory_layout import accumulation_dtype
 from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
 
 GATE_SCALE = 8.0  # c of log a = -c * sigmoid(recurrence_gate) * softplus(p); section 2.4

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.kernels.forward_mode import without_tangents
-from griffin.kernels.layout import accumulation_dtype
+from griffin.kernels.memory_layout import accumulation_dtype
 from griffin.kernels.rglru import ops
 from griffin.kernels.rglru.reference import GATE_SCALE
 

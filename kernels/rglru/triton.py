@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.kernels.recurrence import launch
+from griffin.kernels.recurrence import scan
 from griffin.kernels.rglru.reference import GATE_SCALE, Given
 
 
-def _inputs(given: Given, chunk: int | None) -> launch.Inputs:
-    return launch.Inputs.of(
+def _inputs(given: Given, chunk: int | None) -> scan.Inputs:
+    return scan.Inputs.of(
         given.x,
         given.recurrence_gate,
         input_gate=given.input_gate,
@@ -28,8 +28,8 @@ def _inputs(given: Given, chunk: int | None) -> launch.Inputs:
 def forward(given: Given, save_states: bool, chunk: int | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """As `griffin.kernels.rglru.ops.forward`."""
     inputs = _inputs(given, chunk)
-    firsts = launch.first_states(inputs)
-    y, states, last_state = launch.forward(inputs, firsts, keep_states=save_states)
+    firsts = scan.first_states(inputs)
+    y, states, last_state = scan.forward(inputs, firsts, keep_states=save_states)
     return y, last_state, states, None if save_states or inputs.plan.chunks == 1 else firsts
 
 
@@ -45,8 +45,8 @@ def backward(
     inputs = _inputs(given, chunk)
     if states is None:
         firsts = inputs.initial_state if first_states is None else first_states
-        states, _, _ = launch.forward(replace(inputs, branch=None), firsts, keep_states=False)
-    grads = launch.backward(inputs, states, grad_y, grad_last)
+        states, _, _ = scan.forward(replace(inputs, branch=None), firsts, keep_states=False)
+    grads = scan.backward(inputs, states, grad_y, grad_last)
     assert grads.rate is not None
     assert grads.input_gate is not None
     grad_decay = grads.rate * (-GATE_SCALE * torch.sigmoid(given.decay.float()))

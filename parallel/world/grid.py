@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from griffin.parallel import host
+from griffin.parallel import megatron_device
 from griffin.parallel.config import AXES, ParallelConfig
 from griffin.parallel.world.affinity import stay_near
 from griffin.parallel.world.axes import Axes, rank_name
@@ -172,12 +172,12 @@ def rank_grid(
     # Read when CUDA starts: kernels then run in the order of their launch, which overlapping megatron-core's
     # tensor-parallel communication with computation relies on.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    device = host.device(ranks.local_rank)
+    device = megatron_device.device(ranks.local_rank)
     store = ranks.store()
     _agree_on_backend(store, ranks, _backend(device))
     if ranks.is_on_one_machine:
         _stay_on_this_machine()
-    host.install()
+    megatron_device.install()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     stay_near(device)
@@ -280,8 +280,8 @@ def _leave_together(store: dist.Store, ranks: Ranks) -> None:
 @contextmanager
 def single_rank_grid() -> Iterator[Grid]:
     """A world of one rank in this process: for counting on meta tensors, for benchmarks and for tests."""
-    host.install()
-    device = host.device()
+    megatron_device.install()
+    device = megatron_device.device()
     store = dist.HashStore()
     dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
     try:
@@ -299,7 +299,7 @@ def absent_grid(layout: ParallelConfig, world_size: int, rank: int) -> Iterator[
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    host.install()
+    megatron_device.install()
     store = FakeStore()
     dist.init_process_group("fake", store=store, rank=rank, world_size=world_size)
     try:

@@ -87,9 +87,8 @@ def test_any_shape_and_starts(steps, batch, width, chunk, tile, starts, state, b
 @needs_interpreter
 def test_more_chunks_than_are_chained_at_a_time():
     inputs = make(75, 2, 3, state=True)
-    from griffin.kernels.recurrence import launch
 
-    with mock.patch.object(launch, "CARRIES_CHUNKS", 4):
+    with mock.patch.object(scan, "CARRIES_CHUNKS", 4):
         found = run(inputs, backend="triton", chunk=8)  # ten chunks
     assert_close(found, oracle(inputs), FLOAT32)
 

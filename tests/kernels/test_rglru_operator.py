@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @needs_interpreter
 def test_nothing_is_copied_where_channels_adjoin():
     """What Triton's programs are given are the tensors themselves: time-major, batch-major, halves of wider ones."""
-    from griffin.kernels.recurrence.launch import Inputs
+    from griffin.kernels.recurrence.scan import Inputs
 
     wide = torch.randn(6, 2, 10)
     given = {"term": wide[..., :5], "gate": wide[..., 5:], "input_gate": torch.randn(2, 6, 5).transpose(0, 1)}

@@ -170,7 +170,7 @@ def test_connections_that_never_come_end_the_process() -> None:
     code = """
 import time
 import torch.distributed as dist
-from griffin.launch.ranks import discover
+from griffin.launch.discovery import discover
 from griffin.parallel.world import grid
 from griffin.parallel.config import ParallelConfig
 grid.START_SECONDS = 1.0

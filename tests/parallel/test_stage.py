@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from griffin.parallel import host, sharding
+from griffin.parallel import megatron_device, sharding
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECOMPUTES, RECURRENT, ModelConfig, ParallelConfig
 from griffin.parallel.context import Context, megatron_config
 from griffin.parallel.stage import Stage, build_stages, meta_stage
@@ -260,8 +260,8 @@ def test_stages_of_an_interleaved_pipeline(rank_pool: RankPool) -> None:
 
 
 def test_meta_stage_takes_no_memory(grid: Grid) -> None:
-    before = [module.torch for module in host._MODULES]
+    before = [module.torch for module in megatron_device._MODULES]
     stage = meta_stage(replace(MODEL, pattern=MODEL.pattern * 25, width=40_000), grid)
     assert len(stage.blocks) == 100
     assert all(parameter.is_meta for parameter in stage.parameters())
-    assert [module.torch for module in host._MODULES] == before
+    assert [module.torch for module in megatron_device._MODULES] == before

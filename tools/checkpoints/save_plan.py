@@ -144,12 +144,12 @@ def _shards(config: Config, grid: Grid) -> tuple[list[int], list[Parameter], lis
     replica's shards."""
     import torch
 
-    from griffin.parallel import host
+    from griffin.parallel import megatron_device
     from griffin.parallel.stage import build_stages
     from griffin.trainer.checkpoint.state import parameter_layout, shards_in_a_row
     from griffin.trainer.sharded_optimizer import in_buffers, overlaps, shard_ranges
 
-    with host.on_meta():
+    with megatron_device.on_meta():
         stages = build_stages(
             config.model,
             config.parallel,

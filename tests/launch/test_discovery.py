@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from griffin.launch.ranks import discover, failure_text, first_host, slurm_tasks_unused
+from griffin.launch.discovery import discover, failure_text, first_host, slurm_tasks_unused
 from griffin.parallel.world.ranks import Ranks, serve_store
 from griffin.trainer.checkpoint.saving.exchange import Listener
 
@@ -313,7 +313,7 @@ def test_rank_0_serves_the_store_where_no_launcher_does() -> None:
 
 
 ADD_UP = """
-from griffin.launch.ranks import discover
+from griffin.launch.discovery import discover
 import torch, torch.distributed as dist
 ranks = discover()
 dist.init_process_group("gloo", store=ranks.store(), rank=ranks.rank, world_size=ranks.world_size)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin.kernels.launch import launch, multiprocessors
-from griffin.kernels.layout import like, rows, strides
+from griffin.kernels.memory_layout import like, rows, strides
 from griffin.kernels.recurrence import programs
 from griffin.kernels.recurrence.plan import (
     CARRIES_BLOCK,
@@ -19,6 +18,7 @@ from griffin.kernels.recurrence.plan import (
     loop,
     select_plan,
 )
+from griffin.kernels.triton_launch import launch, multiprocessors
 
 
 @dataclass(frozen=True)
