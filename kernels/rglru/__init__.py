@@ -9,7 +9,7 @@ from griffin.kernels.arguments import FLOATING, check_argument, check_chunk, che
 from griffin.kernels.backends import AUTO
 from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.rglru import ops
-from griffin.kernels.rglru.reference import Given, rglru_reference
+from griffin.kernels.rglru.reference import RGLRUInputs, rglru_reference
 from griffin.kernels.rglru.step import rglru_step
 from griffin.kernels.selection import resolve_backend
 
@@ -45,13 +45,13 @@ def rglru(
         input_gate, recurrence_gate: the gates before their sigmoid, bias included; shape and dtype of x.
         decay: [R], floating point; the negative of the paper's Lambda.
         branch: the recurrent block's other branch before its GeLU; shape and dtype of x.
-        starts: [T, B] bool, True at each document's first token. None: each sequence is one document, which begins at
-            position 0 unless `initial_state` is given. Given: a position 0 that is no start and has no `initial_state`
-            continues from a zero state.
+        starts: [T, B] bool, True at each document's first token. None: each sequence is one document, which starts at
+            position 0 unless `initial_state` is passed. Otherwise a position 0 that is not a start continues from
+            `initial_state`, or from a zero state without one.
         initial_state: [B, R], floating point; the state before position 0.
         batch_first: x, the gates, `branch`, `starts` and y have the batch axis before the time axis.
-        backend: "reference" (a loop, differentiated by autograd), "cpu", "triton", or "auto" for what
-            `griffin.kernels.selection.select_backend` says.
+        backend: "reference" (a loop, differentiated by autograd), "cpu", "triton", or "auto", which
+            selects by `griffin.kernels.selection.select_backend`.
         save_states: keep h for the backward, or compute it again there: with a branch that saves an array as large as
             x, and costs about a third of a forward and backward.
         chunk: how Triton's programs cut time; see `griffin.kernels.recurrence.plan.select_plan`.
@@ -79,13 +79,13 @@ def rglru(
     if batch_first:
         x, input_gate, recurrence_gate = (tensor.transpose(0, 1) for tensor in (x, input_gate, recurrence_gate))
         branch, starts = (None if tensor is None else tensor.transpose(0, 1) for tensor in (branch, starts))
-    given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
     if backend == "reference":
-        y, last_state = rglru_reference(given)
+        y, last_state = rglru_reference(inputs)
     else:
         x, input_gate, recurrence_gate, decay, branch, initial_state = without_tangents(
             x, input_gate, recurrence_gate, decay, branch, initial_state
         )
-        given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
-        y, last_state, _, _ = ops.forward(*given, save_states, chunk, backend)
+        inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+        y, last_state, _, _ = ops.forward(*inputs, save_states, chunk, backend)
     return y.transpose(0, 1) if batch_first else y, last_state

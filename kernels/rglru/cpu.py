@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.kernels.linear_scan.cpu import Tiling, or_at_0, part, scan_
-from griffin.kernels.memory_layout import accumulation_dtype, like
+from griffin.kernels.linear_scan.cpu import Tiling, default_starts, scan_, slice_steps
+from griffin.kernels.memory_layout import accumulation_dtype, dense_like
 from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
-from griffin.kernels.rglru.reference import GATE_SCALE, Given
+from griffin.kernels.rglru.reference import GATE_SCALE, RGLRUInputs
 
 MIN_MULTIPLIER = math.sqrt(MIN_SQRT_ARGUMENT)
 
@@ -61,17 +61,19 @@ class _Workspace:
         return products
 
 
-def forward(given: Given, save_states: bool, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor | None, None]:
+def forward(
+    inputs: RGLRUInputs, save_states: bool, chunk: int | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """As `griffin.kernels.rglru.ops.forward`; any device, made for CPUs. `chunk` is Triton's."""
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = given
-    starts = or_at_0(starts, initial_state, x)
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = inputs
+    starts = default_starts(starts, initial_state, x)
     tiling = Tiling.of(x)
     work = _Workspace(x, decay, tiling, extra=0)
     state = work.a.new_zeros(x.shape[1:]) if initial_state is None else initial_state.to(work.a.dtype)
-    y = like(x)
-    states = like(x) if save_states and branch is not None else None
+    y = dense_like(x)
+    states = dense_like(x) if save_states and branch is not None else None
     for span in tiling.spans():
-        starting = part(starts, span)
+        starting = slice_steps(starts, span)
         work.gates(input_gate[span], recurrence_gate[span], starting)
         steps = span.stop - span.start
         b = work.i  # b = m i x
@@ -88,7 +90,7 @@ def forward(given: Given, save_states: bool, chunk: int | None = None) -> tuple[
 
 
 def backward(
-    given: Given,
+    inputs: RGLRUInputs,
     states: Tensor | None,
     first_states: Tensor | None,
     grad_y: Tensor,
@@ -97,20 +99,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """As `griffin.kernels.rglru.ops.backward`. Gates, decays and multipliers are computed again."""
     if states is None:
-        states = forward(given._replace(branch=None), save_states=False)[0]
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = given
-    starts = or_at_0(starts, initial_state, x)
+        states = forward(inputs._replace(branch=None), save_states=False)[0]
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = inputs
+    starts = default_starts(starts, initial_state, x)
     tiling = Tiling.of(x)
     work = _Workspace(x, decay, tiling, extra=3)
     carries, slope, grads = work.extra
-    grad_x, grad_i, grad_r = like(x), like(input_gate), like(recurrence_gate)
-    grad_branch = None if branch is None else like(branch)
+    grad_x, grad_i, grad_r = dense_like(x), dense_like(input_gate), dense_like(recurrence_gate)
+    grad_branch = None if branch is None else dense_like(branch)
     grad_rate = torch.zeros_like(work.rate)
     first_state = work.a.new_zeros(x.shape[1:]) if initial_state is None else initial_state.to(work.a.dtype)
     # carry_t = a_t dL/dh_t is what reaches h_{t-1}: dL/dh_t = dL/dy_t + carry_{t+1}.
     carry = grad_last
     for span in reversed(list(tiling.spans())):
-        starting = part(starts, span)
+        starting = slice_steps(starts, span)
         work.gates(input_gate[span], recurrence_gate[span], starting)
         steps = span.stop - span.start
         i, r, a, m, c, q, g = (t[:steps] for t in (work.i, work.r, work.a, work.m, carries, slope, grads))

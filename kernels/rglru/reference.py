@@ -14,7 +14,7 @@ from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
 GATE_SCALE = 8.0  # c of log a = -c * sigmoid(recurrence_gate) * softplus(p); section 2.4
 
 
-class Given(NamedTuple):
+class RGLRUInputs(NamedTuple):
     """The differentiable arguments of `griffin.kernels.rglru.rglru`, and document starts; time-major."""
 
     x: Tensor
@@ -51,9 +51,9 @@ class _BoundedSqrt(torch.autograd.Function):
         return tangent / (4 * x.clamp(min=MIN_SQRT_ARGUMENT)).sqrt()
 
 
-def rglru_reference(given: Given) -> tuple[Tensor, Tensor]:
+def rglru_reference(inputs: RGLRUInputs) -> tuple[Tensor, Tensor]:
     """y and the last state, differentiated by autograd. Arithmetic is float32, or float64 where x is."""
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = given
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = inputs
     dtype = accumulation_dtype(x)
     steps, batch, width = x.shape
     if starts is None:

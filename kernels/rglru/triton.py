@@ -9,32 +9,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.kernels.recurrence import scan
-from griffin.kernels.rglru.reference import GATE_SCALE, Given
+from griffin.kernels.rglru.reference import GATE_SCALE, RGLRUInputs
 
 
-def _inputs(given: Given, chunk: int | None) -> scan.Inputs:
-    return scan.Inputs.of(
-        given.x,
-        given.recurrence_gate,
-        input_gate=given.input_gate,
-        rate=-GATE_SCALE * F.softplus(given.decay.float()),
-        branch=given.branch,
-        starts=given.starts,
-        initial_state=given.initial_state,
+def _inputs(inputs: RGLRUInputs, chunk: int | None) -> scan.ScanInputs:
+    return scan.ScanInputs.of(
+        inputs.x,
+        inputs.recurrence_gate,
+        input_gate=inputs.input_gate,
+        rate=-GATE_SCALE * F.softplus(inputs.decay.float()),
+        branch=inputs.branch,
+        starts=inputs.starts,
+        initial_state=inputs.initial_state,
         chunk=chunk,
     )
 
 
-def forward(given: Given, save_states: bool, chunk: int | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def forward(
+    inputs: RGLRUInputs, save_states: bool, chunk: int | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """As `griffin.kernels.rglru.ops.forward`."""
-    inputs = _inputs(given, chunk)
+    inputs = _inputs(inputs, chunk)
     firsts = scan.first_states(inputs)
     y, states, last_state = scan.forward(inputs, firsts, keep_states=save_states)
     return y, last_state, states, None if save_states or inputs.plan.chunks == 1 else firsts
 
 
 def backward(
-    given: Given,
+    inputs: RGLRUInputs,
     states: Tensor | None,
     first_states: Tensor | None,
     grad_y: Tensor,
@@ -42,12 +44,12 @@ def backward(
     chunk: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """As `griffin.kernels.rglru.ops.backward`."""
-    inputs = _inputs(given, chunk)
+    inputs = _inputs(inputs, chunk)
     if states is None:
         firsts = inputs.initial_state if first_states is None else first_states
         states, _, _ = scan.forward(replace(inputs, branch=None), firsts, keep_states=False)
     grads = scan.backward(inputs, states, grad_y, grad_last)
     assert grads.rate is not None
     assert grads.input_gate is not None
-    grad_decay = grads.rate * (-GATE_SCALE * torch.sigmoid(given.decay.float()))
+    grad_decay = grads.rate * (-GATE_SCALE * torch.sigmoid(inputs.decay.float()))
     return grads.term, grads.input_gate, grads.gate, grad_decay, grads.branch, grads.initial_state

@@ -31,7 +31,7 @@ from griffin.kernels.conv1d import triton as conv
 from griffin.kernels.linear_scan import triton as linear_scan
 from griffin.kernels.recurrence import programs as scan_programs
 from griffin.kernels.rglru import triton as rglru
-from griffin.kernels.rglru.reference import Given
+from griffin.kernels.rglru.reference import RGLRUInputs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -83,10 +83,10 @@ def run_rglru(case: Case) -> None:
     """Options: "", "branch", and "branch, recomputed" for a backward that computes the states again."""
     branch = case.tensor(1) if case.option else None
     x, gate = case.tensor(), case.tensor()
-    given = Given(x, gate, gate, case.parameter(), branch, case.start_flags(), None)
-    y, last, states, firsts = rglru.forward(given, "recomputed" not in case.option, None)
+    inputs = RGLRUInputs(x, gate, gate, case.parameter(), branch, case.start_flags(), None)
+    y, last, states, firsts = rglru.forward(inputs, "recomputed" not in case.option, None)
     kept = y if branch is None else states
-    rglru.backward(given, kept, firsts, torch.empty_like(y), torch.empty_like(last), None)
+    rglru.backward(inputs, kept, firsts, torch.empty_like(y), torch.empty_like(last), None)
 
 
 def run_linear_scan(case: Case) -> None:

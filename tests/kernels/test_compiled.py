@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from griffin.kernels.recurrence.plan import SPREAD
+from griffin.kernels.recurrence.plan import TARGET_PROGRAMS
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2
@@ -129,9 +129,9 @@ def _warps(entry: Entry) -> int:
     where rows are not known to be aligned.
     """
     if "backward" not in entry["program"]:
-        return 2 * SPREAD
+        return 2 * TARGET_PROGRAMS
     is_last_resort = not _is_half(entry) and not (_is_nvidia(entry) and _is_aligned(entry))
-    return SPREAD if is_last_resort else SPREAD * 3 // 2
+    return TARGET_PROGRAMS if is_last_resort else TARGET_PROGRAMS * 3 // 2
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_shared_memory_leaves_room_for_enough_programs(measured):
     def is_over(entry: Entry) -> bool:
         reserved = 1024 if _is_nvidia(entry) else 0  # for each program
         programs = KILOBYTES[entry["target"]] * 1024 // (entry["shared"] + reserved or 1)
-        wanted = 2 * SPREAD if entry["target"] != "sm_80" else SPREAD * 3 // 2
+        wanted = 2 * TARGET_PROGRAMS if entry["target"] != "sm_80" else TARGET_PROGRAMS * 3 // 2
         return programs * entry["warps"] < wanted // (1 if _is_half(entry) else 2)
 
     _assert_none((e for e in measured["compiled"] if is_over(e)), "shared")

@@ -93,7 +93,7 @@ def test_any_shape_taps_tiling_and_starts(steps, batch, width, taps, tile, start
 def chunks_of(steps):
     from griffin.kernels.conv1d import triton
 
-    return mock.patch.multiple(triton, SHORTEST_CHUNK=steps, LONGEST_CHUNK=steps)
+    return mock.patch.multiple(triton, MIN_CHUNK=steps, MAX_CHUNK=steps)
 
 
 def triton_shape(steps, batch, width, chunk, starts, window, seed):

@@ -87,6 +87,7 @@ def test_any_shape_and_starts(steps, batch, width, chunk, tile, starts, state, b
 @needs_interpreter
 def test_more_chunks_than_are_chained_at_a_time():
     from griffin.kernels.recurrence import scan
+
     inputs = make(75, 2, 3, state=True)
 
     with mock.patch.object(scan, "CARRIES_CHUNKS", 4):

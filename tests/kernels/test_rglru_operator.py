@@ -22,14 +22,14 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @needs_interpreter
 def test_nothing_is_copied_where_channels_adjoin():
     """What Triton's programs are given are the tensors themselves: time-major, batch-major, halves of wider ones."""
-    from griffin.kernels.recurrence.scan import Inputs
+    from griffin.kernels.recurrence.scan import ScanInputs
 
     wide = torch.randn(6, 2, 10)
     given = {"term": wide[..., :5], "gate": wide[..., 5:], "input_gate": torch.randn(2, 6, 5).transpose(0, 1)}
-    inputs = Inputs.of(**given, rate=torch.zeros(5), starts=None, initial_state=None, chunk=None)
+    inputs = ScanInputs.of(**given, rate=torch.zeros(5), starts=None, initial_state=None, chunk=None)
     for name, tensor in given.items():
         assert getattr(inputs, name) is tensor
-    assert Inputs.of(
+    assert ScanInputs.of(
         **given | {"term": wide[..., ::2]}, starts=None, initial_state=None, chunk=None
     ).term.is_contiguous()
 
