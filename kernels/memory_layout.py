@@ -14,7 +14,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def dense_like(tensor: Tensor) -> Tensor:
-    """Return an uninitialised dense tensor of the same shape, dtype and device, time-major or batch-major as `tensor`."""
+    """Return an uninitialised dense tensor like this one: same shape, dtype, device, and time- or batch-major order."""
     steps, batch, width = tensor.shape
     if steps > 1 and batch > 1 and tensor.stride(0) < tensor.stride(1):
         return tensor.new_empty(batch, steps, width).transpose(0, 1)

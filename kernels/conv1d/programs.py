@@ -1,8 +1,8 @@
 """Triton programs of the causal depthwise convolution of width 4.
 
 A program computes one chunk of time for a block of channels of one sequence. It keeps in registers the last three
-inputs (forward), or the next three gradients (backward, from the last step to the first); values of another document are
-zeroed there. Everything is thus read once, except for three steps at each chunk boundary.
+inputs (forward), or the next three gradients (backward, from the last step to the first); values of another document
+are zeroed there. Everything is thus read once, except for three steps at each chunk boundary.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def conv_backward(
     HAS_STARTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Store grad_x [T, B, R], grad_window [3, B, R], and sums over each chunk for weight and bias, [chunks, B, 5, R]."""
+    """Store grad_x [T, B, R], grad_window [3, B, R], and for weight and bias sums per chunk, [chunks, B, 5, R]."""
     o_r, mask, b, c, lo, hi = program_block(T, B, R, L, BLOCK)
     last = hi - 1
     p_x, p_grad = ptr(x, x_t, x_b, last, b, o_r), ptr(grad_y, grad_t, grad_b, last, b, o_r)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from griffin.kernels.memory_layout import accumulation_dtype, dense_like
 
-# Measured on a CPU with 2 MB of L2 cache per core. Gates and scan of a tile use six to nine float32 buffers of this many
-# elements.
+# Measured on a CPU with 2 MB of L2 cache per core. Gates and scan of a tile use six to nine float32 buffers of this
+# many elements.
 TILE_ELEMENTS = 2**17
 STEP_ELEMENTS = 2**13  # elements of one step of all chunks: amortises the cost of calling an operation
 # On other devices (CUDA) calls are expensive and the tile only bounds memory.
@@ -62,8 +62,8 @@ def scan_(
 ) -> Tensor:
     """Overwrite b with h of h_t = a_t h_{t-1} + b_t, starting from `state` [B, R]; return the last state.
 
-    a, b [S, B, R] are contiguous. `reverse` runs from the last step to the first. `products` [N, B, R], float64, are the
-    products of a over each chunk, for callers who know them more exactly than from rounded factors.
+    a, b [S, B, R] are contiguous. `reverse` runs from the last step to the first. `products` [N, B, R], float64, are
+    the products of a over each chunk, for callers who know them more exactly than from rounded factors.
     """
     order = slice(None, None, -1 if reverse else 1)
     if tiling.chunks > 1:

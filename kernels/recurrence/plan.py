@@ -11,7 +11,7 @@ UNROLL = 8  # maximum number of steps unrolled in a round; chunk lengths are mul
 
 
 def unroll_and_stages(program: str, element_size: int) -> tuple[int, int]:
-    """Return the steps unrolled in a round, whose loads are issued together, and the number of pipeline stages (rounds).
+    """Return the steps unrolled in a round, whose loads are issued together, and the pipeline stages, in rounds.
 
     Saturating the bandwidth takes 26 KB in flight per multiprocessor (4.3 TB/s x 800 ns / 132): four forward programs
     with 3 rounds x 8 steps x 3 rows x 128 bytes = 9 KB each, besides the round being computed. The backward program

@@ -1,9 +1,9 @@
 """Triton programs of the diagonal linear recurrence h_t = a_t h_{t-1} + b_t, with or without RG-LRU gates.
 
 A program computes one chunk of time for a block of channels of one sequence, with the state in registers. A sequence
-in one chunk needs only `scan_forward` and `scan_backward`. With several chunks, `chunk_summaries` first computes for all
-chunks in parallel (product of a, end state from a zero state), and `chunk_carries` chains these into the initial state of
-each chunk. The backward pass does the same in reverse for the gradient that flows through time.
+in one chunk needs only `scan_forward` and `scan_backward`. With several chunks, `chunk_summaries` first computes for
+all chunks in parallel (product of a, end state from a zero state), and `chunk_carries` chains these into the initial
+state of each chunk. The backward pass does the same in reverse for the gradient that flows through time.
 
 With GATED, `term` is the RG-LRU's x, the gates are pre-sigmoid, and `rate` is -8 softplus(decay):
     log a = rate sigmoid(gate)    b = sqrt(1 - a^2) sigmoid(input_gate) term
@@ -26,8 +26,8 @@ from griffin.kernels.triton_functions import DO_NOT_SPECIALIZE, bit, in_int64, l
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 START_LOG2 = tl.constexpr(-1000.0)  # added to log2 a: exp2 gives exactly 0
-# 1 - a^2 = -expm1(2 log a) as a polynomial in w = log2 a for w > NEAR_ONE, where the difference would cancel. Its relative
-# truncation error is at most 4e-8, at NEAR_ONE.
+# 1 - a^2 = -expm1(2 log a) as a polynomial in w = log2 a for w > NEAR_ONE, where the difference would cancel. Its
+# relative truncation error is at most 4e-8, at NEAR_ONE.
 NEAR_ONE = tl.constexpr(-0.2 / math.log(2))
 SERIES_1, SERIES_2, SERIES_3, SERIES_4, SERIES_5, SERIES_6, SERIES_7 = (
     tl.constexpr(-((2 * math.log(2)) ** k) / math.factorial(k)) for k in range(1, 8)
@@ -38,8 +38,8 @@ GELU_LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
 GELU_CUBIC = tl.constexpr(0.044715)
 
 
-# Arithmetic must take less time than memory access: exp2 and rsqrt are one instruction on a GPU; exp and division are five
-# to eight, to be correct for denormal numbers.
+# Arithmetic must take less time than memory access: exp2 and rsqrt are one instruction on a GPU; exp and division are
+# five to eight, to be correct for denormal numbers.
 @triton.jit
 def _sigmoid(z):
     root = tl.rsqrt(tl.exp2(z * -LOG2_E) + 1.0)

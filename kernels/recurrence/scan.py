@@ -15,8 +15,8 @@ from griffin.kernels.recurrence.plan import (
     CARRIES_CHUNKS,
     CARRIES_WARPS,
     Plan,
-    unroll_and_stages,
     select_plan,
+    unroll_and_stages,
 )
 from griffin.kernels.triton_launch import launch, multiprocessors
 
@@ -103,7 +103,9 @@ class ScanInputs:
 
 def first_states(inputs: ScanInputs) -> Tensor:
     """Return the initial state of each chunk: [chunks, B, R], or [B, R] for a single chunk."""
-    return inputs.initial_state if inputs.plan.chunks == 1 else _chunk_carries(inputs, inputs.initial_state, grad_y=None)
+    return (
+        inputs.initial_state if inputs.plan.chunks == 1 else _chunk_carries(inputs, inputs.initial_state, grad_y=None)
+    )
 
 
 def _chunk_carries(inputs: ScanInputs, first: Tensor, grad_y: Tensor | None) -> Tensor:
@@ -127,14 +129,14 @@ def _chunk_carries(inputs: ScanInputs, first: Tensor, grad_y: Tensor | None) -> 
     return carries
 
 
-def forward(inputs: ScanInputs, firsts: Tensor, *, keep_states: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+def forward(inputs: ScanInputs, initial_states: Tensor, *, keep_states: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return y, the states if they differ from y (there is a branch) and `keep_states` is set, and the last state."""
     y, last_state = dense_like(inputs.term), inputs.new_states(1)[0]
     states = dense_like(inputs.term) if keep_states and inputs.branch is not None else None
     inputs.launch(
         programs.scan_forward,
         inputs.plan.chunks,
-        first_states=firsts,
+        first_states=initial_states,
         y=y,
         states=states,
         last_state=last_state,

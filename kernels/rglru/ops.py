@@ -1,9 +1,9 @@
-"""The RG-LRU as custom operators: what autograd, activation recomputation and torch.compile see of it.
+"""The RG-LRU as custom operators, opaque to autograd, activation recomputation and torch.compile.
 
-Both have no notion of what happens inside. Optional results are tensors without elements where they are not there.
+Absent optional results are tensors without elements.
 """
 
-# No postponed annotations: the operators' schemas are read from them.
+# No `from __future__ import annotations`: operator schemas are inferred from the annotations.
 
 import torch
 from torch import Tensor
@@ -37,10 +37,10 @@ def forward(
     chunk: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y [T, B, R] and the last state [B, R]; then for the backward
+    """Return y [T, B, R], the last state [B, R], and for the backward pass states and first states.
 
-    with `save_states` the states [T, B, R] in the dtype of y, empty where they are y itself for lack of a branch;
-    without, the states that chunks of time begin with, [chunks, B, R], empty where there are none or one.
+    With `save_states`, states are [T, B, R] in the dtype of y, or empty without a branch, as they equal y. Without it,
+    first states are the initial states of chunks of time, [chunks, B, R], or empty if there is at most one chunk.
     """
     inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
     y, last_state, states, first_states = implementation("rglru", backend).forward(inputs, save_states, chunk)
@@ -76,7 +76,10 @@ def backward(
     chunk: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, decay, branch (empty without one) and initial state; `states` None recomputes them."""
+    """Return gradients of x, gates, decay, branch (empty without one) and initial state.
+
+    If `states` is None, the states are recomputed.
+    """
     inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
     *grads, grad_branch, grad_initial = implementation("rglru", backend).backward(
         inputs, states, first_states, grad_y, grad_last, chunk
@@ -101,11 +104,11 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    *inputs, save_states, chunk, backend = inputs
+    *tensors, save_states, chunk, backend = inputs
     y, _, states, first_states = output
-    branch = RGLRUInputs(*inputs).branch
-    kept = None if not save_states else y if branch is None else states
-    ctx.save_for_backward(*inputs, kept, _or_none(first_states))
+    branch = RGLRUInputs(*tensors).branch
+    saved_states = None if not save_states else y if branch is None else states
+    ctx.save_for_backward(*tensors, saved_states, _or_none(first_states))
     ctx.chunk, ctx.backend = chunk, backend
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(states, first_states)

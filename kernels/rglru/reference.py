@@ -1,4 +1,4 @@
-"""The RG-LRU as a loop over time: the definition that every faster path is tested against."""
+"""Reference RG-LRU: a loop over time that the other backends are tested against."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GATE_SCALE = 8.0  # c of log a = -c * sigmoid(recurrence_gate) * softplus(p); se
 
 
 class RGLRUInputs(NamedTuple):
-    """The differentiable arguments of `griffin.kernels.rglru.rglru`, and document starts; time-major."""
+    """Tensor arguments of `griffin.kernels.rglru.rglru`, time-major."""
 
     x: Tensor
     input_gate: Tensor
@@ -52,7 +52,7 @@ class _BoundedSqrt(torch.autograd.Function):
 
 
 def rglru_reference(inputs: RGLRUInputs) -> tuple[Tensor, Tensor]:
-    """y and the last state, differentiated by autograd. Arithmetic is float32, or float64 where x is."""
+    """Return y and the last state, differentiated by autograd. Arithmetic is float32, or float64 if x is."""
     x, input_gate, recurrence_gate, decay, branch, starts, initial_state = inputs
     dtype = accumulation_dtype(x)
     steps, batch, width = x.shape

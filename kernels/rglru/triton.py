@@ -1,4 +1,4 @@
-"""The RG-LRU by Triton programs: gates, decay, scan and the product with the branch in one pass over memory."""
+"""RG-LRU with Triton programs: gates, decay, scan and the product with the branch in one pass over memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from griffin.kernels.recurrence import scan
 from griffin.kernels.rglru.reference import GATE_SCALE, RGLRUInputs
 
 
-def _inputs(inputs: RGLRUInputs, chunk: int | None) -> scan.ScanInputs:
+def _scan_inputs(inputs: RGLRUInputs, chunk: int | None) -> scan.ScanInputs:
     return scan.ScanInputs.of(
         inputs.x,
         inputs.recurrence_gate,
@@ -28,11 +28,11 @@ def _inputs(inputs: RGLRUInputs, chunk: int | None) -> scan.ScanInputs:
 def forward(
     inputs: RGLRUInputs, save_states: bool, chunk: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As `griffin.kernels.rglru.ops.forward`."""
-    inputs = _inputs(inputs, chunk)
-    firsts = scan.first_states(inputs)
-    y, states, last_state = scan.forward(inputs, firsts, keep_states=save_states)
-    return y, last_state, states, None if save_states or inputs.plan.chunks == 1 else firsts
+    """Compute `griffin.kernels.rglru.ops.forward`."""
+    scan_inputs = _scan_inputs(inputs, chunk)
+    first_states = scan.first_states(scan_inputs)
+    y, states, last_state = scan.forward(scan_inputs, first_states, keep_states=save_states)
+    return y, last_state, states, None if save_states or scan_inputs.plan.chunks == 1 else first_states
 
 
 def backward(
@@ -43,12 +43,12 @@ def backward(
     grad_last: Tensor,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """As `griffin.kernels.rglru.ops.backward`."""
-    inputs = _inputs(inputs, chunk)
+    """Compute `griffin.kernels.rglru.ops.backward`."""
+    scan_inputs = _scan_inputs(inputs, chunk)
     if states is None:
-        firsts = inputs.initial_state if first_states is None else first_states
-        states, _, _ = scan.forward(replace(inputs, branch=None), firsts, keep_states=False)
-    grads = scan.backward(inputs, states, grad_y, grad_last)
+        first_states = scan_inputs.initial_state if first_states is None else first_states
+        states, _, _ = scan.forward(replace(scan_inputs, branch=None), first_states, keep_states=False)
+    grads = scan.backward(scan_inputs, states, grad_y, grad_last)
     assert grads.rate is not None
     assert grads.input_gate is not None
     grad_decay = grads.rate * (-GATE_SCALE * torch.sigmoid(inputs.decay.float()))

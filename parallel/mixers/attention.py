@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from griffin.kernels.local_attention import multi_query_attention, rotary, rotation, turn
+from griffin.kernels.local_attention import apply_rotary, multi_query_attention, rotary, rotary_cos_sin
 from griffin.parallel.config import ModelConfig
 from griffin.parallel.context import Clock, Context, Documents
 from griffin.parallel.linear import row_linear, row_step
@@ -180,7 +180,7 @@ class AttentionStep:
     def __call__(self, u: Tensor, state: AttentionState, now: tuple[Rotation, Slot]) -> Tensor:
         turned, slot = now
         qkv = torch.mm(self._qkv, u).t().unflatten(-1, (-1, self._head_dim))  # [B, H + 2, hd]
-        q, k = turn(qkv[:, :-1], turned).split((self._heads, 1), dim=1)
+        q, k = apply_rotary(qkv[:, :-1], turned).split((self._heads, 1), dim=1)
         state.keys.index_copy_(1, slot.place, k)
         state.values.index_copy_(1, slot.place, qkv[:, -1:])
         keys, values = (held[:, None, : slot.filled] for held in (state.keys, state.values))
@@ -201,7 +201,7 @@ class _Rotations:
         if not 0 <= clock.time - self._first < len(self._held):
             self._first = clock.time
             times = torch.arange(clock.time, clock.time + ROTATIONS, device=clock.starts.device)
-            self._held = list(zip(*rotation(times[:, None] - clock.starts, self._head_dim), strict=True))
+            self._held = list(zip(*rotary_cos_sin(times[:, None] - clock.starts, self._head_dim), strict=True))
         return self._held[clock.time - self._first]
 
 
