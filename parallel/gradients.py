@@ -1,4 +1,4 @@
-"""Gradient reductions beyond data parallelism, as the schedules call them at the end of a step."""
+"""Gradient reductions besides data parallelism, called by megatron-core's schedules at the end of a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from griffin.parallel.world.grid import Grid
 
 
 def sum_tensor_gradients(modules: Sequence[nn.Module], grid: Grid) -> None:
-    """Sum over tensor ranks the gradients of replicated parameters of which each rank computed a part (key/value)."""
+    """All-reduce the partial gradients of replicated parameters over tensor ranks (the key/value projection)."""
     if grid.tensor_size == 1:
         return
     gradients = [
@@ -32,10 +32,10 @@ def sum_tensor_gradients(modules: Sequence[nn.Module], grid: Grid) -> None:
 
 
 def finalize_gradients(grid: Grid) -> Any:
-    """megatron-core's finalize_model_grads followed by `sum_tensor_gradients`, for `config.finalize_model_grads_func`.
+    """Return a `config.finalize_model_grads_func`: megatron-core's finalize_model_grads, then `sum_tensor_gradients`.
 
-    The order does not matter: data-parallel reduction, tensor-parallel sum and the division by the number of tokens
-    are linear.
+    Data-parallel reduction, tensor-parallel sum and division by the number of tokens are linear, so their order does
+    not matter.
     """
 
     def finalize(model: list[nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:

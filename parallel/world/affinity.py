@@ -12,7 +12,7 @@ import torch
 SYSFS = Path("/sys")
 
 
-def stay_near(device: torch.device, sysfs: Path = SYSFS) -> set[int]:
+def bind_near(device: torch.device, sysfs: Path = SYSFS) -> set[int]:
     """Bind this process, all its threads and what it starts from now on to the cores near `device`, and return them.
 
     Memory of a farther NUMA node costs a rank time. The cores that this process may use already, as by `srun

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 
 from griffin.parallel import megatron_device
 from griffin.parallel.config import AXES, ParallelConfig
-from griffin.parallel.world.affinity import stay_near
+from griffin.parallel.world.affinity import bind_near
 from griffin.parallel.world.axes import Axes, rank_name
 from griffin.parallel.world.messages import seal, unseal
 from griffin.parallel.world.ranks import OtherRankError, Ranks
@@ -99,8 +99,8 @@ class Grid:
         """
         if self.world_size == 1:
             return [value]
-        words = gather_bytes(seal(self.key, _word(self.rank), value), self.device)
-        return [unseal(self.key, _word(rank), word, kind, "a peer gave") for rank, word in enumerate(words)]
+        words = gather_bytes(seal(self.key, _message_name(self.rank), value), self.device)
+        return [unseal(self.key, _message_name(rank), word, kind, "a peer gave") for rank, word in enumerate(words)]
 
     def first_rank_does(self, name: str, work: Callable[[], object]) -> None:
         """Run `work` on rank 0 while the others wait for as long as it takes.
@@ -138,8 +138,8 @@ class Grid:
         return unseal(self.key, name, self.store.get(name), kind)
 
 
-def _word(rank: int) -> str:
-    return f"word of rank {rank}"
+def _message_name(rank: int) -> str:
+    return f"message of rank {rank}"
 
 
 def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
@@ -176,15 +176,15 @@ def rank_grid(
     store = ranks.store()
     _agree_on_backend(store, ranks, _backend(device))
     if ranks.is_on_one_machine:
-        _stay_on_this_machine()
+        _use_loopback_interface()
     megatron_device.install()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    stay_near(device)
+    bind_near(device)
     # NCCL's own threads may not depend on Python. Named, as C++ does not keep its Python half alive.
-    groups_store = store if device.type == "cuda" else _Sealed(store, ranks.key)
+    groups_store = store if device.type == "cuda" else _SignedStore(store, ranks.key)
     with ExitStack() as stack:
-        with _starting():
+        with _start_deadline():
             dist.init_process_group(
                 _backend(device),
                 store=groups_store,
@@ -196,13 +196,13 @@ def rank_grid(
             stack.enter_context(_model_parallel(layout, timeout))
             # The first collective makes connections too. Where the launcher has given no key, ranks have one from here.
             drawn = gather_bytes(secrets.token_bytes(32) if ranks.rank == 0 else b"", device)[0]
-        yield _read(device, store, ranks.key + drawn)
+        yield _build_grid(device, store, ranks.key + drawn)
     # Not after an error: the other ranks may be in a collective, and waiting for them would be in vain.
     dist.destroy_process_group()
     _leave_together(store, ranks)
 
 
-class _Sealed(dist.Store):
+class _SignedStore(dist.Store):
     """A store whose values are signed: gloo takes addresses from it, and would crash on what is none."""
 
     def __init__(self, store: dist.Store, key: bytes) -> None:
@@ -230,7 +230,7 @@ class _Sealed(dist.Store):
 
 
 @contextmanager
-def _starting() -> Iterator[None]:
+def _start_deadline() -> Iterator[None]:
     """NCCL makes its connections without a time limit: here is one, after which this process leaves its stacks on
     stderr and ends with exit code 1."""
     faulthandler.dump_traceback_later(START_SECONDS, file=2, exit=True)
@@ -254,7 +254,7 @@ def _sees(on_gpu: bool) -> str:
     return "sees a GPU" if on_gpu else "sees no GPU"
 
 
-def _stay_on_this_machine() -> None:
+def _use_loopback_interface() -> None:
     """Let gloo and NCCL listen on the loopback interface alone, unless their user has chosen."""
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback is not None:
@@ -286,13 +286,13 @@ def single_rank_grid() -> Iterator[Grid]:
     dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
     try:
         with _model_parallel(ParallelConfig(), datetime.timedelta(minutes=1)):
-            yield _read(device, store)
+            yield _build_grid(device, store)
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def absent_grid(layout: ParallelConfig, world_size: int, rank: int) -> Iterator[Grid]:
+def fake_grid(layout: ParallelConfig, world_size: int, rank: int) -> Iterator[Grid]:
     """One rank's place in a world of ranks that are not there: groups are formed, what they exchange is nothing.
 
     To plan on meta tensors what many ranks would hold.
@@ -304,7 +304,7 @@ def absent_grid(layout: ParallelConfig, world_size: int, rank: int) -> Iterator[
     dist.init_process_group("fake", store=store, rank=rank, world_size=world_size)
     try:
         with _model_parallel(layout, datetime.timedelta(minutes=1)):
-            yield _read(torch.device("meta"), store)
+            yield _build_grid(torch.device("meta"), store)
     finally:
         dist.destroy_process_group()
 
@@ -327,7 +327,7 @@ def _model_parallel(layout: ParallelConfig, timeout: datetime.timedelta) -> Iter
         parallel_state.destroy_model_parallel()
 
 
-def _read(device: torch.device, store: dist.Store, key: bytes = b"") -> Grid:
+def _build_grid(device: torch.device, store: dist.Store, key: bytes = b"") -> Grid:
     """Read megatron-core's global state once; everything else is handed a Grid."""
     groups = {
         "tensor": parallel_state.get_tensor_model_parallel_group(),

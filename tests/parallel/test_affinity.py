@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from griffin.parallel.world.affinity import near_cores, stay_near
+from griffin.parallel.world.affinity import bind_near, near_cores
 
 ADDRESS = "0001:3b:00.0"
 MINE = os.sched_getaffinity(0)
@@ -55,7 +55,7 @@ def test_every_thread_and_process_stays_near(card):
     stop = threading.Event()
     earlier = threading.Thread(target=stop.wait)
     earlier.start()
-    assert stay_near(torch.device("cuda", 0), card(first)) == {first}
+    assert bind_near(torch.device("cuda", 0), card(first)) == {first}
     of_thread = os.sched_getaffinity(earlier.native_id)
     stop.set()
     earlier.join()
@@ -66,13 +66,13 @@ def test_every_thread_and_process_stays_near(card):
 
 @pytest.mark.parametrize("cores", ["", "100000-100001"])
 def test_cores_that_may_not_be_used_change_nothing(card, cores):
-    assert stay_near(torch.device("cuda", 0), card(cores)) == set()
+    assert bind_near(torch.device("cuda", 0), card(cores)) == set()
     assert os.sched_getaffinity(0) == MINE
 
 
 def test_a_device_whose_address_is_not_told_changes_nothing(card, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="GPU"))
-    assert stay_near(torch.device("cuda", 0), card(min(MINE))) == set()
+    assert bind_near(torch.device("cuda", 0), card(min(MINE))) == set()
     assert os.sched_getaffinity(0) == MINE
 
 
@@ -81,7 +81,7 @@ def test_cores_that_a_container_does_not_let_be_chosen_end_nothing(card, monkeyp
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setaffinity", refuse)
-    stay_near(torch.device("cuda", 0), card(min(MINE)))
+    bind_near(torch.device("cuda", 0), card(min(MINE)))
     monkeypatch.undo()
     assert os.sched_getaffinity(0) == MINE
 
@@ -89,9 +89,9 @@ def test_cores_that_a_container_does_not_let_be_chosen_end_nothing(card, monkeyp
 def test_what_a_launcher_has_bound_is_only_narrowed(card):
     first = min(MINE)
     os.sched_setaffinity(0, {first})
-    assert stay_near(torch.device("cuda", 0), card("0-1023")) == {first}
+    assert bind_near(torch.device("cuda", 0), card("0-1023")) == {first}
 
 
 def test_ranks_without_a_gpu_go_where_they_like(card):
-    assert stay_near(torch.device("cpu"), card(min(MINE))) == set()
+    assert bind_near(torch.device("cpu"), card(min(MINE))) == set()
     assert os.sched_getaffinity(0) == MINE

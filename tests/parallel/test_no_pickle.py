@@ -91,9 +91,9 @@ def gather_from_a_stranger(ranks: Ranks, bomb: Path) -> list[str]:
     said = []
     with rank_grid(ParallelConfig(), ranks) as grid:
         given = pickle.dumps(Bomb(bomb))
-        name = f"word of rank {grid.rank}"
+        name = f"message of rank {grid.rank}"
         signed = seal(grid.key, name, "")[:32]
-        for forged in (given, signed + given, seal(grid.key, name, 1), seal(grid.key, "word of rank 0", "a")):
+        for forged in (given, signed + given, seal(grid.key, name, 1), seal(grid.key, "message of rank 0", "a")):
             if ranks.rank == 1:
                 gather_bytes(forged, grid.device)
                 continue
@@ -108,7 +108,7 @@ def gather_from_a_stranger(ranks: Ranks, bomb: Path) -> list[str]:
 def test_a_pickle_of_a_peer_is_not_run(rank_pool: RankPool, tmp_path: Path) -> None:
     said, _ = rank_pool.run(gather_from_a_stranger, 2, tmp_path / "bomb")
     assert not (tmp_path / "bomb").exists()
-    unsigned = "word of rank 1: a peer gave what no rank of this run has written"
+    unsigned = "message of rank 1: a peer gave what no rank of this run has written"
     assert [said[0], said[1], said[3]] == [unsigned] * 3
     assert said[2].startswith("expected str, got b'1'")
 

@@ -105,7 +105,7 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
     Where `train.overlap` is "auto" they are taken to have GPUs: their communication overlaps, which decides on the
     size of megatron-core's buckets and so on the shards.
     """
-    from griffin.parallel.world.grid import absent_grid
+    from griffin.parallel.world.grid import fake_grid
     from griffin.trainer.checkpoint.state import in_model_order
 
     parallel = config.parallel
@@ -114,7 +114,7 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
     placed_in: list[tuple[tuple[int, int], GlobalTensor]] = []
     for pipeline_rank in range(parallel.pipeline):
         ranks = axes.ranks(pipeline=pipeline_rank)
-        with absent_grid(config.parallel, world_size, ranks[0]) as grid:
+        with fake_grid(config.parallel, world_size, ranks[0]) as grid:
             numbers, layouts, shards = _shards(config, grid)
         # Tensor ranks hold parameters of equal shapes, and so equal shards.
         members = [Member(rank, axes.coordinate(rank, "tensor"), shards[axes.replica(rank)]) for rank in ranks]
