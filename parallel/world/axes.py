@@ -1,6 +1,6 @@
-"""The axes of the rank grid: coordinates of ranks on them, and the names of ranks in messages.
+"""Coordinates of ranks on the axes of the rank grid, and names of ranks in messages.
 
-To add an axis, see "Add an axis" in parallel/README.md.
+The axes are in `parallel.config.AXES`. To add one, see "Add an axis" in parallel/README.md.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from griffin.parallel.config import AXES, ParallelConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-NAMED_HOSTS = 8  # of which a message lists the ranks
+NAMED_HOSTS = 8  # maximum number of hosts in a message
 
 
 @dataclass(frozen=True)
 class Axes:
-    """The sizes of all axes, in the order of AXES."""
+    """Sizes of all axes, in the order of AXES."""
 
     sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, **sizes: int) -> Axes:
-        """`Axes.of(tensor=2, data=4)`; axes that are left out have size 1."""
+        """Return axes of these sizes, and 1 for axes that are left out: `Axes.of(tensor=2, data=4)`."""
         assert sizes.keys() <= {axis.name for axis in AXES}, sizes
         return cls(tuple(sizes.get(axis.name, 1) for axis in AXES))
 
     @classmethod
     def of_layout(cls, layout: ParallelConfig, world_size: int) -> Axes:
-        """The grid that `world_size` ranks form."""
+        """Return the axes of a layout on `world_size` ranks."""
         return cls.of(**layout.model_axes, data=world_size // layout.model_ranks)
 
     @property
@@ -42,7 +42,7 @@ class Axes:
 
     @property
     def replicas(self) -> int:
-        """How many ranks hold each weight: the data-parallel size in megatron-core's sense."""
+        """Number of ranks that hold each weight; megatron-core's data-parallel size with context parallelism."""
         return math.prod(self.size(axis.name) for axis in AXES if not axis.shards_weights)
 
     def size(self, axis: str) -> int:
@@ -53,7 +53,7 @@ class Axes:
         return rank // math.prod(self.sizes[:place]) % self.sizes[place]
 
     def replica(self, rank: int) -> int:
-        """The number of a rank among those that hold the same weights."""
+        """Return the index of a rank among those that hold the same weights."""
         number, stride = 0, 1
         for axis in AXES:
             if not axis.shards_weights:
@@ -62,7 +62,7 @@ class Axes:
         return number
 
     def ranks(self, **coordinates: int) -> list[int]:
-        """All ranks with these coordinates, ascending: `axes.ranks(pipeline=1)`."""
+        """Return all ranks with these coordinates, in ascending order: `axes.ranks(pipeline=1)`."""
         return [
             rank
             for rank in range(self.world_size)
@@ -70,7 +70,7 @@ class Axes:
         ]
 
     def along(self, axis: str, values: Tensor) -> Tensor:
-        """[world] -> [size of the axis, ranks with the same coordinate on it]."""
+        """Reshape values [world] to [size of the axis, ranks with the same coordinate on it]."""
         place = len(AXES) - 1 - _place(axis)
         return values.view(*reversed(self.sizes)).movedim(place, 0).flatten(1)
 
@@ -84,7 +84,7 @@ def rank_name(rank: int, host: str) -> str:
 
 
 def rank_names(ranks: Iterable[int], hosts: Mapping[int, str] | None = None) -> str:
-    """ "rank 3 on n0", "ranks 0-7 on n0; ranks 8, 10 on n1": by host, which is left out where it is not known."""
+    """Format ranks by host, as "rank 3 on n0" or "ranks 0-7 on n0; ranks 8, 10 on n1". Unknown hosts are left out."""
     named: dict[str | None, list[int]] = {}
     for rank in sorted(ranks):
         named.setdefault((hosts or {}).get(rank), []).append(rank)
@@ -99,7 +99,7 @@ def rank_names(ranks: Iterable[int], hosts: Mapping[int, str] | None = None) -> 
 
 
 def _spans(ranks: Iterable[int]) -> str:
-    """ "0-7, 9" for sorted numbers."""
+    """Format sorted numbers as "0-7, 9"."""
     spans = []
     for _, group in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0]):
         numbers = [number for _, number in group]
