@@ -148,7 +148,7 @@ def mean_keys(sequence: int, window: int | None) -> float:
 
 
 def _in_slots(x: Tensor, slots: int) -> Tensor:
-    """Return [B, slots, hd]: the last positions of x [T, B, hd], position t in slot t mod slots, and zeros elsewhere."""
+    """Return [B, slots, hd] with the last positions of x [T, B, hd], position t in slot t mod slots, else zeros."""
     length, batch, head_dim = x.shape
     first = max(0, length - slots)
     held = x.new_zeros(batch, slots, head_dim)
