@@ -164,7 +164,7 @@ def test_time(text: str, seconds: int | None) -> None:
         ({"tasks_per_node": 4}, "--tasks-per-node 4: must be --gpus-per-node 8, or left out"),
         ({"partition": "a b"}, "--partition a b: must consist of"),
         ({"signal_seconds": 70_000, "time": "2-0"}, "--signal-seconds 70000: must be at most 65535"),
-        ({"options": ("--nodes=3",)}, "--sbatch-option --nodes=3: is an option that the script states itself"),
+        ({"options": ("--nodes=3",)}, "--sbatch-option --nodes=3: is set by the script itself"),
         ({"options": ("--tasks-per-node=3",)}, "--sbatch-option --tasks-per-node=3: is an option that the script"),
         ({"options": ("-C gpu",)}, "--sbatch-option -C gpu: must be NAME or NAME=VALUE"),
         ({"container": "a image"}, "--container a image: must consist of"),
