@@ -240,7 +240,7 @@ def test_no_progress_ends_the_job(cluster: Cluster, config: Path) -> None:
     number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS, *words)
     job = cluster.wait_until_ended(number)
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "1"), cluster.output(number)
-    assert "2 times in a row with no checkpoint newer than none: not tried again" in cluster.output(number)
+    assert "2 times in a row with no checkpoint newer than none: not retried" in cluster.output(number)
 
 
 def test_full_disk(cluster: Cluster, config: Path, uninterrupted: Path) -> None:

@@ -165,7 +165,7 @@ def test_time(text: str, seconds: int | None) -> None:
         ({"partition": "a b"}, "--partition a b: must consist of"),
         ({"signal_seconds": 70_000, "time": "2-0"}, "--signal-seconds 70000: must be at most 65535"),
         ({"options": ("--nodes=3",)}, "--sbatch-option --nodes=3: is set by the script itself"),
-        ({"options": ("--tasks-per-node=3",)}, "--sbatch-option --tasks-per-node=3: is an option that the script"),
+        ({"options": ("--tasks-per-node=3",)}, "--sbatch-option --tasks-per-node=3: is set by the script"),
         ({"options": ("-C gpu",)}, "--sbatch-option -C gpu: must be NAME or NAME=VALUE"),
         ({"container": "a image"}, "--container a image: must consist of"),
     ],
@@ -337,7 +337,7 @@ def test_signal_saves_and_requeues(tmp_path: Path, number: signal.Signals) -> No
         assert process.wait(20) == 85
     assert pretended.requeues == 1
     assert f"{number.name}: asking the ranks to save and stop" in pretended.said
-    assert "requeued: goes on from checkpoint step-00000004" in pretended.said
+    assert "requeued: resumes from checkpoint step-00000004" in pretended.said
     assert "TERM" not in (tmp_path / "calls").read_text()  # srun would end the ranks at once
 
 
@@ -352,7 +352,7 @@ def test_requeue_that_is_refused_says_what_to_do(tmp_path: Path) -> None:
     pretended = Pretended(tmp_path, "85 step-00000004")
     (tmp_path / "refuses").touch()
     assert pretended.run() == 85
-    assert "submit it again to go on from checkpoint step-00000004" in pretended.said
+    assert "submit it again to resume from checkpoint step-00000004" in pretended.said
 
 
 def test_failures_are_tried_again_while_there_is_progress(tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_failure_that_cannot_be_noted_is_the_last(tmp_path: Path) -> None:
     (tmp_path / "run/launch/job-7.failures").mkdir()
     assert pretended.run() == 137
     assert pretended.requeues == 0
-    assert "not tried again" in pretended.said
+    assert "not retried" in pretended.said
 
 
 def test_a_waiting_job_ends_no_sooner_than_its_ranks(tmp_path: Path) -> None:
