@@ -65,7 +65,7 @@ def directives(script: str) -> dict[str, str]:
 def test_text(settings: dict, tmp_path: Path) -> None:
     slurm_job = job(**settings)
     path = tmp_path / "job.sbatch"
-    path.write_text(render(asked, files(setup=Path("/data/runs/a/launch/setup.sh"), init=("--init-from", "/w/2b"))))
+    path.write_text(render(slurm_job, files(setup=Path("/data/runs/a/launch/setup.sh"), init=("--init-from", "/w/2b"))))
     subprocess.run(["bash", "-n", path], check=True)
     checked = subprocess.run([SHELLCHECK, "--shell=bash", path], capture_output=True, text=True)
     assert checked.stdout == ""
@@ -84,22 +84,22 @@ def test_text(settings: dict, tmp_path: Path) -> None:
     assert found.pop("signal") == "B:USR1@600"
     assert found.pop("output") == "/data/runs/a/launch/slurm-%j.out"
     assert found.pop("requeue") == ""
-    asked_for = {"partition": asked.partition, "account": asked.account, "qos": asked.qos}
+    asked_for = {"partition": slurm_job.partition, "account": slurm_job.account, "qos": slurm_job.qos}
     assert found == {
         "job-name": "griffin-a",
         "chdir": "/home/me",
         "open-mode": "append",
         "dependency": "singleton",
         **{name: value for name, value in asked_for.items() if value},
-        **({"reservation": "april"} if asked.options else {}),
-        **({"cpus-per-task": "3"} if asked.cpus_per_task else {}),
+        **({"reservation": "april"} if slurm_job.options else {}),
+        **({"cpus-per-task": "3"} if slurm_job.cpus_per_task else {}),
     }
     text = path.read_text()
     world = settings["nodes"] * ranks
     assert f"--nodes={settings['nodes']} --ntasks={world} --ntasks-per-node={ranks} " in text
     assert ("NCCL_DEBUG" in text) == bool(gpus)
     assert "localhost" not in text
-    if asked.container:
+    if slurm_job.container:
         assert "--container-image=registry.example/lab#griffin:1\n" in text
         assert '--container-mounts="/data:/data,/home/me:/home/me"\n' in text
 
