@@ -1,4 +1,4 @@
-"""Coordinates of ranks that are not there; `test_grid.py` compares with megatron-core's."""
+"""Coordinates of ranks and layouts, without processes; `test_grid.py` compares with megatron-core's groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""megatron-core without a GPU: what is redirected, and that nothing is where there is one."""
+"""megatron-core without a GPU: redirected functions, and no redirection with a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU 
 
 @pytest.fixture(autouse=True)
 def untouched() -> Iterator[None]:
-    """The modules as they are before `megatron_device.install`, and afterwards as they were."""
+    """Undo `megatron_device.install` for the test, and restore the modules afterwards."""
     before = [module.torch for module in megatron_device._MODULES]
     for module in megatron_device._MODULES:
         module.torch = torch
@@ -104,7 +104,7 @@ def test_cuda_type_names_within_only() -> None:
 
 @needs_no_gpu
 def test_gradients_can_be_clipped() -> None:
-    """megatron-core's own code, where it asserts a CUDA type and makes CUDA tensors."""
+    """Runs megatron-core's code that asserts a CUDA type and creates CUDA tensors."""
     megatron_device.install()
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([3.0, 4.0])

@@ -1,4 +1,4 @@
-"""What travels between ranks comes back as it was; what a stranger puts into the store is not believed, or run."""
+"""Messages between ranks are decoded unchanged; what an attacker puts into the store is rejected and never executed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEY = b"k" * 32
         (b"\0\xff", bytes),
     ],
 )
-def test_values_come_back(value: Any, kind: Any) -> None:
+def test_values_are_decoded_unchanged(value: Any, kind: Any) -> None:
     assert unseal(KEY, "name", seal(KEY, "name", value), kind) == value
 
 
@@ -53,21 +53,21 @@ def test_values_come_back(value: Any, kind: Any) -> None:
         (b"1" * 5000, int),
     ],
 )
-def test_other_kinds_are_refused(text: bytes, kind: Any) -> None:
+def test_other_types_are_refused(text: bytes, kind: Any) -> None:
     with pytest.raises(ForgedError):
         unpack(text, kind)
 
 
 @pytest.mark.parametrize(("key", "name"), [(b"other", "name"), (KEY, "another name")])
-def test_what_was_not_sealed_for_it_is_refused(key: bytes, name: str) -> None:
+def test_other_keys_and_names_are_refused(key: bytes, name: str) -> None:
     with pytest.raises(ForgedError, match="name: the rendezvous store holds what no rank of this run has written"):
         unseal(KEY, "name", seal(key, name, 1), int)
     with pytest.raises(ForgedError):
         unseal(KEY, "name", pack(1), int)
 
 
-def test_what_gloo_takes_from_the_store_is_signed() -> None:
-    """It would read the address of a peer out of any bytes."""
+def test_values_for_gloo_are_signed() -> None:
+    """Otherwise gloo would parse any bytes as the address of a peer."""
     store = dist.HashStore()
     groups = dist.PrefixStore("0", _kept := _SignedStore(store, KEY))
     groups.set("address", "of a peer")
@@ -79,7 +79,7 @@ def test_what_gloo_takes_from_the_store_is_signed() -> None:
 
 
 def listening(inodes: set[str]) -> set[str]:
-    """Addresses, in hexadecimal digits, at which sockets listen."""
+    """Return the addresses, in hexadecimal digits, at which sockets listen."""
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
@@ -89,7 +89,7 @@ def listening(inodes: set[str]) -> set[str]:
     return found
 
 
-def test_a_local_store_listens_on_the_loopback_interface_alone() -> None:
+def test_a_local_store_listens_only_on_loopback() -> None:
     before = sockets_of(os.getpid())
     store = serve_store(LOOPBACK, 0, None)
     assert listening(sockets_of(os.getpid()) - before) == {"0100007F"}
@@ -100,7 +100,7 @@ def test_a_local_store_listens_on_the_loopback_interface_alone() -> None:
 
 
 def meet(ranks: Ranks, bomb: Path) -> tuple[str, set[str]]:
-    """Two ranks agree while a stranger puts a pickle where rank 1's word, or rank 0's answer, is looked for."""
+    """Two ranks communicate while an attacker puts a pickle under the key of rank 1's or rank 0's message."""
     with mock.patch.object(meeting, "GRACE_SECONDS", 0.2), rank_grid(ParallelConfig(), ranks) as grid:
         addresses = listening(sockets_of(os.getpid()))
         ranks_meet = Meeting(grid, Place(rank=ranks.rank, local_rank=0, host="n0"), 1.0)

@@ -1,4 +1,4 @@
-"""One more mixer is a module and an entry of the registry: all that there is of the one below stands in this file."""
+"""A new mixer needs only a module and a registry entry, both of which are in this file for the one below."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class AverageState:
 
 
 class Average(nn.Module):
-    """`out(average(value(u)) * silu(gate(u)))`, a moving average per channel, of a learnt rate."""
+    """Compute `out(average(value(u)) * silu(gate(u)))`, with a moving average per channel of a learnt rate."""
 
     def __init__(self, name: str, context: Context):
         super().__init__()
@@ -158,7 +158,7 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in metrics(run_dir) if "loss" in line]
 
 
-def test_it_trains_alike_on_all_layouts(rank_pool: RankPool, folder: Path, trained: Path) -> None:
+def test_it_trains_the_same_on_all_layouts(rank_pool: RankPool, folder: Path, trained: Path) -> None:
     config = configured(folder)
     assert rank_pool.run(run_registered, 1, config, folder / "one-rank") == [False]
     found = losses(trained)
@@ -172,7 +172,7 @@ def test_it_trains_alike_on_all_layouts(rank_pool: RankPool, folder: Path, train
 
 
 def test_it_is_saved_and_resumed(rank_pool: RankPool, folder: Path, trained: Path) -> None:
-    """From the middle of its run on, to the same bits."""
+    """Resumed from the middle of its run, bitwise."""
     resumed = Path(shutil.copytree(trained, folder / "resumed"))
     shutil.rmtree(resumed / "checkpoints" / step_name(STEPS))
     assert saved_steps(resumed) == [SAVED]
@@ -202,7 +202,7 @@ def test_its_parameters_and_flops_are_counted(folder: Path, trained: Path) -> No
 
 
 def decode_on_two_ranks(ranks: Any, model: ModelConfig) -> None:
-    """Prompts of unlike lengths that go on, against whole sequences."""
+    """Compare continuations of prompts of different lengths with whole sequences."""
     max_length, lengths = 20, (1, 3, 9)
     layout = ParallelConfig(tensor=2)
     with mock.patch.dict(MIXERS, {AVERAGE.name: AVERAGE}), rank_grid(layout, ranks) as grid, torch.no_grad():
@@ -247,8 +247,8 @@ def test_its_widths_must_be_stated(tmp_path: Path) -> None:
         load_config(tmp_path / "config.toml", [])
 
 
-def test_every_entry_is_whole() -> None:
-    """What an entry names there is: its class, with all that the protocol asks for, and settings of a model."""
+def test_every_entry_is_complete() -> None:
+    """An entry's class implements the protocol, and its settings are fields of ModelConfig."""
     settings = ModelConfig.__dataclass_fields__.keys()
     for name, mixer in MIXERS.items():
         assert mixer.name == name
