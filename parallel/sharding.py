@@ -257,10 +257,12 @@ def _read_parts(headers: Sequence[_ShardHeader], values: bytes) -> dict[str, Par
         dtype = _DTYPES.get(header.dtype)
         size = math.prod(header.part_shape) * (dtype.itemsize if dtype else 0)
         if dtype is None or min(header.part_shape, default=0) < 0 or size > len(left):
-            raise ForgedError(f"{header.name}: a peer gave no tensor {header.part_shape} of {header.dtype}")
+            raise ForgedError(
+                f"{header.name}: a peer sent bytes that are not a tensor {header.part_shape} of {header.dtype}"
+            )
         value = torch.frombuffer(left[:size], dtype=dtype) if size else torch.empty(0, dtype=dtype)
         parts[header.name] = header.axis, header.shape, value.view(header.part_shape)
         left = left[size:]
     if left:
-        raise ForgedError(f"a peer gave {len(left)} bytes that belong to no tensor")
+        raise ForgedError(f"a peer sent {len(left)} bytes that belong to no tensor")
     return parts

@@ -174,7 +174,8 @@ def _describe_embedding(weight: nn.Parameter, model: ModelConfig, *, shared: boo
         weight_decay=False,
         shared=shared,
     )
-    # megatron-core gives it a bucket of its own, so the first and the last stage hold the same shard of its gradient.
+    # megatron-core gives it a bucket of its own: the first and the last stage then hold the same shard, whose gradients
+    # are summed.
     weight.shared_embedding = True  # type: ignore[attr-defined]
 
 

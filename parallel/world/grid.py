@@ -98,8 +98,10 @@ class Grid:
         """
         if self.world_size == 1:
             return [value]
-        words = gather_bytes(seal(self.key, _message_name(self.rank), value), self.device)
-        return [unseal(self.key, _message_name(rank), word, kind, "a peer gave") for rank, word in enumerate(words)]
+        messages = gather_bytes(seal(self.key, _message_name(self.rank), value), self.device)
+        return [
+            unseal(self.key, _message_name(rank), message, kind, "a peer sent") for rank, message in enumerate(messages)
+        ]
 
     def first_rank_does(self, name: str, work: Callable[[], object]) -> None:
         """Run `work` on rank 0 while the other ranks wait, without a time limit.

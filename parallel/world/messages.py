@@ -49,7 +49,7 @@ def unseal(key: bytes, name: str, sealed: bytes, kind: Any, source: str = "the r
     """Return the sealed value. ForgedError if it was sealed with another key or name, or has another type."""
     signature, text = sealed[:_DIGEST], sealed[_DIGEST:]
     if not hmac.compare_digest(signature, _signature(key, name, text)):
-        raise ForgedError(f"{name}: {source} what no rank of this run has written")
+        raise ForgedError(f"{name}: {source} a value that no rank of this run has signed")
     return unpack(text, kind)
 
 
@@ -68,7 +68,7 @@ def _plain(value: Any) -> Any:
         return dict(value)
     if isinstance(value, set | frozenset):
         return sorted(value)
-    raise TypeError(f"{type(value).__name__} is no message: {value!r}")
+    raise TypeError(f"{type(value).__name__} cannot be sent as a message: {value!r}")
 
 
 def _typed(value: Any, kind: Any) -> Any:

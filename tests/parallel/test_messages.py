@@ -60,7 +60,9 @@ def test_other_types_are_refused(text: bytes, kind: Any) -> None:
 
 @pytest.mark.parametrize(("key", "name"), [(b"other", "name"), (KEY, "another name")])
 def test_other_keys_and_names_are_refused(key: bytes, name: str) -> None:
-    with pytest.raises(ForgedError, match="name: the rendezvous store holds what no rank of this run has written"):
+    with pytest.raises(
+        ForgedError, match="name: the rendezvous store holds a value that no rank of this run has signed"
+    ):
         unseal(KEY, "name", seal(key, name, 1), int)
     with pytest.raises(ForgedError):
         unseal(KEY, "name", pack(1), int)
@@ -74,7 +76,7 @@ def test_values_for_gloo_are_signed() -> None:
     assert groups.get("address") == b"of a peer"
     for forged in (pickle.dumps(1), b"", store.get("0/address")[:-1] + b"?"):
         store.set("0/address", forged)  # type: ignore[arg-type]
-        with pytest.raises(ForgedError, match="0/address: the rendezvous store holds what no rank"):
+        with pytest.raises(ForgedError, match="0/address: the rendezvous store holds a value that no rank"):
             groups.get("address")
 
 
@@ -124,7 +126,9 @@ def test_a_pickle_in_the_store_is_not_run(rank_pool: RankPool, tmp_path: Path) -
     answers = rank_pool.run(meet, 2, tmp_path / "bomb")
     assert not (tmp_path / "bomb").exists()
     for (said, addresses), name in zip(answers, ("first/1", "second"), strict=True):
-        assert f"griffin/preflight/{name}: the rendezvous store holds what no rank of this run has written" in said
+        assert (
+            f"griffin/preflight/{name}: the rendezvous store holds a value that no rank of this run has signed" in said
+        )
         assert addresses
         assert addresses <= {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
     pickle.loads(pickle.dumps(Bomb(tmp_path / "bomb")))

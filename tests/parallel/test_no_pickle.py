@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.sharding import _Described, _read_parts
+from griffin.parallel.sharding import _read_parts, _ShardHeader
 from griffin.parallel.world.grid import gather_bytes, rank_grid
 from griffin.parallel.world.messages import ForgedError, seal
 from griffin.parallel.world.ranks import Ranks
@@ -108,7 +108,7 @@ def gather_from_an_attacker(ranks: Ranks, bomb: Path) -> list[str]:
 def test_a_pickle_of_a_peer_is_not_run(rank_pool: RankPool, tmp_path: Path) -> None:
     said, _ = rank_pool.run(gather_from_an_attacker, 2, tmp_path / "bomb")
     assert not (tmp_path / "bomb").exists()
-    unsigned = "message of rank 1: a peer gave what no rank of this run has written"
+    unsigned = "message of rank 1: a peer sent a value that no rank of this run has signed"
     assert [said[0], said[1], said[3]] == [unsigned] * 3
     assert said[2].startswith("expected str, got b'1'")
 
@@ -123,6 +123,6 @@ def test_a_pickle_of_a_peer_is_not_run(rank_pool: RankPool, tmp_path: Path) -> N
     ],
 )
 def test_bytes_that_do_not_match_their_header_are_refused(shape: tuple[int, ...], dtype: str, size: int) -> None:
-    described = _Described(name="a", axis=None, shape=shape, part_shape=shape, dtype=dtype)
-    with pytest.raises(ForgedError, match="a peer gave"):
+    described = _ShardHeader(name="a", axis=None, shape=shape, part_shape=shape, dtype=dtype)
+    with pytest.raises(ForgedError, match="a peer sent"):
         _read_parts([described], bytes(size))
