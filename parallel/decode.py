@@ -93,7 +93,7 @@ class Decoder:
         Returns this rank's shard of the next-token logits, float32 [B, padded vocabulary / t].
         """
         position = state.position
-        assert position.index < state.max_length, f"the sequences have their {state.max_length} tokens"
+        assert position.index < state.max_length, f"sequences can have at most {state.max_length} tokens"
         with self._mode():
             prepared = [
                 step.mixer.prepare(block, position) for step, block in zip(self._steps, state.blocks, strict=True)

@@ -159,7 +159,7 @@ def _in_slots(x: Tensor, slots: int) -> Tensor:
 class CacheSlot(NamedTuple):
     """Slot of an AttentionState for the keys and values of one position."""
 
-    index: Tensor  # int64 [1]
+    number: Tensor  # int64 [1]
     filled: int  # slots in use, this one included
     mask: Tensor | None  # [B, 1, 1, filled], False for slots from before the sequence's start; None if there are none
 
@@ -182,8 +182,8 @@ class AttentionStep:
         cos_sin, slot = prepared
         qkv = torch.mm(self._qkv, u).t().unflatten(-1, (-1, self._head_dim))  # [B, H + 2, hd]
         q, k = apply_rotary(qkv[:, :-1], cos_sin).split((self._heads, 1), dim=1)
-        state.keys.index_copy_(1, slot.index, k)
-        state.values.index_copy_(1, slot.index, qkv[:, -1:])
+        state.keys.index_copy_(1, slot.number, k)
+        state.values.index_copy_(1, slot.number, qkv[:, -1:])
         keys, values = (held[:, None, : slot.filled] for held in (state.keys, state.values))
         # All heads are queries of the single key/value head.
         attended = F.scaled_dot_product_attention(q[:, None], keys, values, attn_mask=slot.mask)  # [B, 1, H, hd]

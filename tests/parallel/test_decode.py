@@ -108,7 +108,7 @@ def test_sequences_beyond_the_maximum_length_are_refused() -> None:
         decoder = Decoder(build(TRANSFORMER, grid))
         _, state = decoder.prefill(list(tokens(1)[:, :3]), 4)
         decoder.step(torch.tensor([1]), state)
-        with pytest.raises(AssertionError, match="room for 4 tokens"):
+        with pytest.raises(AssertionError, match="at most 4 tokens"):
             decoder.step(torch.tensor([1]), state)
 
 
