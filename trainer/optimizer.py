@@ -13,7 +13,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from griffin.parallel import host
+from griffin.parallel import megatron_device
 from griffin.trainer.settings.sections import Config
 
 _STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
@@ -27,7 +27,7 @@ def build_optimizer(
     Parameters with the attribute `no_weight_decay` (RG-LRU parameters, embedding, norms, biases) are not decayed.
     """
     settings = config.optimizer
-    with host.cuda_type_names():
+    with megatron_device.cuda_type_names():
         return get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",

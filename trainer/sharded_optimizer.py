@@ -33,7 +33,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from griffin.parallel import host
+from griffin.parallel import megatron_device
 from griffin.parallel.stage import Stage
 from griffin.parallel.world.grid import Grid
 from griffin.trainer.measuring.figures import is_counted, squares_by_kind
@@ -141,7 +141,7 @@ class ShardedOptimizer:
 
         It copies the gradients to `grad` of the master weights, where they stay until `clip_and_step`.
         """
-        with host.cuda_type_names():
+        with megatron_device.cuda_type_names():
             self._megatron.prepare_grads()
             return float(self._megatron.get_grad_norm())
 
@@ -151,7 +151,7 @@ class ShardedOptimizer:
 
     def clip_and_step(self, norm: float) -> None:
         """Clip the gradient, whose norm is `norm`, to `optimizer.clip`, and update the weights. A collective."""
-        with host.cuda_type_names():
+        with megatron_device.cuda_type_names():
             if self._clip > 0:
                 for optimizer in self._megatron.chained_optimizers:
                     clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=self._clip, total_norm=norm)

@@ -56,7 +56,7 @@ class Training:
         self.config, self.grid = config, grid
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
         self.micro_batches = config.train.global_batch // (config.train.micro_batch * grid.data_size)
-        self.overlap = overlaps_communication(config, grid.data_size, on_gpu=grid.device.type == "cuda")
+        self.overlap = overlaps_communication(config, grid.axes.replicas, on_gpu=grid.device.type == "cuda")
         self.steps_done = 0
 
         self.stages: list[Stage] = build_stages(
@@ -229,7 +229,7 @@ class Training:
             forward_only=forward_only,
         )
         total = torch.zeros(3, dtype=torch.float64, device=self.grid.device)
-        if self.grid.is_last_stage and self.grid.tensor_rank == 0:
+        if self.grid.reports_loss:
             for loss in losses:
                 total[:2] += loss
         if stop:

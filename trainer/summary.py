@@ -19,12 +19,13 @@ def summarize(config: Config, world_size: int, grid: Grid) -> str:
     """
     model, parallel, train = config.model, config.parallel, config.train
     embedding, rest = count_parameters(model, grid)
+    axes = " x ".join(f"{axis} {size}" for axis, size in parallel.model_axes.items())
     sizes = stage_blocks(model, parallel, config.data.sequence_length)
     samples = train.steps * train.global_batch
     return (
         f"Model: {embedding + rest:,} parameters, {embedding:,} of them embedding (vocabulary {model.vocabulary:,}); "
         f"{describe_pattern(model.pattern)}\n"
-        f"{world_size} rank{'s' * (world_size > 1)}: tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
+        f"{world_size} rank{'s' * (world_size > 1)}: {axes} x data "
         f"{world_size // parallel.model_ranks}; blocks per stage {', '.join(map(str, sizes))}\n"
         f"Training: {train.steps:,} steps of {train.global_batch:,} sequences of {config.data.sequence_length:,} "
         f"tokens: {samples:,} sequences, {samples * config.data.sequence_length:,} tokens"

@@ -159,8 +159,8 @@ def measure(settings: Settings, device: torch.device, clock: Clock | None = None
 
 
 def _measure_ours(settings: Settings, device: torch.device, clock: Clock, bandwidth: float) -> list[Row]:
-    from griffin.kernels.launch import multiprocessors
     from griffin.kernels.recurrence.plan import select_plan
+    from griffin.kernels.triton_launch import multiprocessors
     from griffin.tools.bench.kernels_work import OPERATIONS
 
     rows = []

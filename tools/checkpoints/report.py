@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from griffin.launch.local import cores
+from griffin.parallel.config import ParallelConfig
 from griffin.tools.checkpoints.stored import Source, StoredArray, bits, open_step
 from griffin.tools.common.workers import Workers
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec, Box
@@ -64,11 +65,9 @@ def _size(manifest: Manifest) -> int:
 
 
 def _layout(manifest: Manifest) -> str:
-    layout = manifest.layout
-    return (
-        f"tensor {layout['tensor']}, pipeline {layout['pipeline']} x {layout['virtual_pipeline']}, "
-        f"data {layout['data']}"
-    )
+    sizes = {axis: str(manifest.layout.get(axis, 1)) for axis in (*ParallelConfig().model_axes, "data")}
+    sizes["pipeline"] += f" x {manifest.layout['virtual_pipeline']}"
+    return ", ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 
 def show(path: Path, as_json: bool) -> None:

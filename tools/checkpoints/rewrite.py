@@ -70,8 +70,7 @@ def reshard(
     made = _converted(source, chunks, dtype, weights_only)
     header = _header(manifest, weights_only)
     if layout:
-        cut = {name: getattr(layout, name) for name in ("tensor", "pipeline", "virtual_pipeline")}
-        header = replace(header, layout=cut | {"sequence_parallel": False, "data": 1})
+        header = replace(header, layout=layout.record(layout.model_ranks))
     if to_ranks:
         assert layout is not None
         write_ranks(target, header, made, layout, workers)

@@ -105,25 +105,19 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
     Where `train.overlap` is "auto" they are taken to have GPUs: their communication overlaps, which decides on the
     size of megatron-core's buckets and so on the shards.
     """
-    from griffin.parallel.world.grid import absent_grid
+    from griffin.parallel.world.grid import fake_grid
     from griffin.trainer.checkpoint.state import in_model_order
 
     parallel = config.parallel
-    axes = Axes.of(tensor=parallel.tensor, data=world_size // parallel.model_ranks, pipeline=parallel.pipeline)
+    axes = Axes.of_layout(parallel, world_size)
     stages: list[tuple[list[Parameter], list[Member]]] = []
     placed_in: list[tuple[tuple[int, int], GlobalTensor]] = []
     for pipeline_rank in range(parallel.pipeline):
-        first_rank = axes.rank(pipeline=pipeline_rank)
-        with absent_grid(config.parallel, world_size, first_rank) as grid:
+        ranks = axes.ranks(pipeline=pipeline_rank)
+        with fake_grid(config.parallel, world_size, ranks[0]) as grid:
             numbers, layouts, shards = _shards(config, grid)
         # Tensor ranks hold parameters of equal shapes, and so equal shards.
-        members = [
-            Member(
-                axes.rank(pipeline=pipeline_rank, data=data_rank, tensor=tensor_rank), tensor_rank, shards[data_rank]
-            )
-            for data_rank in range(axes.size("data"))
-            for tensor_rank in range(axes.size("tensor"))
-        ]
+        members = [Member(rank, axes.coordinate(rank, "tensor"), shards[axes.replica(rank)]) for rank in ranks]
         stages.append((layouts, members))
         placed_in += [
             ((number, pipeline_rank), placed.tensor)
@@ -147,15 +141,15 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
 
 def _shards(config: Config, grid: Grid) -> tuple[list[int], list[Parameter], list[tuple[Shard, ...]]]:
     """The parameters that the ranks of this rank's stages save: each one's stage among them, its layout, and every
-    data-parallel rank's shards."""
+    replica's shards."""
     import torch
 
-    from griffin.parallel import host
+    from griffin.parallel import megatron_device
     from griffin.parallel.stage import build_stages
     from griffin.trainer.checkpoint.state import parameter_layout, shards_in_a_row
     from griffin.trainer.sharded_optimizer import overlaps_communication, shard_ranges, wrap_in_ddp
 
-    with host.on_meta():
+    with megatron_device.on_meta():
         stages = build_stages(
             config.model,
             config.parallel,
@@ -163,7 +157,7 @@ def _shards(config: Config, grid: Grid) -> tuple[list[int], list[Parameter], lis
             dtype=getattr(torch, config.train.dtype),
             sequence=config.data.sequence_length,
         )
-        chunks = wrap_in_ddp(stages, overlaps_communication(config, grid.data_size, on_gpu=True))
+        chunks = wrap_in_ddp(stages, overlaps_communication(config, grid.axes.replicas, on_gpu=True))
     saved = [
         (number, parameter)
         for number, stage in enumerate(stages)
@@ -171,8 +165,8 @@ def _shards(config: Config, grid: Grid) -> tuple[list[int], list[Parameter], lis
         if not getattr(parameter, "shared", False)  # the second copy of the tied embedding
     ]
     shards = []
-    for data_rank in range(grid.data_size):
-        ranges = shard_ranges(chunks, data_rank, grid.data_size)
+    for replica in range(grid.axes.replicas):
+        ranges = shard_ranges(chunks, replica, grid.axes.replicas)
         shards.append(shards_in_a_row(ranges.get(parameter, (0, 0)) for _, parameter in saved))
     return [number for number, _ in saved], [parameter_layout(parameter) for _, parameter in saved], shards
 
@@ -228,10 +222,11 @@ def describe(config: Config, world_size: int, plan: CheckpointPlan) -> str:
     from griffin.trainer.sharded_optimizer import overlaps_communication
 
     parallel = config.parallel
-    data_size = world_size // parallel.model_ranks
+    axes = Axes.of_layout(parallel, world_size)
     weights = sum(array.tensor.elements for array in plan.arrays if array.kind == MODEL)
-    overlap = "with" if overlaps_communication(config, data_size, on_gpu=True) else "without"
+    overlap = "with" if overlaps_communication(config, axes.replicas, on_gpu=True) else "without"
     supposed = " (train.overlap = 'auto': on GPUs)" if config.train.overlap == "auto" and overlap == "with" else ""
+    sizes = " x ".join(f"{axis} {size}" for axis, size in parallel.model_axes.items())
     virtual = f" ({parallel.virtual_pipeline} stages each)" if parallel.virtual_pipeline > 1 else ""
     cut = cut_tensors(plan.arrays, parallel.tensor)
     whole = "a tensor rank reads whole chunks only, but for sharded tensors that are one chunk"
@@ -240,7 +235,7 @@ def describe(config: Config, world_size: int, plan: CheckpointPlan) -> str:
         whole = f"tensor ranks read parts of the chunks of {len(cut)} tensors: {names}"
     return "\n".join(
         [
-            f"{world_size} ranks: tensor {parallel.tensor} x pipeline {parallel.pipeline}{virtual} x data {data_size}",
+            f"{world_size} ranks: {sizes}{virtual} x data {axes.size('data')}",
             f"{weights:,} weights, {config.train.dtype}; sharded for training {overlap} overlap{supposed}",
             "",
             *_files(plan.arrays),

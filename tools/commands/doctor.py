@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from griffin.launch.ranks import discover, leave
+from griffin.launch.discovery import discover, leave
 from griffin.parallel.world.ranks import Ranks
 from griffin.tools.runs.findings import FAILED, OK, WARNING, Finding, has_failed, report
 from griffin.trainer.settings.complete import load_config

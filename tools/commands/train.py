@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from griffin.kernels.backends import AUTO
 from griffin.launch import code
-from griffin.launch.ranks import discover, failure_text, leave, slurm_tasks_unused
+from griffin.launch.discovery import discover, failure_text, leave, slurm_tasks_unused
 from griffin.parallel.config import ModelConfig
 from griffin.parallel.world.ranks import STOPPED, Ranks
 from griffin.tools.common.errors import USER_ERRORS, report

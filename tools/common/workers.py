@@ -12,8 +12,8 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from griffin.launch.discovery import mpi_world
 from griffin.launch.local import cores
-from griffin.launch.ranks import mpi_world
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

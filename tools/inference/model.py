@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from griffin.launch.discovery import discover, leave
 from griffin.launch.local import run_local
-from griffin.launch.ranks import discover, leave
 from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.parallel.decode import Decoder
 from griffin.parallel.stage import Stage, build_stages

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tomli_w
 
-from griffin.parallel.config import ModelConfig
+from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.tools.checkpoints.carried import tokenizer_text
 from griffin.tools.checkpoints.stored import StoredArray
 from griffin.tools.checkpoints.write import Made, write_step
@@ -81,7 +81,7 @@ def write_imported(
         attempt=1,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         config=json.loads(json.dumps(dataclasses.asdict(Config(model=model)))),
-        layout={"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "sequence_parallel": False, "data": 1},
+        layout=ParallelConfig().record(1),
         optimizer=None,
         random={},
         sources=(str(source.absolute()),),

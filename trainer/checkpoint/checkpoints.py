@@ -225,20 +225,13 @@ class Checkpoints:
         self._carried_extras = header.extras
 
     def _header(self, position: Position) -> Header:
-        parallel = self._config.parallel
         return Header(
             step=position.step,
             samples=position.samples,
             attempt=self._attempt,
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             config=json.loads(json.dumps(dataclasses.asdict(self._config))),
-            layout={
-                "tensor": parallel.tensor,
-                "pipeline": parallel.pipeline,
-                "virtual_pipeline": parallel.virtual_pipeline,
-                "sequence_parallel": parallel.sequence_parallel,
-                "data": self._grid.data_size,
-            },
+            layout=self._config.parallel.record(self._grid.world_size),
             optimizer={"name": optimizer_name(), "step": self._training.optimizer.updates_done},
             random=_random_state(self._grid.device),
             spikes=self._spikes.state() if self._spikes is not None else None,

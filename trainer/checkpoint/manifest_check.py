@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from griffin.parallel.config import ModelConfig
+from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.trainer.checkpoint.arrays import DTYPES, KINDS, ArraySpec
 from griffin.trainer.files import is_integer
 from griffin.trainer.settings.load import typed
@@ -143,7 +143,7 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
 
 def _check_layout(layout: Any) -> None:
     _require(isinstance(layout, Mapping), "layout", layout, "an object")
-    for key in ("tensor", "pipeline", "virtual_pipeline"):
+    for key in (*ParallelConfig().model_axes, "virtual_pipeline"):
         if key in layout:
             most = _most(f"parallel.{key}")
             _require(is_integer(layout[key], 1, most), f"layout.{key}", layout[key], f"an integer from 1 to {most}")

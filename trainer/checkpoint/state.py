@@ -58,7 +58,7 @@ class ShardedState:
             ((number, grid.pipeline_rank), placed.tensor)
             for number, layout, is_owned in zip(virtual, self._layouts, self._is_owned, strict=True)
             for placed in layout.tensors
-            if is_owned and grid.data_rank == 0 and grid.tensor_rank == 0
+            if is_owned and grid.is_first_replica and grid.tensor_rank == 0
         ]
         kind = tuple[int, int, list[tuple[int, int]], list[tuple[tuple[int, int], GlobalTensor]]]
         everyone = grid.all_gather((grid.pipeline_rank, grid.tensor_rank, ranges, owned), kind)

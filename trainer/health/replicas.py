@@ -70,7 +70,7 @@ def check_replicas(modules: Sequence[nn.Module], grid: Grid, step: int) -> None:
     parameters = [parameter for module in modules for parameter in module.parameters()]
     sums = torch.stack([checksum(parameter) for parameter in parameters])
     replicated = [index for index, parameter in enumerate(parameters) if _is_replicated(parameter)]
-    differs = _differs(sums, grid.data_group)
+    differs = _differs(sums, grid.replica_group)
     if replicated and grid.tensor_size > 1:
         differs = differs | _differs(sums[replicated], grid.tensor_group)
     if grid.embedding_group is not None:

@@ -161,7 +161,6 @@ def describe_environment(
 
     `implementations` names what computes the optimizer, norm, attention and recurrence, such as {"norm": "apex"}.
     """
-    parallel = config.parallel
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -171,13 +170,7 @@ def describe_environment(
         "started": time.strftime(TIME_FORMAT),
         "world_size": ranks.world_size,
         "launched_by": ranks.source,
-        "layout": {
-            "tensor": parallel.tensor,
-            "pipeline": parallel.pipeline,
-            "virtual_pipeline": parallel.virtual_pipeline,
-            "sequence_parallel": parallel.sequence_parallel,
-            "data": ranks.world_size // parallel.model_ranks,
-        },
+        "layout": config.parallel.record(ranks.world_size),
         "device": device,
         "implementations": dict(implementations),
     }

@@ -151,10 +151,9 @@ def _validate_batches(config: Config, world_size: int) -> None:
     if world_size > MOST_RANKS:
         _refuse("world size", world_size, f"must be at most {MOST_RANKS}")
     if world_size < 1 or world_size % parallel.model_ranks:
-        accepted = (
-            f"must be a multiple of parallel.tensor x parallel.pipeline = "
-            f"{parallel.tensor} x {parallel.pipeline} = {parallel.model_ranks}"
-        )
+        names = " x ".join(f"parallel.{axis}" for axis in parallel.model_axes)
+        sizes = " x ".join(map(str, parallel.model_axes.values()))
+        accepted = f"must be a multiple of {names} = {sizes} = {parallel.model_ranks}"
         _refuse("world size", world_size, accepted)
     data_parallel = world_size // parallel.model_ranks
     if train.global_batch % (train.micro_batch * data_parallel):
