@@ -140,6 +140,62 @@ def test_tests_import_no_test_module() -> None:
     assert is_test_module("tests.test_structure")
 
 
+PATCHES = {"patch", "object", "setattr", "delattr"}  # pytest's and mock's
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def reaches(code: str) -> Iterator[str]:
+    """Where code imports a private name of the product, takes it of a module or replaces it, or replaces any name by
+    the text of its path, which nobody finds who renames it."""
+    tree = ast.parse(code)
+    product = [
+        alias
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).split(".")[0] == "griffin"
+    ]
+    yield from (alias.name for alias in product if is_private(alias.name))
+    names = {alias.asname or alias.name for alias in product}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and ast.unparse(node.value) in names:
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and node.args and getattr(node.func, "attr", "") in PATCHES:
+            target, *others = node.args
+            texts = [each.value for each in ast.walk(target) if isinstance(each, ast.Constant)]
+            name = others[0].value if others and isinstance(others[0], ast.Constant) else ""
+            if isinstance(target, ast.JoinedStr) or any(str(text).startswith("griffin.") for text in texts):
+                yield ast.unparse(target)
+            elif is_private(str(name)):
+                yield f"{ast.unparse(target)}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("from griffin.trainer.step import Training, _loss", "_loss"),
+        ("from griffin.trainer import step as s\ns._loss(1)", "s._loss"),
+        ("import griffin.trainer.step\ngriffin.trainer.step._loss(1)", "griffin.trainer.step._loss"),
+        ("from griffin.trainer.step import Training\nTraining._run()", "Training._run"),
+        ("patch.setattr(step, '_loss', 1)", "step._loss"),
+        ("mock.patch.object(Training, '_run', f)", "Training._run"),
+        ("monkeypatch.setattr('griffin.trainer.step.Training', f)", "'griffin.trainer.step.Training'"),
+        ("mock.patch(f'{module}.loss')", "f'{module}.loss'"),
+    ],
+)
+def test_scan_finds_private_names(code: str, found: str) -> None:
+    assert list(reaches(code)) == [found]
+
+
+def test_tests_keep_to_public_names() -> None:
+    found = [f"{file}: {name}" for file in (ROOT / "tests").rglob("*.py") for name in reaches(file.read_text())]
+    assert found == []
+    assert list(reaches("patch.setattr(step, 'loss', 1)\nself._x = step.__name__\nmock.patch('os.fsync', f)")) == []
+
+
 def is_test_module(name: str) -> bool:
     path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
     return name.startswith("tests.") and path.name.startswith("test_") and path.is_file()

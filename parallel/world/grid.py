@@ -27,7 +27,7 @@ from griffin.parallel.world.ranks import OtherRankError, Ranks
 T = TypeVar("T")
 
 # A rank that waits for another's slow but healthy work (building an index, say) asks again this often.
-_POLL = datetime.timedelta(seconds=20)
+POLL = datetime.timedelta(seconds=20)
 START_SECONDS = 15 * 60.0  # for a thousand ranks to connect, which takes a minute or two
 
 
@@ -110,7 +110,7 @@ class Grid:
             return
         while True:
             try:
-                self.store.wait([key], _POLL)
+                self.store.wait([key], POLL)
                 break
             except dist.DistStoreError:
                 continue
@@ -162,7 +162,7 @@ def rank_grid(
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = host.device(ranks.local_rank)
     store = ranks.store()
-    _agree_on_backend(store, ranks, _backend(device))
+    _agree_on_backend(store, ranks, backend_of(device))
     if ranks.is_on_one_machine:
         _stay_on_this_machine()
     host.install()
@@ -170,11 +170,11 @@ def rank_grid(
         torch.cuda.set_device(device)
     stay_near(device)
     # NCCL's own threads may not depend on Python. Named, as C++ does not keep its Python half alive.
-    groups_store = store if device.type == "cuda" else _Sealed(store, ranks.key)
+    groups_store = store if device.type == "cuda" else SealedStore(store, ranks.key)
     with ExitStack() as stack:
         with _starting():
             dist.init_process_group(
-                _backend(device),
+                backend_of(device),
                 store=groups_store,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
@@ -190,7 +190,7 @@ def rank_grid(
     _leave_together(store, ranks)
 
 
-class _Sealed(dist.Store):
+class SealedStore(dist.Store):
     """A store whose values are signed: gloo takes addresses from it, and would crash on what is none."""
 
     def __init__(self, store: dist.Store, key: bytes) -> None:
@@ -271,7 +271,7 @@ def single_rank_grid() -> Iterator[Grid]:
     host.install()
     device = host.device()
     store = dist.HashStore()
-    dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
+    dist.init_process_group(backend_of(device), store=store, rank=0, world_size=1)
     try:
         with _model_parallel(ParallelConfig(), datetime.timedelta(minutes=1)):
             yield _read(device, store)
@@ -297,7 +297,7 @@ def absent_grid(layout: ParallelConfig, world_size: int, rank: int) -> Iterator[
         dist.destroy_process_group()
 
 
-def _backend(device: torch.device) -> str:
+def backend_of(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 

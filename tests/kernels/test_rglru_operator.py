@@ -168,7 +168,7 @@ def test_refuses_triton_where_it_cannot_run():
     with pytest.raises(ValueError, match=r"^backend: 'triton' for torch.float64"):
         rglru(**inputs, backend="triton")
     with (
-        mock.patch.object(selection, "_is_interpreted", return_value=False),
+        mock.patch.object(selection, "is_interpreted", return_value=False),
         pytest.raises(ValueError, match=r"^backend: 'triton' on cpu; accepted on a GPU"),
     ):
         rglru(**make(4, 2, 3), backend="triton")

@@ -18,16 +18,16 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU 
 @pytest.fixture(autouse=True)
 def untouched() -> Iterator[None]:
     """The modules as they are before `host.install`, and afterwards as they were."""
-    before = [module.torch for module in host._MODULES]
-    for module in host._MODULES:
+    before = [module.torch for module in host.MODULES]
+    for module in host.MODULES:
         module.torch = torch
     yield
-    for module, torch_module in zip(host._MODULES, before, strict=True):
+    for module, torch_module in zip(host.MODULES, before, strict=True):
         module.torch = torch_module
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("module", host._MODULES, ids=lambda module: module.__name__.removeprefix("megatron.core."))
+@pytest.mark.parametrize("module", host.MODULES, ids=lambda module: module.__name__.removeprefix("megatron.core."))
 def test_the_cuda_device_becomes_the_cpu(module: types.ModuleType) -> None:
     host.install()
     current = module.torch.cuda.current_device()
@@ -73,15 +73,15 @@ def test_installing_twice_changes_nothing() -> None:
 def test_on_meta_allocates_nothing_and_restores(installed: bool) -> None:
     if installed:
         host.install()
-    before = [module.torch for module in host._MODULES]
+    before = [module.torch for module in host.MODULES]
     with host.on_meta():
         assert layers.torch.empty(1 << 40, device="cuda").is_meta
         assert layers.torch.empty(1 << 40, device=layers.torch.cuda.current_device()).is_meta
         assert layers.torch.empty(2, device="cpu").device.type == "cpu"
-    assert [module.torch for module in host._MODULES] == before
+    assert [module.torch for module in host.MODULES] == before
     with pytest.raises(ZeroDivisionError), host.on_meta():
         _ = 1 / 0
-    assert [module.torch for module in host._MODULES] == before
+    assert [module.torch for module in host.MODULES] == before
 
 
 @needs_no_gpu
@@ -114,7 +114,7 @@ def test_gradients_can_be_clipped() -> None:
 def test_no_effect_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     host.install()
-    assert all(module.torch is torch for module in host._MODULES)
+    assert all(module.torch is torch for module in host.MODULES)
     plain = torch.Tensor.type
     with host.cuda_type_names():
         assert torch.Tensor.type is plain

@@ -260,8 +260,8 @@ def test_stages_of_an_interleaved_pipeline(rank_pool: RankPool) -> None:
 
 
 def test_meta_stage_takes_no_memory(grid: Grid) -> None:
-    before = [module.torch for module in host._MODULES]
+    before = [module.torch for module in host.MODULES]
     stage = meta_stage(replace(MODEL, pattern=MODEL.pattern * 25, width=40_000), grid)
     assert len(stage.blocks) == 100
     assert all(parameter.is_meta for parameter in stage.parameters())
-    assert [module.torch for module in host._MODULES] == before
+    assert [module.torch for module in host.MODULES] == before

@@ -152,7 +152,7 @@ def commit(tmp: Path, manifest: Manifest, final: Path | None = None) -> Path:
     metadata = {name: _record(tmp / name) for name in manifest.metadata_files()}
     manifest = replace(manifest, files=metadata | manifest.files)
     _refuse(_mismatches(tmp, manifest))
-    _write(tmp / MANIFEST, _to_text(manifest))
+    _write(tmp / MANIFEST, to_text(manifest))
 
     final = final or tmp.with_name(tmp.name.removesuffix(".tmp"))
     with naming(final):
@@ -179,7 +179,7 @@ def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
 
 
-def _to_text(manifest: Manifest) -> str:
+def to_text(manifest: Manifest) -> str:
     """JSON with one array and one file on each line, for people and grep."""
     values: dict[str, Any] = {"format": FORMAT}
     values |= {field.name: getattr(manifest, field.name) for field in fields(Manifest)}

@@ -66,8 +66,8 @@ def measure_links(grid: Grid, rounds: Sequence[Sequence[Pair]], deadline: float)
         peer = pair[0] if pair[1] == grid.rank else pair[1]
         begun = f"rank {grid.rank} exchanging data with rank {peer}"
         try:
-            seconds, _ = _exchange(grid, peer, 2, deadline)
-            longer, is_right = _exchange(grid, peer, count, deadline)
+            seconds, _ = exchange(grid, peer, 2, deadline)
+            longer, is_right = exchange(grid, peer, count, deadline)
         except (RuntimeError, TimeoutError) as error:
             complaints.append(f"{begun}: {_first_line(error)}")
             break
@@ -78,7 +78,7 @@ def measure_links(grid: Grid, rounds: Sequence[Sequence[Pair]], deadline: float)
     return Exchanges(links=tuple(links), complaints=tuple(complaints))
 
 
-def _exchange(grid: Grid, peer: int, count: int, deadline: float) -> tuple[float, bool]:
+def exchange(grid: Grid, peer: int, count: int, deadline: float) -> tuple[float, bool]:
     """Seconds of the fastest exchange of `count` float32 with `peer`, and whether those arrived that were sent."""
     sent, received = pattern(grid.rank, count, grid.device), torch.empty(count, device=grid.device)
 

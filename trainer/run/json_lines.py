@@ -9,13 +9,11 @@ from typing import Any
 
 from griffin.trainer.files import open_regular, parse_json
 
-_BLOCK = 2**20  # bytes
-_LONGEST = 16 * 2**20  # bytes of a line; a longer one is no run's
 
-
-def lines_from_end(path: Path) -> Iterator[dict[str, Any]]:
+def lines_from_end(path: Path, *, block: int = 2**20, longest: int = 16 * 2**20) -> Iterator[dict[str, Any]]:
     """The objects of the file, the last first; none where there is no file. Lines that were cut are passed over,
-    and what stands before one of more than 16 MiB. OSError naming what is no regular file."""
+    and what stands before one of more than `longest` bytes, which no run writes. It is read `block` bytes at a time.
+    OSError naming what is no regular file."""
     try:
         file = open_regular(path)
     except FileNotFoundError:
@@ -23,12 +21,12 @@ def lines_from_end(path: Path) -> Iterator[dict[str, Any]]:
     with file:
         place, rest = file.seek(0, os.SEEK_END), b""
         while place > 0:
-            size = min(_BLOCK, place)
+            size = min(block, place)
             place -= size
             file.seek(place)
             rest, *lines = (file.read(size) + rest).split(b"\n")
             yield from filter(None, map(parse_line, reversed(lines)))
-            if len(rest) > _LONGEST:
+            if len(rest) > longest:
                 return
         if (first := parse_line(rest)) is not None:
             yield first

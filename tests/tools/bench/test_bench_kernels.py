@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from griffin.tools.bench import kernels, kernels_plot
 from griffin.tools.bench import kernels_work as work
 from griffin.tools.bench.kernels import PeerRow, Row, Settings, measure, summary
 from griffin.tools.bench.kernels_plot import plot
@@ -69,7 +70,7 @@ def test_an_existing_plot_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_plot_needs_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("griffin.tools.bench.kernels_plot.find_spec", lambda name: None)
+    monkeypatch.setattr(kernels_plot, "find_spec", lambda name: None)
     assert main(["bench", "kernels", "--plot", str(tmp_path / "shares.png")]) == 2
     assert "needs matplotlib" in capsys.readouterr().err
 
@@ -275,7 +276,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr("griffin.tools.bench.kernels.measure", made_up)
+    monkeypatch.setattr(kernels, "measure", made_up)
     path = tmp_path / "shares.png"
     chosen = ["--widths", "512,64,512", "--batches", "4", "--chunk", "0", "--dtype", "float32", "--no-peers"]
     assert main(["bench", "kernels", *chosen, "--plot", str(path)]) == 0

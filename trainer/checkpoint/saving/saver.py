@@ -28,7 +28,7 @@ from griffin.trainer.checkpoint.saving.protocol import ROWS, Alive, Begun, Ended
 
 START_SECONDS = 60.0  # patience with a saving process that starts; it takes below one
 END_SECONDS = 5.0  # and with one that ends, before it is killed
-_CODE = "from griffin.trainer.checkpoint.saving.process import main; main()"
+PROGRAM = "from griffin.trainer.checkpoint.saving.process import main; main()"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class Saver:
         """Shared memory, as a file and mapped. MemoryError on every rank where one gets none."""
         memory, error = None, None
         try:
-            memory = _shared_memory(size)
+            memory = shared_memory(size)
         except MemoryError as caught:
             error = f"{rank_name(self._rank, self._host)}: {caught}"
         errors = [error for error in self._all_gather(error, str | None) if error is not None]
@@ -211,7 +211,7 @@ class Saver:
         environment = os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _CODE, *map(str, files)],
+                [sys.executable, "-P", "-c", PROGRAM, *map(str, files)],
                 env=environment,
                 pass_fds=files,
                 stdin=subprocess.DEVNULL,
@@ -262,7 +262,7 @@ class Saver:
         return f"the saving process of {rank_name(self._rank, self._host)}"
 
 
-def _shared_memory(size: int) -> tuple[int, mmap.mmap]:
+def shared_memory(size: int) -> tuple[int, mmap.mmap]:
     """A file without a name in memory, and all of it mapped. MemoryError if there is not enough."""
     try:
         memory = os.memfd_create("griffin staged state")
