@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -124,11 +125,16 @@ def test_folders_and_files_are_small() -> None:
     assert {name: lines for name, lines in long.items() if lines > MOST_LINES} == {}
 
 
+@cache
+def code_of_tests() -> dict[Path, ast.Module]:
+    return {file: ast.parse(file.read_text()) for file in (ROOT / "tests").rglob("*.py")}
+
+
 def test_tests_import_no_test_module() -> None:
     """What several need is a module of its own, which is collected by none."""
     found = []
-    for file in (ROOT / "tests").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+    for file, code in code_of_tests().items():
+        for node in ast.walk(code):
             if isinstance(node, ast.ImportFrom):
                 names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Import):
@@ -140,17 +146,16 @@ def test_tests_import_no_test_module() -> None:
     assert is_test_module("tests.test_structure")
 
 
-PATCHES = {"patch", "object", "setattr", "delattr"}  # pytest's and mock's
+PATCHES = {"patch", "object", "setattr", "delattr"}  # the methods of pytest's MonkeyPatch and of unittest.mock
 
 
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
-def reaches(code: str) -> Iterator[str]:
-    """Where code imports a private name of the product, takes it of a module or replaces it, or replaces any name by
-    the text of its path, which nobody finds who renames it."""
-    tree = ast.parse(code)
+def private_uses(tree: ast.AST) -> Iterator[str]:
+    """Uses of the product's private names in a test: imported, read from a module or class, or patched. Also patches
+    of any of its names by a string path, which a rename does not find."""
     product = [
         alias
         for node in ast.walk(tree)
@@ -186,14 +191,15 @@ def reaches(code: str) -> Iterator[str]:
         ("mock.patch(f'{module}.loss')", "f'{module}.loss'"),
     ],
 )
-def test_scan_finds_private_names(code: str, found: str) -> None:
-    assert list(reaches(code)) == [found]
+def test_private_names_are_found(code: str, found: str) -> None:
+    assert list(private_uses(ast.parse(code))) == [found]
 
 
-def test_tests_keep_to_public_names() -> None:
-    found = [f"{file}: {name}" for file in (ROOT / "tests").rglob("*.py") for name in reaches(file.read_text())]
+def test_tests_use_public_names() -> None:
+    found = [f"{file}: {name}" for file, code in code_of_tests().items() for name in private_uses(code)]
     assert found == []
-    assert list(reaches("patch.setattr(step, 'loss', 1)\nself._x = step.__name__\nmock.patch('os.fsync', f)")) == []
+    accepted = "patch.setattr(step, 'loss', 1)\nself._x = step.__name__\nmock.patch('os.fsync', f)"
+    assert list(private_uses(ast.parse(accepted))) == []
 
 
 def is_test_module(name: str) -> bool:

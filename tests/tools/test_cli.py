@@ -108,6 +108,7 @@ def test_settings_may_stand_before_the_config(folder: Path, started: list) -> No
         ([*TRAIN, "--data.eval", "data/absent", "--ranks", "2"], "data/absent"),
         ([*TRAIN, "--ranks", "2", "--train.step", "3"], "train.step: no such setting; did you mean train.steps?"),
         ([*TRAIN, "--ranks", "2", "--model.vocabulary", "256"], "model.vocabulary = 256: the data's tokenizer has 257"),
+        ([*TRAIN, "--data.sequence_length", "100000", "--ranks", "2"], "data.sequence_length = 100000: must be below"),
         ([*TRAIN, "--ranks", "3"], "world size = 3: must be a multiple of"),
         ([*TRAIN, "--ranks", "0"], "--ranks 0: must be at least 1"),
         ([*TRAIN, "--ranks", "2", "--run-dir", "data"], "--run-dir data: exists and is not an empty folder"),
