@@ -51,7 +51,16 @@ def test_what_there_is_no_setting_for() -> None:
     assert "parallel.tensor x parallel.pipeline leave" in suggest_setting("parallel", "dp", KNOWN)
 
 
-@pytest.mark.parametrize(("written", "meant"), [("training", "train"), ("optim", "optimizer"), ("modle", "model")])
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("training", "train"),
+        ("modle", "model"),
+        ("architecture", "model"),
+        ("Save", "checkpoint"),
+        ("lr-scheduler", "optimizer"),
+    ],
+)
 def test_section_that_was_meant(written: str, meant: str) -> None:
     assert suggest_section(written, SECTIONS) == meant
 
