@@ -20,7 +20,6 @@ from tests.documents import DOCUMENTS, FOLDERS, READMES, ROOT, anchors, first_ce
 
 TRAINER = ROOT / "trainer/README.md"
 CHECKPOINT = ROOT / "trainer/checkpoint/README.md"
-SETTINGS = section(TRAINER, "Settings reference")
 MOST_LINES = 150  # of the first page
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)

@@ -20,6 +20,7 @@ def test_the_table_names_what_exists_and_each_other_name_once() -> None:
     assert set(OTHER_SECTIONS) <= set(SECTIONS)
     others = " ".join([*OTHER_NAMES.values(), *ABSENT.values()]).split()
     assert len(set(others)) == len(others)
+    assert not set(others) & {setting.partition(".")[2] for setting in KNOWN}, "other names are none of ours"
 
 
 @pytest.mark.parametrize(
