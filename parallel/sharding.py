@@ -225,7 +225,7 @@ def gather(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartHeader:
+class ShardHeader:
     """A part of a tensor whose bytes travel on their own."""
 
     name: str
@@ -240,17 +240,17 @@ def _all_gather_parts(mine: Mapping[str, Part], grid: Grid) -> list[Mapping[str,
     if grid.world_size == 1:
         return [mine]
     described = [
-        PartHeader(name=name, axis=axis, shape=shape, part_shape=tuple(part.shape), dtype=str(part.dtype))
+        ShardHeader(name=name, axis=axis, shape=shape, part_shape=tuple(part.shape), dtype=str(part.dtype))
         for name, (axis, shape, part) in mine.items()
     ]
     values = b"".join(part.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for *_, part in mine.values())
-    everyone = grid.all_gather(described, list[PartHeader])
+    everyone = grid.all_gather(described, list[ShardHeader])
     return [
         read_parts(each, received) for each, received in zip(everyone, gather_bytes(values, grid.device), strict=True)
     ]
 
 
-def read_parts(described: Sequence[PartHeader], values: bytes) -> dict[str, Part]:
+def read_parts(described: Sequence[ShardHeader], values: bytes) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     left = memoryview(bytearray(values))
     for each in described:

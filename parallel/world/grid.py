@@ -170,7 +170,7 @@ def rank_grid(
         torch.cuda.set_device(device)
     stay_near(device)
     # NCCL's own threads may not depend on Python. Named, as C++ does not keep its Python half alive.
-    groups_store = store if device.type == "cuda" else SealedStore(store, ranks.key)
+    groups_store = store if device.type == "cuda" else SignedStore(store, ranks.key)
     with ExitStack() as stack:
         with _starting():
             dist.init_process_group(
@@ -190,7 +190,7 @@ def rank_grid(
     _leave_together(store, ranks)
 
 
-class SealedStore(dist.Store):
+class SignedStore(dist.Store):
     """A store whose values are signed: gloo takes addresses from it, and would crash on what is none."""
 
     def __init__(self, store: dist.Store, key: bytes) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.world.grid import SealedStore, rank_grid
+from griffin.parallel.world.grid import SignedStore, rank_grid
 from griffin.parallel.world.messages import ForgedError, pack, seal, unpack, unseal
 from griffin.parallel.world.ranks import LOOPBACK, Ranks, serve_store
 from griffin.trainer.preflight import meeting
@@ -69,7 +69,7 @@ def test_what_was_not_sealed_for_it_is_refused(key: bytes, name: str) -> None:
 def test_what_gloo_takes_from_the_store_is_signed() -> None:
     """It would read the address of a peer out of any bytes."""
     store = dist.HashStore()
-    groups = dist.PrefixStore("0", _kept := SealedStore(store, KEY))
+    groups = dist.PrefixStore("0", _kept := SignedStore(store, KEY))
     groups.set("address", "of a peer")
     assert groups.get("address") == b"of a peer"
     for forged in (pickle.dumps(1), b"", store.get("0/address")[:-1] + b"?"):
