@@ -171,10 +171,10 @@ def private_uses(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.Call) and node.args and getattr(node.func, "attr", "") in PATCHES:
             target, *others = node.args
             texts = [each.value for each in ast.walk(target) if isinstance(each, ast.Constant)]
-            name = others[0].value if others and isinstance(others[0], ast.Constant) else ""
+            name = str(others[0].value) if others and isinstance(others[0], ast.Constant) else ""
             if isinstance(target, ast.JoinedStr) or any(str(text).startswith("griffin.") for text in texts):
                 yield ast.unparse(target)
-            elif is_private(str(name)):
+            elif is_private(name):
                 yield f"{ast.unparse(target)}.{name}"
 
 
