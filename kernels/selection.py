@@ -37,7 +37,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, sett
             raise ValueError(f"{setting}: 'triton'; accepted where the package triton is installed")
         if dtype == torch.float64:
             raise ValueError(f"{setting}: 'triton' for torch.float64; accepted: bfloat16, float16 and float32")
-        if device.type not in ("cuda", "meta") and not _is_interpreted():
+        if device.type not in ("cuda", "meta") and not is_interpreted():
             raise ValueError(f"{setting}: 'triton' on {device}; accepted on a GPU, or with TRITON_INTERPRET=1")
     return backend
 
@@ -48,7 +48,7 @@ def implementation(operation: str, backend: str) -> ModuleType:
 
 
 @torch.compiler.assume_constant_result
-def _is_interpreted() -> bool:
+def is_interpreted() -> bool:
     """Return whether Triton interprets programs on the CPU, which is fixed when they are defined."""
     import triton
 

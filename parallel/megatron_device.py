@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import layers, mappings
 _FACTORIES = ("empty", "ones", "tensor", "zeros")
 
 # Modules that create tensors with device="cuda" or device=torch.cuda.current_device(), with the lines.
-_MODULES = (
+MODULES = (
     clip_grads,  # 90, 103, 115, 174, 207: the gradient norm and the scale's overflow flag
     distrib_optimizer,  # 791: shards of the optimizer state
     layers,  # 261, 552, 873, 899, 1197, 1218: weights and the sequence-parallel gradient
@@ -96,19 +96,19 @@ def install() -> None:
 
 def _redirect(target: torch.device) -> None:
     proxy = _Torch(target)
-    for module in _MODULES:
+    for module in MODULES:
         module.torch = proxy
 
 
 @contextmanager
 def on_meta() -> Iterator[None]:
     """Context in which megatron-core's layers create their weights as meta tensors."""
-    before = [module.torch for module in _MODULES]
+    before = [module.torch for module in MODULES]
     _redirect(torch.device("meta"))
     try:
         yield
     finally:
-        for module, torch_module in zip(_MODULES, before, strict=True):
+        for module, torch_module in zip(MODULES, before, strict=True):
             module.torch = torch_module
 
 

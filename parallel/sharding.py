@@ -225,7 +225,7 @@ def gather(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ShardHeader:
+class ShardHeader:
     """Header of a shard whose bytes are sent separately."""
 
     name: str
@@ -240,17 +240,17 @@ def _all_gather_parts(mine: Mapping[str, Part], grid: Grid) -> list[Mapping[str,
     if grid.world_size == 1:
         return [mine]
     headers = [
-        _ShardHeader(name=name, axis=axis, shape=shape, part_shape=tuple(part.shape), dtype=str(part.dtype))
+        ShardHeader(name=name, axis=axis, shape=shape, part_shape=tuple(part.shape), dtype=str(part.dtype))
         for name, (axis, shape, part) in mine.items()
     ]
     values = b"".join(part.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for *_, part in mine.values())
-    everyone = grid.all_gather(headers, list[_ShardHeader])
+    everyone = grid.all_gather(headers, list[ShardHeader])
     return [
-        _read_parts(each, received) for each, received in zip(everyone, gather_bytes(values, grid.device), strict=True)
+        read_parts(each, received) for each, received in zip(everyone, gather_bytes(values, grid.device), strict=True)
     ]
 
 
-def _read_parts(headers: Sequence[_ShardHeader], values: bytes) -> dict[str, Part]:
+def read_parts(headers: Sequence[ShardHeader], values: bytes) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     left = memoryview(bytearray(values))
     for header in headers:

@@ -168,7 +168,7 @@ class Watch:
             ]
             if self.slow:
                 (run_dir / "slow").write_text(str(self.slow))
-                replaced.append((saver_module, "_CODE", saving_process.code(run_dir)))
+                replaced.append((saver_module, "PROGRAM", saving_process.code(run_dir)))
             for owner, name, value in replaced:
                 stack.enter_context(mock.patch.object(owner, name, value))
             stack.callback(_continue_all)

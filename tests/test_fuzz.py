@@ -21,7 +21,7 @@ from rich.console import Console
 
 from griffin.tools.checkpoints import rank_files
 from griffin.tools.checkpoints.carried import files_of, read_object, require_inside
-from griffin.tools.commands.logits import _read as read_tokens
+from griffin.tools.commands.logits import read_tokens
 from griffin.tools.common.safetensors_files import lay_out, read_entries
 from griffin.tools.inference.prompts import read_prompts
 from griffin.tools.runs.curves import read_curves
@@ -34,7 +34,7 @@ from griffin.trainer.data.prefix import parse_blend, read_description
 from griffin.trainer.data.tokenizer import load_tokenizer
 from griffin.trainer.reporting.goodput import Goodput
 from griffin.trainer.run.folder import RunFolder
-from griffin.trainer.run.lock import _machine, refuse_if_held
+from griffin.trainer.run.lock import Owner, refuse_if_held
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.validate import validate
 from tests.small_steps import ARRAYS, save_step
@@ -119,7 +119,7 @@ def with_checksum(values: Any) -> bytes:
 
 
 def sorted_checksum(values: Any) -> bytes:
-    return signed(values, rank_files._checksum)
+    return signed(values, rank_files.index_checksum)
 
 
 def signed(values: Any, checksum: Callable[[Any], str]) -> bytes:
@@ -182,7 +182,7 @@ LOCK = {
     "token": "0" * 32,
     "user": "someone",
     "host": "n0",
-    "machine": _machine(),  # this one: the process is looked at
+    "machine": Owner.current().machine,  # this one: the process is looked at
     "pid": 2**22 + 1,
     "process_started": 1,
     "job": "cluster/1",

@@ -21,7 +21,6 @@ from tests.documents import DOCUMENTS, FOLDERS, READMES, ROOT, anchors, first_ce
 
 TRAINER = ROOT / "trainer/README.md"
 CHECKPOINT = ROOT / "trainer/checkpoint/README.md"
-SETTINGS = section(TRAINER, "Settings reference")
 MOST_LINES = 150  # of the first page
 
 FIRST = ROOT / "README.md"

@@ -14,6 +14,7 @@ import subprocess
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ from tests.small_steps import ARRAYS, bits, save_step
 LANGUAGES = ("python", "sh", "text", "toml")
 
 
+@cache
 def commands() -> list[str]:
     """The command lines of all README.md files, without comments, continued lines as one."""
     texts = [block.text for document in READMES for block in blocks(document) if block.language == "sh"]

@@ -17,7 +17,7 @@ TILE_ELEMENTS = 2**17  # elements of a float32 buffer; up to three are live, in 
 DEVICE_TILE_ELEMENTS = 2**26  # on other devices (CUDA) the tile only bounds memory
 
 
-def _spans(x: Tensor) -> Iterator[slice]:
+def spans(x: Tensor) -> Iterator[slice]:
     elements = TILE_ELEMENTS if x.device.type == "cpu" else DEVICE_TILE_ELEMENTS
     tile = max(1, elements // (x.shape[1] * x.shape[2]))
     for first in range(0, x.shape[0], tile):
@@ -52,7 +52,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, wind
     taps = weight.to(dtype).flip(0)  # taps[0] multiplies the current token
     masks = None if starts is None else _other_document(starts, len(taps))
     y = dense_like(x)
-    for span in _spans(x):
+    for span in spans(x):
         total = torch.addcmul(bias.to(dtype), x[span].to(dtype), taps[0])
         for offset in range(1, len(taps)):
             first = max(span.start, offset)
@@ -83,7 +83,7 @@ def backward(
     grad_x = dense_like(x)
     grad_taps = torch.zeros_like(taps)
     grad_bias = torch.zeros_like(taps[0])
-    for span in _spans(x):
+    for span in spans(x):
         past = x[span].to(dtype)
         grad = grad_y[span].to(dtype)
         grad_bias += grad.sum((0, 1))

@@ -27,7 +27,7 @@ from griffin.parallel.world.ranks import OtherRankError, Ranks
 T = TypeVar("T")
 
 # Polling interval of ranks that wait for slow but healthy work of rank 0, such as building an index.
-_POLL = datetime.timedelta(seconds=20)
+POLL = datetime.timedelta(seconds=20)
 START_SECONDS = 15 * 60.0  # limit for ranks to connect; a thousand take a minute or two
 
 
@@ -124,7 +124,7 @@ class Grid:
             return
         while True:
             try:
-                self.store.wait([key], _POLL)
+                self.store.wait([key], POLL)
                 break
             except dist.DistStoreError:
                 continue
@@ -174,7 +174,7 @@ def rank_grid(
     set_cuda_defaults(layout)
     device = megatron_device.device(ranks.local_rank)
     store = ranks.store()
-    _agree_on_backend(store, ranks, _backend(device))
+    _agree_on_backend(store, ranks, backend_of(device))
     if ranks.is_on_one_machine:
         _use_loopback_interface()
     megatron_device.install()
@@ -182,11 +182,11 @@ def rank_grid(
         torch.cuda.set_device(device)
     bind_near(device)
     # NCCL's threads must not call into Python. The variable keeps the Python object alive, which C++ does not.
-    groups_store = store if device.type == "cuda" else _SignedStore(store, ranks.key)
+    groups_store = store if device.type == "cuda" else SignedStore(store, ranks.key)
     with ExitStack() as stack:
         with _start_deadline():
             dist.init_process_group(
-                _backend(device),
+                backend_of(device),
                 store=groups_store,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
@@ -213,7 +213,7 @@ def set_cuda_defaults(layout: ParallelConfig) -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-class _SignedStore(dist.Store):
+class SignedStore(dist.Store):
     """Store with signed values, for gloo, which reads addresses from it and would crash on malformed ones."""
 
     def __init__(self, store: dist.Store, key: bytes) -> None:
@@ -298,7 +298,7 @@ def single_rank_grid() -> Iterator[Grid]:
     megatron_device.install()
     device = megatron_device.device()
     store = dist.HashStore()
-    dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
+    dist.init_process_group(backend_of(device), store=store, rank=0, world_size=1)
     try:
         with _model_parallel(ParallelConfig(), datetime.timedelta(minutes=1)):
             yield _build_grid(device, store)
@@ -324,7 +324,7 @@ def fake_grid(layout: ParallelConfig, world_size: int, rank: int) -> Iterator[Gr
         dist.destroy_process_group()
 
 
-def _backend(device: torch.device) -> str:
+def backend_of(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 

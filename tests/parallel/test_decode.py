@@ -78,10 +78,19 @@ def assert_steps_equal(stage: Stage, lengths: tuple[int, ...], tolerance: float 
         assert state.nbytes == size
 
 
-@pytest.mark.parametrize(
-    "model", [GRIFFIN, MIXED, HAWK, TRANSFORMER, NEAR], ids=["griffin", "mixed", "hawk", "transformer", "window-1"]
-)
-@pytest.mark.parametrize("lengths", [LENGTHS, (5,), (WINDOW, WINDOW)], ids=["unlike", "one", "alike"])
+MODELS = {"griffin": GRIFFIN, "mixed": MIXED, "hawk": HAWK, "transformer": TRANSFORMER, "window-1": NEAR}
+PROMPTS = {"unlike": LENGTHS, "one": (5,), "alike": (WINDOW, WINDOW)}
+# "mixed" has every mixer.
+CASES = [
+    pytest.param(
+        model, prompts, id=f"{kind}-{name}", marks=[] if kind == "unlike" or name == "mixed" else pytest.mark.slow
+    )
+    for kind, prompts in PROMPTS.items()
+    for name, model in MODELS.items()
+]
+
+
+@pytest.mark.parametrize(("model", "lengths"), CASES)
 def test_steps_equal_the_whole_sequence(model: ModelConfig, lengths: tuple[int, ...]) -> None:
     with single_rank_grid() as grid:
         stage = build(model, grid)

@@ -67,7 +67,7 @@ def wait_for_slow_work(ranks: Any, path: Path) -> dict[str, Any]:
         path.write_text("built")
 
     poll = datetime.timedelta(milliseconds=50)
-    with rank_grid(ParallelConfig(), ranks) as grid, patch.object(grid_module, "_POLL", poll):
+    with rank_grid(ParallelConfig(), ranks) as grid, patch.object(grid_module, "POLL", poll):
         dist.barrier()
         start = time.monotonic()
         grid.first_rank_does("build", build)
@@ -151,7 +151,7 @@ def without_gpu(ranks: Any) -> None:
     if ranks.rank == 1:
         time.sleep(1)  # then it is this rank that finds out
     with (
-        patch.object(grid_module, "_backend", lambda device: backend),
+        patch.object(grid_module, "backend_of", lambda device: backend),
         patch.object(dist, "init_process_group", lambda *args, **kwargs: time.sleep(60)),
         rank_grid(ParallelConfig(), ranks),
     ):

@@ -18,17 +18,17 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU 
 @pytest.fixture(autouse=True)
 def untouched() -> Iterator[None]:
     """Undo `megatron_device.install` for the test, and restore the modules afterwards."""
-    before = [module.torch for module in megatron_device._MODULES]
-    for module in megatron_device._MODULES:
+    before = [module.torch for module in megatron_device.MODULES]
+    for module in megatron_device.MODULES:
         module.torch = torch
     yield
-    for module, torch_module in zip(megatron_device._MODULES, before, strict=True):
+    for module, torch_module in zip(megatron_device.MODULES, before, strict=True):
         module.torch = torch_module
 
 
 @needs_no_gpu
 @pytest.mark.parametrize(
-    "module", megatron_device._MODULES, ids=lambda module: module.__name__.removeprefix("megatron.core.")
+    "module", megatron_device.MODULES, ids=lambda module: module.__name__.removeprefix("megatron.core.")
 )
 def test_the_cuda_device_becomes_the_cpu(module: types.ModuleType) -> None:
     megatron_device.install()
@@ -75,15 +75,15 @@ def test_installing_twice_changes_nothing() -> None:
 def test_on_meta_allocates_nothing_and_restores(installed: bool) -> None:
     if installed:
         megatron_device.install()
-    before = [module.torch for module in megatron_device._MODULES]
+    before = [module.torch for module in megatron_device.MODULES]
     with megatron_device.on_meta():
         assert layers.torch.empty(1 << 40, device="cuda").is_meta
         assert layers.torch.empty(1 << 40, device=layers.torch.cuda.current_device()).is_meta
         assert layers.torch.empty(2, device="cpu").device.type == "cpu"
-    assert [module.torch for module in megatron_device._MODULES] == before
+    assert [module.torch for module in megatron_device.MODULES] == before
     with pytest.raises(ZeroDivisionError), megatron_device.on_meta():
         _ = 1 / 0
-    assert [module.torch for module in megatron_device._MODULES] == before
+    assert [module.torch for module in megatron_device.MODULES] == before
 
 
 @needs_no_gpu
@@ -116,7 +116,7 @@ def test_gradients_can_be_clipped() -> None:
 def test_no_effect_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     megatron_device.install()
-    assert all(module.torch is torch for module in megatron_device._MODULES)
+    assert all(module.torch is torch for module in megatron_device.MODULES)
     plain = torch.Tensor.type
     with megatron_device.cuda_type_names():
         assert torch.Tensor.type is plain

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.world.grid import _SignedStore, rank_grid
+from griffin.parallel.world.grid import SignedStore, rank_grid
 from griffin.parallel.world.messages import ForgedError, pack, seal, unpack, unseal
 from griffin.parallel.world.ranks import LOOPBACK, Ranks, serve_store
 from griffin.trainer.preflight import agreement
@@ -71,7 +71,7 @@ def test_other_keys_and_names_are_refused(key: bytes, name: str) -> None:
 def test_values_for_gloo_are_signed() -> None:
     """Otherwise gloo would parse any bytes as the address of a peer."""
     store = dist.HashStore()
-    groups = dist.PrefixStore("0", _kept := _SignedStore(store, KEY))
+    groups = dist.PrefixStore("0", _kept := SignedStore(store, KEY))
     groups.set("address", "of a peer")
     assert groups.get("address") == b"of a peer"
     for forged in (pickle.dumps(1), b"", store.get("0/address")[:-1] + b"?"):

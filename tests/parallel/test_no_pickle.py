@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.sharding import _read_parts, _ShardHeader
+from griffin.parallel.sharding import ShardHeader, read_parts
 from griffin.parallel.world.grid import gather_bytes, rank_grid
 from griffin.parallel.world.messages import ForgedError, seal
 from griffin.parallel.world.ranks import Ranks
@@ -123,6 +123,6 @@ def test_a_pickle_of_a_peer_is_not_run(rank_pool: RankPool, tmp_path: Path) -> N
     ],
 )
 def test_bytes_that_do_not_match_their_header_are_refused(shape: tuple[int, ...], dtype: str, size: int) -> None:
-    described = _ShardHeader(name="a", axis=None, shape=shape, part_shape=shape, dtype=dtype)
+    described = ShardHeader(name="a", axis=None, shape=shape, part_shape=shape, dtype=dtype)
     with pytest.raises(ForgedError, match="a peer sent"):
-        _read_parts([described], bytes(size))
+        read_parts([described], bytes(size))

@@ -12,12 +12,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import griffin
 import griffin.kernels.selection
 import griffin.launch.local
-import griffin.tools.commands.convert
 import griffin.tools.commands.train
+import griffin.tools.common.workers
 from griffin.parallel.world.ranks import Ranks
 from griffin.tools.cli import COMMANDS, main, report, split_overrides
 from griffin.trainer.checkpoint.source import InitFrom
@@ -107,6 +108,7 @@ def test_settings_may_stand_before_the_config(folder: Path, started: list) -> No
         ([*TRAIN, "--data.eval", "data/absent", "--ranks", "2"], "data/absent"),
         ([*TRAIN, "--ranks", "2", "--train.step", "3"], "train.step: no such setting; did you mean train.steps?"),
         ([*TRAIN, "--ranks", "2", "--model.vocabulary", "256"], "model.vocabulary = 256: the data's tokenizer has 257"),
+        ([*TRAIN, "--data.sequence_length", "100000", "--ranks", "2"], "data.sequence_length = 100000: must be below"),
         ([*TRAIN, "--ranks", "3"], "world size = 3: must be a multiple of"),
         ([*TRAIN, "--ranks", "0"], "--ranks 0: must be at least 1"),
         ([*TRAIN, "--ranks", "2", "--run-dir", "data"], "--run-dir data: exists and is not an empty folder"),
@@ -131,7 +133,7 @@ def test_refused_before_anything_starts(
 def test_kernels_that_cannot_run_are_refused_before_anything_starts(
     folder: Path, started: list, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(griffin.kernels.selection, "_is_interpreted", lambda: False)
+    monkeypatch.setattr(griffin.kernels.selection, "is_interpreted", lambda: False)
     assert main([*TRAIN, "--ranks", "2", "--train.kernels", "triton"]) == 2
     accepted = "accepted on a GPU, or with TRITON_INTERPRET=1"
     assert capsys.readouterr().err == f"griffin: error: train.kernels: 'triton' on cpu; {accepted}\n"
@@ -219,7 +221,7 @@ def test_a_run_that_another_process_writes_is_refused_before_anything_starts(
 def test_more_local_ranks_than_gpus(
     folder: Path, started: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert main([*TRAIN, "--ranks", "4"]) == 2
     assert "--ranks 4: must be at most 3, the number of GPUs" in capsys.readouterr().err
     assert started == []
@@ -353,10 +355,10 @@ def test_a_killed_worker_is_one_line(
 ) -> None:
     """Of any command's pool, such as one of processes or mpi4py's."""
 
-    def fail(args: Any) -> int:
+    def fail(*args: Any) -> int:
         raise BrokenExecutor("A process in the process pool\nwas terminated abruptly")
 
-    monkeypatch.setattr(griffin.tools.commands.convert, "_hf", fail)
+    monkeypatch.setattr(griffin.tools.common.workers, "start_workers", fail)
     assert main(["convert", "hf", str(tmp_path), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert error == "griffin: error: a worker process was killed: out of memory? (--workers takes fewer)\n"

@@ -282,34 +282,3 @@ def test_damaged_data_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=blend):
         validate_data(config)
     assert sorted(tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize(
-    ("overrides", "ranks", "expected"),
-    [
-        (["--parallel.tensor", "3"], 3, "parallel.tensor = 3"),
-        (["--parallel.pipeline", "4"], 4, "parallel.pipeline"),
-        (["--train.global_batch", "6"], 2, "train.global_batch = 6"),
-        (["--parallel.tensor", "2"], 1, "parallel.tensor"),
-        (["--data.train", "nowhere"], 1, "nowhere"),
-        (["--data.sequence_length", "100000"], 1, "data.sequence_length = 100000: must be below"),
-        (["--train.seed", "4294967295"], 1, "train.seed = 4294967295: must be at most"),
-        (["--model.vocabulary", "100"], 1, "model.vocabulary = 100"),
-        (["--model.widht", "64"], 1, "did you mean model.width?"),
-        (["--train.warmup", "64"], 1, "did you mean optimizer.warmup_steps?"),
-        (["--train.steps", "many"], 1, "train.steps = 'many': must be an integer"),
-    ],
-)
-def test_refusals_come_before_anything_is_written(
-    config_path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    overrides: list[str],
-    ranks: int,
-    expected: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["train", str(config_path), "--run-dir", "run", "--ranks", str(ranks), *overrides]) == 2
-    assert expected in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []

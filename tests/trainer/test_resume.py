@@ -367,7 +367,7 @@ def test_arrays_of_another_model_are_refused(
     (folder / norm.name).rename(folder / other.name)
     files = {path.replace(f"{norm.name}/", f"{other.name}/"): record for path, record in stored.files.items()}
     changed = replace(stored, arrays=known | {array.name: array for array in (wide, other)}, files=files)
-    (folder / manifests.MANIFEST).write_text(manifests._to_text(changed))
+    (folder / manifests.MANIFEST).write_text(manifests.to_text(changed))
     init_from = InitFrom(path=folder, everything=False)
     with pytest.raises(RankError) as error:
         go_on(rank_pool, 1, config(config_path), tmp_path / "run", init_from)

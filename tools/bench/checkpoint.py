@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a comparison on CPUs, also where there are GPUs
     model = dataclasses.replace(preset(args.model), vocabulary=args.vocabulary)
     for tensor in (1, args.ranks):
-        _config(model, args.ranks, ParallelConfig(tensor=tensor))  # refused before any long work
+        bench_config(model, args.ranks, ParallelConfig(tensor=tensor))  # refused before any long work
 
     from griffin.parallel.world.grid import single_rank_grid
     from griffin.trainer.summary import count_parameters
@@ -103,13 +103,15 @@ def measure(model: ModelConfig, ranks: int, rounds: int, folder: Path, size: int
         parts.append((stall_rank, 1, ParallelConfig()))
     with tempfile.TemporaryDirectory(prefix="griffin-bench-", dir=folder) as scratch:
         for part, world_size, parallel in parts:
-            bench = Bench(config=_config(model, world_size, parallel), rounds=rounds, folder=Path(scratch), size=size)
+            bench = Bench(
+                config=bench_config(model, world_size, parallel), rounds=rounds, folder=Path(scratch), size=size
+            )
             if code := run_local(part, world_size, (bench,), preload=PRELOAD):
                 return code
     return 0
 
 
-def _config(model: ModelConfig, ranks: int, parallel: ParallelConfig) -> Config:
+def bench_config(model: ModelConfig, ranks: int, parallel: ParallelConfig) -> Config:
     config = Config(
         model=model,
         parallel=parallel,

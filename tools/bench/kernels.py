@@ -149,7 +149,7 @@ def measure(settings: Settings, device: torch.device, clock: Clock | None = None
         f"{CHANNELS} channels: to {TOLERANCE[dtype]:.0e} of its largest value",
         flush=True,
     )
-    rows = _measure_ours(settings, device, clock, bandwidth)
+    rows = measure_ours(settings, device, clock, bandwidth)
     measured = {row.shape for row in rows if row.operation == "rglru"}
     peer_rows: list[PeerRow] = []
     if settings.peers:
@@ -158,7 +158,7 @@ def measure(settings: Settings, device: torch.device, clock: Clock | None = None
     return rows, peer_rows
 
 
-def _measure_ours(settings: Settings, device: torch.device, clock: Clock, bandwidth: float) -> list[Row]:
+def measure_ours(settings: Settings, device: torch.device, clock: Clock, bandwidth: float) -> list[Row]:
     from griffin.kernels.recurrence.plan import select_plan
     from griffin.kernels.triton_launch import multiprocessors
     from griffin.tools.bench.kernels_work import OPERATIONS
@@ -259,13 +259,13 @@ def _measure_beside(
             except Exception as error:
                 refusal = describe(error)
         print(f"  {peer.name}: skipped ({refusal})", flush=True)
-        if not _answers(device):
+        if not device_answers(device):
             print(f"the device does not answer any more after {peer.name}: no other peer is measured")
             return False
     return True
 
 
-def _answers(device: torch.device) -> bool:
+def device_answers(device: torch.device) -> bool:
     """Whether a device still works, its memory given back: an access out of bounds breaks it for good."""
     import torch
 

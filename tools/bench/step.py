@@ -142,7 +142,7 @@ def _steps(model: ModelConfig, grid: Grid, sequence: int) -> tuple[Callable[[], 
         adam.step()
         return loss.item()
 
-    _require_equal("loss", torch.tensor(ours()), torch.tensor(theirs()))
+    require_equal("loss", torch.tensor(ours()), torch.tensor(theirs()))
     return ours, theirs
 
 
@@ -188,14 +188,14 @@ def _mixers(model: ModelConfig, grid: Grid, sequence: int) -> tuple[Callable[[],
     def theirs() -> torch.Tensor:
         return run(peer, x_BTD, gradient_BTD, positions, torch.ones(1, sequence), False)
 
-    _require_equal("mixer's output", ours().transpose(0, 1), theirs())
+    require_equal("mixer's output", ours().transpose(0, 1), theirs())
     assert x.grad is not None
     assert x_BTD.grad is not None
-    _require_equal("mixer's input gradient", x.grad.transpose(0, 1), x_BTD.grad)
+    require_equal("mixer's input gradient", x.grad.transpose(0, 1), x_BTD.grad)
     return ours, theirs
 
 
-def _require_equal(what: str, ours: Tensor, theirs: Tensor) -> None:
+def require_equal(what: str, ours: Tensor, theirs: Tensor) -> None:
     """Nothing is timed that does not compute the same: float32 sums in another order stay far below 1e-4."""
     difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     if not difference < 1e-4:

@@ -215,12 +215,12 @@ def write_index(
     values["arrays"] = {array.name: array.to_json() | {"files": holders[array.name]} for array in arrays}
     values["files"] = {file.name: {"size": file.size, "crc32": checksums[file.name]} for file in files}
     with open(folder / INDEX, "x", encoding="utf-8") as stream:
-        stream.write(json.dumps({"checksum": _checksum(values)} | values, indent=1) + "\n")
+        stream.write(json.dumps({"checksum": index_checksum(values)} | values, indent=1) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _checksum(values: Mapping[str, Any]) -> str:
+def index_checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -230,7 +230,7 @@ def open_rank_folder(folder: Path) -> tuple[Source, list[tuple[RankFile, Mapping
     Raises CheckpointError where the index is not there or was edited, or where a file is missing, or has another size
     or header than it was written with.
     """
-    values = read_checked(folder / INDEX, _checksum, FORMAT)
+    values = read_checked(folder / INDEX, index_checksum, FORMAT)
     with refusing(folder / INDEX):
         specs = parse_arrays(values)
         header = parse_header(values, besides=("arrays", "files", "stages"))

@@ -190,11 +190,11 @@ def _compare(pair: _Pair) -> Difference:
     found = Difference(pair.a.spec.name)
     for start in range(0, a.size, COMPARED_ELEMENTS):
         stop = start + COMPARED_ELEMENTS
-        found = found.joined(_difference(pair.a.spec.name, a[start:stop], b[start:stop]))
+        found = found.joined(difference(pair.a.spec.name, a[start:stop], b[start:stop]))
     return found
 
 
-def _difference(name: str, a: np.ndarray, b: np.ndarray) -> Difference:
+def difference(name: str, a: np.ndarray, b: np.ndarray) -> Difference:
     differs = bits(a) != bits(b) if a.dtype == b.dtype else a.astype(np.float64) != b.astype(np.float64)
     if not differs.any():
         return Difference(name, a.size)

@@ -117,7 +117,7 @@ def _with_local_ranks(wanted: int | None, config: Config | None, folder: Path) -
     findings: list[Finding] = []
     with tempfile.TemporaryDirectory() as name:
         found = Path(name) / "findings.json"
-        code = run_local(_local_rank, world_size, (config, folder, found), preload=PRELOAD)
+        code = run_local(check_local_rank, world_size, (config, folder, found), preload=PRELOAD)
         if found.exists():
             findings += [(state, text) for state, text in json.loads(found.read_text(encoding="utf-8"))]
     if code and not has_failed(findings):
@@ -131,7 +131,7 @@ def _with_local_ranks(wanted: int | None, config: Config | None, folder: Path) -
     return int(has_failed(findings + more))
 
 
-def _local_rank(ranks: Ranks, config: Config | None, folder: Path, found: Path) -> None:
+def check_local_rank(ranks: Ranks, config: Config | None, folder: Path, found: Path) -> None:
     findings = check_rank(ranks, config, folder)
     if ranks.rank == 0 or has_failed(findings):  # rank 0 may be the one that hangs
         beside = found.with_name(f"rank-{ranks.rank}")

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from griffin.tools.inference.model import Checkpoint, run_on_ranks
 
     checkpoint = Checkpoint.find(args)
-    tokens = _read(args.tokens, checkpoint.manifest.model.vocabulary)
+    tokens = read_tokens(args.tokens, checkpoint.manifest.model.vocabulary)
     _check_target(args.out, tokens.size * checkpoint.manifest.model.vocabulary * 4)
     with _aside(args.out) as file:
         return run_on_ranks(write_logits, checkpoint.tensor, (checkpoint, tokens, file, args.out))
@@ -54,7 +54,7 @@ class _ShapeError(ValueError):
     """An array, but not of tokens."""
 
 
-def _read(path: Path, vocabulary: int) -> np.ndarray:
+def read_tokens(path: Path, vocabulary: int) -> np.ndarray:
     if not path.exists():
         raise ValueError(f"--tokens {path}: no such file")
     try:

@@ -139,7 +139,7 @@ def commit(tmp: Path, manifest: Manifest, final: Path | None = None) -> Path:
     metadata = {name: _record(tmp / name) for name in manifest.metadata_files()}
     manifest = replace(manifest, files=metadata | manifest.files)
     _refuse(_mismatches(tmp, manifest))
-    _write(tmp / MANIFEST, _to_text(manifest))
+    _write(tmp / MANIFEST, to_text(manifest))
 
     final = final or tmp.with_name(tmp.name.removesuffix(".tmp"))
     with naming(final):
@@ -166,7 +166,7 @@ def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
 
 
-def _to_text(manifest: Manifest) -> str:
+def to_text(manifest: Manifest) -> str:
     """The manifest as JSON, with each array and each file on a line of its own."""
     values: dict[str, Any] = {"format": FORMAT}
     values |= header_to_json(manifest)

@@ -74,7 +74,7 @@ def build(
             writers.append(PrefixWriter(one, loaded.describe(), loaded.spec, eod))
             stack.callback(writers[-1].discard)
         bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc=prefix, disable=None))
-        for encoded in _encode_in_order(cut_into_tasks(sources), options, workers):
+        for encoded in encode_in_order(cut_into_tasks(sources), options, workers):
             documents = np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1]) if encoded.lengths.size else []
             for ids, text_bytes, held_out in zip(documents, encoded.text_bytes, encoded.held_out, strict=True):
                 writers[int(held_out)].add(ids, int(text_bytes))
@@ -93,7 +93,7 @@ def build(
     return infos
 
 
-def _encode_in_order(tasks: Iterator, options: EncodeOptions, workers: int) -> Iterator[Encoded]:
+def encode_in_order(tasks: Iterator, options: EncodeOptions, workers: int) -> Iterator[Encoded]:
     """Encode tasks in worker processes, a bounded number at a time. Yields results in the order of the tasks."""
     if workers == 1:
         for task in tasks:

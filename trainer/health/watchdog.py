@@ -70,7 +70,7 @@ class _Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Alarm:
+class Alarm:
     """The rank that raised the alarm, and its step."""
 
     rank: int
@@ -178,7 +178,7 @@ class Watchdog:
         alarm = self._key("alarm")
         last, changed, due = b"", time.monotonic(), 0.0
         while not self._closing.wait(self._tick):
-            if store.check([alarm]) and self._read(alarm, store.get(alarm), _Alarm):
+            if store.check([alarm]) and self._read(alarm, store.get(alarm), Alarm):
                 self._alarm = "another rank has raised the alarm"
             now = time.monotonic()
             if now >= due:
@@ -210,7 +210,7 @@ class Watchdog:
         try:
             entries = _within(DISK_SECONDS, lambda: recorded(self._device)) or []
             state = self._state(quick=False, collectives=last_collectives(entries))
-            proposal = _Alarm(rank=self._ranks.rank, step=self._phase.step)
+            proposal = Alarm(rank=self._ranks.rank, step=self._phase.step)
             store = _within(STORE_SECONDS, self._connect)
             alarm = None
             if store is not None:
@@ -326,13 +326,13 @@ class Watchdog:
     def _connect(self) -> TCPStore:
         return self._ranks.another_connection(timedelta(seconds=60))
 
-    def _raise(self, store: TCPStore, proposal: _Alarm) -> _Alarm:
+    def _raise(self, store: TCPStore, proposal: Alarm) -> Alarm:
         """Raise `proposal` unless another rank has raised the alarm before. Returns the alarm that counts."""
         name, standing = self._key("alarm"), b""
         sealed = seal(self._run_key, name, proposal)
         while True:  # replace what is not from a rank of this run
             found = store.compare_set(name, standing, sealed)  # type: ignore[arg-type]  # it takes bytes as well
-            if alarm := self._read(name, found, _Alarm):
+            if alarm := self._read(name, found, Alarm):
                 return alarm
             standing = found
 

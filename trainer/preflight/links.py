@@ -67,8 +67,8 @@ def measure_links(grid: Grid, rounds: Sequence[Sequence[Pair]], deadline: float)
         peer = pair[0] if pair[1] == grid.rank else pair[1]
         exchange = f"rank {grid.rank} exchanging data with rank {peer}"
         try:
-            seconds, _ = _exchange(grid, peer, 2, deadline)
-            long_seconds, is_correct = _exchange(grid, peer, count, deadline)
+            seconds, _ = exchange(grid, peer, 2, deadline)
+            long_seconds, is_correct = exchange(grid, peer, count, deadline)
         except (RuntimeError, TimeoutError) as error:
             failures.append(f"{exchange}: {_first_line(error)}")
             break
@@ -79,7 +79,7 @@ def measure_links(grid: Grid, rounds: Sequence[Sequence[Pair]], deadline: float)
     return Exchanges(links=tuple(links), failures=tuple(failures))
 
 
-def _exchange(grid: Grid, peer: int, count: int, deadline: float) -> tuple[float, bool]:
+def exchange(grid: Grid, peer: int, count: int, deadline: float) -> tuple[float, bool]:
     """Seconds of the fastest exchange of `count` float32 with `peer`, and whether the received values are correct."""
     sent, received = pattern(grid.rank, count, grid.device), torch.empty(count, device=grid.device)
 

@@ -9,14 +9,12 @@ from typing import Any
 
 from griffin.trainer.files import open_regular, parse_json
 
-_BLOCK = 2**20  # bytes
-_LONGEST = 16 * 2**20  # most bytes of a line; no run writes a longer one
 
-
-def lines_from_end(path: Path) -> Iterator[dict[str, Any]]:
+def lines_from_end(path: Path, *, block: int = 2**20, longest: int = 16 * 2**20) -> Iterator[dict[str, Any]]:
     """The objects of the file, last first; none if there is no file. OSError naming a path that is no regular file.
 
-    Truncated lines are skipped, and so is everything before a line of more than 16 MiB.
+    Truncated lines are skipped, and so is everything before a line of more than `longest` bytes; no run writes a longer
+    one. The file is read `block` bytes at a time.
     """
     try:
         file = open_regular(path)
@@ -25,12 +23,12 @@ def lines_from_end(path: Path) -> Iterator[dict[str, Any]]:
     with file:
         place, rest = file.seek(0, os.SEEK_END), b""
         while place > 0:
-            size = min(_BLOCK, place)
+            size = min(block, place)
             place -= size
             file.seek(place)
             rest, *lines = (file.read(size) + rest).split(b"\n")
             yield from filter(None, map(parse_line, reversed(lines)))
-            if len(rest) > _LONGEST:
+            if len(rest) > longest:
                 return
         if (first := parse_line(rest)) is not None:
             yield first

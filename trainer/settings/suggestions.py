@@ -111,9 +111,9 @@ def suggest_setting(section: str, key: str, known: Iterable[str]) -> str:
         its_section, _, its_key = setting.partition(".")
         return difflib.SequenceMatcher(None, key, its_key).ratio() + 0.1 * (its_section == section)
 
-    exact = [setting for setting in known if setting.partition(".")[2] == key]
-    if not exact and key in _SETTINGS:
+    if key in _SETTINGS:
         return f"did you mean {_SETTINGS[key]}?"
+    exact = [setting for setting in known if setting.partition(".")[2] == key]
     return f"did you mean {max(exact or known, key=likeness)}?"
 
 

@@ -10,7 +10,7 @@ import torch
 
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world.grid import Grid, single_rank_grid
-from griffin.tools.bench.checkpoint import _config
+from griffin.tools.bench.checkpoint import bench_config
 from griffin.tools.bench.checkpoint_state import Peer, fill, require_loaded
 from griffin.tools.cli import main
 from griffin.trainer.step import Training
@@ -51,7 +51,7 @@ def test_every_figure_is_printed_and_nothing_is_left_behind(tmp_path: Path) -> N
 
 
 def training(grid: Grid) -> Training:
-    made = Training(_config(MODEL_CONFIG, 1, ParallelConfig()), grid)
+    made = Training(bench_config(MODEL_CONFIG, 1, ParallelConfig()), grid)
     fill(made, grid)
     return made
 

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from griffin.tools.bench import kernels
 from griffin.tools.bench import kernels_work as work
 from griffin.tools.bench.kernels import PeerRow, Row, Settings, measure, summary
 from griffin.tools.bench.kernels_plot import plot
@@ -276,7 +277,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr("griffin.tools.bench.kernels.measure", made_up)
+    monkeypatch.setattr(kernels, "measure", made_up)
     path = tmp_path / "shares.png"
     chosen = ["--widths", "512,64,512", "--batches", "4", "--chunk", "0", "--dtype", "float32", "--no-peers"]
     assert main(["bench", "kernels", *chosen, "--plot", str(path)]) == 0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.linear_scan import linear_scan
+from griffin.tools.bench import kernels
 from griffin.tools.bench import kernels_peers as peers
 from griffin.tools.bench import kernels_work as work
 from griffin.tools.bench.kernels import Settings, measure
@@ -59,7 +60,7 @@ def test_peers_compute_what_we_compute(dtype: torch.dtype) -> None:
 
 def measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only peers are measured; beside them we run without Triton, whose interpreter takes long."""
-    monkeypatch.setattr("griffin.tools.bench.kernels._measure_ours", lambda *_: [row("rglru", SHAPE, 1.0)])
+    monkeypatch.setattr(kernels, "measure_ours", lambda *_: [row("rglru", SHAPE, 1.0)])
 
     def side(operation: Operation, sets: list[work.Inputs], chunk: int | None) -> work.Side:
         return work.Side(lambda leaves: operation.run(leaves, "cpu", chunk), sets)
@@ -97,7 +98,7 @@ def test_no_peer_is_measured_on_a_broken_device(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured_before(monkeypatch)
-    monkeypatch.setattr("griffin.tools.bench.kernels._answers", lambda device: False)
+    monkeypatch.setattr(kernels, "device_answers", lambda device: False)
     rows, peer_rows = measure(Settings(**vars(SMALL) | {"peers": True}), CPU, small_clock())
     assert len(rows) == 1
     assert peer_rows == []
@@ -107,9 +108,9 @@ def test_no_peer_is_measured_on_a_broken_device(
 def test_limits_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("warp", "scalar"):
         monkeypatch.setitem(sys.modules, f"accelerated_scan.{module}", SimpleNamespace(scan=scan_bct))
-    warp, _ = peers._accelerated_scan("warp")
-    scalar, _ = peers._accelerated_scan("scalar")
-    (loop,) = peers._transformers(2048)
+    loaded = {peer.name: peer for peer in peers.load_peers(2048)[0]}
+    warp, scalar = (loaded[f"accelerated-scan {module}, eager gates"] for module in ("warp", "scalar"))
+    loop = loaded["transformers' loop"]
     for steps, refused in ((16, True), (32, False), (2048, False), (3000, True), (65536, False), (131072, True)):
         assert (warp.refuses(Shape(512, steps, 1)) is not None) == refused
         assert scalar.refuses(Shape(512, steps, 1)) is None

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import megatron.core.distributed
 import numpy as np
 import pytest
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from griffin.tools.checkpoints.save_plan import (
     rank_loads,
 )
 from griffin.tools.cli import main
+from griffin.trainer import sharded_optimizer
 from griffin.trainer.checkpoint import arrays
 from griffin.trainer.checkpoint.arrays import ArraySpec, GlobalTensor, numpy_dtype, state_arrays
 from griffin.trainer.checkpoint.plan import Member, Parameter, PlacedTensor, SavePlan, Shard, plan_chunks
@@ -61,8 +63,8 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(arrays, "CHUNK_BYTES", 4096)
     patch.setattr(arrays, "WHOLE_BYTES", 1024)
     config = functools.partial(DistributedDataParallelConfig, bucket_size=5000)
-    for module in ("megatron.core.distributed", "griffin.trainer.sharded_optimizer"):
-        patch.setattr(f"{module}.DistributedDataParallelConfig", config)
+    for module in (megatron.core.distributed, sharded_optimizer):
+        patch.setattr(module, "DistributedDataParallelConfig", config)
 
 
 def save_plan(ranks: Any, config: Config) -> tuple[SavePlan, int]:

@@ -18,7 +18,9 @@ from griffin.parallel.config import ParallelConfig
 from griffin.parallel.sharding import named_pieces
 from griffin.parallel.stage import meta_stage, stage_blocks
 from griffin.parallel.world.grid import single_rank_grid
-from griffin.tools.checkpoints.rank_files import _checksum, lay_out
+from griffin.tools.checkpoints import write
+from griffin.tools.checkpoints.rank_files import index_checksum, lay_out
+from griffin.tools.common import safetensors_files
 from griffin.trainer.checkpoint.arrays import GlobalTensor, state_arrays
 from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from tests.checkpoints import (
@@ -51,8 +53,8 @@ def flags(layout: ParallelConfig) -> list[str]:
 @pytest.fixture(autouse=True, scope="module")
 def chunks() -> Iterator[None]:
     with small_chunks(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("griffin.tools.checkpoints.write.CHUNK_BYTES", 2048)
-        patch.setattr("griffin.tools.common.safetensors_files.READ_BYTES", 300)
+        patch.setattr(write, "CHUNK_BYTES", 2048)
+        patch.setattr(safetensors_files, "READ_BYTES", 300)
         yield
 
 
@@ -170,7 +172,7 @@ def test_an_index_without_newer_keys(written: dict[str, Path], tmp_path: Path) -
     folder = Path(shutil.copytree(written["t1p1"], tmp_path / "source"))
     values = json.loads((folder / "index.json").read_text())
     del values["checksum"], values["spikes"], values["extras"]
-    (folder / "index.json").write_text(json.dumps({"checksum": _checksum(values)} | values))
+    (folder / "index.json").write_text(json.dumps({"checksum": index_checksum(values)} | values))
     assert reshard(folder, tmp_path / "out", "--from-ranks") == 0
     found = verify(tmp_path / "out")
     assert (found.spikes, found.extras) == (None, {})

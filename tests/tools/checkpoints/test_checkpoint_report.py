@@ -242,18 +242,18 @@ def test_diff_counts_and_measures(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_diff_of_bits_that_are_equal_or_no_numbers() -> None:
-    from griffin.tools.checkpoints.report import Difference, _difference
+    from griffin.tools.checkpoints.report import Difference, difference
 
     zeros, nans = np.zeros(3, np.float32), np.full(3, np.nan, np.float32)
-    assert _difference("x", nans, nans) == Difference("x", 3)
-    assert _difference("x", zeros, -zeros) == Difference("x", 3, 3)  # other bits, equal values
+    assert difference("x", nans, nans) == Difference("x", 3)
+    assert difference("x", zeros, -zeros) == Difference("x", 3, 3)  # other bits, equal values
     for pair in ((zeros, nans), (nans, zeros)):
-        found = Difference("x").joined(_difference("x", *pair)).joined(Difference("x", 5))
+        found = Difference("x").joined(difference("x", *pair)).joined(Difference("x", 5))
         assert (found.elements, found.differing) == (8, 3)
         assert np.isnan(found.absolute)
     half = zeros.astype(ml_dtypes.bfloat16)
-    assert _difference("x", zeros, half) == Difference("x", 3)
-    assert _difference("x", zeros + 1, half) == Difference("x", 3, 3, 1.0, 1.0)
+    assert difference("x", zeros, half) == Difference("x", 3)
+    assert difference("x", zeros + 1, half) == Difference("x", 3, 3, 1.0, 1.0)
 
 
 def test_diff_names_what_only_one_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

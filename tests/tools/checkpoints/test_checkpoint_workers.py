@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from griffin.tools.checkpoints import write
 from griffin.tools.common import safetensors_files
 from griffin.tools.common.workers import Workers, start_workers
 from griffin.trainer.checkpoint import arrays
@@ -90,7 +91,7 @@ def test_a_killed_worker_ends_all(
         run(self, function, tasks, kill)
 
     monkeypatch.setattr(Workers, "run", run_and_kill)
-    monkeypatch.setattr("griffin.tools.checkpoints.write.CHUNK_BYTES", 512)  # many tasks of files per rank as well
+    monkeypatch.setattr(write, "CHUNK_BYTES", 512)  # many tasks of files per rank as well
     assert reshard(float32[0], tmp_path / "out", *flags, workers=2) == 1
     assert len(killed) == 2
     assert "a worker process was killed" in refused(capsys, tmp_path)

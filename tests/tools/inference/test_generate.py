@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from griffin.tools.cli import main
-from griffin.tools.inference.model import Checkpoint, loaded
+from griffin.tools.commands import logits as logits_module
+from griffin.tools.inference.model import Checkpoint, Model, loaded
 from griffin.tools.inference.sampling import Sampling, generate
 from griffin.trainer.checkpoint.manifest import check
 from griffin.trainer.settings.complete import load_config
@@ -240,7 +241,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.Mo
     torch.testing.assert_close(torch.from_numpy(one), expected, rtol=0, atol=1e-4)
     assert logits(folder, "--tokens", tmp_path / "tokens.npy", "--out", tmp_path / "two.npy", "--tensor", 2) == 0
     np.testing.assert_allclose(np.load(tmp_path / "two.npy"), one, rtol=0, atol=1e-4)
-    monkeypatch.setattr("griffin.tools.commands.logits.SLICE_ELEMENTS", 7 * 200)  # seven positions at a time
+    monkeypatch.setattr(logits_module, "SLICE_ELEMENTS", 7 * 200)  # seven positions at a time
     assert logits(folder, "--tokens", tmp_path / "tokens.npy", "--out", tmp_path / "cut.npy") == 0
     np.testing.assert_allclose(np.load(tmp_path / "cut.npy"), one, rtol=0, atol=1e-5)
 
@@ -288,7 +289,7 @@ def test_logits_leave_nothing_but_what_is_whole(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("griffin.tools.inference.model.Model.gathered", fails)
+        patch.setattr(Model, "gathered", fails)
         assert logits(folder, "--tokens", ids, "--out", out) == 2
     assert list(out.parent.iterdir()) == []
 
@@ -296,7 +297,7 @@ def test_logits_leave_nothing_but_what_is_whole(tmp_path: Path, monkeypatch: pyt
         out.write_bytes(b"mine")
 
     with monkeypatch.context() as patch:
-        patch.setattr("griffin.tools.commands.logits.synchronise", appears)  # while it is made
+        patch.setattr(logits_module, "synchronise", appears)  # while it is made
         assert logits(folder, "--tokens", ids, "--out", out) == 2
     assert [(file, file.read_bytes()) for file in out.parent.iterdir()] == [(out, b"mine")]
     out.unlink()

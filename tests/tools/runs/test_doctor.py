@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import Tensor
 from torch.distributed import TCPStore
 
+from griffin.launch import local
 from griffin.parallel.world.ranks import Ranks
 from griffin.tools.cli import main
 from griffin.tools.commands import doctor
@@ -83,7 +87,7 @@ def test_exit_code(
     code: int,
     expected: int,
 ) -> None:
-    monkeypatch.setattr("griffin.launch.local.run_local", as_local(findings, code))
+    monkeypatch.setattr(local, "run_local", as_local(findings, code))
     monkeypatch.setattr(doctor_installation, "examine_installation", lambda folder: [(OK, "torch: 2")])
     assert main(["doctor", "--dir", str(tmp_path), "--ranks", "3"]) == expected
     lines = capsys.readouterr().out.splitlines()
@@ -164,7 +168,7 @@ def test_a_local_rank_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(doctor, "leave", left.append)
     monkeypatch.setattr(doctor, "check_rank", lambda *args: [(FAILED, "rank 0 was not done")])
     ranks = Ranks(rank=1, world_size=2, local_rank=1, address="a", port=1, source="local", store_served=True)
-    doctor._local_rank(ranks, None, tmp_path, tmp_path / "found")
+    doctor.check_local_rank(ranks, None, tmp_path, tmp_path / "found")
     assert left == [1]
     assert json.loads((tmp_path / "found").read_text()) == [[FAILED, "rank 0 was not done"]]
 
@@ -192,12 +196,12 @@ def found(folder: Path, check: str) -> tuple[str, str]:
 
 
 def test_kernels_that_compute_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recurrence = doctor_installation._recurrence
-    monkeypatch.setattr(
-        doctor_installation,
-        "_recurrence",
-        lambda backend, device: [tensor * (1.01 if backend == "cpu" else 1) for tensor in recurrence(backend, device)],
-    )
+    rglru = doctor_installation.rglru
+
+    def wrong(x: Tensor, *gates: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        return rglru(x * (1.01 if backend == "cpu" else 1), *gates, backend=backend)
+
+    monkeypatch.setattr(doctor_installation, "rglru", wrong)
     assert found(tmp_path, "kernels")[0] == FAILED
 
 
@@ -210,23 +214,22 @@ def test_another_package_of_the_name_apex(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_version_of_megatron_core_that_is_not_the_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = doctor_installation._version
+    version = importlib.metadata.version
     monkeypatch.setattr(
-        doctor_installation, "_version", lambda name: "0.15.0" if name == "megatron-core" else version(name)
+        importlib.metadata, "version", lambda name: "0.15.0" if name == "megatron-core" else version(name)
     )
     assert found(tmp_path, "megatron-core") == (FAILED, "megatron-core: 0.15.0, must be megatron-core==0.16.1")
 
 
 def test_a_slow_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync = doctor_installation._sync
-    monkeypatch.setattr(doctor_installation, "_sync", lambda path: sync(path) + 1)
+    monkeypatch.setattr(doctor_installation, "SYNC_SECONDS", 0.0)
     state, text = found(tmp_path, "folder")
     assert (state, "checkpoints will be slow" in text) == (WARNING, True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resource.getrlimit", lambda kind: (256, 4096))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 4096))
     assert found(tmp_path, "open files")[0] == WARNING
 
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from griffin.tools.cli import main
+from griffin.tools.common import safetensors_files
+from griffin.trainer.checkpoint import arrays
 from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from tests.checkpoints import assert_equal_arrays, read_arrays, small_chunks
 from tests.deepmind_models import flax_tree, numpy_of, plain, save_orbax, torch_state
@@ -26,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(autouse=True, scope="module")
 def chunks() -> Iterator[None]:
     with small_chunks(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("griffin.tools.common.safetensors_files.READ_BYTES", 300)
+        patch.setattr(safetensors_files, "READ_BYTES", 300)
         yield
 
 
@@ -120,8 +122,7 @@ def test_padded_rows_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[
         torch.save(state, tmp_path / "weights.pt")
         target = tmp_path / f"{rows}-{vocabulary}"
         with pytest.MonkeyPatch.context() as patch:  # else there are thousands of chunks
-            patch.undo()
-            patch.setattr("griffin.trainer.checkpoint.arrays.WHOLE_BYTES", 2**25)
+            patch.setattr(arrays, "WHOLE_BYTES", 2**25)
             assert convert("deepmind", tmp_path / "weights.pt", target, *words) == 0
         assert read_manifest(target).config["model"]["vocabulary"] == vocabulary
         found = read_arrays(target)["model.embedding.weight"]

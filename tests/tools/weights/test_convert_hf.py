@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from griffin.tools.checkpoints import write as checkpoint_write
 from griffin.tools.cli import main
-from griffin.tools.weights.hf import write as export_hf
+from griffin.tools.common import safetensors_files
+from griffin.tools.weights.hf import read as hf_read
+from griffin.tools.weights.hf import write as hf_write
 from griffin.trainer.checkpoint.arrays import numpy_dtype
 from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from tests.checkpoints import read_arrays, small_chunks
@@ -38,9 +40,9 @@ from tests.transformers_models import (
 def chunks() -> Iterator[None]:
     """Tensors of several chunks, read a few rows at a time."""
     with small_chunks(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("griffin.tools.weights.hf.read.CHUNK_BYTES", 1000)
-        patch.setattr("griffin.tools.weights.hf.write.CHUNK_BYTES", 1000)
-        patch.setattr("griffin.tools.common.safetensors_files.READ_BYTES", 300)
+        patch.setattr(hf_read, "CHUNK_BYTES", 1000)
+        patch.setattr(hf_write, "CHUNK_BYTES", 1000)
+        patch.setattr(safetensors_files, "READ_BYTES", 300)
         yield
 
 
@@ -339,7 +341,7 @@ def test_interrupted(
             if self.count == 2:
                 raise error
 
-    for module in (checkpoint_write, export_hf):
+    for module in (checkpoint_write, hf_write):
         monkeypatch.setattr(module, "progress_bar", lambda name, size: Bar())
     for work, target in (
         (lambda: convert("hf", saved, tmp_path / "out", workers=workers), tmp_path / "out"),

@@ -71,7 +71,7 @@ def test_a_rank_may_hold_nothing(tmp_path: Path) -> None:
 
 
 def test_training_continues_during_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saver_module, "_CODE", saving_process.code(tmp_path))
+    monkeypatch.setattr(saver_module, "PROGRAM", saving_process.code(tmp_path))
     (tmp_path / "slow").write_text("0.004")
     state = random_state(1)
     with Team(Layout(1, 1), tmp_path / "checkpoints") as team:
@@ -118,7 +118,7 @@ def test_a_run_that_lost_its_lock_commits_nothing(tmp_path: Path) -> None:
 
 
 def test_a_saving_process_ends_only_with_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saver_module, "_CODE", saving_process.code(tmp_path))
+    monkeypatch.setattr(saver_module, "PROGRAM", saving_process.code(tmp_path))
     with Team(Layout(1, 1), tmp_path / "checkpoints") as team:
         team.save(1, random_state(1))
         (tmp_path / "slow").write_text("0.05")

@@ -31,7 +31,7 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     since a disk that others use makes saves slow, and what a process leaves when it is killed is the same."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
-        monkeypatch.setattr(saver_module, "_CODE", saving_process.code(Path(name)))
+        monkeypatch.setattr(saver_module, "PROGRAM", saving_process.code(Path(name)))
         yield Path(name)
 
 
@@ -198,7 +198,7 @@ def test_a_process_that_cannot_be_started_again_fails_the_save_on_every_rank(
         process.kill()
         process.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(saver_module, "_CODE", "raise SystemExit(3)")
+            patch.setattr(saver_module, "PROGRAM", "raise SystemExit(3)")
             outcomes = team.save(2, random_state(2))
         error = "the saving process of rank 1 on 127.0.0.1 ended with exit code 3"
         assert [outcome and outcome.error for outcome in outcomes] == [error] * 2

@@ -101,7 +101,7 @@ def test_every_rank_refuses_before_anything_is_allocated(tmp_path: Path, monkeyp
     monkeypatch.setattr(saver_module, "memory_left", lambda: {"machine a": sum(sizes) - 1})
     assert max(sizes) < sum(sizes) - 1  # enough for each rank alone
     with monkeypatch.context() as patch:
-        patch.delattr(saver_module, "_shared_memory")
+        patch.delattr(saver_module, "shared_memory")
         refused = Refused(layout, tmp_path, r"rank 0, rank 1 on 127\.0\.0\.1: no memory for 0\.00 GiB of staged state")
     assert refused.caught == 2
     monkeypatch.setattr(saver_module, "memory_left", lambda: {"machine a": sum(sizes)})
@@ -110,7 +110,7 @@ def test_every_rank_refuses_before_anything_is_allocated(tmp_path: Path, monkeyp
 
 def test_every_rank_reports_a_failed_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(1, 2, seed=1)
-    allocate, small = saver_module._shared_memory, 12 * layout.plans[1].elements
+    allocate, small = saver_module.shared_memory, 12 * layout.plans[1].elements
     assert small != 12 * layout.plans[0].elements
 
     def fails_for_rank_1(size: int):
@@ -118,5 +118,5 @@ def test_every_rank_reports_a_failed_allocation(tmp_path: Path, monkeypatch: pyt
             raise MemoryError("gone meanwhile")
         return allocate(size)
 
-    monkeypatch.setattr(saver_module, "_shared_memory", fails_for_rank_1)
+    monkeypatch.setattr(saver_module, "shared_memory", fails_for_rank_1)
     assert Refused(layout, tmp_path, r"^rank 1 on 127\.0\.0\.1: gone meanwhile$").caught == 2

@@ -181,7 +181,7 @@ def test_few_tasks_are_pending_at_a_time(tmp_path):
 
     options = EncodeOptions(tokenizer="bytes", eod=None, text_key="text", hold_out=0.0)
     limit = 2 * build_module.TASKS_PER_WORKER
-    for done, encoded in enumerate(build_module._encode_in_order(tasks(), options, workers=2)):
+    for done, encoded in enumerate(build_module.encode_in_order(tasks(), options, workers=2)):
         assert encoded.lengths.tolist() == [5]
         assert taken - done <= limit
     assert taken == 40

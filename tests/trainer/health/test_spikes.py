@@ -19,8 +19,7 @@ import zarr
 
 from griffin.parallel import sharding
 from griffin.parallel.world.ranks import Ranks
-from griffin.trainer.checkpoint.manifest import Manifest, read_manifest
-from griffin.trainer.checkpoint.manifest import _to_text as to_text
+from griffin.trainer.checkpoint.manifest import Manifest, read_manifest, to_text
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.health.spikes import SpikeError
 from griffin.trainer.run.attempts import read_end

@@ -15,13 +15,13 @@ from unittest import mock
 
 import pytest
 
+from griffin.parallel.stage import Stage
 from griffin.parallel.world.axes import Axes
 from griffin.parallel.world.ranks import Ranks
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.health.stragglers import Stragglers, Work
 from griffin.trainer.loop import train
 from griffin.trainer.settings.complete import load_config
-from griffin.trainer.step import Training
 from tests.ranks import RankPool
 from tests.small_runs import metrics, write_config
 
@@ -35,7 +35,7 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def slow_run(ranks: Ranks, path: Path, run_dir: Path, overrides: list[str], slow: int, how: str) -> None:
     """A run with one slow rank: in its forward passes, in loading data, or as a whole process."""
-    forward, draw = Training._forward, Samples.__getitem__
+    forward, draw = Stage.forward, Samples.__getitem__
 
     def delay() -> None:
         if ranks.rank != slow:
@@ -57,7 +57,7 @@ def slow_run(ranks: Ranks, path: Path, run_dir: Path, overrides: list[str], slow
 
     settings = ["--train.eval_interval", "0", "--log.interval", "2", "--log.tensorboard", "false", *overrides]
     with (
-        mock.patch.object(Training, "_forward", slow_forward),
+        mock.patch.object(Stage, "forward", slow_forward),
         mock.patch.object(Samples, "__getitem__", slow_draw),
     ):
         train(load_config(path, settings), ranks, run_dir)

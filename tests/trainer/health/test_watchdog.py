@@ -22,6 +22,7 @@ from torch.distributed import DistNetworkError, HashStore
 
 from griffin.launch.local import run_local
 from griffin.parallel.config import ParallelConfig
+from griffin.parallel.stage import Stage
 from griffin.parallel.world.grid import Grid, rank_grid
 from griffin.parallel.world.messages import pack, seal, unpack
 from griffin.parallel.world.ranks import HUNG, Ranks
@@ -31,7 +32,7 @@ from griffin.trainer.checkpoint.checkpoints import Checkpoints
 from griffin.trainer.checkpoint.manifest import verify
 from griffin.trainer.health.hang_report import SilentRank, compose_report, lagging_ranks
 from griffin.trainer.health.rank_state import Collective, RankState
-from griffin.trainer.health.watchdog import Watchdog, _Alarm
+from griffin.trainer.health.watchdog import Alarm, Watchdog
 from griffin.trainer.reporting.report import Report
 from griffin.trainer.run.attempts import read_end
 from griffin.trainer.run.folder import RunFolder
@@ -271,17 +272,17 @@ def _slow_run(ranks: Ranks, config: Config, run_dir: Path) -> None:
 
         return slowly
 
-    get = Training._forward
+    get = Stage.forward
 
-    def forward(training: Training, *args: Any) -> Any:
-        if not training.chunks[0].training:
+    def forward(stage: Stage, *args: Any) -> Any:
+        if not stage.training:
             time.sleep(long / 4)  # of 8 micro-batches
-        return get(training, *args)
+        return get(stage, *args)
 
     with (
         mock.patch.object(loop, "build_index", after("build_index")),
         mock.patch.object(Training, "step", after("step", lambda training, *_: training.steps_done == 0)),
-        mock.patch.object(Training, "_forward", forward),
+        mock.patch.object(Stage, "forward", forward),
         mock.patch.object(Checkpoints, "save", after("save")),
         mock.patch.object(Report, "end", after("end")),
     ):
@@ -337,8 +338,8 @@ def test_alarms_from_outside_the_run_are_ignored(tmp_path: Path, forged: bytes) 
         return watchdog._alarm
 
     assert [talk(watchdog) for watchdog in watchdogs] == [None, None]
-    raised = [watchdog._raise(cast(Any, store), _Alarm(rank=n, step=7 + n)) for n, watchdog in enumerate(watchdogs)]
-    assert raised == [_Alarm(rank=0, step=7)] * 2
+    raised = [watchdog._raise(cast(Any, store), Alarm(rank=n, step=7 + n)) for n, watchdog in enumerate(watchdogs)]
+    assert raised == [Alarm(rank=0, step=7)] * 2
     assert [talk(watchdog) for watchdog in watchdogs] == ["another rank has raised the alarm"] * 2
 
 

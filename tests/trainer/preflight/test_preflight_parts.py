@@ -17,6 +17,7 @@ from griffin.parallel.world.axes import rank_names
 from griffin.parallel.world.grid import rank_grid, single_rank_grid
 from griffin.trainer.checkpoint.steps import steps
 from griffin.trainer.measuring.peak import best_seconds, measured_tflops
+from griffin.trainer.preflight import machine
 from griffin.trainer.preflight.agreement import PreflightError, RankLocation
 from griffin.trainer.preflight.assessment import Assessment, checkpoint_bytes
 from griffin.trainer.preflight.links import Exchanges, Link, link_rounds, pattern, ring_rounds
@@ -107,7 +108,7 @@ def test_a_link_that_was_slow_once_is_not() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_exact(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     assert product_fault(CPU, dtype) == ""
-    monkeypatch.setattr("griffin.trainer.preflight.machine.multiply", lambda a, b: (a @ b).roll(1, 0))
+    monkeypatch.setattr(machine, "multiply", lambda a, b: (a @ b).roll(1, 0))
     assert "is wrong in" in product_fault(CPU, dtype)
 
 

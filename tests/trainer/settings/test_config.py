@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from griffin.parallel.config import INITS, RECOMPUTES, ModelConfig, ParallelConfig
 from griffin.parallel.mixers import MIXERS
 from griffin.tools.cli import main, split_overrides
-from griffin.trainer.settings.complete import complete, load_config, read_data
+from griffin.trainer.settings.complete import complete, load_config
 from griffin.trainer.settings.load import CONFIGS, find_config, read_settings, to_toml
 from griffin.trainer.settings.presets import PRESETS, preset
 from griffin.trainer.settings.sections import (
@@ -316,17 +316,6 @@ def test_vocabulary_left_out_is_the_tokenizers(load, bytes_data: str) -> None:
 
 def test_stated_vocabulary_needs_no_data(load) -> None:
     assert load(MODEL, "--data.train", "absent").model.vocabulary == 300
-
-
-def test_train_and_eval_data_of_different_tokenizers(bytes_data: str, tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "<eos>": 1}, unk_token="[UNK]"))
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "text.txt").write_text("words")
-    words = ["data", "build", str(tmp_path / "words"), str(tmp_path / "text.txt"), "--workers", "1"]
-    assert main([*words, "--tokenizer", str(tmp_path / "tokenizer.json"), "--eod", "<eos>"]) == 0
-    with pytest.raises(ValueError, match=r"data\.eval = '.*words': built with tokenizer .* data\.train with"):
-        read_data(DataConfig(train=(bytes_data,), eval=(str(tmp_path / "words"),)))
 
 
 def eval_sets() -> st.SearchStrategy:

@@ -85,6 +85,8 @@ def test_all_sets_are_read_and_have_one_tokenizer(tmp_path: Path) -> None:
     assert [info.prefix for info in found] == [train, books, train]
     with pytest.raises(ValueError, match=r"data\.eval\.code = '.*other': built with tokenizer .* data\.train with"):
         read_data(DataConfig(train=(train,), eval={"books": (books,), "code": (other,)}))
+    with pytest.raises(ValueError, match=r"data\.eval = '.*other': built with tokenizer"):
+        read_data(DataConfig(train=(train,), eval=(other,)))
 
 
 def test_changed_held_out_sets(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def test_the_table_names_what_exists_and_each_other_name_once() -> None:
     assert set(OTHER_SECTIONS) <= set(SECTIONS)
     others = " ".join([*OTHER_NAMES.values(), *ABSENT.values()]).split()
     assert len(set(others)) == len(others)
+    assert not set(others) & {setting.partition(".")[2] for setting in KNOWN}, "other names are none of ours"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,16 @@ def test_suggestions_for_absent_settings() -> None:
     assert "parallel.tensor x parallel.pipeline leave" in suggest_setting("parallel", "dp", KNOWN)
 
 
-@pytest.mark.parametrize(("written", "meant"), [("training", "train"), ("optim", "optimizer"), ("modle", "model")])
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("training", "train"),
+        ("modle", "model"),
+        ("architecture", "model"),
+        ("Save", "checkpoint"),
+        ("lr-scheduler", "optimizer"),
+    ],
+)
 def test_section_suggestions(written: str, meant: str) -> None:
     assert suggest_section(written, SECTIONS) == meant
 

@@ -37,7 +37,7 @@ from griffin.trainer.checkpoint.saving.protocol import (
 
 START_SECONDS = 60.0  # to wait for a saving process to start, which takes below one
 END_SECONDS = 5.0  # to wait for one to exit before it is killed
-_CODE = "from griffin.trainer.checkpoint.saving.process import main; main()"
+PROGRAM = "from griffin.trainer.checkpoint.saving.process import main; main()"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class Saver:
         """Shared memory as a file descriptor and mapped. MemoryError on every rank if it fails on one."""
         memory, error = None, None
         try:
-            memory = _shared_memory(size)
+            memory = shared_memory(size)
         except MemoryError as caught:
             error = f"{rank_name(self._rank, self._host)}: {caught}"
         errors = [error for error in self._all_gather(error, str | None) if error is not None]
@@ -223,7 +223,7 @@ class Saver:
         environment = os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _CODE, *map(str, files)],
+                [sys.executable, "-P", "-c", PROGRAM, *map(str, files)],
                 env=environment,
                 pass_fds=files,
                 stdin=subprocess.DEVNULL,
@@ -274,7 +274,7 @@ class Saver:
         return f"the saving process of {rank_name(self._rank, self._host)}"
 
 
-def _shared_memory(size: int) -> tuple[int, mmap.mmap]:
+def shared_memory(size: int) -> tuple[int, mmap.mmap]:
     """An anonymous file in memory, and its mapping. MemoryError if there is not enough memory."""
     try:
         memory = os.memfd_create("griffin staged state")
