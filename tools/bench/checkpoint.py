@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.parallel.world.ranks import Ranks
-from griffin.tools.bench.checkpoint_state import BYTES_PER_PARAMETER, Peer, fill, require_loaded
+from griffin.tools.bench.checkpoint_state import BYTES_PER_PARAMETER, DcpState, fill, require_loaded
 from griffin.trainer.settings.presets import preset
 from griffin.trainer.settings.sections import Config, DataConfig, OptimizerConfig, TrainConfig
 from griffin.trainer.settings.validate import validate
@@ -95,7 +95,7 @@ def measure(model: ModelConfig, ranks: int, rounds: int, folder: Path, size: int
     """
     from griffin.launch.local import run_local
 
-    parts: list[tuple[Callable[[Ranks, Bench], None], int, ParallelConfig]] = [
+    parts: list[tuple[Callable[[Ranks, BenchSettings], None], int, ParallelConfig]] = [
         (save_rank, ranks, ParallelConfig()),
         (load_rank, ranks, ParallelConfig(tensor=ranks)),
     ]
@@ -103,7 +103,9 @@ def measure(model: ModelConfig, ranks: int, rounds: int, folder: Path, size: int
         parts.append((stall_rank, 1, ParallelConfig()))
     with tempfile.TemporaryDirectory(prefix="griffin-bench-", dir=folder) as scratch:
         for part, world_size, parallel in parts:
-            bench = Bench(config=_config(model, world_size, parallel), rounds=rounds, folder=Path(scratch), size=size)
+            bench = BenchSettings(
+                config=_config(model, world_size, parallel), rounds=rounds, folder=Path(scratch), size=size
+            )
             if code := run_local(part, world_size, (bench,), preload=PRELOAD):
                 return code
     return 0
@@ -150,7 +152,7 @@ def disk(folder: Path) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class BenchSettings:
     """What the ranks of one part of the benchmark are told."""
 
     config: Config
@@ -212,21 +214,21 @@ class Stopwatch:
 # What the ranks of each part do.
 
 
-def save_rank(ranks: Ranks, bench: Bench) -> None:
+def save_rank(ranks: Ranks, bench: BenchSettings) -> None:
     """Time saving, leave a checkpoint of each side, and time asynchronous saves."""
     with _saving(ranks, bench) as (grid, training, state):
         time_saves(grid, bench, training, state)
         time_stalls(grid, bench, training, state)
 
 
-def stall_rank(ranks: Ranks, bench: Bench) -> None:
+def stall_rank(ranks: Ranks, bench: BenchSettings) -> None:
     """Time for how long asynchronous saves keep a rank."""
     with _saving(ranks, bench) as (grid, training, state):
         time_stalls(grid, bench, training, state)
 
 
 @contextmanager
-def _saving(ranks: Ranks, bench: Bench) -> Iterator[tuple[Grid, Training, dict[str, Any]]]:
+def _saving(ranks: Ranks, bench: BenchSettings) -> Iterator[tuple[Grid, Training, dict[str, Any]]]:
     """A rank with the drawn state on both sides."""
     from griffin.parallel.world.grid import rank_grid
     from griffin.trainer.step import Training
@@ -234,11 +236,11 @@ def _saving(ranks: Ranks, bench: Bench) -> Iterator[tuple[Grid, Training, dict[s
     with rank_grid(bench.config.parallel, ranks, timeout=TIMEOUT) as grid:
         training = Training(bench.config, grid)
         fill(training, grid)
-        yield grid, training, Peer(training, grid, tensor_parallel=False).state()
+        yield grid, training, DcpState(training, grid, tensor_parallel=False).state()
 
 
 @contextmanager
-def _checkpoints(bench: Bench, grid: Grid, training: Training, root: Path) -> Iterator[Checkpoints]:
+def _checkpoints(bench: BenchSettings, grid: Grid, training: Training, root: Path) -> Iterator[Checkpoints]:
     from griffin.trainer.checkpoint.checkpoints import Checkpoints, Outcome
 
     def refuse(outcome: Outcome) -> None:
@@ -250,7 +252,7 @@ def _checkpoints(bench: Bench, grid: Grid, training: Training, root: Path) -> It
         yield checkpoints
 
 
-def time_saves(grid: Grid, bench: Bench, training: Training, state: dict[str, Any]) -> None:
+def time_saves(grid: Grid, bench: BenchSettings, training: Training, state: dict[str, Any]) -> None:
     """Time saves until they stand on the disk, and for orientation np.save of as many bytes on each rank."""
     import numpy as np
     import torch.distributed.checkpoint as dcp
@@ -278,7 +280,7 @@ def time_saves(grid: Grid, bench: Bench, training: Training, state: dict[str, An
     watch.report("save", bench.rate, {"griffin": _files(bench.ours), "dcp": _files(bench.theirs)})
 
 
-def time_stalls(grid: Grid, bench: Bench, training: Training, state: dict[str, Any]) -> None:
+def time_stalls(grid: Grid, bench: BenchSettings, training: Training, state: dict[str, Any]) -> None:
     """Time how long an asynchronous save takes to return; each has ended before the next begins.
 
     For orientation, also one copy of as many bytes from memory to memory.
@@ -325,7 +327,7 @@ def time_stalls(grid: Grid, bench: Bench, training: Training, state: dict[str, A
     watch.report(f"stall, {many}", lambda seconds: f"{seconds / gib:7.3f} s per GiB of a rank")
 
 
-def load_rank(ranks: Ranks, bench: Bench) -> None:
+def load_rank(ranks: Ranks, bench: BenchSettings) -> None:
     """Compare what both sides load, then time it."""
     import torch.distributed.checkpoint as dcp
 
@@ -338,7 +340,7 @@ def load_rank(ranks: Ranks, bench: Bench) -> None:
     with rank_grid(bench.config.parallel, ranks, timeout=TIMEOUT) as grid:
         training = Training(bench.config, grid)
         state, folder = ShardedState(training, grid), resolve(bench.ours)
-        peer = Peer(training, grid, tensor_parallel=True)
+        peer = DcpState(training, grid, tensor_parallel=True)
         loaded = peer.empty()
 
         def ours() -> None:

@@ -84,7 +84,7 @@ def _parameters(training: Training) -> Iterable[nn.Parameter]:
     return (parameter for stage in training.stages for parameter in stage.parameters())
 
 
-class Peer:
+class DcpState:
     """The same global tensors as DTensors over all ranks: cut along dimension 0, or as tensor parallelism cuts them."""
 
     def __init__(self, training: Training, grid: Grid, *, tensor_parallel: bool):

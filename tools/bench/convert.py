@@ -152,7 +152,7 @@ def _report(size: int, seconds: dict[str, list[float]]) -> None:
 
 def write_source(folder: Path, model: ModelConfig) -> None:
     """A transformers folder of random bits."""
-    from griffin.tools.checkpoints.carried import CONFIG
+    from griffin.tools.checkpoints.auxiliary_files import CONFIG
     from griffin.tools.weights.hf.config import MODEL_TYPE
     from griffin.tools.weights.hf.folder import WEIGHTS
     from griffin.tools.weights.hf.names import transformers_axes, transformers_name, transformers_settings

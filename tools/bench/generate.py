@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelConfig
 
 if TYPE_CHECKING:
-    from griffin.tools.inference.model import Model
+    from griffin.tools.inference.model import LoadedModel
 
 HEAD_DIM = 64
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from griffin.parallel.stage import build_stages
     from griffin.parallel.world.grid import single_rank_grid
     from griffin.tools.bench.machine import versions
-    from griffin.tools.inference.model import Model, check_compiled
+    from griffin.tools.inference.model import LoadedModel, check_compiled
 
     if args.compile:
         check_compiled(1)
@@ -82,14 +82,14 @@ def run(args: argparse.Namespace) -> int:
     with single_rank_grid() as grid:
         stages = build_stages(config, ParallelConfig(), grid, dtype=torch.float32, sequence=args.prompt)
         initialize(stages, grid, seed=0)
-        model = Model(stages[0].eval().requires_grad_(False), grid, config, args.compile)
+        model = LoadedModel(stages[0].eval().requires_grad_(False), grid, config, args.compile)
         peer = _peer(model)
         for batch in args.batch:
             _compare(model, peer, batch, args)
     return 0
 
 
-def _peer(model: Model) -> Any:
+def _peer(model: LoadedModel) -> Any:
     """transformers' model of the same weights, of which no token ends an answer."""
     from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
@@ -106,7 +106,7 @@ def _peer(model: Model) -> Any:
     return peer
 
 
-def _compare(model: Model, peer: Any, batch: int, args: argparse.Namespace) -> None:
+def _compare(model: LoadedModel, peer: Any, batch: int, args: argparse.Namespace) -> None:
     """Time both in alternation, so that a change of the machine's speed meets both, and print medians."""
     import torch
 

@@ -18,8 +18,8 @@ from griffin.tools.common.arguments import add_dtype
 if TYPE_CHECKING:
     import torch
 
+    from griffin.tools.bench.kernels_operations import Clock, Operation, Shape, Times
     from griffin.tools.bench.kernels_peers import Peer
-    from griffin.tools.bench.kernels_work import Clock, Operation, Shape, Times
 
 DTYPES = ("bfloat16", "float32")
 COPY_BYTES = 2**30
@@ -63,7 +63,7 @@ class Settings:
     copy_bytes: int = COPY_BYTES
 
     def shapes(self) -> list[Shape]:
-        from griffin.tools.bench.kernels_work import Shape
+        from griffin.tools.bench.kernels_operations import Shape
 
         return [Shape(R, T, B) for R in self.widths for T in self.lengths for B in self.batches]
 
@@ -130,7 +130,7 @@ def measure(settings: Settings, device: torch.device, clock: Clock | None = None
     """Check and time everything that was asked for, and print it as it is known."""
     import torch
 
-    from griffin.tools.bench.kernels_work import CHANNELS, TOLERANCE, Clock, copy_bandwidth
+    from griffin.tools.bench.kernels_operations import CHANNELS, TOLERANCE, Clock, copy_bandwidth
 
     dtype = getattr(torch, settings.dtype)
     clock = clock or Clock(device)
@@ -160,7 +160,7 @@ def measure(settings: Settings, device: torch.device, clock: Clock | None = None
 def _measure_ours(settings: Settings, device: torch.device, clock: Clock, bandwidth: float) -> list[Row]:
     from griffin.kernels.launch import multiprocessors
     from griffin.kernels.recurrence.plan import select_plan
-    from griffin.tools.bench.kernels_work import OPERATIONS
+    from griffin.tools.bench.kernels_operations import OPERATIONS
 
     rows = []
     for shape in settings.shapes():
@@ -184,17 +184,17 @@ def _when_it_fits(
     """Times of an operation that has passed its check; None, said in a line, where the device's memory is short."""
     import torch
 
-    from griffin.tools.bench import kernels_work as work
+    from griffin.tools.bench import kernels_operations as operations
 
-    needed, free = operation.memory(shape, _element_size(settings)), work.free_bytes(device)
+    needed, free = operation.memory(shape, _element_size(settings)), operations.free_bytes(device)
     if needed > free:
         print(f"{operation.name:<16}skipped: needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free")
         return None
     try:
-        sets = work.make_inputs(operation, shape, getattr(torch, settings.dtype), device)
-        side = work.our_side(operation, sets, settings.chunk)
-        work.check(f"{operation.name}, {shape}", side, operation, sets[0])
-        return work.time_sides(clock, {"ours": side}, settings.repeats)["ours"]
+        sets = operations.make_inputs(operation, shape, getattr(torch, settings.dtype), device)
+        side = operations.our_implementation(operation, sets, settings.chunk)
+        operations.check(f"{operation.name}, {shape}", side, operation, sets[0])
+        return operations.time_implementations(clock, {"ours": side}, settings.repeats)["ours"]
     except torch.OutOfMemoryError:
         print(f"{operation.name:<16}skipped: {free / GIB:.1f} GiB of free memory are not enough")
         return None
@@ -234,16 +234,16 @@ def _measure_beside(
     """
     import torch
 
-    from griffin.tools.bench import kernels_work as work
+    from griffin.tools.bench import kernels_operations as operations
     from griffin.tools.bench.kernels_peers import describe, time_peer
 
-    operation = work.RGLRU_FROM_ZERO
+    operation = operations.RGLRU_FROM_ZERO
     torch.compiler.reset()  # a function compiled for too many shapes would run uncompiled
-    work.free_bytes(device)
+    operations.free_bytes(device)
     try:
-        sets = work.make_inputs(operation, shape, getattr(torch, settings.dtype), device)
-        ours = work.our_side(operation, sets, settings.chunk)
-        work.check(f"rglru from a zero state, {shape}", ours, operation, sets[0])
+        sets = operations.make_inputs(operation, shape, getattr(torch, settings.dtype), device)
+        ours = operations.our_implementation(operation, sets, settings.chunk)
+        operations.check(f"rglru from a zero state, {shape}", ours, operation, sets[0])
     except torch.OutOfMemoryError as error:
         print(f"  skipped ({describe(error)})")
         return True
@@ -268,7 +268,7 @@ def _answers(device: torch.device) -> bool:
     """Whether a device still works, its memory given back: an access out of bounds breaks it for good."""
     import torch
 
-    from griffin.tools.bench.kernels_work import free_bytes
+    from griffin.tools.bench.kernels_operations import free_bytes
 
     try:
         free_bytes(device)

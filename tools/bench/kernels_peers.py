@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.kernels.rglru.reference import GATE_SCALE
-from griffin.tools.bench.kernels_work import (
+from griffin.tools.bench.kernels_operations import (
     RGLRU_FROM_ZERO,
     Clock,
+    Implementation,
     Inputs,
     Shape,
-    Side,
     Tensors,
     Times,
     check,
-    time_sides,
+    time_implementations,
 )
 
 BATCH_TIME_CHANNELS = (1, 0, 2)  # places among our axes [T, B, R]
@@ -49,7 +49,7 @@ class Peer:
     refuses: Callable[[Shape], str | None] = lambda shape: None  # why it cannot run a shape
     repeats: int | None = None  # where it is too slow for those asked for
 
-    def side(self, sets: list[Inputs]) -> Side:
+    def implementation(self, sets: list[Inputs]) -> Implementation:
         """The same inputs in the peer's layout."""
 
         def forward(leaves: Tensors) -> Tensors:
@@ -63,7 +63,7 @@ class Peer:
             Inputs({name: there(leaf).requires_grad_() for name, leaf in one.leaves.items()}, there(one.grad_y))
             for one in sets
         ]
-        return Side(forward, moved, self.order)
+        return Implementation(forward, moved, self.order)
 
 
 def installed() -> dict[str, str | None]:
@@ -187,7 +187,7 @@ def load_peers(steps: int) -> tuple[list[Peer], dict[str, str]]:
     return peers, reasons
 
 
-def time_peer(peer: Peer, shape: Shape, clock: Clock, ours: Side, repeats: int) -> tuple[Times, Times]:
+def time_peer(peer: Peer, shape: Shape, clock: Clock, ours: Implementation, repeats: int) -> tuple[Times, Times]:
     """Check a peer, then time ourselves and it in turn: our times and the peer's.
 
     Args:
@@ -196,9 +196,9 @@ def time_peer(peer: Peer, shape: Shape, clock: Clock, ours: Side, repeats: int) 
     Raises:
         Exception: anything that a peer raises, or RuntimeError where its results are not ours.
     """
-    theirs = peer.side(ours.sets)
+    theirs = peer.implementation(ours.sets)
     check(f"{peer.name}, {shape}", theirs, RGLRU_FROM_ZERO, ours.sets[0])
-    times = time_sides(clock, {"ours": ours, "theirs": theirs}, min(repeats, peer.repeats or repeats))
+    times = time_implementations(clock, {"ours": ours, "theirs": theirs}, min(repeats, peer.repeats or repeats))
     return times["ours"], times["theirs"]
 
 

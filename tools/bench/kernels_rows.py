@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from griffin.tools.bench.kernels_work import Shape, Times
+    from griffin.tools.bench.kernels_operations import Shape, Times
 
 
 @dataclass(frozen=True)

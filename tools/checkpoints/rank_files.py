@@ -1,8 +1,8 @@
 """A checkpoint as one safetensors file per (tensor, pipeline) rank, as engines that load per rank want it.
 
-Each file holds its rank's part of every array of its stages, named as in the checkpoint, all parts of one array of one
+Each file holds its rank's shard of every array of its stages, named as in the checkpoint, all shards of one array of one
 shape: rows of the vocabulary's padding are there, as zeros. `index.json` holds everything else that a checkpoint knows,
-so that nothing is lost: any layout can be made from any other. Rows of a part are written and read in slices, each with
+so that nothing is lost: any layout can be made from any other. Rows of a shard are written and read in slices, each with
 a checksum in the index.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.cost import split_blocks
-from griffin.tools.checkpoints.stored import Source
+from griffin.tools.checkpoints.sources import SourceCheckpoint
 from griffin.tools.common import safetensors_files
 from griffin.tools.common.safetensors_files import Entry, read_box, read_bytes
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box, intersection, numpy_dtype, shape_of, within
@@ -38,7 +38,7 @@ _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)
-class Part:
+class ArrayShard:
     """What one tensor rank's file holds of an array, from byte `offset` of the file on."""
 
     spec: ArraySpec
@@ -67,55 +67,55 @@ class Part:
     def nbytes(self) -> int:
         return self.entry.nbytes
 
-    def slices(self) -> list[Slice]:
+    def slices(self) -> list[RowSlice]:
         """All of its rows, as many at a time as the array's chunks have."""
         count, rows = self.shape[0], self.spec.chunks[0]
-        return [Slice(self, first, min(first + rows, count)) for first in range(0, count, rows)]
+        return [RowSlice(self, first, min(first + rows, count)) for first in range(0, count, rows)]
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Rows [first, last) of a part."""
+class RowSlice:
+    """Rows [first, last) of a shard."""
 
-    part: Part
+    shard: ArrayShard
     first: int
     last: int
 
     @property
     def offset(self) -> int:
-        return self.part.offset + self.first * self.part.row_bytes
+        return self.shard.offset + self.first * self.shard.row_bytes
 
     @property
     def nbytes(self) -> int:
-        return (self.last - self.first) * self.part.row_bytes
+        return (self.last - self.first) * self.shard.row_bytes
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.last - self.first, *self.part.shape[1:])
+        return (self.last - self.first, *self.shard.shape[1:])
 
     @property
     def box(self) -> Box:
-        """The part of the global array that it holds; empty, or smaller than its shape, in the padding."""
-        held = self.part.spec.tensor.part(self.part.tensor_rank, self.part.tensor_size)
+        """The shard of the global array that it holds; empty, or smaller than its shape, in the padding."""
+        held = self.shard.spec.tensor.part(self.shard.tensor_rank, self.shard.tensor_size)
         first = min(held[0].start + self.first, held[0].stop)
         return (slice(first, min(held[0].start + self.last, held[0].stop)), *held[1:])
 
 
 @dataclass(frozen=True)
 class RankFile:
-    """A file, laid out: its header as bytes, and the parts that follow it."""
+    """A file, laid out: its header as bytes, and the shards that follow it."""
 
     name: str
     header: bytes
-    parts: tuple[Part, ...]
+    shards: tuple[ArrayShard, ...]
 
     @property
     def size(self) -> int:
-        return len(self.header) + sum(part.nbytes for part in self.parts)
+        return len(self.header) + sum(shard.nbytes for shard in self.shards)
 
-    def slices(self) -> Iterator[Slice]:
-        for part in self.parts:
-            yield from part.slices()
+    def slices(self) -> Iterator[RowSlice]:
+        for shard in self.shards:
+            yield from shard.slices()
 
 
 def stage_blocks(manifest: Manifest, layout: ParallelConfig) -> tuple[int, ...]:
@@ -168,9 +168,9 @@ def _lay_out_file(
     name = (
         f"model-tp-{tensor_rank:02d}-of-{layout.tensor:02d}-pp-{pipeline_rank:02d}-of-{layout.pipeline:02d}.safetensors"
     )
-    parts = [Part(array, tensor_rank, layout.tensor, 0) for array in arrays]
-    header, entries = safetensors_files.lay_out((part.spec.name, part.spec.dtype, part.shape) for part in parts)
-    placed = (replace(part, offset=entry.offset) for part, entry in zip(parts, entries, strict=True))
+    shards = [ArrayShard(array, tensor_rank, layout.tensor, 0) for array in arrays]
+    header, entries = safetensors_files.lay_out((shard.spec.name, shard.spec.dtype, shard.shape) for shard in shards)
+    placed = (replace(shard, offset=entry.offset) for shard, entry in zip(shards, entries, strict=True))
     return RankFile(name, header, tuple(placed))
 
 
@@ -180,20 +180,20 @@ def checksum(values: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class RankArray:
-    """An array in rank files; `parts` has each tensor rank's, with its file."""
+    """An array in rank files; `shards` has each tensor rank's, with its file."""
 
     spec: ArraySpec
-    parts: tuple[tuple[Path, Part], ...]
+    shards: tuple[tuple[Path, ArrayShard], ...]
 
     def read(self, box: Box) -> np.ndarray:
         """As `StoredArray.read`. Slices' checksums are not looked at."""
         values = np.empty(shape_of(box), numpy_dtype(self.spec.dtype))
         is_cut = self.spec.tensor.axis is not None
-        for path, part in self.parts if is_cut else self.parts[:1]:
-            held = self.spec.tensor.part(part.tensor_rank, part.tensor_size)
+        for path, shard in self.shards if is_cut else self.shards[:1]:
+            held = self.spec.tensor.part(shard.tensor_rank, shard.tensor_size)
             common = intersection(held, box)
             if all(extent.start < extent.stop for extent in common):
-                values[within(common, box)] = read_box(path, part.entry, within(common, held))
+                values[within(common, box)] = read_box(path, shard.entry, within(common, held))
         return values
 
 
@@ -207,8 +207,8 @@ def write_index(
     """Write index.json: the manifest, but for its files, and `checksums` of the slices, by file and array."""
     holders: dict[str, list[str]] = {name: [] for name in manifest.arrays}
     for file in files:
-        for part in file.parts:
-            holders[part.spec.name].append(file.name)
+        for shard in file.shards:
+            holders[shard.spec.name].append(file.name)
     values: dict[str, Any] = {"format": FORMAT, "stages": list(stages)}
     values |= {field.name: getattr(manifest, field.name) for field in fields(Manifest) if field.name != "files"}
     values["arrays"] = {name: array.to_json() | {"files": holders[name]} for name, array in manifest.arrays.items()}
@@ -223,7 +223,7 @@ def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def open_rank_folder(folder: Path) -> tuple[Source, list[tuple[RankFile, Mapping[str, Sequence[str]]]]]:
+def open_rank_folder(folder: Path) -> tuple[SourceCheckpoint, list[tuple[RankFile, Mapping[str, Sequence[str]]]]]:
     """A folder of rank files: as a source, and its files with their slices' checksums by array.
 
     Raises CheckpointError where the index is not there or was edited, or where a file is missing, or has another size
@@ -238,7 +238,7 @@ def open_rank_folder(folder: Path) -> tuple[Source, list[tuple[RankFile, Mapping
         files = lay_out(list(specs.values()), layout, values["stages"])
         _check_records(files, values.get("files"))
     records = values["files"]
-    parts: dict[str, dict[int, tuple[Path, Part]]] = {name: {} for name in specs}
+    shards: dict[str, dict[int, tuple[Path, ArrayShard]]] = {name: {} for name in specs}
     for file in files:
         path = folder / file.name
         size = path.stat().st_size if path.is_file() else None
@@ -248,12 +248,12 @@ def open_rank_folder(folder: Path) -> tuple[Source, list[tuple[RankFile, Mapping
             raise CheckpointError(f"{path} has {size:,} bytes instead of {file.size:,}")
         if read_bytes(path, 0, len(file.header)).tobytes() != file.header:
             raise CheckpointError(f"{path}: its header was changed")
-        for part in file.parts:
-            parts[part.spec.name].setdefault(part.tensor_rank, (path, part))
+        for shard in file.shards:
+            shards[shard.spec.name].setdefault(shard.tensor_rank, (path, shard))
     kept = {key: values[key] for key in known if key in values}
-    arrays = {name: RankArray(spec, tuple(parts[name].values())) for name, spec in specs.items()}
+    arrays = {name: RankArray(spec, tuple(shards[name].values())) for name, spec in specs.items()}
     manifest = Manifest(**kept | {"arrays": specs, "files": {}, "sources": tuple(values.get("sources", ()))})
-    return Source(folder, manifest, arrays), [(file, records[file.name]["crc32"]) for file in files]
+    return SourceCheckpoint(folder, manifest, arrays), [(file, records[file.name]["crc32"]) for file in files]
 
 
 def _layout(values: Mapping[str, Any], specs: Mapping[str, ArraySpec]) -> ParallelConfig:
@@ -289,7 +289,7 @@ def _check_records(files: Sequence[RankFile], records: Any) -> None:
     for file in files:
         record = records[file.name]
         checksums = record.get("crc32") if isinstance(record, Mapping) else None
-        expected = {part.spec.name: len(part.slices()) for part in file.parts}
+        expected = {shard.spec.name: len(shard.slices()) for shard in file.shards}
         if not (
             isinstance(checksums, Mapping)
             and checksums.keys() == expected.keys()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from griffin.parallel.config import ParallelConfig
 from griffin.tools.checkpoints import rank_files
-from griffin.tools.checkpoints.carried import carried_files
-from griffin.tools.checkpoints.stored import Source, StoredArray, open_step
-from griffin.tools.checkpoints.write import Made, check_files, refuse_target, write_ranks, write_step
+from griffin.tools.checkpoints.auxiliary_files import checkpoint_auxiliary_files
+from griffin.tools.checkpoints.sources import SourceCheckpoint, StoredArray, open_step
+from griffin.tools.checkpoints.write import OutputArray, check_files, refuse_target, write_ranks, write_step
 from griffin.tools.common.workers import Workers
 from griffin.trainer.checkpoint.arrays import (
     EXP_AVG,
@@ -75,7 +75,7 @@ def reshard(
         assert layout is not None
         write_ranks(target, manifest, made, layout, workers)
     else:
-        write_step(target, manifest, made, workers, carried_files(source.path))
+        write_step(target, manifest, made, workers, checkpoint_auxiliary_files(source.path))
 
 
 def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str | None = None) -> None:
@@ -93,7 +93,7 @@ def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str
     for source in sources:
         _refuse_other_model(source, newest)
     made = [
-        Made(
+        OutputArray(
             replace(newest.manifest.arrays[name], dtype=dtype or newest.manifest.arrays[name].dtype),
             tuple(best_weights(source)[name] for source in sources),
         )
@@ -102,14 +102,14 @@ def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str
     ]
     manifest = _described(newest.manifest, made, weights_only=True)
     manifest = replace(manifest, sources=tuple(str(source.path) for source in sources))
-    write_step(target, manifest, made, workers, carried_files(newest.path))
+    write_step(target, manifest, made, workers, checkpoint_auxiliary_files(newest.path))
 
 
 def _tensors(manifest: Manifest) -> list[GlobalTensor]:
     return [spec.tensor for spec in manifest.arrays.values() if spec.kind == MODEL]
 
 
-def best_weights(source: Source) -> dict[str, StoredArray]:
+def best_weights(source: SourceCheckpoint) -> dict[str, StoredArray]:
     """The weights in the best precision that there is, by the model's arrays' names."""
     best = {}
     for tensor in _tensors(source.manifest):
@@ -119,8 +119,8 @@ def best_weights(source: Source) -> dict[str, StoredArray]:
 
 
 def _converted(
-    source: Source, chunks: Mapping[str, tuple[int, ...]], dtype: str | None, weights_only: bool
-) -> list[Made]:
+    source: SourceCheckpoint, chunks: Mapping[str, tuple[int, ...]], dtype: str | None, weights_only: bool
+) -> list[OutputArray]:
     """The arrays of the result: those of the source, with master weights where the model's are not float32."""
     best, made = best_weights(source), []
     for tensor in _tensors(source.manifest):
@@ -136,11 +136,11 @@ def _converted(
             if kind in origins:
                 kept = wanted if kind == MODEL else "float32"
                 spec = ArraySpec(kind=kind, tensor=tensor, dtype=kept, chunks=chunks[tensor.name])
-                made.append(Made(spec, (origins[kind],)))
+                made.append(OutputArray(spec, (origins[kind],)))
     return made
 
 
-def _described(manifest: Manifest, made: Sequence[Made], weights_only: bool) -> Manifest:
+def _described(manifest: Manifest, made: Sequence[OutputArray], weights_only: bool) -> Manifest:
     manifest = replace(
         manifest,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -166,7 +166,7 @@ def check_layout(manifest: Manifest, layout: ParallelConfig | None) -> None:
     rank_files.stage_blocks(manifest, layout)
 
 
-def _refuse_other_model(source: Source, newest: Source) -> None:
+def _refuse_other_model(source: SourceCheckpoint, newest: SourceCheckpoint) -> None:
     mine, others = source.manifest.config["model"], newest.manifest.config["model"]
     differences = [
         f"model.{key} is {mine.get(key)!r} there, {others.get(key)!r} in {newest.path}"

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from griffin.parallel.config import ParallelConfig
 from griffin.tools.checkpoints import rank_files
-from griffin.tools.checkpoints.carried import SOURCE, copy_files
-from griffin.tools.checkpoints.rank_files import RankFile, Slice
-from griffin.tools.checkpoints.stored import StoredArray, opened, same_bits
+from griffin.tools.checkpoints.auxiliary_files import SOURCE_FOLDER, copy_files
+from griffin.tools.checkpoints.rank_files import RankFile, RowSlice
+from griffin.tools.checkpoints.sources import StoredArray, open_cached, same_bits
 from griffin.tools.common import safetensors_files
 from griffin.tools.common.workers import Workers
 from griffin.trainer.checkpoint.arrays import CHUNK_BYTES, ArraySpec, Box, numpy_dtype, shape_of
@@ -41,7 +41,7 @@ _OF_A_RUN = re.compile(r"step-\d{8,}(\..*)?")  # names that a run gives to its s
 
 
 @dataclass(frozen=True)
-class Made:
+class OutputArray:
     """An array of the result, and the arrays that it is the mean of: mostly one, which it is a copy of."""
 
     spec: ArraySpec
@@ -121,7 +121,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _ChunkTask:
-    made: Made
+    made: OutputArray
     folder: Path
     index: tuple[int, ...]
 
@@ -130,7 +130,7 @@ def _write_chunk(task: _ChunkTask) -> tuple[str, FileRecord, int]:
     """The chunk's file, its record, and the bytes of the chunk."""
     spec = task.made.spec
     values = task.made.read(spec.box(task.index))
-    array = opened(task.folder, spec)
+    array = open_cached(task.folder, spec)
     record = array.write(task.index, values).result()
     if not same_bits(array.read(spec.box(task.index)), values):
         raise CheckpointError(f"{task.folder / spec.file(task.index)} does not hold what was written to it")
@@ -138,11 +138,15 @@ def _write_chunk(task: _ChunkTask) -> tuple[str, FileRecord, int]:
 
 
 def write_step(
-    target: Path, manifest: Manifest, made: Sequence[Made], workers: Workers, carried: Mapping[str, Path] | None = None
+    target: Path,
+    manifest: Manifest,
+    made: Sequence[OutputArray],
+    workers: Workers,
+    auxiliary: Mapping[str, Path] | None = None,
 ) -> None:
     """Write a Zarr checkpoint of these arrays, which are the manifest's, to the new folder `target`.
 
-    Files of `carried` are copied to its subfolder SOURCE, by the names that they get. Raises CheckpointError where a
+    Files of `auxiliary` are copied to its subfolder SOURCE_FOLDER, by the names that they get. Raises CheckpointError where a
     file cannot be read or written; then nothing is left.
     """
     begun = time.monotonic()
@@ -159,9 +163,9 @@ def write_step(
             workers.run(_write_chunk, tasks, done)
         with ThreadPoolExecutor(SYNCS) as pool:
             list(pool.map(Array.synchronise, arrays))
-        if carried:
-            (tmp / SOURCE).mkdir()
-            copy_files(carried, tmp / SOURCE)
+        if auxiliary:
+            (tmp / SOURCE_FOLDER).mkdir()
+            copy_files(auxiliary, tmp / SOURCE_FOLDER)
         commit(tmp, replace(manifest, files=files))
     summarize(target, len(made), files=len(files), size=sum(one.spec.nbytes for one in made), begun=begun)
 
@@ -174,8 +178,8 @@ class _SliceTask:
     """Slices of one file, CHUNK_BYTES together unless one alone is larger, with what they hold or held."""
 
     path: Path
-    slices: tuple[Slice, ...]
-    made: tuple[Made, ...]  # to write
+    slices: tuple[RowSlice, ...]
+    made: tuple[OutputArray, ...]  # to write
     checksums: tuple[str, ...]  # to check
 
     @property
@@ -183,8 +187,8 @@ class _SliceTask:
         return sum(one.nbytes for one in self.slices)
 
 
-def _batches(file: RankFile) -> Iterator[list[Slice]]:
-    batch: list[Slice] = []
+def _batches(file: RankFile) -> Iterator[list[RowSlice]]:
+    batch: list[RowSlice] = []
     size = 0
     for one in file.slices():
         if batch and size + one.nbytes > CHUNK_BYTES:
@@ -214,7 +218,7 @@ def _write_slices(task: _SliceTask) -> _Written:
     safetensors_files.write_values(task.path, [(one.offset, array) for one, array in values])
     for one, array in values:
         safetensors_files.require_written(task.path, one.offset, array)
-    checksums = tuple((one.part.spec.name, one.first, rank_files.checksum(array)) for one, array in values)
+    checksums = tuple((one.shard.spec.name, one.first, rank_files.checksum(array)) for one, array in values)
     return _Written(task.path.name, checksums, task.nbytes)
 
 
@@ -222,7 +226,7 @@ def _check_slices(task: _SliceTask) -> int:
     for one, expected in zip(task.slices, task.checksums, strict=True):
         if rank_files.checksum(safetensors_files.read_bytes(task.path, one.offset, one.nbytes)) != expected:
             raise CheckpointError(
-                f"{task.path} is damaged: {one.part.spec.name} does not match its checksum in {rank_files.INDEX}"
+                f"{task.path} is damaged: {one.shard.spec.name} does not match its checksum in {rank_files.INDEX}"
             )
     return task.nbytes
 
@@ -232,7 +236,7 @@ def check_files(folder: Path, files: Sequence[tuple[RankFile, Mapping[str, Seque
 
     def tasks() -> Iterator[_SliceTask]:
         for file, checksums in files:
-            expected = iter([value for part in file.parts for value in checksums[part.spec.name]])
+            expected = iter([value for shard in file.shards for value in checksums[shard.spec.name]])
             for batch in _batches(file):
                 yield _SliceTask(folder / file.name, tuple(batch), (), tuple(next(expected) for _ in batch))
 
@@ -241,7 +245,7 @@ def check_files(folder: Path, files: Sequence[tuple[RankFile, Mapping[str, Seque
 
 
 def write_ranks(
-    target: Path, manifest: Manifest, made: Sequence[Made], layout: ParallelConfig, workers: Workers
+    target: Path, manifest: Manifest, made: Sequence[OutputArray], layout: ParallelConfig, workers: Workers
 ) -> None:
     """Write these arrays, which are the manifest's, as a file per rank to the new folder `target`.
 
@@ -252,13 +256,13 @@ def write_ranks(
     files = rank_files.lay_out(list(manifest.arrays.values()), layout, stages)
     by_name = {one.spec.name: one for one in made}
     checksums: dict[str, dict[str, dict[int, str]]] = {
-        file.name: {part.spec.name: {} for part in file.parts} for file in files
+        file.name: {shard.spec.name: {} for shard in file.shards} for file in files
     }
     with new_folder(target) as tmp:
         for file in files:
             safetensors_files.create_file(tmp / file.name, file.header, file.size)
         tasks = (
-            _SliceTask(tmp / file.name, tuple(batch), tuple(by_name[one.part.spec.name] for one in batch), ())
+            _SliceTask(tmp / file.name, tuple(batch), tuple(by_name[one.shard.spec.name] for one in batch), ())
             for file in files
             for batch in _batches(file)
         )

@@ -21,8 +21,14 @@ def add_parser(subparsers: Any) -> None:
     command = _add(commands, "list", _list, "print a line for each step, and whether it is complete or why not")
     command.add_argument("paths", metavar="PATH", nargs="+", type=Path, help=PATH_HELP)
 
-    command = _add(commands, "inspect", _inspect, "print step, config and arrays")
+    command = _add(commands, "inspect", _inspect, "print step, config and arrays, or one array's statistics and values")
     command.add_argument("path", metavar="PATH", type=Path, help=NEWEST_HELP)
+    command.add_argument(
+        "--array",
+        metavar="NAME",
+        help="print one array instead: shape, dtype, sharded axis, mean, std, min, max, zeros, corners; such as "
+        "model.embedding.weight",
+    )
     command.add_argument("--json", action="store_true", help="as JSON")
 
     command = _add(
@@ -105,25 +111,28 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from griffin.tools.checkpoints.report import show_list
+    from griffin.tools.checkpoints.inspection import print_list
 
-    show_list(args.paths)
+    print_list(args.paths)
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from griffin.tools.checkpoints.report import show
+    from griffin.tools.checkpoints.inspection import print_array, print_checkpoint
 
-    show(args.path, args.json)
+    if args.array is None:
+        print_checkpoint(args.path, args.json)
+    else:
+        print_array(args.path, args.array, args.json)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from griffin.tools.checkpoints.report import verify_all
+    from griffin.tools.checkpoints.inspection import verify_steps
 
-    return verify_all(args.paths, args.workers)
+    return verify_steps(args.paths, args.workers)
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from griffin.tools.checkpoints.report import diff
+    from griffin.tools.checkpoints.comparison import diff
     from griffin.tools.common.workers import start_workers
 
     with start_workers(args.workers) as workers:

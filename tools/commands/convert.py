@@ -73,14 +73,14 @@ def _hf(args: argparse.Namespace) -> None:
 
 def _deepmind(args: argparse.Namespace) -> None:
     from griffin.tools.common.workers import start_workers
-    from griffin.tools.weights.deepmind.names import Unstored
+    from griffin.tools.weights.deepmind.names import ModelOptions
     from griffin.tools.weights.deepmind.read import convert_deepmind
 
     if not args.source.exists():
         raise ValueError(f"{args.source}: must be a file of torch.save, or an orbax folder")
     if args.source.is_dir() and args.workers not in (None, 1):
         raise ValueError(f"--workers {args.workers}: must be 1 for a folder: orbax reads each array as a whole")
-    unstored = Unstored(
+    options = ModelOptions(
         window=args.window,
         soft_cap=args.soft_cap,
         scale_embedding=not args.no_scale_embedding,
@@ -92,7 +92,7 @@ def _deepmind(args: argparse.Namespace) -> None:
                 args.source,
                 args.target,
                 workers,
-                unstored,
+                options,
                 dtype=args.dtype,
                 tokenizer=args.tokenizer,
             )

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from griffin.launch.ranks import discover, leave
 from griffin.parallel.world.ranks import Ranks
-from griffin.tools.runs.findings import FAILED, OK, WARNING, Finding, has_failed, report
+from griffin.tools.runs.check_results import FAILED, OK, WARNING, CheckResult, has_failed, print_results
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.sections import Config
 
@@ -66,26 +66,26 @@ def run(args: argparse.Namespace) -> int:
 def _as_rank(ranks: Ranks, config: Config | None, folder: Path) -> int:
     """One of a launcher's ranks; rank 0 reports."""
     try:
-        findings = check_rank(ranks, config, folder)
+        results = check_rank(ranks, config, folder)
         if ranks.rank == 0:
-            report(findings)
-        if has_failed(findings):
-            _leave_after_report(ranks, findings)
+            print_results(results)
+        if has_failed(results):
+            _leave_after_report(ranks, results)
         if ranks.rank == 0:
             from griffin.tools.runs.installation import examine_installation
 
             more = examine_installation(folder)
-            report(more)
-            findings += more
+            print_results(more)
+            results += more
     except (Exception, KeyboardInterrupt):
         traceback.print_exc()
         leave(1)
-    if has_failed(findings):
+    if has_failed(results):
         leave(1)
     return 0
 
 
-def _leave_after_report(ranks: Ranks, findings: Sequence[Finding]) -> NoReturn:
+def _leave_after_report(ranks: Ranks, results: Sequence[CheckResult]) -> NoReturn:
     """End this rank once rank 0 has reported: a launcher ends all when one leaves. If it never does, others report."""
     import torch.distributed as dist
 
@@ -100,7 +100,7 @@ def _leave_after_report(ranks: Ranks, findings: Sequence[Finding]) -> NoReturn:
         try:
             store.wait(["griffin/doctor/reported"], timedelta(seconds=REPORT_SECONDS))
         except dist.DistStoreError:
-            report(findings)
+            print_results(results)
     leave(1)
 
 
@@ -114,34 +114,34 @@ def _with_local_ranks(wanted: int | None, config: Config | None, folder: Path) -
     if wanted is not None and gpus and wanted > gpus:
         raise ValueError(f"--ranks {wanted}: must be at most {gpus}, the number of GPUs of this machine")
     world_size = wanted or gpus or 2
-    findings: list[Finding] = []
+    results: list[CheckResult] = []
     with tempfile.TemporaryDirectory() as name:
-        found = Path(name) / "findings.json"
+        found = Path(name) / "results.json"
         code = run_local(_local_rank, world_size, (config, folder, found), preload=PRELOAD)
         if found.exists():
-            findings += [(state, text) for state, text in json.loads(found.read_text(encoding="utf-8"))]
-    if code and not has_failed(findings):
-        findings.append((FAILED, f"ranks: {world_size} on this machine ended with exit code {code}"))
-    report(findings)
+            results += [(state, text) for state, text in json.loads(found.read_text(encoding="utf-8"))]
+    if code and not has_failed(results):
+        results.append((FAILED, f"ranks: {world_size} on this machine ended with exit code {code}"))
+    print_results(results)
     # Only now: it uses a GPU, which the ranks must find free.
     from griffin.tools.runs.installation import examine_installation
 
     more = examine_installation(folder)
-    report(more)
-    return int(has_failed(findings + more))
+    print_results(more)
+    return int(has_failed(results + more))
 
 
 def _local_rank(ranks: Ranks, config: Config | None, folder: Path, found: Path) -> None:
-    findings = check_rank(ranks, config, folder)
-    if ranks.rank == 0 or has_failed(findings):  # rank 0 may be the one that hangs
+    results = check_rank(ranks, config, folder)
+    if ranks.rank == 0 or has_failed(results):  # rank 0 may be the one that hangs
         beside = found.with_name(f"rank-{ranks.rank}")
-        beside.write_text(json.dumps(findings), encoding="utf-8")
+        beside.write_text(json.dumps(results), encoding="utf-8")
         os.replace(beside, found)
-    if has_failed(findings):  # so that ranks that hang are ended
+    if has_failed(results):  # so that ranks that hang are ended
         leave(1)
 
 
-def check_rank(ranks: Ranks, config: Config | None, folder: Path) -> list[Finding]:
+def check_rank(ranks: Ranks, config: Config | None, folder: Path) -> list[CheckResult]:
     """What preflight finds with the world's other ranks, of which each is a data-parallel one."""
     from griffin.parallel.config import ParallelConfig
     from griffin.parallel.world.grid import rank_grid

@@ -13,8 +13,8 @@ from griffin.tools.common.arguments import NEWEST_HELP, add_dtype
 
 if TYPE_CHECKING:
     from griffin.parallel.world.ranks import Ranks
-    from griffin.tools.inference.model import Checkpoint
-    from griffin.tools.inference.prompts import Language
+    from griffin.tools.inference.model import InferenceCheckpoint
+    from griffin.tools.inference.prompts import PromptTokenizer
 
 
 def add_parser(subparsers: Any) -> None:
@@ -63,7 +63,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `griffin.tools.inference.model.Checkpoint.find` reads."""
+    """The arguments that `griffin.tools.inference.model.InferenceCheckpoint.find` reads."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=NEWEST_HELP)
     parser.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor-parallel ranks (default: 1)")
     add_dtype(parser, "that the model computes in (default: that of its weights)")
@@ -72,8 +72,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from griffin.tools.inference.model import Checkpoint, check_compiled, run_on_ranks
-    from griffin.tools.inference.prompts import find_language, read_prompts
+    from griffin.tools.inference.model import InferenceCheckpoint, check_compiled, run_on_ranks
+    from griffin.tools.inference.prompts import find_prompt_tokenizer, read_prompts
     from griffin.tools.inference.sampling import Sampling
 
     for setting in ("max_tokens", "batch_size"):
@@ -81,10 +81,10 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{setting.replace('_', '-')} {getattr(args, setting)}: must be at least 1")
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     texts = {"--prompt": args.prompt} if args.batch is None else read_prompts(args.batch)
-    checkpoint = Checkpoint.find(args)
+    checkpoint = InferenceCheckpoint.find(args)
     if args.compile:
         check_compiled(args.tensor)
-    language = find_language(checkpoint.folder, checkpoint.manifest, args.tokenizer, args.eod)
+    language = find_prompt_tokenizer(checkpoint.folder, checkpoint.manifest, args.tokenizer, args.eod)
     if args.no_bos:
         language = replace(language, bos=None)
     prompts = [language.encode(text, checkpoint.manifest.model.vocabulary, where) for where, text in texts.items()]
@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
 def answer(
     ranks: Ranks | None,
-    checkpoint: Checkpoint,
-    language: Language,
+    checkpoint: InferenceCheckpoint,
+    language: PromptTokenizer,
     texts: list[str],
     prompts: list[list[int]],
     settings: dict[str, Any],
@@ -104,10 +104,10 @@ def answer(
     compiled: bool,
 ) -> None:
     """What each rank does; rank 0 prints."""
-    from griffin.tools.inference.model import loaded
+    from griffin.tools.inference.model import open_model
     from griffin.tools.inference.sampling import generate_all
 
-    with loaded(checkpoint, ranks, compiled=compiled) as model:
+    with open_model(checkpoint, ranks, compiled=compiled) as model:
         begun, count = time.monotonic(), 0
         for text, prompt, ids in zip(texts, prompts, generate_all(model, prompts, **settings), strict=True):
             if not model.grid.is_first_rank:

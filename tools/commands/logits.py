@@ -20,7 +20,7 @@ from griffin.trainer.files import is_integer, open_regular
 
 if TYPE_CHECKING:
     from griffin.parallel.world.ranks import Ranks
-    from griffin.tools.inference.model import Checkpoint
+    from griffin.tools.inference.model import InferenceCheckpoint
 
 SLICE_ELEMENTS = 2**24  # logits that are computed at a time
 _MOST_TOKENS = 2**40
@@ -41,9 +41,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from griffin.tools.inference.model import Checkpoint, run_on_ranks
+    from griffin.tools.inference.model import InferenceCheckpoint, run_on_ranks
 
-    checkpoint = Checkpoint.find(args)
+    checkpoint = InferenceCheckpoint.find(args)
     tokens = _read(args.tokens, checkpoint.manifest.model.vocabulary)
     _check_target(args.out, tokens.size * checkpoint.manifest.model.vocabulary * 4)
     with _aside(args.out) as file:
@@ -107,13 +107,15 @@ def _aside(out: Path) -> Iterator[Path]:
         file.unlink(missing_ok=True)
 
 
-def write_logits(ranks: Ranks | None, checkpoint: Checkpoint, tokens: np.ndarray, file: Path, out: Path) -> None:
+def write_logits(
+    ranks: Ranks | None, checkpoint: InferenceCheckpoint, tokens: np.ndarray, file: Path, out: Path
+) -> None:
     """What each rank does; rank 0 writes `file`, and gives it the name `out` when all is there."""
     import torch
 
-    from griffin.tools.inference.model import loaded
+    from griffin.tools.inference.model import open_model
 
-    with loaded(checkpoint, ranks) as model, torch.inference_mode():
+    with open_model(checkpoint, ranks) as model, torch.inference_mode():
         vocabulary, writes = model.config.vocabulary, model.grid.is_first_rank
         steps = max(1, SLICE_ELEMENTS // vocabulary)
         with naming(file), open(file if writes else os.devnull, "wb") as stream:

@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
 
 def show(readers: Sequence[RunReader], console: Console) -> RenderableType:
     """One run in full, or a line for each of several, as the console can show it."""
-    from griffin.tools.runs.view import one_run, several_runs
+    from griffin.tools.runs.monitor_view import render_run, render_runs
 
     states = [reader.read() for reader in readers]
     if len(states) > 1:
-        return several_runs(states)
-    return one_run(states[0], blocks=console.encoding.startswith("utf"), width=console.width)
+        return render_runs(states)
+    return render_run(states[0], blocks=console.encoding.startswith("utf"), width=console.width)

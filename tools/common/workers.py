@@ -24,14 +24,14 @@ TASKS_PER_WORKER = 2  # submitted at once: keeps workers busy, bounds memory
 class Workers:
     """`count` processes that run functions of modules on tasks; both travel by pickle.
 
-    `executor` is a concurrent.futures.Executor, or what mpi4py has in its place: then they may be `elsewhere`, on other
+    `executor` is a concurrent.futures.Executor, or what mpi4py has in its place: then they may be `remote`, on other
     machines, whose files only they themselves can make durable.
     """
 
-    def __init__(self, executor: Any, count: int, *, elsewhere: bool = False) -> None:
+    def __init__(self, executor: Any, count: int, *, remote: bool = False) -> None:
         self._executor = executor
         self._count = count
-        self.elsewhere = elsewhere
+        self.remote = remote
 
     def run(self, function: Callable[[Task], Result], tasks: Iterable[Task], done: Callable[[Result], object]) -> None:
         """Call `done` with each task's result, in the order in which they end.
@@ -88,14 +88,14 @@ def start_workers(count: int | None, most: int | None = None) -> Iterator[Worker
         from mpi4py.futures import MPICommExecutor
 
         with MPICommExecutor(world, root=0) as executor:
-            yield None if executor is None else Workers(executor, world.size - 1, elsewhere=True)
+            yield None if executor is None else Workers(executor, world.size - 1, remote=True)
         return
     if count is not None and count < 1:
         raise ValueError(f"--workers {count}: must be at least 1")
     count = count or min(cores(), most or cores())
     if count == 1:
         with ended_by_sigterm():
-            yield Workers(_Here(), 1)
+            yield Workers(_InlineExecutor(), 1)
         return
     # Not forked: this process may hold threads.
     context = multiprocessing.get_context("spawn")
@@ -103,7 +103,7 @@ def start_workers(count: int | None, most: int | None = None) -> Iterator[Worker
         yield Workers(pool, count)
 
 
-class _Here(Executor):
+class _InlineExecutor(Executor):
     """Runs each task in this process, at once."""
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:

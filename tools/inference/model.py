@@ -36,7 +36,7 @@ PRELOAD = ("griffin.tools.inference.sampling",)
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class InferenceCheckpoint:
     """A complete step that is to be run on `tensor` ranks in `dtype`. Travels by pickle."""
 
     folder: Path
@@ -45,7 +45,7 @@ class Checkpoint:
     dtype: str  # "float32", "float16" or "bfloat16"
 
     @classmethod
-    def find(cls, args: argparse.Namespace) -> Checkpoint:
+    def find(cls, args: argparse.Namespace) -> InferenceCheckpoint:
         """What the arguments `checkpoint`, `tensor` and `dtype` say.
 
         Raises CheckpointError where it is not complete, and ValueError where the model cannot be cut so.
@@ -60,7 +60,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Model:
+class LoadedModel:
     """A loaded model, of which this rank holds its part."""
 
     stage: Stage
@@ -82,14 +82,16 @@ class Model:
 
 
 @contextmanager
-def loaded(checkpoint: Checkpoint, ranks: Ranks | None, *, compiled: bool = False) -> Iterator[Model]:
+def open_model(
+    checkpoint: InferenceCheckpoint, ranks: Ranks | None, *, compiled: bool = False
+) -> Iterator[LoadedModel]:
     """The model on this rank; `ranks` as `run_on_ranks` gives it."""
     layout = ParallelConfig(tensor=checkpoint.tensor)
     config = checkpoint.manifest.model
     with single_rank_grid() if ranks is None else rank_grid(layout, ranks) as grid:
         stages = build_stages(config, layout, grid, dtype=getattr(torch, checkpoint.dtype), sequence=1)
         load_weights(stages, grid, checkpoint.folder, checkpoint.manifest)
-        yield Model(stages[0].eval().requires_grad_(False), grid, config, compiled)
+        yield LoadedModel(stages[0].eval().requires_grad_(False), grid, config, compiled)
 
 
 def check_compiled(tensor: int) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from griffin.parallel.config import MOST_VOCABULARY
-from griffin.tools.checkpoints.carried import CONFIG, SOURCE, TOKENIZER_JSON, TOKENIZER_MODEL, files_of, read_object
+from griffin.tools.checkpoints.auxiliary_files import (
+    CONFIG,
+    SOURCE_FOLDER,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    find_files,
+    read_object,
+)
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from griffin.trainer.files import is_integer, parse_json, read_regular
@@ -19,7 +26,7 @@ TOKENIZERS = (TOKENIZER_JSON, TOKENIZER_MODEL)
 
 
 @dataclass(frozen=True)
-class Language:
+class PromptTokenizer:
     """How a model reads and writes text. `bos` begins prompts, where there is one; any of `stops` ends an answer."""
 
     tokenizer: Tokenizer
@@ -59,7 +66,9 @@ class Language:
         return self.tokenizer.decode([token for token in ids if token < self.tokenizer.vocabulary])
 
 
-def find_language(folder: Path, manifest: Manifest, tokenizer: str | None = None, eod: str | None = None) -> Language:
+def find_prompt_tokenizer(
+    folder: Path, manifest: Manifest, tokenizer: str | None = None, eod: str | None = None
+) -> PromptTokenizer:
     """What a checkpoint says, which carries the files of the model that it was converted from, or knows its data.
 
     Args:
@@ -69,10 +78,10 @@ def find_language(folder: Path, manifest: Manifest, tokenizer: str | None = None
 
     Raises ValueError where no tokenizer is found, or one that has changed.
     """
-    source = folder / SOURCE
+    source = folder / SOURCE_FOLDER
     if tokenizer is not None:
         found = load_tokenizer(tokenizer, eod)
-    elif (file := next(iter(files_of(source, TOKENIZERS).values()), None)) is not None:
+    elif (file := next(iter(find_files(source, TOKENIZERS).values()), None)) is not None:
         found = load_tokenizer(str(file), eod or _name(_read(source / TOKENIZER_CONFIG).get("eos_token")))
     elif data := manifest.config["data"]["train"]:
         found = _of_data(folder, data)
@@ -83,7 +92,7 @@ def find_language(folder: Path, manifest: Manifest, tokenizer: str | None = None
     if not bos and source.is_dir() and not (source / CONFIG).is_file() and found.bos is not None:
         bos = [found.bos]  # of a SentencePiece model, which is all that there is
     stops = _ids("eos_token_id", configs) or [found.eod]
-    return Language(found, bos[0] if bos else None, frozenset(stops))
+    return PromptTokenizer(found, bos[0] if bos else None, frozenset(stops))
 
 
 def _of_data(folder: Path, entries: Sequence[str]) -> Tokenizer:
@@ -100,7 +109,9 @@ def _ids(key: str, configs: Sequence[Mapping[str, Any]]) -> list[int]:
         if (found := values.get(key)) is not None:
             ids = found if isinstance(found, list) else [found]
             if not ids or not all(is_integer(one, 0, MOST_VOCABULARY) for one in ids):
-                raise ValueError(f"{key} = {found!r} in the checkpoint's {SOURCE}/: must be an integer or some, from 0")
+                raise ValueError(
+                    f"{key} = {found!r} in the checkpoint's {SOURCE_FOLDER}/: must be an integer or some, from 0"
+                )
             return ids
     return []
 
@@ -115,7 +126,7 @@ def _name(token: Any) -> str | None:
     found = token.get("content") if isinstance(token, dict) else token
     if found is not None and not isinstance(found, str):
         raise ValueError(
-            f"eos_token = {token!r} in the checkpoint's {SOURCE}/{TOKENIZER_CONFIG}: must be a token's text"
+            f"eos_token = {token!r} in the checkpoint's {SOURCE_FOLDER}/{TOKENIZER_CONFIG}: must be a token's text"
         )
     return found
 

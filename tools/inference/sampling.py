@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from griffin.tools.inference.model import Model
+from griffin.tools.inference.model import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Sampling:
                 raise ValueError(f"--{option} {value}: must be {accepted}")
 
 
-class Draws:
+class PromptGenerators:
     """Uniform draws in [0, 1), one after the other for each of some prompts: the same in whatever batch they are."""
 
     def __init__(self, seed: int, prompts: Sequence[int], device: torch.device) -> None:
@@ -81,7 +81,7 @@ def _truncated(probabilities: Tensor, sampling: Sampling) -> Tensor:
 
 
 def generate(
-    model: Model,
+    model: LoadedModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
@@ -98,7 +98,7 @@ def generate(
 
     Raises ValueError where logits are not finite.
     """
-    draws = Draws(sampling.seed, range(first, first + len(prompts)), model.grid.device)
+    draws = PromptGenerators(sampling.seed, range(first, first + len(prompts)), model.grid.device)
     tensors = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
     logits, state = model.decoder.prefill(tensors, max(map(len, prompts)) + max_tokens)
     found: list[list[int]] = [[] for _ in prompts]
@@ -117,7 +117,7 @@ def generate(
 
 
 def generate_all(
-    model: Model,
+    model: LoadedModel,
     prompts: Sequence[Sequence[int]],
     *,
     batch: int,

@@ -22,7 +22,7 @@ from griffin.kernels.rglru import rglru
 from griffin.kernels.selection import HAS_TRITON
 from griffin.launch.local import cores
 from griffin.parallel.norm import apex_rms_norm
-from griffin.tools.runs.findings import FAILED, OK, WARNING, Finding
+from griffin.tools.runs.check_results import FAILED, OK, WARNING, CheckResult
 from griffin.trainer.checkpoint.saving.memory import memory_left
 
 SLURM = ("srun", "sbatch", "scancel", "scontrol", "squeue", "sinfo")
@@ -34,9 +34,9 @@ MPI_CODE = "from mpi4py import rc; rc.initialize = False; from mpi4py import MPI
 GIB = 2**30
 
 
-def examine_installation(folder: Path) -> list[Finding]:
-    """All findings, in order; a check that raises is a failed one."""
-    checks: list[Callable[[Path], Iterator[Finding]]] = [
+def examine_installation(folder: Path) -> list[CheckResult]:
+    """All results, in order; a check that raises is a failed one."""
+    checks: list[Callable[[Path], Iterator[CheckResult]]] = [
         _python,
         _torch,
         _megatron,
@@ -48,20 +48,20 @@ def examine_installation(folder: Path) -> list[Finding]:
         _machine,
         _file_system,
     ]
-    findings: list[Finding] = []
+    results: list[CheckResult] = []
     for check in checks:
         try:
-            findings += check(folder)
+            results += check(folder)
         except Exception as error:
-            findings.append((FAILED, f"{check.__name__.strip('_')}: {type(error).__name__}: {error}"))
-    return findings
+            results.append((FAILED, f"{check.__name__.strip('_')}: {type(error).__name__}: {error}"))
+    return results
 
 
-def _python(folder: Path) -> Iterator[Finding]:
+def _python(folder: Path) -> Iterator[CheckResult]:
     yield OK, f"Python: {platform.python_version()}, {sys.executable}"
 
 
-def _torch(folder: Path) -> Iterator[Finding]:
+def _torch(folder: Path) -> Iterator[CheckResult]:
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         yield OK if torch.version.cuda is None else WARNING, f"torch: {torch.__version__}, {built}; no GPU is seen"
@@ -77,7 +77,7 @@ def _torch(folder: Path) -> Iterator[Finding]:
         yield (OK, text) if fits else (WARNING, f"{text}; this torch was built for {', '.join(supported)}")
 
 
-def _megatron(folder: Path) -> Iterator[Finding]:
+def _megatron(folder: Path) -> Iterator[CheckResult]:
     required = [text for text in importlib.metadata.requires("griffin-megatron") or [] if "megatron-core" in text]
     version = _version("megatron-core")
     fits = not required or f"megatron-core=={version}" in required
@@ -88,7 +88,7 @@ def _megatron(folder: Path) -> Iterator[Finding]:
     )
 
 
-def _triton(folder: Path) -> Iterator[Finding]:
+def _triton(folder: Path) -> Iterator[CheckResult]:
     if HAS_TRITON:
         yield OK, f"triton: {_version('triton')}"
     elif torch.cuda.is_available():
@@ -97,7 +97,7 @@ def _triton(folder: Path) -> Iterator[Finding]:
         yield OK, "triton: absent, of use on GPUs only"
 
 
-def _apex(folder: Path) -> Iterator[Finding]:
+def _apex(folder: Path) -> Iterator[CheckResult]:
     if apex_rms_norm() is not None:
         yield OK, "apex: NVIDIA's, with its fused norms"
     elif importlib.util.find_spec("apex") is None:
@@ -110,7 +110,7 @@ def _apex(folder: Path) -> Iterator[Finding]:
         yield OK, "apex: NVIDIA's, of use on GPUs only"
 
 
-def _kernels(folder: Path) -> Iterator[Finding]:
+def _kernels(folder: Path) -> Iterator[CheckResult]:
     """The recurrence as it runs on this machine, forward and backward, against its definition."""
     on_gpu = torch.cuda.is_available()
     device, backend = torch.device("cuda" if on_gpu else "cpu"), "triton" if on_gpu and HAS_TRITON else "cpu"
@@ -135,7 +135,7 @@ def _recurrence(backend: str, device: torch.device) -> list[torch.Tensor]:
     return [y.detach(), state.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
-def _mpi(folder: Path) -> Iterator[Finding]:
+def _mpi(folder: Path) -> Iterator[CheckResult]:
     if importlib.util.find_spec("mpi4py") is None:
         yield OK, "mpi4py: absent, needed under mpiexec only"
         return
@@ -151,7 +151,7 @@ def _mpi(folder: Path) -> Iterator[Finding]:
         )
 
 
-def _slurm(folder: Path) -> Iterator[Finding]:
+def _slurm(folder: Path) -> Iterator[CheckResult]:
     found = [name for name in SLURM if shutil.which(name)]
     if not found:
         yield OK, "SLURM: no commands of it here"
@@ -161,7 +161,7 @@ def _slurm(folder: Path) -> Iterator[Finding]:
         yield OK, f"SLURM: {', '.join(found)}"
 
 
-def _machine(folder: Path) -> Iterator[Finding]:
+def _machine(folder: Path) -> Iterator[CheckResult]:
     memory = min(memory_left().values(), default=0)
     yield OK, f"machine: {cores()} cores, {memory / GIB:.1f} GiB of memory left"
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -172,7 +172,7 @@ def _machine(folder: Path) -> Iterator[Finding]:
         yield OK, text
 
 
-def _file_system(folder: Path) -> Iterator[Finding]:
+def _file_system(folder: Path) -> Iterator[CheckResult]:
     kind, free = _mounted(folder), shutil.disk_usage(folder).free
     where = f"folder {folder.absolute()}: {kind}, {free / GIB:.1f} GiB free"
     place = folder / f".doctor-{secrets.token_hex(8)}"

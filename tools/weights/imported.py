@@ -11,9 +11,9 @@ from pathlib import Path
 import tomli_w
 
 from griffin.parallel.config import ModelConfig
-from griffin.tools.checkpoints.carried import tokenizer_text
-from griffin.tools.checkpoints.stored import StoredArray
-from griffin.tools.checkpoints.write import Made, write_step
+from griffin.tools.checkpoints.auxiliary_files import tokenizer_text
+from griffin.tools.checkpoints.sources import StoredArray
+from griffin.tools.checkpoints.write import OutputArray, write_step
 from griffin.tools.common.workers import Workers
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec, GlobalTensor, chunk_shape, default_cuts
 from griffin.trainer.checkpoint.manifest import Manifest
@@ -57,14 +57,14 @@ def write_imported(
     workers: Workers,
     *,
     dtype: str | None,
-    carried: Mapping[str, Path],
+    auxiliary: Mapping[str, Path],
 ) -> None:
     """Write a checkpoint of weights only to the new folder `target`, and print what was made.
 
     Args:
         source: what the weights are taken from.
         arrays: the weights by canonical name, in the model's order; each stays in its dtype unless `dtype` is given.
-        carried: files to take along, by the names that they get.
+        auxiliary: files to take along, by the names that they get.
 
     Raises CheckpointError where a file cannot be read or written, and ValueError for a value that does not fit
     `dtype`; then nothing is left.
@@ -74,7 +74,7 @@ def write_imported(
     for array in arrays.values():
         tensor = array.spec.tensor
         spec = ArraySpec(kind=MODEL, tensor=tensor, dtype=dtype or array.spec.dtype, chunks=chunk_shape(tensor, cuts))
-        made.append(Made(spec, (array,)))
+        made.append(OutputArray(spec, (array,)))
     manifest = Manifest(
         step=0,
         samples=0,
@@ -88,8 +88,8 @@ def write_imported(
         arrays={one.spec.name: one.spec for one in made},
         files={},
     )
-    write_step(target, manifest, made, workers, carried)
-    print(f"{sum(array.spec.tensor.elements for array in arrays.values()):,} parameters; {tokenizer_text(carried)}")
+    write_step(target, manifest, made, workers, auxiliary)
+    print(f"{sum(array.spec.tensor.elements for array in arrays.values()):,} parameters; {tokenizer_text(auxiliary)}")
     print(f"To train it, a config needs:\n\n{model_section(model)}")
 
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.checkpoints.carried import (
+from griffin.tools.checkpoints.auxiliary_files import (
     CONFIG,
-    SOURCE,
+    SOURCE_FOLDER,
     TOKENIZER_FILES,
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
-    files_of,
+    find_files,
     read_object,
     tokenizer_text,
 )
-from griffin.tools.checkpoints.stored import Source
+from griffin.tools.checkpoints.sources import SourceCheckpoint
 from griffin.trainer.data.prefix import parse_blend, read_description
 from griffin.trainer.data.tokenizer import BYTES, MOST_FILE_BYTES, Tokenizer
 from griffin.trainer.files import read_regular
@@ -28,7 +28,7 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
-class Companions:
+class AuxiliaryFiles:
     """Files beside the weights, and what config.json has besides the model's own settings."""
 
     config: Mapping[str, Any]
@@ -37,13 +37,13 @@ class Companions:
     written: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # to write as JSON, by their names
 
 
-def find_companions(source: Source, tokenizer: Path | None) -> Companions:
+def find_auxiliary_files(source: SourceCheckpoint, tokenizer: Path | None) -> AuxiliaryFiles:
     """Of a checkpoint: those of `tokenizer`, a folder; or its own; or its training data's tokenizer.
 
     Raises ValueError where `tokenizer` holds none.
     """
-    carried = source.path / SOURCE
-    files = files_of(tokenizer or carried)
+    carried = source.path / SOURCE_FOLDER
+    files = find_files(tokenizer or carried)
     if tokenizer is not None and not any(name in TOKENIZER_FILES for name in files):
         raise ValueError(f"--tokenizer {tokenizer}: must be a folder with one of {', '.join(TOKENIZER_FILES)}")
     if tokenizer is None and not carried.is_dir():
@@ -56,7 +56,7 @@ def find_companions(source: Source, tokenizer: Path | None) -> Companions:
     elif TOKENIZER_MODEL in files:
         config |= sentencepiece_ids(files[TOKENIZER_MODEL])
     files.pop(CONFIG, None)
-    return Companions(config, tokenizer_text(files), files)
+    return AuxiliaryFiles(config, tokenizer_text(files), files)
 
 
 def sentencepiece_ids(path: Path) -> dict[str, int | None]:
@@ -71,29 +71,29 @@ def sentencepiece_ids(path: Path) -> dict[str, int | None]:
     return {name: number if number >= 0 else None for name, number in ids.items()}
 
 
-def _of_training(source: Source) -> Companions:
+def _of_training(source: SourceCheckpoint) -> AuxiliaryFiles:
     """Of the data that the checkpoint was trained on, or of the copy in its run's folder, as far as they are there."""
     ids: dict[str, Any] = dict.fromkeys(_IDS)
     entries = source.manifest.config["data"]["train"]
     if not entries:
-        return Companions(ids, "no tokenizer: none is known of this checkpoint")
+        return AuxiliaryFiles(ids, "no tokenizer: none is known of this checkpoint")
     try:
         tokenizer = find_tokenizer(source.path, entries)
     except ValueError as error:
         with suppress(ValueError):  # the data may know the id without the file
             ids["eos_token_id"] = read_description(parse_blend(entries)[0][1]).eod
-        return Companions(ids, f"no tokenizer: {error}")
+        return AuxiliaryFiles(ids, f"no tokenizer: {error}")
     ids["eos_token_id"] = tokenizer.eod
     if tokenizer.spec == BYTES:
-        return Companions(ids, "no tokenizer: the model was trained on bytes")
+        return AuxiliaryFiles(ids, "no tokenizer: the model was trained on bytes")
     return _of_file(tokenizer, ids)
 
 
-def _of_file(tokenizer: Tokenizer, ids: dict[str, Any]) -> Companions:
+def _of_file(tokenizer: Tokenizer, ids: dict[str, Any]) -> AuxiliaryFiles:
     """The file of a data set's tokenizer."""
     path = Path(tokenizer.spec)
     if path.suffix == ".model":
-        return Companions(ids, f"tokenizer files: {TOKENIZER_MODEL} ({path})", files={TOKENIZER_MODEL: path})
+        return AuxiliaryFiles(ids, f"tokenizer files: {TOKENIZER_MODEL} ({path})", files={TOKENIZER_MODEL: path})
     from tokenizers import Tokenizer as Backend
 
     described = {
@@ -102,4 +102,4 @@ def _of_file(tokenizer: Tokenizer, ids: dict[str, Any]) -> Companions:
     }
     written = {"tokenizer_config.json": described}
     text = f"tokenizer files: {TOKENIZER_JSON} ({path}), {', '.join(written)}"
-    return Companions(ids, text, files={TOKENIZER_JSON: path}, written=written)
+    return AuxiliaryFiles(ids, text, files={TOKENIZER_JSON: path}, written=written)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from griffin.tools.bench.kernels import Row, Settings
-from griffin.tools.bench.kernels_work import Clock, Shape, Times
+from griffin.tools.bench.kernels_operations import Clock, Shape, Times
 
 CPU = torch.device("cpu")
 SHAPE = Shape(width=5, steps=12, batch=2)

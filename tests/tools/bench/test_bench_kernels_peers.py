@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.linear_scan import linear_scan
+from griffin.tools.bench import kernels_operations as operations
 from griffin.tools.bench import kernels_peers as peers
-from griffin.tools.bench import kernels_work as work
 from griffin.tools.bench.kernels import Settings, measure
-from griffin.tools.bench.kernels_work import RGLRU_FROM_ZERO, Operation, Shape, check, make_inputs
+from griffin.tools.bench.kernels_operations import RGLRU_FROM_ZERO, Operation, Shape, check, make_inputs
 from tests.tools.bench.small_bench import CPU, SHAPE, SMALL, row, small_clock
 
 
@@ -54,17 +54,17 @@ def test_peers_compute_what_we_compute(dtype: torch.dtype) -> None:
     assert len(right) == 5  # two of them with eager and with compiled gates
     for peer in right:
         assert peer.refuses(shape) is None
-        check(peer.name, peer.side(sets), RGLRU_FROM_ZERO, sets[0])
+        check(peer.name, peer.implementation(sets), RGLRU_FROM_ZERO, sets[0])
 
 
 def measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only peers are measured; beside them we run without Triton, whose interpreter takes long."""
     monkeypatch.setattr("griffin.tools.bench.kernels._measure_ours", lambda *_: [row("rglru", SHAPE, 1.0)])
 
-    def side(operation: Operation, sets: list[work.Inputs], chunk: int | None) -> work.Side:
-        return work.Side(lambda leaves: operation.run(leaves, "cpu", chunk), sets)
+    def side(operation: Operation, sets: list[operations.Inputs], chunk: int | None) -> operations.Implementation:
+        return operations.Implementation(lambda leaves: operation.run(leaves, "cpu", chunk), sets)
 
-    monkeypatch.setattr(work, "our_side", side)
+    monkeypatch.setattr(operations, "our_implementation", side)
 
 
 @pytest.mark.usefixtures("_stand_ins")

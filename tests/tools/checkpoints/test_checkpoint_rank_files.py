@@ -205,9 +205,9 @@ def test_every_tensor_of_a_model_has_its_ranks() -> None:
     )
     found: dict[str, int] = {}
     for file in lay_out(specs, LAYOUTS["t2p2"], (2, 2)):
-        for part in file.parts:
-            assert part.shape == pieces[part.spec.tensor.name].local_shape(2)
-            found[part.spec.name] = found.get(part.spec.name, 0) + 1
+        for shard in file.shards:
+            assert shard.shape == pieces[shard.spec.tensor.name].local_shape(2)
+            found[shard.spec.name] = found.get(shard.spec.name, 0) + 1
     assert found == {spec.name: 4 if spec.tensor.name == "embedding.weight" else 2 for spec in specs}
 
 

@@ -127,8 +127,8 @@ def test_rounding_is_to_nearest_even(tmp_path: Path) -> None:
     """Halfway between two bfloat16: to the one with an even mantissa. Just above: up."""
     tensor = GlobalTensor(name="blocks.0.w", shape=(4,))
     make_checkpoint(tmp_path / "source", tensors=[tensor], weights_only=True)
-    from griffin.tools.checkpoints.stored import open_step
-    from griffin.tools.checkpoints.write import Made
+    from griffin.tools.checkpoints.sources import open_step
+    from griffin.tools.checkpoints.write import OutputArray
 
     class Stored:
         spec = read_manifest(tmp_path / "source").arrays["model.blocks.0.w"]
@@ -137,7 +137,7 @@ def test_rounding_is_to_nearest_even(tmp_path: Path) -> None:
             return np.array([0x3F808000, 0x3F818000, 0x3F808001, 0xBF80FFFF], np.uint32).view(np.float32)[box]
 
     source = open_step(tmp_path / "source").arrays["model.blocks.0.w"]
-    made = Made(dataclasses.replace(source.spec, dtype="bfloat16"), (Stored(),))
+    made = OutputArray(dataclasses.replace(source.spec, dtype="bfloat16"), (Stored(),))
     assert made.read((slice(0, 4),)).view(np.uint16).tolist() == [0x3F80, 0x3F82, 0x3F81, 0xBF81]
 
 

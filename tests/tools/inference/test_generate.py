@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from griffin.tools.cli import main
-from griffin.tools.inference.model import Checkpoint, loaded
+from griffin.tools.inference.model import InferenceCheckpoint, open_model
 from griffin.tools.inference.sampling import Sampling, generate
 from griffin.trainer.checkpoint.manifest import check
 from griffin.trainer.settings.complete import load_config
@@ -25,12 +25,12 @@ from tests.transformers_models import convert, load_model, make_model, save_mode
 BEYOND = 64  # tokens past the window
 
 
-def open_checkpoint(folder: Path, tensor: int = 1) -> Checkpoint:
-    return Checkpoint(folder, check(folder), tensor, "float32")
+def open_checkpoint(folder: Path, tensor: int = 1) -> InferenceCheckpoint:
+    return InferenceCheckpoint(folder, check(folder), tensor, "float32")
 
 
-def answers(ranks: Any, checkpoint: Checkpoint, prompts: list[list[int]], count: int) -> list[list[int]]:
-    with loaded(checkpoint, ranks) as model:
+def answers(ranks: Any, checkpoint: InferenceCheckpoint, prompts: list[list[int]], count: int) -> list[list[int]]:
+    with open_model(checkpoint, ranks) as model:
         return generate(model, prompts, max_tokens=count, sampling=Sampling())
 
 
@@ -288,7 +288,7 @@ def test_logits_leave_nothing_but_what_is_whole(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("griffin.tools.inference.model.Model.gathered", fails)
+        patch.setattr("griffin.tools.inference.model.LoadedModel.gathered", fails)
         assert logits(folder, "--tokens", ids, "--out", out) == 2
     assert list(out.parent.iterdir()) == []
 

@@ -12,7 +12,7 @@ from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelC
 from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import build_stages
 from griffin.parallel.world.grid import single_rank_grid
-from griffin.tools.inference.model import Model
+from griffin.tools.inference.model import LoadedModel
 from griffin.tools.inference.sampling import Sampling, generate, generate_all, sample
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.05, 0.3, 0.2])
@@ -71,7 +71,7 @@ def test_senseless_settings(settings: dict, said: str) -> None:
 
 
 @pytest.fixture
-def model() -> Iterator[Model]:
+def model() -> Iterator[LoadedModel]:
     config = ModelConfig(
         pattern=(RECURRENT, ATTENTION),
         width=32,
@@ -85,14 +85,14 @@ def model() -> Iterator[Model]:
     with single_rank_grid() as grid:
         stages = build_stages(config, ParallelConfig(), grid, dtype=torch.float32, sequence=8)
         initialize(stages, grid, seed=0)
-        yield Model(stages[0], grid, config)
+        yield LoadedModel(stages[0], grid, config)
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12], [13, 14], [1, 2, 3]]
 DRAWN = Sampling(temperature=1.0, top_p=0.95, seed=7)
 
 
-def test_what_is_drawn_depends_on_seed_and_prompt_but_not_on_the_batch(model: Model) -> None:
+def test_what_is_drawn_depends_on_seed_and_prompt_but_not_on_the_batch(model: LoadedModel) -> None:
     def run(batch: int, sampling: Sampling) -> list[list[int]]:
         return list(generate_all(model, PROMPTS, batch=batch, max_tokens=12, stops=frozenset(), sampling=sampling))
 
@@ -116,7 +116,7 @@ def test_the_least_temperature_takes_the_likeliest() -> None:
     assert chosen.tolist() == [1]
 
 
-def test_an_answer_ends_with_a_stop(model: Model) -> None:
+def test_an_answer_ends_with_a_stop(model: LoadedModel) -> None:
     free = generate(model, PROMPTS, max_tokens=12, sampling=DRAWN)
     assert [len(answer) for answer in free] == [12] * 5
     stop = free[2][4]
@@ -127,7 +127,7 @@ def test_an_answer_ends_with_a_stop(model: Model) -> None:
         assert after == before[:end]
 
 
-def test_nothing_is_computed_after_all_have_ended(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_computed_after_all_have_ended(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from griffin.parallel.decode import Decoder
 
     calls = []

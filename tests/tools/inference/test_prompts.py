@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from griffin.tools.cli import main
-from griffin.tools.inference.prompts import Language, find_language
+from griffin.tools.inference.prompts import PromptTokenizer, find_prompt_tokenizer
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.data.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -77,7 +77,7 @@ def carried(folder: Path, *, end: str = "<eos>", **files: dict[str, Any]) -> Pat
     ],
 )
 def test_a_converted_model_says_it(tmp_path: Path, files: dict, bos: int | None, stops: set[int]) -> None:
-    language = find_language(carried(tmp_path, **files), MANIFEST)
+    language = find_prompt_tokenizer(carried(tmp_path, **files), MANIFEST)
     assert (language.bos, language.stops) == (bos, stops)
     begin = [] if bos is None else [bos]
     assert language.encode("<turn> a b", 6, "here") == [*begin, 3, 4, 5]
@@ -87,53 +87,53 @@ def test_a_converted_model_says_it(tmp_path: Path, files: dict, bos: int | None,
 
 def test_an_end_of_another_name(tmp_path: Path) -> None:
     folder = carried(tmp_path, end="<the-end>", tokenizer_config={"eos_token": {"content": "<the-end>"}})
-    assert find_language(folder, MANIFEST).stops == {1}
+    assert find_prompt_tokenizer(folder, MANIFEST).stops == {1}
 
 
 def test_a_trained_model_has_the_tokenizer_of_its_data(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text")
     assert main(["data", "build", str(tmp_path / "data"), str(tmp_path / "text.txt"), "--tokenizer", "bytes"]) == 0
     manifest = replace(MANIFEST, config={"data": {"train": [str(tmp_path / "data")]}})
-    language = find_language(tmp_path, manifest)
+    language = find_prompt_tokenizer(tmp_path, manifest)
     assert (language.tokenizer.spec, language.bos, language.stops) == ("bytes", None, {256})
     (tmp_path / "data.bin").unlink()
-    assert find_language(tmp_path, manifest).stops == {256}, "the tokens themselves may be elsewhere"
+    assert find_prompt_tokenizer(tmp_path, manifest).stops == {256}, "the tokens themselves may be elsewhere"
     (tmp_path / "data.json").unlink()
     with pytest.raises(ValueError, match=r"data\.json is missing .*; or name the tokenizer with --tokenizer FILE"):
-        find_language(tmp_path, manifest)
+        find_prompt_tokenizer(tmp_path, manifest)
 
 
 def test_a_stated_tokenizer_comes_first(tmp_path: Path) -> None:
     folder = carried(tmp_path, config={"bos_token_id": 2, "eos_token_id": 1})
-    language = find_language(folder, MANIFEST, "bytes")
+    language = find_prompt_tokenizer(folder, MANIFEST, "bytes")
     assert (language.tokenizer.spec, language.bos, language.stops) == ("bytes", 2, {1})
-    language = find_language(tmp_path / "none", MANIFEST, str(folder / "source" / "tokenizer.json"))
+    language = find_prompt_tokenizer(tmp_path / "none", MANIFEST, str(folder / "source" / "tokenizer.json"))
     assert (language.bos, language.stops) == (None, {1})
 
 
 def test_an_end_that_is_stated(tmp_path: Path) -> None:
     folder = carried(tmp_path, end="<the-end>")
     with pytest.raises(ValueError, match="name its end-of-document token with --eod TOKEN"):
-        find_language(folder, MANIFEST)
-    assert find_language(folder, MANIFEST, eod="<the-end>").stops == {1}
+        find_prompt_tokenizer(folder, MANIFEST)
+    assert find_prompt_tokenizer(folder, MANIFEST, eod="<the-end>").stops == {1}
 
 
 @pytest.mark.parametrize("value", ["2", [], [1, None], True])
 def test_ids_that_are_none(tmp_path: Path, value: Any) -> None:
     with pytest.raises(ValueError, match=r"eos_token_id = .* must be an integer or some"):
-        find_language(carried(tmp_path, config={"eos_token_id": value}), MANIFEST)
+        find_prompt_tokenizer(carried(tmp_path, config={"eos_token_id": value}), MANIFEST)
 
 
 def test_damaged_settings_are_named(tmp_path: Path) -> None:
     folder = carried(tmp_path)
     (folder / "source" / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"source/config\.json: must be a JSON object"):
-        find_language(folder, MANIFEST)
+        find_prompt_tokenizer(folder, MANIFEST)
 
 
 def test_text_of_an_answer() -> None:
     """Without what ended it, and without ids that only the model knows."""
-    language = Language(ByteTokenizer(), None, frozenset({256}))
+    language = PromptTokenizer(ByteTokenizer(), None, frozenset({256}))
     assert language.decode([32], [104, 105, 256]) == "hi"
     assert language.decode([], [104, 300, 105]) == "hi"
     assert language.decode([32], []) == ""
@@ -141,7 +141,7 @@ def test_text_of_an_answer() -> None:
 
 
 def test_an_answer_keeps_the_space_that_it_begins_with(tmp_path: Path) -> None:
-    language = Language(load_tokenizer(str(train_sentencepiece(tmp_path))), None, frozenset())
+    language = PromptTokenizer(load_tokenizer(str(train_sentencepiece(tmp_path))), None, frozenset())
     prompt, both = (language.tokenizer.encode(text).tolist() for text in ("one two", "one two three"))
     assert both[: len(prompt)] == prompt
     assert language.tokenizer.decode(both[len(prompt) :]) == "three"
@@ -151,6 +151,6 @@ def test_an_answer_keeps_the_space_that_it_begins_with(tmp_path: Path) -> None:
 def test_a_sentencepiece_model_alone_says_what_begins_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     train_sentencepiece(tmp_path).rename(tmp_path / "source" / "tokenizer.model")
-    language = find_language(tmp_path, MANIFEST)
+    language = find_prompt_tokenizer(tmp_path, MANIFEST)
     assert (language.bos, language.stops) == (2, {1})
     assert language.encode("one", 100, "here")[0] == 2

@@ -56,19 +56,19 @@ def test_two_ranks_of_a_healthy_machine(tmp_path: Path) -> None:
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def as_local(findings: list[tuple[str, str]], code: int) -> Callable[..., int]:
+def as_local(results: list[tuple[str, str]], code: int) -> Callable[..., int]:
     """Stands for ranks that find this."""
 
     def run_local(target: Any, ranks: int, args: tuple[Any, ...], *, preload: tuple[str, ...]) -> int:
-        if findings:
-            args[2].write_text(json.dumps(findings))
+        if results:
+            args[2].write_text(json.dumps(results))
         return code
 
     return run_local
 
 
 @pytest.mark.parametrize(
-    ("findings", "code", "expected"),
+    ("results", "code", "expected"),
     [
         ([(OK, "links: 3"), (WARNING, "slow link")], 0, 0),
         ([(OK, "links: 3"), (FAILED, "all-reduce: wrong")], 0, 1),
@@ -79,15 +79,15 @@ def test_exit_code(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    findings: list[tuple[str, str]],
+    results: list[tuple[str, str]],
     code: int,
     expected: int,
 ) -> None:
-    monkeypatch.setattr("griffin.launch.local.run_local", as_local(findings, code))
+    monkeypatch.setattr("griffin.launch.local.run_local", as_local(results, code))
     monkeypatch.setattr(doctor_installation, "examine_installation", lambda folder: [(OK, "torch: 2")])
     assert main(["doctor", "--dir", str(tmp_path), "--ranks", "3"]) == expected
     lines = capsys.readouterr().out.splitlines()
-    for state, text in findings:
+    for state, text in results:
         assert f"{state:<8} {text}" in lines
     assert ("FAILED   ranks: 3 on this machine ended with exit code 137" in lines) == (code == 137)
     assert lines[-1] == "ok       torch: 2"

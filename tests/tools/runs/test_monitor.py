@@ -22,8 +22,8 @@ import pytest
 from rich.console import Console
 
 from griffin.tools.cli import main
+from griffin.tools.runs.monitor_view import render_run, render_runs, sparkline
 from griffin.tools.runs.state import FAILED, FINISHED, GONE, HUNG, RUNNING, SILENT, STOPPED, RunReader, duration
-from griffin.tools.runs.view import one_run, several_runs, sparkline
 from griffin.trainer.reporting.console import Console as Trainer
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.lock import Owner
@@ -304,11 +304,11 @@ def test_a_terminal_shows_what_is_new_until_interrupted(run_dir: Path) -> None:
 def test_a_narrow_terminal_shows_all_figures(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = RunReader(finished).read()
     for width in (60, 40):
-        Console(width=width).print(one_run(state, width=width))
+        Console(width=width).print(render_run(state, width=width))
         text = " ".join(capsys.readouterr().out.split())
         for words in (f"loss {state.figures['loss']:.4f} nats", "goodput", "step time", "tokens/s"):
             assert words in text, (width, words)
-    Console(width=80).print(several_runs([state]))
+    Console(width=80).print(render_runs([state]))
     assert f"{state.figures['tokens_per_second']:,.0f}" in capsys.readouterr().out
 
 

@@ -50,7 +50,7 @@ def write_model(folder: Path, model: ModelConfig) -> Path:
         arrays[tensor.name] = Stored(spec, values)
     with start_workers(1) as workers:
         assert workers is not None
-        write_imported(folder, folder, model, arrays, workers, dtype=None, carried={})
+        write_imported(folder, folder, model, arrays, workers, dtype=None, auxiliary={})
     return folder
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from griffin.tools.cli import main
-from griffin.tools.inference.prompts import find_language
+from griffin.tools.inference.prompts import find_prompt_tokenizer
 from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.tokenizer_copy import find_tokenizer, keep_tokenizer
@@ -166,6 +166,6 @@ def test_a_run_keeps_it_and_its_checkpoints_generate(
     assert [line["step"] for line in metrics(run_dir) if "loss" in line] == [1, 2]
     lose_all(original, prefix)
     folder = run_dir / "checkpoints" / "step-00000002"
-    language = find_language(folder, read_manifest(folder))
+    language = find_prompt_tokenizer(folder, read_manifest(folder))
     assert language.encode("a b", 257, "here") == [2, 3]
     assert language.stops == {1}

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from griffin.tools.checkpoints.stored import StoredArray
+from griffin.tools.checkpoints.sources import StoredArray
 from griffin.tools.common.safetensors_files import DTYPES
-from griffin.tools.weights.arrays import foreign_spec
-from griffin.tools.weights.axes import Axes
+from griffin.tools.weights.axis_map import AxisMap
+from griffin.tools.weights.file_arrays import foreign_spec
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box, GlobalTensor, numpy_dtype
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
@@ -31,7 +31,7 @@ class DeepMindFile:
 
     shapes: Mapping[str, tuple[int, ...]]
     flax: bool
-    array: Callable[[str, Axes, GlobalTensor], StoredArray]
+    array: Callable[[str, AxisMap, GlobalTensor], StoredArray]
 
 
 def _by_name(path: Path, stored: Collection[str]) -> dict[str, str]:
@@ -64,7 +64,7 @@ def open_torch_file(path: Path) -> DeepMindFile:
     _require_whole_records(path, tensors.values())
     names = _by_name(path, tensors)
 
-    def array(name: str, axes: Axes, tensor: GlobalTensor) -> StoredArray:
+    def array(name: str, axes: AxisMap, tensor: GlobalTensor) -> StoredArray:
         dtype = _require_dtype(path, name, str(tensors[names[name]].dtype).removeprefix("torch."))
         return TorchArray(path, names[name], axes, foreign_spec(tensor, dtype))
 
@@ -77,7 +77,7 @@ class TorchArray:
 
     path: Path
     name: str
-    axes: Axes
+    axes: AxisMap
     spec: ArraySpec
 
     def read(self, box: Box) -> np.ndarray:
@@ -158,7 +158,7 @@ def open_orbax_folder(path: Path) -> DeepMindFile:
         raise CheckpointError(f"{path}: holds two arrays of one name, joined of its keys by dots")
     keys = {name: by_keys[stored] for name, stored in _by_name(path, by_keys).items()}
 
-    def array(name: str, axes: Axes, tensor: GlobalTensor) -> StoredArray:
+    def array(name: str, axes: AxisMap, tensor: GlobalTensor) -> StoredArray:
         dtype = _require_dtype(path, name, str(np.dtype(leaves[keys[name]].dtype)))
         return OrbaxArray(path, keys[name], axes, foreign_spec(tensor, dtype))
 
@@ -191,7 +191,7 @@ class OrbaxArray:
 
     path: Path
     keys: tuple[str, ...]
-    axes: Axes
+    axes: AxisMap
     spec: ArraySpec
 
     def read(self, box: Box) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig
-from griffin.tools.weights.axes import Axes, Fixed, same_axes
+from griffin.tools.weights.axis_map import AxisMap, ExtraAxis, identity_axes
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
 EMBEDDING = "embedder.input_embedding"
@@ -39,33 +39,33 @@ _LINEARS = {
 _UNSTACKED = {"mlp.gate": 0, "mlp.up": 1}
 
 
-def deepmind_place(name: str, dimensions: int, flax: bool) -> tuple[str, Axes]:
+def deepmind_place(name: str, dimensions: int, flax: bool) -> tuple[str, AxisMap]:
     """The DeepMind name of a canonical tensor of so many dimensions, and how it lies there.
 
     `flax`: as in the parameter tree of the JAX code, whose linear weights are [in, out] kernels.
     """
     if name == "embedding.weight":
-        return EMBEDDING, same_axes(2)
+        return EMBEDDING, identity_axes(2)
     if name == "final_norm.weight":
-        return "final_norm.scale", same_axes(1)
+        return "final_norm.scale", identity_axes(1)
     match = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
     assert match, name
     block, rest = match.groups()
     if rest in _PARTS:
-        return f"{block}.{_PARTS[rest]}", same_axes(dimensions)
+        return f"{block}.{_PARTS[rest]}", identity_axes(dimensions)
     part, _, suffix = rest.rpartition(".")
     if part in _UNSTACKED:
-        stacked = Fixed(2, _UNSTACKED[part])
+        stacked = ExtraAxis(2, _UNSTACKED[part])
         if suffix == "bias":
-            return f"{block}.mlp_block.ffw_up.b", Axes((stacked, Fixed(), Fixed(), 0))
-        return f"{block}.mlp_block.ffw_up.w", Axes((stacked, 1, 0))
+            return f"{block}.mlp_block.ffw_up.b", AxisMap((stacked, ExtraAxis(), ExtraAxis(), 0))
+        return f"{block}.mlp_block.ffw_up.w", AxisMap((stacked, 1, 0))
     if suffix == "weight" and flax:
-        return f"{block}.{_LINEARS[part]}.kernel", Axes((1, 0))
-    return f"{block}.{_LINEARS[part]}.{suffix}", same_axes(dimensions)
+        return f"{block}.{_LINEARS[part]}.kernel", AxisMap((1, 0))
+    return f"{block}.{_LINEARS[part]}.{suffix}", identity_axes(dimensions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unstored:
+class ModelOptions:
     """What DeepMind's files do not say of their model."""
 
     window: int = 2048  # its attention_window_size
@@ -89,7 +89,7 @@ class _Shapes:
         return shape
 
 
-def model_of_shapes(path: str, shapes: Mapping[str, tuple[int, ...]], flax: bool, unstored: Unstored) -> ModelConfig:
+def model_of_shapes(path: str, shapes: Mapping[str, tuple[int, ...]], flax: bool, options: ModelOptions) -> ModelConfig:
     """The model that tensors of these names and shapes make. That all of them fit it is not looked at.
 
     Raises CheckpointError naming a tensor, and ValueError naming an option.
@@ -123,10 +123,10 @@ def model_of_shapes(path: str, shapes: Mapping[str, tuple[int, ...]], flax: bool
         head_dim=head_dim,
         gate_blocks=gate_blocks if RECURRENT in pattern else heads,
         mlp_expansion=expanded // width,
-        window=_window(unstored.window),
-        vocabulary=_vocabulary(unstored.vocabulary, rows),
-        scale_embedding=unstored.scale_embedding,
-        logit_soft_cap=_soft_cap(unstored.soft_cap),
+        window=_window(options.window),
+        vocabulary=_vocabulary(options.vocabulary, rows),
+        scale_embedding=options.scale_embedding,
+        logit_soft_cap=_soft_cap(options.soft_cap),
     )
 
 

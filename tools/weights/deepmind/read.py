@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from griffin.tools.checkpoints.carried import (
+from griffin.tools.checkpoints.auxiliary_files import (
     CONFIG,
     TOKENIZER_FILES,
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
-    files_of,
+    find_files,
     read_object,
 )
 from griffin.tools.checkpoints.write import refuse_target
 from griffin.tools.common.workers import Workers
 from griffin.tools.weights.deepmind.files import open_orbax_folder, open_torch_file
-from griffin.tools.weights.deepmind.names import EMBEDDING, Unstored, deepmind_place, model_of_shapes
+from griffin.tools.weights.deepmind.names import EMBEDDING, ModelOptions, deepmind_place, model_of_shapes
 from griffin.tools.weights.imported import model_tensors, require_tensors, write_imported
 from griffin.tools.weights.tokenizer import sentencepiece_ids
 
@@ -25,7 +25,7 @@ def convert_deepmind(
     source: Path,
     target: Path,
     workers: Workers,
-    unstored: Unstored,
+    options: ModelOptions,
     *,
     dtype: str | None = None,
     tokenizer: Path | None = None,
@@ -36,16 +36,16 @@ def convert_deepmind(
     ValueError, and CheckpointError naming what is missing or damaged; then nothing is left.
     """
     refuse_target(target)
-    carried = _tokenizer_files(tokenizer)
+    auxiliary = _tokenizer_files(tokenizer)
     opened = open_orbax_folder(source) if source.is_dir() else open_torch_file(source)
-    model = model_of_shapes(str(source), opened.shapes, opened.flax, unstored)
+    model = model_of_shapes(str(source), opened.shapes, opened.flax, options)
     tensors = model_tensors(model)
     places = {tensor.name: deepmind_place(tensor.name, len(tensor.shape), opened.flax) for tensor in tensors}
     expected = {name: axes.foreign_shape(tensor.shape) for tensor in tensors for name, axes in (places[tensor.name],)}
     expected[EMBEDDING] = opened.shapes[EMBEDDING]  # of whose rows some may be padding
     require_tensors(source, opened.shapes, expected)
     arrays = {tensor.name: opened.array(*places[tensor.name], tensor) for tensor in tensors}
-    write_imported(source, target, model, arrays, workers, dtype=dtype, carried=carried)
+    write_imported(source, target, model, arrays, workers, dtype=dtype, auxiliary=auxiliary)
 
 
 def _tokenizer_files(tokenizer: Path | None) -> Mapping[str, Path]:
@@ -58,7 +58,7 @@ def _tokenizer_files(tokenizer: Path | None) -> Mapping[str, Path]:
         else:
             read_object(tokenizer)
         return {TOKENIZER_MODEL if tokenizer.suffix == ".model" else TOKENIZER_JSON: tokenizer}
-    files = files_of(tokenizer)
+    files = find_files(tokenizer)
     files.pop(CONFIG, None)  # of another checkpoint
     if not any(name in TOKENIZER_FILES for name in files):
         raise ValueError(

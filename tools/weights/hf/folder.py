@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.checkpoints.carried import CONFIG, read_object, require_inside
+from griffin.tools.checkpoints.auxiliary_files import CONFIG, read_object, require_inside
 from griffin.tools.common.safetensors_files import Entry, read_entries
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 

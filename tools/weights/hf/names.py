@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig
-from griffin.tools.weights.axes import Axes, Fixed, same_axes
+from griffin.tools.weights.axis_map import AxisMap, ExtraAxis, identity_axes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,11 +45,11 @@ def transformers_name(name: str) -> str:
     return f"model.layers.{match[1]}.{part}{suffix or ''}"
 
 
-def transformers_axes(name: str, dimensions: int) -> Axes:
+def transformers_axes(name: str, dimensions: int) -> AxisMap:
     """How a canonical tensor of so many dimensions lies in the one of transformers."""
     if name.endswith(".conv.weight"):  # [taps, R] in [R, 1, taps]
-        return Axes((1, Fixed(), 0))
-    return same_axes(dimensions)
+        return AxisMap((1, ExtraAxis(), 0))
+    return identity_axes(dimensions)
 
 
 def from_transformers(tensors: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:

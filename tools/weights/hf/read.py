@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from griffin.tools.checkpoints.carried import CONFIG, files_of
-from griffin.tools.checkpoints.stored import StoredArray
+from griffin.tools.checkpoints.auxiliary_files import CONFIG, find_files
+from griffin.tools.checkpoints.sources import StoredArray
 from griffin.tools.checkpoints.write import refuse_target
 from griffin.tools.common.safetensors_files import Entry, read_bytes
 from griffin.tools.common.workers import Workers
-from griffin.tools.weights.arrays import FileArray, foreign_spec
+from griffin.tools.weights.file_arrays import FileArray, foreign_spec
 from griffin.tools.weights.hf.config import model_of_config
 from griffin.tools.weights.hf.folder import TransformersFolder, open_transformers_folder
 from griffin.tools.weights.hf.names import transformers_axes, transformers_name
@@ -40,7 +40,7 @@ def convert_transformers(source: Path, target: Path, workers: Workers, *, dtype:
     arrays = planned_arrays(folder, model_tensors(model))
     if HEAD in folder.tensors:
         _require_tied(folder, workers)
-    write_imported(source, target, model, arrays, workers, dtype=dtype, carried=files_of(source))
+    write_imported(source, target, model, arrays, workers, dtype=dtype, auxiliary=find_files(source))
 
 
 def planned_arrays(folder: TransformersFolder, tensors: list[GlobalTensor]) -> dict[str, StoredArray]:

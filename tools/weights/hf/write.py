@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from griffin.tools.checkpoints.carried import CONFIG, copy_files
+from griffin.tools.checkpoints.auxiliary_files import CONFIG, copy_files
 from griffin.tools.checkpoints.rewrite import best_weights
-from griffin.tools.checkpoints.stored import Source, StoredArray, open_step
-from griffin.tools.checkpoints.write import Made, new_folder, progress_bar, refuse_target, summarize
+from griffin.tools.checkpoints.sources import SourceCheckpoint, StoredArray, open_step
+from griffin.tools.checkpoints.write import OutputArray, new_folder, progress_bar, refuse_target, summarize
 from griffin.tools.common import safetensors_files
 from griffin.tools.common.safetensors_files import Entry
 from griffin.tools.common.workers import Workers
-from griffin.tools.weights.axes import Axes
+from griffin.tools.weights.axis_map import AxisMap
 from griffin.tools.weights.hf.config import ARCHITECTURE, MODEL_TYPE, ROPE, SAME
 from griffin.tools.weights.hf.folder import INDEX, WEIGHTS
 from griffin.tools.weights.hf.names import gate_heads, transformers_axes, transformers_name, transformers_settings
-from griffin.tools.weights.tokenizer import Companions, find_companions
+from griffin.tools.weights.tokenizer import AuxiliaryFiles, find_auxiliary_files
 from griffin.trainer.checkpoint.arrays import CHUNK_BYTES, MODEL, ArraySpec, Box, numpy_dtype, shape_of, whole
 from griffin.trainer.checkpoint.steps import resolve
 from griffin.trainer.checkpoint.zarr_io import synchronise
@@ -65,17 +65,17 @@ def export_transformers(
     source = open_step(resolve(path))
     model = source.manifest.model
     settings = transformers_settings(model)
-    companions = find_companions(source, tokenizer)
+    auxiliary = find_auxiliary_files(source, tokenizer)
     files = lay_out_files(_exported(source, dtype), shard_bytes)
     dtypes = {tensor.made.spec.dtype for file in files for tensor in file.tensors}
-    config = _config_json(settings, dtypes, companions)
+    config = _config_json(settings, dtypes, auxiliary)
     begun = time.monotonic()
     size = sum(file.size for file in files)
     with new_folder(target) as tmp:
         for file in files:
             safetensors_files.create_file(tmp / file.name, file.header, file.size)
         with progress_bar(target.name, size) as bar:
-            workers.run(_write, _tasks(tmp, files, durable=workers.elsewhere), bar.update)
+            workers.run(_write, _tasks(tmp, files, durable=workers.remote), bar.update)
         for file in files:  # once, where workers are here: each of them would wait for what all have written
             synchronise(tmp / file.name)
         if len(files) > 1:
@@ -83,16 +83,16 @@ def export_transformers(
             total = sum(tensor.entry.nbytes for file in files for tensor in file.tensors)
             _write_json(tmp / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
         _write_json(tmp / CONFIG, config)
-        for name, values in companions.written.items():
+        for name, values in auxiliary.written.items():
             _write_json(tmp / name, values)
-        copy_files(companions.files, tmp)
+        copy_files(auxiliary.files, tmp)
         synchronise(tmp)
         tmp.rename(target)
         synchronise(tmp.parent)
     count = sum(len(file.tensors) for file in files)
     summarize(target, count, files=len(files), size=size, begun=begun)
     parameters = sum(int(np.prod(tensor.entry.shape)) for file in files for tensor in file.tensors)
-    print(f"{parameters:,} parameters; {companions.text}")
+    print(f"{parameters:,} parameters; {auxiliary.text}")
 
 
 # What is written.
@@ -126,8 +126,8 @@ class _Tensor:
     """A tensor of a file, what it is made of, and how that lies in it."""
 
     entry: Entry
-    made: Made
-    axes: Axes
+    made: OutputArray
+    axes: AxisMap
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class _File:
         return len(self.header) + sum(tensor.entry.nbytes for tensor in self.tensors)
 
 
-def _exported(source: Source, dtype: str | None) -> list[_Tensor]:
+def _exported(source: SourceCheckpoint, dtype: str | None) -> list[_Tensor]:
     """Every tensor of the result, in the model's order, its place still open."""
     model = source.manifest.model
     merged = model.gate_blocks // gate_heads(model)
@@ -159,7 +159,7 @@ def _exported(source: Source, dtype: str | None) -> list[_Tensor]:
             weights = MergedGates(weights, merged, spec)
         axes = transformers_axes(spec.tensor.name, len(spec.shape))
         entry = Entry(transformers_name(spec.tensor.name), spec.dtype, axes.foreign_shape(spec.shape), 0)
-        tensors.append(_Tensor(entry, Made(spec, (weights,)), axes))
+        tensors.append(_Tensor(entry, OutputArray(spec, (weights,)), axes))
     return tensors
 
 
@@ -184,9 +184,9 @@ def lay_out_files(tensors: Sequence[_Tensor], shard_bytes: int) -> list[_File]:
     return files
 
 
-def _config_json(settings: dict[str, Any], dtypes: set[str], companions: Companions) -> dict[str, Any]:
+def _config_json(settings: dict[str, Any], dtypes: set[str], auxiliary: AuxiliaryFiles) -> dict[str, Any]:
     """config.json: what the checkpoint's own has besides, under what its model is now."""
-    base = {key: value for key, value in companions.config.items() if key not in _OTHER_NAMES}
+    base = {key: value for key, value in auxiliary.config.items() if key not in _OTHER_NAMES}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     stated = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "dtype": dtype, "torch_dtype": dtype}
     # Older versions of transformers read these beside rope_parameters.

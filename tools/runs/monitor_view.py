@@ -28,7 +28,7 @@ HELD_OUT = {
 PARTS = {"forward-backward": "forward_backward", "optimizer": "optimizer", "data wait": "data_wait", "rest": "other"}
 
 
-def one_run(state: RunState, *, blocks: bool = True, width: int = WIDE) -> RenderableType:
+def render_run(state: RunState, *, blocks: bool = True, width: int = WIDE) -> RenderableType:
     """All of it, for a terminal of so many columns; with `blocks`, losses are drawn with block characters."""
     figures = Table.grid(padding=(0, 3))
     training, machine = _training(state, blocks), _machine(state)
@@ -48,30 +48,30 @@ def one_run(state: RunState, *, blocks: bool = True, width: int = WIDE) -> Rende
     return Group(*parts)
 
 
-def several_runs(states: Sequence[RunState]) -> Table:
+def render_runs(states: Sequence[RunState]) -> Table:
     """A line for each."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("run", "state", "step", "left", "loss", "eval", "tokens/s", "MFU", "goodput", "restarts"):
         is_run = title == "run"  # what gives way where the terminal is narrow
         table.add_column(title, justify="left" if is_run or title == "state" else "right", no_wrap=not is_run)
     for state in states:
-        find = _Find(state.figures)
+        figure = _FigureText(state.figures)
         table.add_row(
             Text(str(state.path), overflow="fold"),
             Text(state.status, COLOURS.get(state.status, "")),
             f"{state.step:,}/{state.steps:,}",
             _left(state),
-            find("loss", "{:.4f}".format),
-            " ".join(find(f"eval_loss{name and '/'}{name}", "{:.4f}".format) for name in held_out_sets(state)),
-            find("tokens_per_second", "{:,.0f}".format),
-            find("mfu", "{:.1%}".format),
-            find("goodput", "{:.1%}".format),
+            figure("loss", "{:.4f}".format),
+            " ".join(figure(f"eval_loss{name and '/'}{name}", "{:.4f}".format) for name in held_out_sets(state)),
+            figure("tokens_per_second", "{:,.0f}".format),
+            figure("mfu", "{:.1%}".format),
+            figure("goodput", "{:.1%}".format),
             str(state.attempt - 1),
         )
     return table
 
 
-class _Find:
+class _FigureText:
     """Figures as text; those that are not there, or were not finite, as such."""
 
     def __init__(self, figures: Mapping[str, float]):
@@ -103,21 +103,21 @@ def _left(state: RunState) -> str:
 
 
 def _training(state: RunState, blocks: bool) -> list[tuple[str, str]]:
-    find = _Find(state.figures)
+    figure = _FigureText(state.figures)
     kinds = [
         f"{name.partition('/')[2]} {value:.3g}"
         for name, value in state.figures.items()
         if name.startswith("grad_norm/") and value is not None
     ]
     rows = [
-        ("loss", find("loss", "{:.4f} nats per token".format)),
+        ("loss", figure("loss", "{:.4f} nats per token".format)),
         ("", sparkline([loss for _, loss in state.losses][-SPARKS:]) if blocks else ""),
         *_held_out(state),
-        ("gradient norm", find("grad_norm", "{:.3g}".format)),
+        ("gradient norm", figure("grad_norm", "{:.3g}".format)),
         ("", ", ".join(kinds)),
-        ("parameter norm", find("param_norm", "{:.4g}".format)),
-        ("learning rate", find("learning_rate", "{:.3g}".format)),
-        ("tokens", find("tokens", "{:,.0f}".format)),
+        ("parameter norm", figure("param_norm", "{:.4g}".format)),
+        ("learning rate", figure("learning_rate", "{:.3g}".format)),
+        ("tokens", figure("tokens", "{:,.0f}".format)),
     ]
     return [row for row in rows if any(row)]
 
@@ -130,20 +130,20 @@ def held_out_sets(state: RunState) -> list[str]:
 
 def _held_out(state: RunState) -> list[tuple[str, str]]:
     """Lines for each held-out set."""
-    find = _Find(state.figures)
+    figure = _FigureText(state.figures)
     at = f" at step {state.evaluation:,}" if state.evaluation is not None else ""
     rows = []
     for name in held_out_sets(state):
-        rows.append((f"held-out {name or 'loss'}", find(f"eval_loss{name and '/'}{name}", "{:.4f}".format) + at))
+        rows.append((f"held-out {name or 'loss'}", figure(f"eval_loss{name and '/'}{name}", "{:.4f}".format) + at))
         keys = {f"{figure}/{name}": form for figure, form in HELD_OUT.items()}
         known = [key for key in keys if key in state.figures and is_predicted(key, state.figures)]
         if known:
-            rows.append(("", ", ".join(find(key, keys[key].format) for key in known)))
+            rows.append(("", ", ".join(figure(key, keys[key].format) for key in known)))
     return rows
 
 
 def _machine(state: RunState) -> list[tuple[str, str]]:
-    find = _Find(state.figures)
+    figure = _FigureText(state.figures)
     step = state.figures.get("step_seconds")
     shares = [
         f"{title} {value / step:.0%}"
@@ -151,7 +151,7 @@ def _machine(state: RunState) -> list[tuple[str, str]]:
         if step and (value := state.figures.get(f"{name}_seconds")) is not None
     ]
     memory = ", ".join(
-        find(f"memory_{name}_gib", f"{name} {{:.2f}}".format)
+        figure(f"memory_{name}_gib", f"{name} {{:.2f}}".format)
         for name in ("allocated", "reserved", "peak")
         if f"memory_{name}_gib" in state.figures
     )
@@ -159,17 +159,20 @@ def _machine(state: RunState) -> list[tuple[str, str]]:
     if state.checkpoint is not None:
         checkpoint = f"step {state.checkpoint[0]:,}, {duration(state.checkpoint[1])} ago"
     if "checkpoint_stall_seconds" in state.figures:
-        checkpoint += find("checkpoint_stall_seconds", "; stalled {:.2g} s".format)
+        checkpoint += figure("checkpoint_stall_seconds", "; stalled {:.2g} s".format)
     return [
-        ("speed", find("tokens_per_second", "{:,.0f} tokens/s".format)),
-        ("per device", find("model_tflops_per_device", "{:.3g} TFLOP/s, MFU ".format) + find("mfu", "{:.1%}".format)),
-        ("step time", find("step_seconds", "{:.3g} s".format) + (f": {', '.join(shares)}" if shares else "")),
-        ("pipeline bubble", find("pipeline_bubble", "{:.1%}".format)),
-        ("slowest replica", find("data_parallel_imbalance", "{:.2f} x the mean".format)),
+        ("speed", figure("tokens_per_second", "{:,.0f} tokens/s".format)),
+        (
+            "per device",
+            figure("model_tflops_per_device", "{:.3g} TFLOP/s, MFU ".format) + figure("mfu", "{:.1%}".format),
+        ),
+        ("step time", figure("step_seconds", "{:.3g} s".format) + (f": {', '.join(shares)}" if shares else "")),
+        ("pipeline bubble", figure("pipeline_bubble", "{:.1%}".format)),
+        ("slowest replica", figure("data_parallel_imbalance", "{:.2f} x the mean".format)),
         ("memory (GiB)", memory or ABSENT),
-        ("goodput", find("goodput", "{:.1%}".format)),
+        ("goodput", figure("goodput", "{:.1%}".format)),
         ("restarts", str(state.attempt - 1)),
-        ("spikes", ", ".join(find(name, form.format) for name, form in SPIKES.items())),
+        ("spikes", ", ".join(figure(name, form.format) for name, form in SPIKES.items())),
         ("checkpoint", checkpoint),
     ]
 
@@ -184,14 +187,14 @@ def _layers(state: RunState) -> Table | None:
     titles = ("layer", "memory 5 %", "50 %", "95 %", "mean decay", "input closed", "open", "recurrence closed", "open")
     for title in titles:
         table.add_column(title, justify="left" if title == "layer" else "right")
-    find = _Find(state.figures)
+    figure = _FigureText(state.figures)
     shares = [f"{gate}_{end}" for gate in ("input_gate", "recurrence_gate") for end in ("closed", "open")]
     for name in names:
         table.add_row(
             name,
-            *(find(f"rglru/memory_{quantile}/{name}", "{:,.3g}".format) for quantile in ("p05", "p50", "p95")),
-            find(f"rglru/decay_mean/{name}", "{:.4f}".format),
-            *(find(f"rglru/{share}/{name}", "{:.1%}".format) for share in shares),
+            *(figure(f"rglru/memory_{quantile}/{name}", "{:,.3g}".format) for quantile in ("p05", "p50", "p95")),
+            figure(f"rglru/decay_mean/{name}", "{:.4f}".format),
+            *(figure(f"rglru/{share}/{name}", "{:.1%}".format) for share in shares),
         )
     return table
 

@@ -138,7 +138,7 @@ def make_inputs(operation: Operation, shape: Shape, dtype: torch.dtype, device: 
 
 
 @dataclass(frozen=True)
-class Side:
+class Implementation:
     """Something that is timed: a forward of leaves, whose result y is differentiated, with its sets of inputs.
 
     Its tensors of three axes have them in an `order` of its own: places among ours.
@@ -160,11 +160,11 @@ class Side:
         return tensor if tensor.ndim != 3 else tensor.permute([self.order.index(axis) for axis in range(3)])
 
 
-def our_side(operation: Operation, sets: list[Inputs], chunk: int | None) -> Side:
-    return Side(lambda leaves: operation.run(leaves, "triton", chunk), sets)
+def our_implementation(operation: Operation, sets: list[Inputs], chunk: int | None) -> Implementation:
+    return Implementation(lambda leaves: operation.run(leaves, "triton", chunk), sets)
 
 
-def check(what: str, side: Side, operation: Operation, inputs: Inputs) -> None:
+def check(what: str, side: Implementation, operation: Operation, inputs: Inputs) -> None:
     """Compare the results of a side's first set of inputs with float64 on the same device, on some channels.
 
     Args:
@@ -179,7 +179,7 @@ def check(what: str, side: Side, operation: Operation, inputs: Inputs) -> None:
     found = {name: side.ours(tensor)[..., some] for name, tensor in side.results(side.sets[0]).items()}
 
     leaves = {name: leaf.detach()[..., some].double().requires_grad_() for name, leaf in inputs.leaves.items()}
-    reference = Side(lambda leaves: operation.run(leaves, "cpu", None), [])
+    reference = Implementation(lambda leaves: operation.run(leaves, "cpu", None), [])
     expected = reference.results(Inputs(leaves, inputs.grad_y[..., some].double()))
     tolerance = TOLERANCE[inputs.grad_y.dtype]
     for name, value in found.items():
@@ -235,7 +235,7 @@ class Times:
         return self.forward + self.backward
 
 
-def time_sides(clock: Clock, sides: Mapping[str, Side], repeats: int) -> dict[str, Times]:
+def time_implementations(clock: Clock, sides: Mapping[str, Implementation], repeats: int) -> dict[str, Times]:
     """Time forward and backward apart, the sides in turn, so that a change of the device's speed meets all."""
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for number in range(WARM_UP + repeats):

@@ -11,7 +11,7 @@ from griffin.trainer.checkpoint.arrays import Box
 
 
 @dataclass(frozen=True)
-class Fixed:
+class ExtraAxis:
     """A dimension of the foreign tensor that ours does not have: of `size`, of which ours is what is at `index`."""
 
     size: int = 1
@@ -19,10 +19,10 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Axes:
-    """Each dimension of a foreign tensor, in its order: a dimension of ours, or `Fixed`."""
+class AxisMap:
+    """Each dimension of a foreign tensor, in its order: a dimension of ours, or `ExtraAxis`."""
 
-    places: tuple[int | Fixed, ...]
+    places: tuple[int | ExtraAxis, ...]
 
     @property
     def kept(self) -> list[int]:
@@ -44,15 +44,15 @@ class Axes:
 
     def ours(self, values: np.ndarray) -> np.ndarray:
         """Values of `foreign_box(box)` as those of `box`: a view."""
-        fixed = tuple(axis for axis, place in enumerate(self.places) if isinstance(place, Fixed))
+        fixed = tuple(axis for axis, place in enumerate(self.places) if isinstance(place, ExtraAxis))
         return values.squeeze(fixed).transpose(np.argsort(self.kept))
 
     def foreign(self, values: np.ndarray) -> np.ndarray:
         """Values of `box(foreign)` as those of `foreign`: a view."""
-        fixed = [axis for axis, place in enumerate(self.places) if isinstance(place, Fixed)]
+        fixed = [axis for axis, place in enumerate(self.places) if isinstance(place, ExtraAxis)]
         return np.expand_dims(values.transpose(self.kept), fixed)
 
 
-def same_axes(dimensions: int) -> Axes:
+def identity_axes(dimensions: int) -> AxisMap:
     """Of a tensor that both have alike."""
-    return Axes(tuple(range(dimensions)))
+    return AxisMap(tuple(range(dimensions)))

@@ -11,7 +11,7 @@ from typing import Any
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, naming, synchronise
 from griffin.trainer.files import open_regular, parse_json, read_regular
 
-SOURCE = "source"  # the subfolder of a checkpoint that holds them
+SOURCE_FOLDER = "source"  # the subfolder of a checkpoint that holds them
 CONFIG = "config.json"
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
@@ -23,10 +23,10 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-CARRIED = (*TOKENIZER_FILES, "generation_config.json", CONFIG)
+AUXILIARY_FILES = (*TOKENIZER_FILES, "generation_config.json", CONFIG)
 
 
-def files_of(folder: Path, names: Iterable[str] = CARRIED) -> dict[str, Path]:
+def find_files(folder: Path, names: Iterable[str] = AUXILIARY_FILES) -> dict[str, Path]:
     """Those of `names` that a folder holds, with where they are; none if there is no such folder.
 
     Raises CheckpointError for a symbolic link that leads out of it.
@@ -47,9 +47,9 @@ def require_inside(folder: Path, name: str) -> Path:
     return path
 
 
-def carried_files(checkpoint: Path) -> dict[str, Path]:
+def checkpoint_auxiliary_files(checkpoint: Path) -> dict[str, Path]:
     """What a checkpoint carries along."""
-    return files_of(checkpoint / SOURCE)
+    return find_files(checkpoint / SOURCE_FOLDER)
 
 
 def copy_files(files: Mapping[str, Path], folder: Path) -> None:

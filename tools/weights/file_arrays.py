@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from griffin.tools.common.safetensors_files import Entry, read_box
-from griffin.tools.weights.axes import Axes
+from griffin.tools.weights.axis_map import AxisMap
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec, Box, GlobalTensor
 
 
@@ -18,7 +18,7 @@ class FileArray:
 
     path: Path
     entry: Entry
-    axes: Axes
+    axes: AxisMap
     spec: ArraySpec
 
     def read(self, box: Box) -> np.ndarray:

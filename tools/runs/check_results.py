@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
-Finding = tuple[str, str]  # OK, WARNING or FAILED, and a text
+CheckResult = tuple[str, str]  # OK, WARNING or FAILED, and a text
 
 
-def report(findings: Sequence[Finding]) -> None:
+def print_results(results: Sequence[CheckResult]) -> None:
     """Print a line for each."""
-    for state, text in findings:
+    for state, text in results:
         print(f"{state:<8} {text}", flush=True)
 
 
-def has_failed(findings: Sequence[Finding]) -> bool:
-    return any(state == FAILED for state, _ in findings)
+def has_failed(results: Sequence[CheckResult]) -> bool:
+    return any(state == FAILED for state, _ in results)

@@ -27,7 +27,7 @@ class StoredArray(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCheckpoint:
     """A checkpoint to read from: its manifest, and its arrays by name."""
 
     path: Path
@@ -45,21 +45,21 @@ class ZarrArray:
 
     def read(self, box: Box) -> np.ndarray:
         """As `StoredArray.read`, with one chunk besides the result in memory."""
-        return opened(self.folder, self.spec).read(box, self.records)
+        return open_cached(self.folder, self.spec).read(box, self.records)
 
 
-def open_step(folder: Path) -> Source:
+def open_step(folder: Path) -> SourceCheckpoint:
     """A step's folder. Raises CheckpointError where it is not complete."""
     manifest = check(folder)
     arrays = {
         name: ZarrArray(folder, spec, {index: manifest.files[spec.file(index)] for index in spec.indices()})
         for name, spec in manifest.arrays.items()
     }
-    return Source(folder, manifest, arrays)
+    return SourceCheckpoint(folder, manifest, arrays)
 
 
 @functools.lru_cache(maxsize=64)
-def opened(folder: Path, spec: ArraySpec) -> Array:
+def open_cached(folder: Path, spec: ArraySpec) -> Array:
     """The open array, which a worker uses for many chunks."""
     return open_array(folder, spec)
 
