@@ -168,7 +168,7 @@ def print_array(path: Path, name: str, as_json: bool) -> None:
     print(f"chunks      {_chunks_text(spec)}\nsharded     {sharded}")
     for label, value in statistics.items():
         print(f"{label:<11} {value:,}" if isinstance(value, int) else f"{label:<11} {value:.6g}")
-    print(np.array2string(corner, threshold=0, edgeitems=EDGE, precision=5))
+    print(np.array2string(corner, threshold=0, edgeitems=EDGE, precision=5, max_line_width=120))
 
 
 def _as_stored(values: Any, spec: ArraySpec) -> np.ndarray:
