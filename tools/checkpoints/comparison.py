@@ -1,4 +1,4 @@
-"""Compare two checkpoints array by array: what `griffin checkpoint diff` prints."""
+"""Compare two checkpoints: the output of `griffin checkpoint diff`."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _compare_arrays(
     def tasks() -> Iterator[_CompareTask]:
         for name in names:
             x, y = a.arrays[name], b.arrays[name]
-            larger = max(x.spec, y.spec, key=lambda spec: math.prod(spec.chunks))  # a chunk is read whole each time
+            larger = max(x.spec, y.spec, key=lambda spec: math.prod(spec.chunks))  # chunks are always read whole
             for index in larger.indices():
                 yield _CompareTask(x, y, larger.box(index))
 

@@ -1,4 +1,4 @@
-"""List, describe and verify checkpoints: what `griffin checkpoint list`, `inspect` and `verify` print."""
+"""List, inspect and verify checkpoints: the output of `griffin checkpoint list`, `inspect` and `verify`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A checkpoint as one safetensors file per (tensor, pipeline) rank, as engines that load per rank want it.
+"""Checkpoints as one safetensors file per (tensor, pipeline) rank, for engines that load a file per rank.
 
-Each file holds its rank's shard of every array of its stages, named as in the checkpoint, all shards of one array of one
-shape: rows of the vocabulary's padding are there, as zeros. `index.json` holds everything else that a checkpoint knows,
-so that nothing is lost: any layout can be made from any other. Rows of a shard are written and read in slices, each with
-a checksum in the index.
+Each file holds its rank's shard of every array of its stages, under the array's name. All shards of an array have one
+shape: the vocabulary's padding is stored as rows of zeros. `index.json` holds everything else of the checkpoint, so
+any layout can be made from any other. Rows of a shard are written and read in slices, each with a checksum in the
+index.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
 
 @dataclass(frozen=True)
 class ArrayShard:
-    """What one tensor rank's file holds of an array, from byte `offset` of the file on."""
+    """One tensor rank's shard of an array, stored from byte `offset` of its file on."""
 
     spec: ArraySpec
     tensor_rank: int
@@ -48,7 +48,7 @@ class ArrayShard:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of all ranks alike: with the vocabulary's padding."""
+        """The shape, with the vocabulary's padding: the same on all ranks."""
         tensor = self.spec.tensor
         if tensor.axis is None:
             return tensor.shape
@@ -68,7 +68,7 @@ class ArrayShard:
         return self.entry.nbytes
 
     def slices(self) -> list[RowSlice]:
-        """All of its rows, as many at a time as the array's chunks have."""
+        """All rows, in slices of as many rows as the array's chunks have."""
         count, rows = self.shape[0], self.spec.chunks[0]
         return [RowSlice(self, first, min(first + rows, count)) for first in range(0, count, rows)]
 
@@ -95,7 +95,7 @@ class RowSlice:
 
     @property
     def box(self) -> Box:
-        """The shard of the global array that it holds; empty, or smaller than its shape, in the padding."""
+        """The box of the global array that it holds: smaller than its shape where it overlaps padding, or empty."""
         held = self.shard.spec.tensor.part(self.shard.tensor_rank, self.shard.tensor_size)
         first = min(held[0].start + self.first, held[0].stop)
         return (slice(first, min(held[0].start + self.last, held[0].stop)), *held[1:])
@@ -103,7 +103,7 @@ class RowSlice:
 
 @dataclass(frozen=True)
 class RankFile:
-    """A file, laid out: its header as bytes, and the shards that follow it."""
+    """The layout of a file: its header as bytes, and the shards that follow it."""
 
     name: str
     header: bytes
@@ -119,9 +119,9 @@ class RankFile:
 
 
 def stage_blocks(manifest: Manifest, layout: ParallelConfig) -> tuple[int, ...]:
-    """Blocks of each of the pipeline x virtual stages, as training splits the model of a checkpoint's config.
+    """Return the number of blocks of each of the pipeline x virtual stages, as training splits the model.
 
-    Raises ValueError where there are fewer blocks than stages.
+    Raises ValueError if there are fewer blocks than stages.
     """
     model, config = manifest.model, manifest.config
     if layout.virtual_pipeline > 1 and layout.pipeline == 1:
@@ -137,7 +137,7 @@ def stage_blocks(manifest: Manifest, layout: ParallelConfig) -> tuple[int, ...]:
 
 
 def lay_out(arrays: Sequence[ArraySpec], layout: ParallelConfig, stages: Sequence[int]) -> list[RankFile]:
-    """The files of a layout whose stages have so many blocks each, in the order of pipeline, then tensor ranks."""
+    """Lay out the files for a layout with `stages` blocks per stage, ordered by pipeline rank, then tensor rank."""
     held: list[list[ArraySpec]] = [[] for _ in range(layout.pipeline)]
     for array in sorted(arrays, key=lambda array: -numpy_dtype(array.dtype).itemsize):  # so that all are aligned
         for pipeline_rank in _pipeline_ranks(array.tensor.name, layout.pipeline, stages):
@@ -150,16 +150,16 @@ def lay_out(arrays: Sequence[ArraySpec], layout: ParallelConfig, stages: Sequenc
 
 
 def _pipeline_ranks(tensor: str, pipeline: int, stages: Sequence[int]) -> list[int]:
-    """Those that hold a tensor; stage s is held by rank s mod `pipeline`."""
+    """Return the pipeline ranks that hold a tensor; stage s is held by rank s mod `pipeline`."""
     last = len(stages) - 1
     if (block := _BLOCK.match(tensor)) is not None:
         ends = np.cumsum(stages)
         return [int(np.searchsorted(ends, int(block[1]), side="right")) % pipeline]
-    if tensor == "embedding.weight":  # it is the output projection as well
+    if tensor == "embedding.weight":  # also the output projection
         return sorted({0, last % pipeline})
     if tensor.startswith("final_norm."):
         return [last % pipeline]
-    raise CheckpointError(f"{tensor}: of no known stage of the model")
+    raise CheckpointError(f"{tensor}: belongs to no known stage of the model")
 
 
 def _lay_out_file(
@@ -180,13 +180,13 @@ def checksum(values: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class RankArray:
-    """An array in rank files; `shards` has each tensor rank's, with its file."""
+    """An array stored in rank files; `shards` holds (file, shard) of each tensor rank."""
 
     spec: ArraySpec
     shards: tuple[tuple[Path, ArrayShard], ...]
 
     def read(self, box: Box) -> np.ndarray:
-        """As `StoredArray.read`. Slices' checksums are not looked at."""
+        """As `StoredArray.read`. Checksums of slices are not compared."""
         values = np.empty(shape_of(box), numpy_dtype(self.spec.dtype))
         is_cut = self.spec.tensor.axis is not None
         for path, shard in self.shards if is_cut else self.shards[:1]:
@@ -204,7 +204,7 @@ def write_index(
     files: Sequence[RankFile],
     checksums: Mapping[str, Mapping[str, Sequence[str]]],
 ) -> None:
-    """Write index.json: the manifest, but for its files, and `checksums` of the slices, by file and array."""
+    """Write index.json: the manifest without its files, and `checksums` of the slices by file and array."""
     holders: dict[str, list[str]] = {name: [] for name in manifest.arrays}
     for file in files:
         for shard in file.shards:
@@ -224,10 +224,10 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 
 def open_rank_folder(folder: Path) -> tuple[SourceCheckpoint, list[tuple[RankFile, Mapping[str, Sequence[str]]]]]:
-    """A folder of rank files: as a source, and its files with their slices' checksums by array.
+    """Open a folder of rank files: returns the checkpoint, and its files with the checksums of their slices by array.
 
-    Raises CheckpointError where the index is not there or was edited, or where a file is missing, or has another size
-    or header than it was written with.
+    Raises CheckpointError if the index is missing or was edited, or if a file is missing or differs from the index in
+    size or header.
     """
     values = read_checked(folder / INDEX, _checksum, FORMAT)
     with refusing(folder / INDEX):
@@ -257,14 +257,14 @@ def open_rank_folder(folder: Path) -> tuple[SourceCheckpoint, list[tuple[RankFil
 
 
 def _layout(values: Mapping[str, Any], specs: Mapping[str, ArraySpec]) -> ParallelConfig:
-    """The layout of an index that was checked but for `stages`. ValueError where its arrays cannot be cut so."""
+    """Return an index's layout, after checking `stages` too. Raises ValueError if its arrays cannot be sharded so."""
     stated, stages = values["layout"], values["stages"]
     keys = ("tensor", "pipeline", "virtual_pipeline")
     if missing := [key for key in keys if key not in stated]:
         raise ValueError(f"lacks layout.{missing[0]}")
     layout = ParallelConfig(**{key: stated[key] for key in keys})
     records = values.get("files")
-    if not isinstance(records, Mapping) or layout.model_ranks != len(records):  # before so many are laid out
+    if not isinstance(records, Mapping) or layout.model_ranks != len(records):  # before laying out that many
         raise ValueError(f"files must be those of {layout.tensor} x {layout.pipeline} ranks")
     blocks = model_of(values["config"]).blocks
     if not (
@@ -278,12 +278,12 @@ def _layout(values: Mapping[str, Any], specs: Mapping[str, ArraySpec]) -> Parall
         if spec.tensor.axis is not None and spec.tensor.atoms % layout.tensor:
             raise ValueError(f"{spec.name} cannot be cut for {layout.tensor} tensor ranks")
         if (block := _BLOCK.match(spec.tensor.name)) is not None and int(block[1]) >= blocks:
-            raise ValueError(f"{spec.name} is of none of the model's {blocks} blocks")
+            raise ValueError(f"{spec.name} belongs to none of the model's {blocks} blocks")
     return layout
 
 
 def _check_records(files: Sequence[RankFile], records: Any) -> None:
-    """Refuse records of other files, arrays and slices than the layout has: ValueError."""
+    """Raise ValueError unless the records are those of the layout's files, arrays and slices."""
     if not isinstance(records, Mapping) or records.keys() != {file.name for file in files}:
         raise ValueError("files must be those of its layout")
     for file in files:

@@ -1,4 +1,4 @@
-"""Checkpoints made from others: for another layout, in another dtype, or as the mean of several."""
+"""Make checkpoints from others: reshard for another layout, change the dtype, or average several."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ def reshard(
     from_ranks: bool = False,
     to_ranks: bool = False,
 ) -> None:
-    """Write the checkpoint at `path` to the new folder `target`, for a layout (None: the chunks that training saves).
+    """Write the checkpoint at `path` to the new folder `target`, chunked for a layout (None: as training saves).
 
-    `from_ranks` and `to_ranks`: the one is read, the other written as a file per (tensor, pipeline) rank. `dtype` is
-    the model's in the result; its weights are rounded from the master weights where there are any. Raises ValueError,
-    and CheckpointError naming the file for what is damaged; then nothing is left at `target`.
+    `from_ranks` reads, and `to_ranks` writes, one file per (tensor, pipeline) rank. `dtype` is that of the model's
+    weights in the result; they are rounded from the master weights if there are any. Raises ValueError, and
+    CheckpointError naming a damaged file; nothing is left at `target` then.
     """
     refuse_target(target)
     if from_ranks:
         source, files = rank_files.open_rank_folder(path)
     elif (path / rank_files.INDEX).exists():
-        raise ValueError(f"{path}: holds files per rank, which --from-ranks reads")
+        raise ValueError(f"{path}: holds one file per rank; add --from-ranks to read them")
     else:
         source, files = open_step(resolve(path)), []
     manifest = source.manifest
     if dtype == "float16" and not weights_only and manifest.optimizer is not None:
-        raise ValueError("--dtype fp16: needs --weights-only; training goes on in bfloat16 or float32")
+        raise ValueError("--dtype fp16: needs --weights-only; training resumes in bfloat16 or float32 only")
     check_layout(manifest, layout)
     if files:
         check_files(path, files, workers)
@@ -63,27 +63,27 @@ def reshard(
         layout = layout or ParallelConfig()
     tensors = _tensors(manifest)
     cuts = layout.tensor if layout else default_cuts(tensors)
-    # For a stated layout tensors of any size are cut: a rank is to read nothing that it does not hold.
+    # For a stated layout, tensors of any size are cut, so that a rank reads only what it holds.
     whole_bytes = 0 if layout else None
     chunks = {tensor.name: chunk_shape(tensor, cuts, whole_bytes=whole_bytes) for tensor in tensors}
-    made = _converted(source, chunks, dtype, weights_only)
-    manifest = _described(manifest, made, weights_only)
+    outputs = _output_arrays(source, chunks, dtype, weights_only)
+    manifest = _output_manifest(manifest, outputs, weights_only)
     if layout:
         cut = {name: getattr(layout, name) for name in ("tensor", "pipeline", "virtual_pipeline")}
         manifest = replace(manifest, layout=cut | {"sequence_parallel": False, "data": 1})
     if to_ranks:
         assert layout is not None
-        write_ranks(target, manifest, made, layout, workers)
+        write_ranks(target, manifest, outputs, layout, workers)
     else:
-        write_step(target, manifest, made, workers, checkpoint_auxiliary_files(source.path))
+        write_step(target, manifest, outputs, workers, checkpoint_auxiliary_files(source.path))
 
 
 def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str | None = None) -> None:
     """Write the mean of the weights of several checkpoints of one model to the new folder `target`.
 
-    Means are taken in float64, of the master weights where there are any, and rounded to float32, then to `dtype` (by
-    default that of the newest of them). The result has weights only; all else it has from the newest, and in `sources`
-    what it was made from. Raises as `reshard` does.
+    Means are computed in float64, from the master weights if there are any, and rounded to float32, then to `dtype`
+    (default: that of the newest checkpoint). The result holds only weights. Its other metadata are those of the newest
+    checkpoint; `sources` lists all of them. Raises as `reshard` does.
     """
     refuse_target(target)
     if len(paths) < 2:
@@ -92,7 +92,7 @@ def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str
     newest = max(sources, key=lambda source: source.manifest.step)
     for source in sources:
         _refuse_other_model(source, newest)
-    made = [
+    outputs = [
         OutputArray(
             replace(newest.manifest.arrays[name], dtype=dtype or newest.manifest.arrays[name].dtype),
             tuple(best_weights(source)[name] for source in sources),
@@ -100,9 +100,9 @@ def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str
         for name in newest.arrays
         if newest.manifest.arrays[name].kind == MODEL
     ]
-    manifest = _described(newest.manifest, made, weights_only=True)
+    manifest = _output_manifest(newest.manifest, outputs, weights_only=True)
     manifest = replace(manifest, sources=tuple(str(source.path) for source in sources))
-    write_step(target, manifest, made, workers, checkpoint_auxiliary_files(newest.path))
+    write_step(target, manifest, outputs, workers, checkpoint_auxiliary_files(newest.path))
 
 
 def _tensors(manifest: Manifest) -> list[GlobalTensor]:
@@ -110,7 +110,7 @@ def _tensors(manifest: Manifest) -> list[GlobalTensor]:
 
 
 def best_weights(source: SourceCheckpoint) -> dict[str, StoredArray]:
-    """The weights in the best precision that there is, by the model's arrays' names."""
+    """Return the weights in the best available precision, by the names of the model's arrays."""
     best = {}
     for tensor in _tensors(source.manifest):
         master = source.arrays.get(f"{MASTER}.{tensor.name}")
@@ -118,11 +118,11 @@ def best_weights(source: SourceCheckpoint) -> dict[str, StoredArray]:
     return best
 
 
-def _converted(
+def _output_arrays(
     source: SourceCheckpoint, chunks: Mapping[str, tuple[int, ...]], dtype: str | None, weights_only: bool
 ) -> list[OutputArray]:
-    """The arrays of the result: those of the source, with master weights where the model's are not float32."""
-    best, made = best_weights(source), []
+    """Plan the output arrays: the source's, with master weights unless the model's weights are float32."""
+    best, outputs = best_weights(source), []
     for tensor in _tensors(source.manifest):
         model = source.arrays[f"{MODEL}.{tensor.name}"]
         wanted = dtype or model.spec.dtype
@@ -136,22 +136,22 @@ def _converted(
             if kind in origins:
                 kept = wanted if kind == MODEL else "float32"
                 spec = ArraySpec(kind=kind, tensor=tensor, dtype=kept, chunks=chunks[tensor.name])
-                made.append(OutputArray(spec, (origins[kind],)))
-    return made
+                outputs.append(OutputArray(spec, (origins[kind],)))
+    return outputs
 
 
-def _described(manifest: Manifest, made: Sequence[OutputArray], weights_only: bool) -> Manifest:
+def _output_manifest(manifest: Manifest, outputs: Sequence[OutputArray], weights_only: bool) -> Manifest:
     manifest = replace(
         manifest,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        arrays={one.spec.name: one.spec for one in made},
+        arrays={one.spec.name: one.spec for one in outputs},
         files={},
     )
     return replace(manifest, optimizer=None, random={}, spikes=None) if weights_only else manifest
 
 
 def check_layout(manifest: Manifest, layout: ParallelConfig | None) -> None:
-    """Raise ValueError where a checkpoint's model cannot be cut for a layout; names the option."""
+    """Raise ValueError naming the option if a checkpoint's model cannot be sharded for a layout."""
     if layout is None:
         return
     sharded = [tensor for tensor in _tensors(manifest) if tensor.axis is not None]
@@ -180,4 +180,4 @@ def _refuse_other_model(source: SourceCheckpoint, newest: SourceCheckpoint) -> N
         if mine.get(name) != others.get(name)
     ]
     if differences:
-        raise ValueError(f"{source.path}: of another model: {'; '.join(differences[:10])}")
+        raise ValueError(f"{source.path}: holds another model: {'; '.join(differences[:10])}")

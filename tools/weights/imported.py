@@ -70,11 +70,11 @@ def write_imported(
     `dtype`; then nothing is left.
     """
     cuts = default_cuts([array.spec.tensor for array in arrays.values()])
-    made = []
+    outputs = []
     for array in arrays.values():
         tensor = array.spec.tensor
         spec = ArraySpec(kind=MODEL, tensor=tensor, dtype=dtype or array.spec.dtype, chunks=chunk_shape(tensor, cuts))
-        made.append(OutputArray(spec, (array,)))
+        outputs.append(OutputArray(spec, (array,)))
     manifest = Manifest(
         step=0,
         samples=0,
@@ -85,10 +85,10 @@ def write_imported(
         optimizer=None,
         random={},
         sources=(str(source.absolute()),),
-        arrays={one.spec.name: one.spec for one in made},
+        arrays={one.spec.name: one.spec for one in outputs},
         files={},
     )
-    write_step(target, manifest, made, workers, auxiliary)
+    write_step(target, manifest, outputs, workers, auxiliary)
     print(f"{sum(array.spec.tensor.elements for array in arrays.values()):,} parameters; {tokenizer_text(auxiliary)}")
     print(f"To train it, a config needs:\n\n{model_section(model)}")
 

@@ -266,4 +266,4 @@ def test_rank_files_need_their_flag(
     written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert reshard(written["t2p2"], tmp_path / "out") == 2
-    assert "holds files per rank, which --from-ranks reads" in capsys.readouterr().err
+    assert "holds one file per rank; add --from-ranks to read them" in capsys.readouterr().err

@@ -137,8 +137,8 @@ def test_rounding_is_to_nearest_even(tmp_path: Path) -> None:
             return np.array([0x3F808000, 0x3F818000, 0x3F808001, 0xBF80FFFF], np.uint32).view(np.float32)[box]
 
     source = open_step(tmp_path / "source").arrays["model.blocks.0.w"]
-    made = OutputArray(dataclasses.replace(source.spec, dtype="bfloat16"), (Stored(),))
-    assert made.read((slice(0, 4),)).view(np.uint16).tolist() == [0x3F80, 0x3F82, 0x3F81, 0xBF81]
+    output = OutputArray(dataclasses.replace(source.spec, dtype="bfloat16"), (Stored(),))
+    assert output.read((slice(0, 4),)).view(np.uint16).tolist() == [0x3F80, 0x3F82, 0x3F81, 0xBF81]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -210,8 +210,8 @@ def test_nothing_is_overwritten(
         "file": "file: exists, and is not overwritten",
         "folder": "folder: exists, and is not overwritten",
         "link": "link: exists, and is not overwritten",
-        "other": "other.tmp: exists; it is being written, or was left by what was killed",
-        "absent/out": "absent is not",
+        "other": "other.tmp: exists; it is being written, or was left by a killed command",
+        "absent/out": "absent does not",
     }.items():
         assert reshard(float32[0], tmp_path / name, *flags) == 2
         assert message in capsys.readouterr().err
@@ -234,7 +234,7 @@ def test_a_runs_own_steps_are_not_written(
         assert reshard(float32[0], parent / name, *flags) == 2
         error = refused(capsys, checkpoints)
         assert f"{parent / name}: must not be among the steps of a run ({run})" in error
-        assert "choose a name that is not step-NUMBER, or another folder" in error
+        assert "choose a name other than step-NUMBER, or another folder" in error
     assert main(["checkpoint", "average", str(float32[0]), str(float32[0]), str(checkpoints / name)]) == 2
     assert "must not be among the steps of a run" in refused(capsys, checkpoints)
 
@@ -327,5 +327,5 @@ def test_average_refuses_other_models_and_single_checkpoints(
     make_checkpoint(tmp_path / "other", tensors=FEW[:1], step=7, config=config)
     assert average(float32[0], tmp_path / "other", tmp_path / "out/mean") == 2
     error = refused(capsys, tmp_path / "out")
-    assert f"{tmp_path}/other: of another model: model.window is 7 there, 1024 in {float32[0]}" in error
+    assert f"{tmp_path}/other: holds another model: model.window is 7 there, 1024 in {float32[0]}" in error
     assert "final_norm.weight is missing there, (8,) in" in error

@@ -228,8 +228,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "float64": (edited(lambda state: state.update({GATE: state[GATE].double()})), "is of dtype F64; must be F32, F16"),
     "int8": (edited(lambda state: state.update({GATE: state[GATE].to(torch.int8)})), "is of dtype I8; must be F32"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: No such file or directory"),
-    "config": (lambda folder: (folder / "config.json").write_text("{"), "config.json: is no JSON"),
-    "deep config": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json: is no JSON"),
+    "config": (lambda folder: (folder / "config.json").write_text("{"), "config.json: is not JSON"),
+    "deep config": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json: is not JSON"),
     "two models": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
         "holds model.safetensors and model.safetensors.index.json; must hold one of them",

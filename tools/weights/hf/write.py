@@ -67,7 +67,7 @@ def export_transformers(
     settings = transformers_settings(model)
     auxiliary = find_auxiliary_files(source, tokenizer)
     files = lay_out_files(_exported(source, dtype), shard_bytes)
-    dtypes = {tensor.made.spec.dtype for file in files for tensor in file.tensors}
+    dtypes = {tensor.output.spec.dtype for file in files for tensor in file.tensors}
     config = _config_json(settings, dtypes, auxiliary)
     begun = time.monotonic()
     size = sum(file.size for file in files)
@@ -126,7 +126,7 @@ class _Tensor:
     """A tensor of a file, what it is made of, and how that lies in it."""
 
     entry: Entry
-    made: OutputArray
+    output: OutputArray
     axes: AxisMap
 
 
@@ -223,7 +223,7 @@ class _Rows:
     def read(self) -> np.ndarray:
         """Their values, as they lie in the file."""
         box = (slice(self.first, self.last), *whole(self.tensor.entry.shape[1:]))
-        return self.tensor.axes.foreign(self.tensor.made.read(self.tensor.axes.box(box)))
+        return self.tensor.axes.foreign(self.tensor.output.read(self.tensor.axes.box(box)))
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _tasks(folder: Path, files: Sequence[_File], *, durable: bool) -> Iterator[_
         batch: list[_Rows] = []
         size = 0
         for tensor in file.tensors:
-            count, step = tensor.entry.shape[0], tensor.made.spec.chunks[tensor.axes.kept[0]]
+            count, step = tensor.entry.shape[0], tensor.output.spec.chunks[tensor.axes.kept[0]]
             for first in range(0, count, step):
                 rows = _Rows(tensor, first, min(first + step, count))
                 if batch and size + rows.nbytes > CHUNK_BYTES:
