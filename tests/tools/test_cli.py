@@ -359,7 +359,7 @@ def test_a_killed_worker_is_one_line(
     monkeypatch.setattr(griffin.tools.commands.convert, "_hf", fail)
     assert main(["convert", "hf", str(tmp_path), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert error == "griffin: error: a worker process was killed: out of memory? (--workers takes fewer)\n"
+    assert error == "griffin: error: a worker process was killed: out of memory? (try fewer --workers)\n"
 
 
 def test_other_errors_keep_their_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_run_folders_that_nodes_do_not_share(
     Path("link").symlink_to(local)
     monkeypatch.setattr(griffin.tools.commands.launch, "NODE_LOCAL", (str(local),))
     assert main(["launch", "slurm", str(config), *JOB, "--run-dir", run_dir]) == 0
-    warning = f"warning: --run-dir {config.parent / run_dir}: below {local}, of which every node may have its own"
+    warning = f"warning: --run-dir {config.parent / run_dir}: is below {local}, which may be local to each node"
     assert (warning in capsys.readouterr().err) == warns
 
 

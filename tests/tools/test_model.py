@@ -116,7 +116,7 @@ SUMMARY = """small.toml
 Model: 16,478,656 parameters, 16,384,000 of them embedding (vocabulary 256,000); 1 recurrent, 1 attention
 2 ranks: tensor 2 x pipeline 1 x data 1; blocks per stage 2
 Training: 30 steps of 4 sequences of 64 tokens: 120 sequences, 7,680 tokens
-The data were not read, which may change the vocabulary: """
+The data could not be read, which may change the vocabulary: """
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What `griffin doctor` says of one check, and how it is printed."""
+"""Results of the checks of `griffin doctor`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CheckResult = tuple[str, str]  # OK, WARNING or FAILED, and a text
 
 
 def print_results(results: Sequence[CheckResult]) -> None:
-    """Print a line for each."""
+    """Print one line per result."""
     for state, text in results:
         print(f"{state:<8} {text}", flush=True)
 

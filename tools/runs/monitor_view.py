@@ -1,4 +1,4 @@
-"""What `griffin monitor` shows of a run's state."""
+"""Render the state of runs for `griffin monitor`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from griffin.trainer.reporting.metrics import NOTHING_PREDICTED, is_predicted
 
 COLOURS = {RUNNING: "green", FINISHED: "green", SILENT: "yellow", HUNG: "red", GONE: "red", FAILED: "red"}
 BLOCKS = "▁▂▃▄▅▆▇█"
-SPARKS = 60  # losses that are drawn
-MOST_TIME = 2.0**35  # Unix time, that of the year 3058
-WIDE = 100  # columns that two figures beside each other take
+SPARKS = 60  # number of losses drawn
+MOST_TIME = 2.0**35  # largest Unix time shown, in the year 3058
+WIDE = 100  # columns needed for two columns of figures
 ABSENT = "-"
 SPIKES = {"skipped_updates": "{:.0f} skipped", "rewinds": "{:.0f} rewound"}
 HELD_OUT = {
@@ -29,7 +29,7 @@ PARTS = {"forward-backward": "forward_backward", "optimizer": "optimizer", "data
 
 
 def render_run(state: RunState, *, blocks: bool = True, width: int = WIDE) -> RenderableType:
-    """All of it, for a terminal of so many columns; with `blocks`, losses are drawn with block characters."""
+    """Render everything about a run for a terminal of `width` columns; `blocks`: draw losses in block characters."""
     figures = Table.grid(padding=(0, 3))
     training, machine = _training(state, blocks), _machine(state)
     columns = (training, machine) if width >= WIDE else ([*training, *machine],)
@@ -49,10 +49,10 @@ def render_run(state: RunState, *, blocks: bool = True, width: int = WIDE) -> Re
 
 
 def render_runs(states: Sequence[RunState]) -> Table:
-    """A line for each."""
+    """Render one line per run."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("run", "state", "step", "left", "loss", "eval", "tokens/s", "MFU", "goodput", "restarts"):
-        is_run = title == "run"  # what gives way where the terminal is narrow
+        is_run = title == "run"  # the column that is folded on a narrow terminal
         table.add_column(title, justify="left" if is_run or title == "state" else "right", no_wrap=not is_run)
     for state in states:
         figure = _FigureText(state.figures)
@@ -72,18 +72,18 @@ def render_runs(states: Sequence[RunState]) -> Table:
 
 
 class _FigureText:
-    """Figures as text; those that are not there, or were not finite, as such."""
+    """Formats figures by name; missing ones and those that were not finite are shown as such."""
 
     def __init__(self, figures: Mapping[str, float]):
         self._figures = figures
 
-    def __call__(self, name: str, form: Callable[[float], str]) -> str:
+    def __call__(self, name: str, format_value: Callable[[float], str]) -> str:
         if name not in self._figures:
             return ABSENT
         value = self._figures[name]
         if not is_predicted(name, self._figures):
             return NOTHING_PREDICTED
-        return "not finite" if value is None else form(value)
+        return "not finite" if value is None else format_value(value)
 
 
 def _head(state: RunState) -> Text:
@@ -123,13 +123,13 @@ def _training(state: RunState, blocks: bool) -> list[tuple[str, str]]:
 
 
 def held_out_sets(state: RunState) -> list[str]:
-    """Names of the held-out sets that have a loss; [""] for the one that has no name, or none yet."""
+    """Return the names of held-out sets that have a loss; "" is the unnamed one, and returned if there is none yet."""
     names = [name.removeprefix("eval_loss/") for name in state.figures if name.startswith("eval_loss/")]
     return names if names and "eval_loss" not in state.figures else ["", *names]
 
 
 def _held_out(state: RunState) -> list[tuple[str, str]]:
-    """Lines for each held-out set."""
+    """Return the rows for each held-out set."""
     figure = _FigureText(state.figures)
     at = f" at step {state.evaluation:,}" if state.evaluation is not None else ""
     rows = []
@@ -178,7 +178,7 @@ def _machine(state: RunState) -> list[tuple[str, str]]:
 
 
 def _layers(state: RunState) -> Table | None:
-    """The RG-LRU's figures, a line for each recurrent layer and one for all."""
+    """Return a table of the RG-LRU's figures: one row per recurrent layer and one for all."""
     names = sorted({name.split("/")[2] for name in state.figures if name.startswith("rglru/")})
     if not names:
         return None
@@ -209,23 +209,23 @@ def _events(state: RunState) -> list[Text]:
     if state.events:
         lines.append(Text("Ledger", "bold"))
         lines += [Text(_event(event)) for event in state.events]
-    if state.said:
-        lines.append(Text.assemble(("Console: ", "bold"), state.said))
+    if state.last_line:
+        lines.append(Text.assemble(("Console: ", "bold"), state.last_line))
     return lines
 
 
 def _event(event: Mapping[str, object]) -> str:
     when = event.get("time")
-    said = ""
+    date = ""
     if isinstance(when, float) and 0 <= when < MOST_TIME:
-        said = time.strftime("%m-%d %H:%M", time.localtime(when))
+        date = time.strftime("%m-%d %H:%M", time.localtime(when))
     words = [str(event[key]) for key in ("kind", "action") if key in event]
     rest = [f"{key} {value}" for key, value in event.items() if key not in ("time", "step", "kind", "action")]
-    return f"{said} step {event.get('step', ABSENT)}: {', '.join([*words, *rest])}"
+    return f"{date} step {event.get('step', ABSENT)}: {', '.join([*words, *rest])}"
 
 
 def _stragglers(found: Mapping[str, object]) -> str:
-    """The slowest hosts and ranks, as the run's last report has them."""
+    """Return the slowest hosts and ranks of the run's last report."""
 
     def slowest(key: str, name: Callable[[Mapping[str, object]], str]) -> Iterable[str]:
         rows = found.get(key)
@@ -243,7 +243,7 @@ def _stragglers(found: Mapping[str, object]) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """One block per value, from the lowest to the highest of them."""
+    """Draw one block character per finite value, scaled from their minimum to their maximum."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""

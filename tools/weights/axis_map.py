@@ -1,4 +1,4 @@
-"""Where the dimensions of this project's tensors lie in those of other formats: transposed, unstacked, reshaped."""
+"""Maps between the axes of canonical tensors and of foreign ones, which may be transposed, stacked or expanded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from griffin.trainer.checkpoint.arrays import Box
 
 @dataclass(frozen=True)
 class ExtraAxis:
-    """A dimension of the foreign tensor that ours does not have: of `size`, of which ours is what is at `index`."""
+    """An axis of `size` that only the foreign tensor has; the canonical tensor is its slice at `index`."""
 
     size: int = 1
     index: int = 0
@@ -20,39 +20,38 @@ class ExtraAxis:
 
 @dataclass(frozen=True)
 class AxisMap:
-    """Each dimension of a foreign tensor, in its order: a dimension of ours, or `ExtraAxis`."""
+    """For each axis of a foreign tensor, in its order: the canonical axis, or an `ExtraAxis`."""
 
-    places: tuple[int | ExtraAxis, ...]
+    axes: tuple[int | ExtraAxis, ...]
 
     @property
-    def kept(self) -> list[int]:
-        return [place for place in self.places if isinstance(place, int)]
+    def canonical_axes(self) -> list[int]:
+        """The canonical axes in the foreign order."""
+        return [axis for axis in self.axes if isinstance(axis, int)]
 
     def foreign_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The foreign tensor's shape, for ours."""
-        return tuple(shape[place] if isinstance(place, int) else place.size for place in self.places)
+        """Return the foreign tensor's shape for a canonical one."""
+        return tuple(shape[axis] if isinstance(axis, int) else axis.size for axis in self.axes)
 
     def foreign_box(self, box: Box) -> Box:
-        """Where a box of ours lies in the foreign tensor."""
-        return tuple(
-            box[place] if isinstance(place, int) else slice(place.index, place.index + 1) for place in self.places
-        )
+        """Return the place of a canonical box in the foreign tensor."""
+        return tuple(box[axis] if isinstance(axis, int) else slice(axis.index, axis.index + 1) for axis in self.axes)
 
-    def box(self, foreign: Box) -> Box:
-        """Where a box of the foreign tensor, in which fixed dimensions are whole, lies in ours."""
-        return tuple(foreign[self.places.index(axis)] for axis in range(len(self.kept)))
+    def canonical_box(self, foreign: Box) -> Box:
+        """Return the place of a foreign box, which has extra axes as a whole, in the canonical tensor."""
+        return tuple(foreign[self.axes.index(axis)] for axis in range(len(self.canonical_axes)))
 
-    def ours(self, values: np.ndarray) -> np.ndarray:
-        """Values of `foreign_box(box)` as those of `box`: a view."""
-        fixed = tuple(axis for axis, place in enumerate(self.places) if isinstance(place, ExtraAxis))
-        return values.squeeze(fixed).transpose(np.argsort(self.kept))
+    def to_canonical(self, values: np.ndarray) -> np.ndarray:
+        """View values of `foreign_box(box)` as values of `box`."""
+        extra = tuple(place for place, axis in enumerate(self.axes) if isinstance(axis, ExtraAxis))
+        return values.squeeze(extra).transpose(np.argsort(self.canonical_axes))
 
-    def foreign(self, values: np.ndarray) -> np.ndarray:
-        """Values of `box(foreign)` as those of `foreign`: a view."""
-        fixed = [axis for axis, place in enumerate(self.places) if isinstance(place, ExtraAxis)]
-        return np.expand_dims(values.transpose(self.kept), fixed)
+    def to_foreign(self, values: np.ndarray) -> np.ndarray:
+        """View values of `canonical_box(foreign)` as values of `foreign`."""
+        extra = [place for place, axis in enumerate(self.axes) if isinstance(axis, ExtraAxis)]
+        return np.expand_dims(values.transpose(self.canonical_axes), extra)
 
 
 def identity_axes(dimensions: int) -> AxisMap:
-    """Of a tensor that both have alike."""
+    """Return the map for a tensor that has the same axes in both."""
     return AxisMap(tuple(range(dimensions)))

@@ -83,24 +83,27 @@ def described(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], b
 
 
 DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda content: b"", "ends 8 bytes too early"),
-    "no length": (lambda content: content[:5], "ends 3 bytes too early"),
+    "empty": (lambda content: b"", "is 8 bytes too short"),
+    "no length": (lambda content: content[:5], "is 3 bytes too short"),
     "huge header": (
         lambda content: b"\xff" * 8 + content[8:],
-        "its header would have 18,446,744,073,709,551,615 bytes",
+        "its header has 18,446,744,073,709,551,615 bytes",
     ),
-    "no header": (lambda content: bytes(8) + content[8:], "its header would have 0 bytes"),
-    "cut header": (lambda content: content[:50], "too early"),
-    "no JSON": (lambda content: content[:8] + b"x" + content[9:], "its header is none of a safetensors file"),
+    "no header": (lambda content: bytes(8) + content[8:], "its header has 0 bytes"),
+    "cut header": (lambda content: content[:50], "too short"),
+    "no JSON": (lambda content: content[:8] + b"x" + content[9:], "its header is not that of a safetensors file"),
     "one byte less": (lambda content: content[:-1], "bytes instead of"),
     "one byte more": (lambda content: content + b"x", "bytes instead of"),
-    "list": (lambda content: (2).to_bytes(8, "little") + b"[]", "its header is none of a safetensors file"),
+    "list": (lambda content: (2).to_bytes(8, "little") + b"[]", "its header is not that of a safetensors file"),
     "gap": (described(lambda header: header["b"].update(data_offsets=[241, 257])), "b begins at byte"),
     "overlap": (described(lambda header: header["b"].update(data_offsets=[0, 16])), "begins at byte"),
-    "negative": (described(lambda header: header["b"].update(data_offsets=[-16, 0])), "its header is none of"),
+    "negative": (described(lambda header: header["b"].update(data_offsets=[-16, 0])), "its header is not that of"),
     "shape": (described(lambda header: header["b"].update(shape=[9])), "b has 16 bytes instead of 18 for its shape"),
-    "fraction": (described(lambda header: header["b"].update(shape=[8.0])), "its header is none of a safetensors file"),
-    "no offsets": (described(lambda header: header["b"].pop("data_offsets")), "its header is none of"),
+    "fraction": (
+        described(lambda header: header["b"].update(shape=[8.0])),
+        "its header is not that of a safetensors file",
+    ),
+    "no offsets": (described(lambda header: header["b"].pop("data_offsets")), "its header is not that of"),
     "dtype": (described(lambda header: header["b"].update(dtype="I16")), "b is of dtype I16; must be F32, F16, BF16"),
     "missing tensor": (described(lambda header: header.pop("a")), "b begins at byte"),
 }

@@ -212,10 +212,10 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture)
 def test_a_model_without_a_tokenizer(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     folder, _ = converted(tmp_path)
     assert run(folder, "--prompt", "x") == 2
-    assert "carries no tokenizer; name one with --tokenizer FILE" in capfd.readouterr().err
+    assert "has no tokenizer; name one with --tokenizer FILE" in capfd.readouterr().err
     assert run(folder, "--prompt", "\x01", "--tokenizer", "bytes", "--max-tokens", 3) == 0
     assert run(folder, "--prompt", "", "--tokenizer", "bytes") == 2
-    assert "must have a token" in capfd.readouterr().err
+    assert "must have at least one token" in capfd.readouterr().err
     assert run(folder, "--prompt", "\U00010000", "--tokenizer", "bytes") == 2
     assert (
         "--prompt: has token 240 of tokenizer bytes; must be below 200, the model's vocabulary"
@@ -263,7 +263,7 @@ def test_logits_refuse(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert logits(folder, "--tokens", tmp_path / "no.npy", "--out", out) == 2
     assert "no.npy: no such file" in capfd.readouterr().err
     assert logits(folder, "--tokens", tmp_path / "tokens.npy", "--out", tmp_path / "none" / "out.npy") == 2
-    assert "must be in a folder that is there" in capfd.readouterr().err
+    assert "must be in a folder that exists" in capfd.readouterr().err
     out.write_bytes(b"mine")
     assert logits(folder, "--tokens", tmp_path / "tokens.npy", "--out", out) == 2
     assert "exists, and is not overwritten" in capfd.readouterr().err
@@ -288,7 +288,7 @@ def test_logits_leave_nothing_but_what_is_whole(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("griffin.tools.inference.model.LoadedModel.gathered", fails)
+        patch.setattr("griffin.tools.inference.model.LoadedModel.all_gather_logits", fails)
         assert logits(folder, "--tokens", ids, "--out", out) == 2
     assert list(out.parent.iterdir()) == []
 

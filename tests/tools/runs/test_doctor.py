@@ -206,7 +206,7 @@ def test_another_package_of_the_name_apex(tmp_path: Path, monkeypatch: pytest.Mo
     packages = {"apex": SimpleNamespace(), "apex.normalization": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: packages[name] if name in packages else find(name))
     state, text = found(tmp_path, "apex")
-    assert (state, "not NVIDIA's" in text) == (WARNING, True)
+    assert (state, "another package than NVIDIA's" in text) == (WARNING, True)
 
 
 def test_a_version_of_megatron_core_that_is_not_the_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_a_run_without_lock_stopped_or_failed(run_dir: Path) -> None:
     with (run_dir / "console.log").open("a") as file:
         file.write("Traceback (most recent call last):\n  somewhere\nNonFiniteError: step 13: loss nan\n")
     state = reader.read()
-    assert (state.status, state.said) == (FAILED, "NonFiniteError: step 13: loss nan")
+    assert (state.status, state.last_line) == (FAILED, "NonFiniteError: step 13: loss nan")
     with (run_dir / "console.log").open("a") as file:
         file.write(f"Run folder: {run_dir}, attempt 2\n")
     with pytest.raises(KeyboardInterrupt), Trainer(RunFolder(run_dir, 2), steps=20, stream=io.StringIO()):
@@ -164,7 +164,7 @@ def test_a_run_without_lock_stopped_or_failed(run_dir: Path) -> None:
     with pytest.raises(ConnectionError), Trainer(RunFolder(run_dir, 2), steps=20, stream=io.StringIO()):
         interrupted_and_cut_off()
     assert (state := reader.read()).status == STOPPED, "Ctrl-C, after which other ranks were not reached"
-    assert state.said.startswith("Stopped by Ctrl-C")
+    assert state.last_line.startswith("Stopped by Ctrl-C")
     with (run_dir / "console.log").open("a") as file:
         file.write(f"Run folder: {run_dir}, attempt 2\nStopped on request\n")
     assert reader.read().status == STOPPED, "the attempt that failed was an earlier one"

@@ -209,20 +209,20 @@ def short_record(path: Path) -> None:
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "evil": (evil, "holds more than tensors, or is damaged; no pickled code is run"),
-    "no zip": (lambda path: path.write_bytes(b"\x80\x02" * 100), "is no file of torch.save, is of a format before"),
+    "evil": (evil, "holds more than tensors, or is damaged; pickled code is never run"),
+    "no zip": (lambda path: path.write_bytes(b"\x80\x02" * 100), "is not a file of torch.save, is older than"),
     "legacy": (
         lambda path: torch.save(torch.load(path), path, _use_new_zipfile_serialization=False),
-        "is no file of torch.save, is of a format before PyTorch 1.6, or is cut short",
+        "is not a file of torch.save, is older than PyTorch 1.6, or is cut short",
     ),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "or is cut short"),
     "compressed": (lambda path: repacked(path, zipfile.ZIP_DEFLATED), "is compressed; must be as torch.save writes"),
     "short record": (short_record, "is damaged: its records are not as large as its tensors"),
     "no values": (
         changed(**{"final_norm.scale": lambda value: torch.empty(32, device="meta")}),
-        "final_norm.scale has no values",
+        "final_norm.scale must be a dense tensor",
     ),
-    "sparse": (changed(**{"final_norm.scale": lambda value: value.to_sparse()}), "final_norm.scale has no values"),
+    "sparse": (changed(**{"final_norm.scale": lambda value: value.to_sparse()}), "must be a dense tensor"),
     "nested": (nested, "must hold tensors by name only; 'model' is a dict"),
     "list": (lambda path: torch.save([torch.ones(1)], path), "must hold a dictionary of tensors"),
     "llama": (
@@ -231,7 +231,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing": (changed(**{f"{BLOCK}.linear_x.bias": None}), f"{BLOCK}.linear_x.bias is missing"),
     "no gate": (changed(**{f"{BLOCK}.rg_lru.a_gate.w": None}), f"{BLOCK}.rg_lru.a_gate.w is missing"),
-    "unknown": (changed(other=lambda value: torch.ones(1)), "other is none of this model's tensors"),
+    "unknown": (changed(other=lambda value: torch.ones(1)), "other is not a tensor of this model"),
     "shape": (
         changed(**{f"{BLOCK}.conv_1d.w": lambda value: value.t().contiguous()}),
         f"{BLOCK}.conv_1d.w is [48, 4], must be [4, 48]",
@@ -267,17 +267,17 @@ def test_wrong_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert convert("deepmind", source, tmp_path / "out") == 2
     assert f"{source}: {BLOCK}.linear_x.bias is missing" in refused(capsys, tmp_path)
     assert convert("deepmind", source, tmp_path / "out", workers=2) == 2
-    assert "--workers 2: must be 1 for a folder" in refused(capsys, tmp_path)
+    assert "--workers 2: must be 1 for an orbax folder" in refused(capsys, tmp_path)
     (tmp_path / "empty").mkdir()
     assert convert("deepmind", tmp_path / "empty", tmp_path / "out") == 2
-    assert f"{tmp_path / 'empty'}: orbax finds no parameters there" in refused(capsys, tmp_path)
+    assert f"{tmp_path / 'empty'}: orbax finds no parameters" in refused(capsys, tmp_path)
     assert convert("deepmind", tmp_path / "absent", tmp_path / "out") == 2
     assert "absent: must be a file of torch.save, or an orbax folder" in refused(capsys, tmp_path)
     tree = flax_tree(make_model(num_hidden_layers=1))
     for other, name in (([np.ones(3, np.float32)], "opt.0"), ({"step": 3}, "opt.step")):
         source = save_orbax({"params": tree, "opt": other}, tmp_path / f"more{name}")
         assert convert("deepmind", source, tmp_path / "out") == 2
-        assert f"{name} is none of this model's tensors" in refused(capsys, tmp_path)
+        assert f"{name} is not a tensor of this model" in refused(capsys, tmp_path)
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     assert convert("deepmind", source, tmp_path / "out") == 2
     assert "which orbax-checkpoint reads; pip install 'griffin-megatron[orbax]'" in refused(capsys, tmp_path)

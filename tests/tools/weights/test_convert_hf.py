@@ -218,7 +218,7 @@ def edited(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pat
 GATE = "model.layers.0.mlp_block.gate_proj.weight"
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (edited(lambda state: state.pop(GATE)), f"{GATE} is missing"),
-    "unknown": (edited(lambda state: state.update(other=torch.ones(1))), "other is none of this model's tensors"),
+    "unknown": (edited(lambda state: state.update(other=torch.ones(1))), "other is not a tensor of this model"),
     "shape": (
         edited(lambda state: state.update({GATE: state[GATE].t().contiguous()})),
         f"{GATE} is [32, 96], must be [96, 32]",
@@ -232,13 +232,13 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep config": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json: is not JSON"),
     "two models": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
-        "holds model.safetensors and model.safetensors.index.json; must hold one of them",
+        "holds model.safetensors and model.safetensors.index.json; must hold only one of them",
     ),
     "list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json: must be a JSON object"),
     "llama": (lambda folder: change_json(folder / "config.json", model_type="llama"), "model_type = 'llama': must be"),
     "layers": (
         lambda folder: change_json(folder / "config.json", num_hidden_layers=4),
-        "model.layers.4.channel_pre_norm.weight is none of this model's tensors",
+        "model.layers.4.channel_pre_norm.weight is not a tensor of this model",
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor model"),
     "no folder": (shutil.rmtree, "must be a folder with config.json and model.safetensors"),
@@ -263,8 +263,8 @@ SHARD = "model-00002-of-"
 SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda shard: shard.unlink(), "is missing; model.safetensors.index.json names it"),
     "truncated": (lambda shard: cut(shard, shard.stat().st_size - 1), " bytes instead of "),
-    "in its header": (lambda shard: cut(shard, 100), "bytes too early"),
-    "empty": (lambda shard: cut(shard, 0), "bytes too early"),
+    "in its header": (lambda shard: cut(shard, 100), "bytes too short"),
+    "empty": (lambda shard: cut(shard, 0), "bytes too short"),
     "longer": (lambda shard: shard.write_bytes(shard.read_bytes() + b"x"), " bytes instead of "),
     "other": (
         lambda shard: shutil.copy(next(shard.parent.glob("model-00003-of-*")), shard),
