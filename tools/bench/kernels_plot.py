@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def require_new(path: Path) -> None:
-    """Refuse a plot that could not be written later."""
+    """Raise ValueError if the plot could not be written later."""
     if path.suffix != ".png":
         raise ValueError(f"--plot {path}: must end in .png")
     if path.exists():
@@ -24,7 +24,7 @@ def require_new(path: Path) -> None:
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw the share of the copy's bandwidth over R into a new PNG: a panel an operation, a line for each T and B."""
+    """Plot the share of the copy's bandwidth over R to a new PNG: a panel per operation, a line per T and B."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

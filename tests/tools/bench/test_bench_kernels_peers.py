@@ -81,7 +81,7 @@ def test_a_failing_peer_ends_nothing(capsys: pytest.CaptureFixture[str], monkeyp
     printed = capsys.readouterr().out
     for gates in ("eager", "compiled"):
         for name, reason in {
-            "accelerated-scan warp": "T 12 is no power of two from 32 to 65536",
+            "accelerated-scan warp": "T 12 is not a power of two from 32 to 65536",
             "accelerated-scan scalar": "OutOfMemoryError: no memory",
             "fla chunk_hgrn": "RuntimeError: fla chunk_hgrn, .*: y differs .*",
         }.items():
@@ -97,11 +97,11 @@ def test_no_peer_is_measured_on_a_broken_device(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured_before(monkeypatch)
-    monkeypatch.setattr("griffin.tools.bench.kernels._answers", lambda device: False)
+    monkeypatch.setattr("griffin.tools.bench.kernels._works", lambda device: False)
     rows, peer_rows = measure(Settings(**vars(SMALL) | {"peers": True}), CPU, small_clock())
     assert len(rows) == 1
     assert peer_rows == []
-    assert "the device does not answer any more after accelerated-scan warp" in capsys.readouterr().out
+    assert "the device no longer works after accelerated-scan warp" in capsys.readouterr().out
 
 
 def test_limits_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_limits_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert scalar.refuses(Shape(512, steps, 1)) is None
         assert (loop.refuses(Shape(512, steps, 1)) is not None) == (steps != 2048)
     for peer in (warp, scalar):
-        assert peer.refuses(Shape(8192, 32768, 8)) == "2147483648 elements, of which it cannot count more than 2^31 - 1"
+        assert peer.refuses(Shape(8192, 32768, 8)) == "2147483648 elements are more than its 32-bit index can address"
 
 
 def test_peers_that_are_not_installed_are_named() -> None:

@@ -315,4 +315,4 @@ def test_wrong_options(tmp_path: Path, words: list[object], message: str, capsys
 def test_help_says_what_the_window_is(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["convert", "deepmind", "--help"])
-    assert "model.window is W + 1" in " ".join(capsys.readouterr().out.split())
+    assert "model.window becomes W + 1" in " ".join(capsys.readouterr().out.split())
