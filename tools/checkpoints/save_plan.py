@@ -6,15 +6,13 @@ megatron-core's own code. The plan is the same that the ranks would make.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from griffin.parallel.world.axes import Axes
 from griffin.trainer.checkpoint.arrays import (
@@ -28,7 +26,6 @@ from griffin.trainer.checkpoint.arrays import (
     state_arrays,
 )
 from griffin.trainer.checkpoint.plan import ChunkPlan, Member, Parameter, Shard, plan_chunks
-from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.sections import Config
 from griffin.trainer.settings.validate import validate
 
@@ -39,28 +36,12 @@ FLOAT32_BYTES = 4
 SIZE_CLASSES = (2**16, 2**20, 2**22, 2**24, 2**25, 2**26)  # upper bounds of the bytes of values in a file
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "plan",
-        help="print what saving a training would write, without running it",
-        description="Print the files that a checkpoint of the training of CONFIG.toml on N ranks consists of, and what "
-        "each rank stages, writes and exchanges for it. Nothing is allocated, no GPU is used, and of the data only the "
-        "tokenizer's vocabulary is read, where the config does not state one. Any setting can follow as "
-        "--section.key value.",
-    )
-    parser.add_argument("config", metavar="CONFIG.toml", type=Path)
-    parser.add_argument("--ranks", type=int, metavar="N", required=True, help="ranks of the training")
-    parser.set_defaults(run=run, overrides=[])
-
-
-def run(args: argparse.Namespace) -> int:
+def print_plan(config: Config, world_size: int) -> None:
+    """Plan the checkpoint of a training on `world_size` ranks, and print the figures. Raises ValueError."""
     begun = time.perf_counter()
-    config = load_config(args.config, args.overrides)
-    validate(config, args.ranks)
-    plan = plan_checkpoint(config, args.ranks)
-    print(describe(config, args.ranks, plan))
+    validate(config, world_size)
+    print(describe(config, world_size, plan_checkpoint(config, world_size)))
     print(f"planned in {time.perf_counter() - begun:.1f} s")
-    return 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.checkpoints import save_plan as checkpoint_plan
 from griffin.tools.common.arguments import NEWEST_HELP, add_dtype
 
 PATH_HELP = "step folder, or a run's folder (or its checkpoints folder) for all of its steps"
@@ -91,7 +90,17 @@ def add_parser(subparsers: Any) -> None:
     add_dtype(command, "dtype of the result (default: that of the newest SRC)")
     _add_workers(command)
 
-    checkpoint_plan.add_parser(commands)
+    command = commands.add_parser(
+        "plan",
+        help="print what saving a training would write, without running it",
+        description="Print the files that a checkpoint of the training of CONFIG.toml on N ranks consists of, and what "
+        "each rank stages, writes and exchanges for it. Nothing is allocated and no GPU is used. Of the data, only the "
+        "tokenizer's vocabulary is read, if the config does not state one. Any setting can follow as --section.key "
+        "value.",
+    )
+    command.add_argument("config", metavar="CONFIG.toml", type=Path)
+    command.add_argument("--ranks", type=int, metavar="N", required=True, help="ranks of the training")
+    command.set_defaults(run=_plan, overrides=[])
 
 
 def _add(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -169,3 +178,10 @@ def _average(args: argparse.Namespace) -> None:
     with start_workers(args.workers) as workers:
         if workers:
             average(args.sources, args.target, workers, dtype=args.dtype)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from griffin.tools.checkpoints.save_plan import print_plan
+    from griffin.trainer.settings.complete import load_config
+
+    print_plan(load_config(args.config, args.overrides), args.ranks)
