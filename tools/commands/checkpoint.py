@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.common.arguments import NEWEST_HELP, add_dtype
+from griffin.tools.common.arguments import NEWEST_HELP, add_command, add_dtype
 
 PATH_HELP = "step folder, or a run's folder (or its checkpoints folder) for all of its steps"
 
@@ -17,10 +17,10 @@ def add_parser(subparsers: Any) -> None:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = _add(commands, "list", _list, "print a line per step: size, date, layout, and whether it is complete")
+    command = add_command(commands, "list", _list, "print size, date, layout and state of each step")
     command.add_argument("paths", metavar="PATH", nargs="+", type=Path, help=PATH_HELP)
 
-    command = _add(commands, "inspect", _inspect, "print step, config and arrays, or one array's statistics and values")
+    command = add_command(commands, "inspect", _inspect, "print step, config and arrays, or a single array")
     command.add_argument("path", metavar="PATH", type=Path, help=NEWEST_HELP)
     command.add_argument(
         "--array",
@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
     )
     command.add_argument("--json", action="store_true", help="print JSON")
 
-    command = _add(
+    command = add_command(
         commands,
         "verify",
         _verify,
@@ -39,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
     command.add_argument("paths", metavar="PATH", nargs="+", type=Path, help=PATH_HELP)
     command.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
 
-    command = _add(
+    command = add_command(
         commands,
         "diff",
         _diff,
@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     command.add_argument("--weights-only", action="store_true", help="compare only the model's weights")
     _add_workers(command)
 
-    command = _add(
+    command = add_command(
         commands,
         "reshard",
         _reshard,
@@ -82,7 +82,7 @@ def add_parser(subparsers: Any) -> None:
     command.add_argument("--from-ranks", action="store_true", help="SRC is a folder written with --rank-files")
     _add_workers(command)
 
-    command = _add(
+    command = add_command(
         commands, "average", _average, "write the mean of the weights of several checkpoints, without optimizer state"
     )
     command.add_argument("sources", metavar="SRC", nargs="+", type=Path, help=NEWEST_HELP)
@@ -101,12 +101,6 @@ def add_parser(subparsers: Any) -> None:
     command.add_argument("config", metavar="CONFIG.toml", type=Path)
     command.add_argument("--ranks", type=int, metavar="N", required=True, help="ranks of the training")
     command.set_defaults(run=_plan, overrides=[])
-
-
-def _add(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.set_defaults(run=run)
-    return command
 
 
 def _add_workers(command: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.common.arguments import MOST_WORKERS, add_dtype, add_format, add_target, add_workers
+from griffin.tools.common.arguments import MOST_WORKERS, add_command, add_dtype, add_target, add_workers
 
 MOST_TORCH_WORKERS = 2  # each also holds PyTorch in memory
 
@@ -18,14 +18,14 @@ def add_parser(subparsers: Any) -> None:
     text = (
         "convert a transformers folder of RecurrentGemma to a checkpoint: config.json, and model.safetensors or shards"
     )
-    command = add_format(commands, "hf", _hf, text)
+    command = add_command(commands, "hf", _hf, text)
     command.add_argument("source", metavar="SRC", type=Path, help="folder saved or downloaded by transformers")
     add_target(command, "step folder to create; must not exist")
     add_dtype(command, "dtype of all weights (default: each as it is stored)")
     add_workers(command)
 
     text = "convert DeepMind's published weights to a checkpoint: the PyTorch file, or the orbax folder of the JAX code"
-    command = add_format(commands, "deepmind", _deepmind, text)
+    command = add_command(commands, "deepmind", _deepmind, text)
     command.add_argument(
         "source", metavar="SRC", type=Path, help="a .pt file, or a folder (pip install 'griffin-megatron[orbax]')"
     )

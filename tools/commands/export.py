@@ -9,8 +9,8 @@ from typing import Any
 from griffin.tools.common.arguments import (
     MOST_WORKERS,
     NEWEST_HELP,
+    add_command,
     add_dtype,
-    add_format,
     add_target,
     add_workers,
 )
@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("export", help="export a checkpoint's weights for other programs")
     commands = parser.add_subparsers(required=True, metavar="FORMAT")
     text = "export a folder that transformers loads as RecurrentGemma: config.json, safetensors and tokenizer"
-    command = add_format(commands, "hf", _hf, text)
+    command = add_command(commands, "hf", _hf, text)
     command.add_argument("source", metavar="SRC", type=Path, help=NEWEST_HELP)
     add_target(command, "folder to create; must not exist")
     command.add_argument("--shard-size", type=float, default=5, metavar="GB", help="largest file size (default: 5)")

@@ -26,8 +26,8 @@ def _dtype(text: str) -> str:
     return name
 
 
-def add_format(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    """Add the sub-command for a format of weights; `text` is its help and description."""
+def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    """Add a sub-command that calls `run`; `text` is its help and, as a sentence, its description."""
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.set_defaults(run=run)
     return command
