@@ -21,7 +21,7 @@ from griffin.trainer.checkpoint.manifest import Manifest, check, read_manifest, 
 from griffin.trainer.checkpoint.steps import resolve, steps
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, open_array
 
-READ_ELEMENTS = 2**24  # values read at a time for statistics, or one row of chunks where that is more
+READ_ELEMENTS = 2**24  # values read at a time for statistics, or one row of chunks if larger
 COUNTED_ELEMENTS = 2**20  # of them, in float64 at a time
 EDGE = 3  # values printed at each end of an axis
 
@@ -29,7 +29,7 @@ EDGE = 3  # values printed at each end of an axis
 def step_folders(path: Path) -> list[Path]:
     """Return `path` if it is a step's folder, else the steps of that run or checkpoints folder, oldest first.
 
-    Raises CheckpointError where there are none.
+    Raises CheckpointError if there are none.
     """
     for root in (path, path / "checkpoints"):
         if found := steps(root):

@@ -167,17 +167,17 @@ def check_layout(manifest: Manifest, layout: ParallelConfig | None) -> None:
 
 
 def _refuse_other_model(source: SourceCheckpoint, newest: SourceCheckpoint) -> None:
-    mine, others = source.manifest.config["model"], newest.manifest.config["model"]
+    found, expected = source.manifest.config["model"], newest.manifest.config["model"]
     differences = [
-        f"model.{key} is {mine.get(key)!r} there, {others.get(key)!r} in {newest.path}"
-        for key in sorted(mine.keys() | others.keys())
-        if mine.get(key) != others.get(key)
+        f"model.{key} is {found.get(key)!r} there, {expected.get(key)!r} in {newest.path}"
+        for key in sorted(found.keys() | expected.keys())
+        if found.get(key) != expected.get(key)
     ]
-    mine, others = ({tensor.name: tensor.shape for tensor in _tensors(one.manifest)} for one in (source, newest))
+    found, expected = ({tensor.name: tensor.shape for tensor in _tensors(one.manifest)} for one in (source, newest))
     differences += [
-        f"{name} is {mine.get(name, 'missing')} there, {others.get(name, 'missing')} in {newest.path}"
-        for name in sorted(mine.keys() | others.keys())
-        if mine.get(name) != others.get(name)
+        f"{name} is {found.get(name, 'missing')} there, {expected.get(name, 'missing')} in {newest.path}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
     ]
     if differences:
         raise ValueError(f"{source.path}: holds another model: {'; '.join(differences[:10])}")

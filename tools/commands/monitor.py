@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from griffin.tools.runs.state import RunReader
 
-WIDTH = 120  # where there is no terminal
+WIDTH = 120  # without a terminal
 
 
 def add_parser(subparsers: Any) -> None:

@@ -158,7 +158,7 @@ def test_nothing_is_timed_that_differs(wrong: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_channels_that_are_compared_are_of_the_whole_width() -> None:
-    """Errors in the first and the last channel are seen where only some are compared."""
+    """Errors in the first and the last channel are detected when only some channels are compared."""
     shape = Shape(width=3 * operations.CHANNELS, steps=3, batch=1)
     sets = make_inputs(CONV1D, shape, torch.float32, CPU)
     for channel in (0, shape.width - 1):
@@ -198,7 +198,7 @@ def test_sides_are_timed_in_turn_with_all_sets() -> None:
 
     times = time_implementations(Counting(), {"a": side("a"), "b": side("b")}, repeats=3)  # type: ignore[arg-type]
     assert calls == [(name, number % operations.SETS) for number in range(operations.WARM_UP + 3) for name in "ab"]
-    # Rounds are of four measurements; the median is the fourth round.
+    # A round has four measurements; the median is the fourth round.
     assert times == {"a": Times(13.0, 14.0), "b": Times(15.0, 16.0)}
     assert times["a"].total == 27.0
 
@@ -264,7 +264,7 @@ def test_the_interpreter_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """From the arguments to the summary and the plot, with a device and figures that are made up."""
+    """The whole command, from arguments to summary and plot, with a fake device and fake times."""
     asked: list[tuple[Settings, torch.device]] = []
 
     def made_up(settings: Settings, device: torch.device) -> tuple[list[Row], list[PeerRow]]:

@@ -17,12 +17,12 @@ from tests.tools.bench.small_bench import CPU, SHAPE, SMALL, row, small_clock
 
 
 def scan_btr(term: Tensor, log_a: Tensor) -> tuple[Tensor, None]:
-    """As flash-linear-attention's: [B, T, R]."""
+    """A scan in the layout of flash-linear-attention: [B, T, R]."""
     return linear_scan(log_a.float().exp(), term.float(), batch_first=True, backend="cpu")[0].to(term.dtype), None
 
 
 def scan_bct(a: Tensor, term: Tensor) -> Tensor:
-    """As accelerated-scan's: [B, C, T], contiguous."""
+    """A scan in the layout of accelerated-scan: [B, C, T], contiguous."""
     assert a.is_contiguous()
     assert term.is_contiguous()
     return linear_scan(a.permute(2, 0, 1), term.permute(2, 0, 1), backend="cpu")[0].permute(1, 2, 0).contiguous()
@@ -30,7 +30,7 @@ def scan_bct(a: Tensor, term: Tensor) -> Tensor:
 
 @pytest.fixture
 def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules with the interfaces of peers; chunk_hgrn computes something else, `scalar` fails."""
+    """Install modules with the peers' interfaces; chunk_hgrn computes something else, and `scalar` fails."""
 
     def fail(a: Tensor, term: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("no memory\nsecond line")
@@ -45,7 +45,7 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_stand_ins")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_peers_compute_what_we_compute(dtype: torch.dtype) -> None:
-    """In the layout of each, with all gradients. The loop is transformers' own."""
+    """Outputs and all gradients agree in each peer's layout. The loop is transformers' own."""
     shape = Shape(width=5, steps=32, batch=2)
     sets = make_inputs(RGLRU_FROM_ZERO, shape, dtype, CPU)
     loaded, _ = peers.load_peers(shape.steps)
@@ -58,7 +58,7 @@ def test_peers_compute_what_we_compute(dtype: torch.dtype) -> None:
 
 
 def measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only peers are measured; beside them we run without Triton, whose interpreter takes long."""
+    """Measure only peers; ours runs without Triton, whose interpreter is slow."""
     monkeypatch.setattr("griffin.tools.bench.kernels._measure_ours", lambda *_: [row("rglru", SHAPE, 1.0)])
 
     def side(operation: Operation, sets: list[operations.Inputs], chunk: int | None) -> operations.Implementation:

@@ -35,7 +35,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(saved: Path, tmp_path: Path) -> Path:
-    """A run's folder with steps 100 and 200."""
+    """A run folder with steps 100 and 200."""
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
@@ -71,7 +71,7 @@ def test_list_says_why_a_step_is_incomplete(run: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("command", ["list", "inspect", "verify"])
-def test_where_no_checkpoint_is(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_without_checkpoint(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", command, str(tmp_path)]) == 2
     assert f"griffin: error: {tmp_path} is no checkpoint" in capsys.readouterr().err
 
@@ -122,7 +122,7 @@ def test_inspect_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_inspect_array(tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    """An array of several chunks, read a few rows at a time, against numpy's statistics."""
+    """Statistics of an array of several chunks, read a few rows at a time, equal numpy's."""
     monkeypatch.setattr("griffin.tools.checkpoints.inspection.READ_ELEMENTS", 64 * 8)
     monkeypatch.setattr("griffin.tools.checkpoints.inspection.COUNTED_ELEMENTS", 100)
     values = make_checkpoint(tmp_path / "step", tensors=FEW, dtype=dtype)["model.embedding.weight"].astype(np.float64)
@@ -212,7 +212,7 @@ def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids=["flipped", "checksum", "truncated", "empty", "missing", "other"],
 )
 def test_verify_names_the_damaged_file(run: Path, damage, capsys: pytest.CaptureFixture[str]) -> None:
-    """The newest step's, which a search for a complete one would pass over."""
+    """The damaged step is the newest, which a search for a complete one would skip."""
     path = run / "checkpoints/step-00000200/model.embedding.weight/c.1.0"
     damage(path)
     assert main(["checkpoint", "verify", str(run)]) == 1
@@ -228,7 +228,7 @@ def test_verify_refuses_no_workers(run: Path, capsys: pytest.CaptureFixture[str]
 
 
 def write_step(target: Path, manifest: Manifest, arrays: Path) -> None:
-    """The step at `arrays` with another manifest."""
+    """Write the step at `arrays` with another manifest."""
     tmp = target.with_name(f"{target.name}.tmp")
     shutil.copytree(arrays, tmp, ignore=shutil.ignore_patterns("manifest.json"))
     (tmp / "zarr.json").unlink()
@@ -249,7 +249,7 @@ def test_diff_of_equal_checkpoints_with_other_chunks(tmp_path: Path, capsys: pyt
 
 
 def test_diff_of_equal_checkpoints_of_other_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where and when a training ran is told, and makes no other checkpoint."""
+    """Where and when a training ran is printed, but does not count as a difference."""
     config = config_json(parallel=ParallelConfig(tensor=2))
     config["log"]["interval"] = 7
     config["checkpoint"]["interval"] = 8
@@ -285,7 +285,7 @@ def test_diff_of_equal_checkpoints_of_other_layouts(tmp_path: Path, capsys: pyte
 
 
 def test_diff_counts_and_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Against what is known of two checkpoints; the last chunk's elements count as all others do."""
+    """Printed differences equal those computed from the values, including those in the last chunk."""
     a = make_checkpoint(tmp_path / "a", tensors=FEW, dtype="bfloat16", seed=1)
     b = make_checkpoint(tmp_path / "b", tensors=FEW, dtype="bfloat16", seed=2, step=101)
     assert diff(tmp_path / "a", tmp_path / "b") == 1

@@ -1,4 +1,4 @@
-"""Generation from checkpoints: what transformers generates; prompts, tokenizers and the command."""
+"""Generation from checkpoints: the same tokens as transformers; the commands `generate` and `logits`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def answers(ranks: Any, checkpoint: InferenceCheckpoint, prompts: list[list[int]
 
 
 def converted(folder: Path, *, embedding: float = 1.0, **changes: Any) -> tuple[Path, Any]:
-    """A model's checkpoint, and the model. No token ends an answer, and none is padding."""
+    """A checkpoint and its transformers model, without end-of-sequence and padding tokens."""
     model = make_model(eos_token_id=None, pad_token_id=None, bos_token_id=None, **changes)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(embedding)
@@ -55,8 +55,8 @@ def converted(folder: Path, *, embedding: float = 1.0, **changes: Any) -> tuple[
     ids=["R-48", "two-heads", "seven-blocks", "eight-heads"],
 )  # fmt: skip
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Prompts shorter and longer than the window, all in one batch here and one by one there."""
-    # Small embeddings: else a token's own decides on the next one, which then is the same again.
+    """Prompts are shorter and longer than the window; we run them as one batch, transformers one by one."""
+    # Small embeddings: with large ones, each token would be followed by itself.
     folder, model = converted(tmp_path, embedding=0.05, **changes)
     window = model.config.attention_window_size
     count = window + BEYOND
@@ -77,7 +77,7 @@ def test_two_tensor_ranks_generate_the_same(tmp_path: Path, rank_pool: RankPool)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted model with a tokenizer of bytes' names, and special tokens."""
+    """A converted model whose tokenizer has one token per byte, and special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from tokenizers.decoders import ByteLevel
 
@@ -144,7 +144,7 @@ def test_on_two_ranks_of_this_machine(checkpoint: Path, capfd: pytest.CaptureFix
 
 @pytest.mark.slow
 def test_compiled(checkpoint: Path, tmp_path: Path) -> None:
-    """The same answers, of prompts alike and unlike in length, over the window's end."""
+    """The answers are the same for prompts of equal and different lengths, beyond the window."""
     (tmp_path / "unlike.txt").write_text("one\ntwo words\nx\n")
     arguments = ["--batch", str(tmp_path / "unlike.txt"), "--max-tokens", "30", "--temperature", "1", "--top-k", "20"]
     command = [sys.executable, "-m", "griffin.tools.cli", "generate", str(checkpoint), *arguments]
@@ -170,7 +170,7 @@ def test_compiled(checkpoint: Path, tmp_path: Path) -> None:
         (["--tokenizer", "none.json"], "tokenizer 'none.json': no such file"),
     ],
 )
-def test_mistakes(checkpoint: Path, words: list[str], said: str, capfd: pytest.CaptureFixture) -> None:
+def test_invalid_arguments(checkpoint: Path, words: list[str], said: str, capfd: pytest.CaptureFixture) -> None:
     assert run(checkpoint, "--prompt", "x", *words) == 2
     assert said in capfd.readouterr().err
 
@@ -204,7 +204,7 @@ def test_compilation_needs_a_compiler(
     assert "--compile: needs a C++ compiler on CPUs; found no no-such-compiler" in capfd.readouterr().err
 
 
-def test_a_checkpoint_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_folder_that_is_not_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert run(tmp_path / "none", "--prompt", "x") == 2
     assert f"{tmp_path / 'none'} does not exist" in capfd.readouterr().err
 
@@ -324,7 +324,7 @@ def test_logits_that_are_stopped_leave_nothing(tmp_path: Path, tensor: int) -> N
 
 
 def test_a_trained_run(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """From a run's folder to text, with the tokenizer of its data, which themselves are gone by then."""
+    """Generate from a run folder with the tokenizer of its data, after the data were removed."""
     (tmp_path / "text.txt").write_text("the same words again and again\n" * 100)
     assert main(["data", "build", str(tmp_path / "data"), str(tmp_path / "text.txt"), "--tokenizer", "bytes"]) == 0
     config = tmp_path / "config.toml"

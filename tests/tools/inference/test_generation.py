@@ -1,4 +1,4 @@
-"""Choosing tokens: what is likeliest, or drawn; and what ends an answer."""
+"""Sampling: greedy and random choice of tokens, and the end of an answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROBABILITIES = torch.tensor([0.05, 0.4, 0.05, 0.3, 0.2])
 
 
 def draw_all(sampling: Sampling, count: int = 4000) -> torch.Tensor:
-    """How often each token is drawn, at evenly spaced draws."""
+    """Return how often each token is sampled for evenly spaced draws."""
     draws = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     chosen = sample(PROBABILITIES.log().expand(count, -1), draws, sampling)
     return chosen.bincount(minlength=len(PROBABILITIES)) / count
@@ -36,7 +36,7 @@ def draw_all(sampling: Sampling, count: int = 4000) -> torch.Tensor:
         ({"temperature": 1.0, "top_p": 0.69}, torch.tensor([0, 0.4, 0, 0.3, 0]) / 0.7),
         ({"temperature": 1.0, "top_p": 0.71}, torch.tensor([0, 0.4, 0, 0.3, 0.2]) / 0.9),
         ({"temperature": 1.0, "top_p": 1e-9}, torch.tensor([0, 1.0, 0, 0, 0])),
-        # Of what the 3 likeliest leave, 0.4 / 0.9 and 0.3 / 0.9 come to 0.78.
+        # Among the 3 likeliest, 0.4 / 0.9 and 0.3 / 0.9 sum to 0.78.
         ({"temperature": 1.0, "top_k": 3, "top_p": 0.77}, torch.tensor([0, 0.4, 0, 0.3, 0]) / 0.7),
         ({}, torch.tensor([0, 1.0, 0, 0, 0])),
     ],
@@ -47,7 +47,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(settings: dict, expected: 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 3}])
 def test_a_token_without_probability_is_never_drawn(settings: dict) -> None:
-    """Not at the ends of what is drawn either; padding of the vocabulary is such a token."""
+    """Also for draws at both ends of [0, 1); the vocabulary's padding has no probability."""
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]]).expand(2, -1)
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     chosen = sample(logits, ends, Sampling(temperature=1.0, **settings))
@@ -65,7 +65,7 @@ def test_a_token_without_probability_is_never_drawn(settings: dict) -> None:
         ({"seed": -1}, "--seed -1"),
     ],
 )
-def test_senseless_settings(settings: dict, said: str) -> None:
+def test_invalid_settings(settings: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Sampling(**settings)
 
@@ -92,7 +92,7 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12], [13, 14], [1, 2, 3]]
 DRAWN = Sampling(temperature=1.0, top_p=0.95, seed=7)
 
 
-def test_what_is_drawn_depends_on_seed_and_prompt_but_not_on_the_batch(model: LoadedModel) -> None:
+def test_samples_depend_on_seed_and_prompt_but_not_on_the_batch(model: LoadedModel) -> None:
     def run(batch: int, sampling: Sampling) -> list[list[int]]:
         return list(generate_all(model, PROMPTS, batch=batch, max_tokens=12, stops=frozenset(), sampling=sampling))
 

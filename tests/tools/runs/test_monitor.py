@@ -1,4 +1,4 @@
-"""`griffin monitor` of run folders in every state."""
+"""`griffin monitor`: run folders in every state."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_several_runs_have_a_line_each(finished: Path, run_dir: Path, capsys: py
 def test_the_state_of_a_locked_run(run_dir: Path) -> None:
     path, reader = lock(run_dir), RunReader(run_dir)
     assert reader.read().status == RUNNING
-    # Another machine's: its file's time is all that tells.
+    # A lock of another machine: only its modification time shows whether it is alive.
     lock(run_dir, machine="elsewhere", host="n17", user="ada", job="cluster/4711")
     state = reader.read()
     assert state.status == RUNNING
@@ -170,7 +170,7 @@ def test_a_run_without_lock_stopped_or_failed(run_dir: Path) -> None:
     assert reader.read().status == STOPPED, "the attempt that failed was an earlier one"
 
 
-def test_how_an_attempt_ended_is_what_it_has_said(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recorded_end_of_an_attempt(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reader, now = RunReader(run_dir), time.time()
     assert reader.read().status == FINISHED
     with (run_dir / "console.log").open("a") as file:
@@ -195,7 +195,7 @@ def test_how_an_attempt_ended_is_what_it_has_said(run_dir: Path, capsys: pytest.
     assert reader.read().status == GONE, "killed: it has said nothing of its end"
 
 
-def test_a_run_of_a_version_without_attempts_reads_as_before(run_dir: Path) -> None:
+def test_a_run_without_attempts_file(run_dir: Path) -> None:
     (run_dir / "attempts.jsonl").unlink()
     state = RunReader(run_dir).read()
     assert (state.status, state.step) == (FINISHED, 12)
@@ -211,7 +211,7 @@ def interrupted_and_cut_off() -> None:
         raise ConnectionError("closed by peer")
 
 
-def test_a_loss_over_no_token_is_none(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_loss_where_no_token_is_predicted(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     append(run_dir / "metrics.jsonl", {"step": 16, "loss": 0.0, "loss_tokens": 0})
     append(run_dir / "metrics.jsonl", {"step": 16, "eval_loss": 0.0, "eval_loss_tokens": 0})
     text = shown(capsys, run_dir)
@@ -224,7 +224,7 @@ def test_a_loss_over_no_token_is_none(run_dir: Path, capsys: pytest.CaptureFixtu
     assert shown(capsys, run_dir).count("no token was predicted") == 1
 
 
-def test_what_no_run_writes_is_passed_over(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_lines_are_skipped(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     odd: dict[str, Any] = {
         "time": None,
         "loss": "low",

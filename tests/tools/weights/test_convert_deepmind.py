@@ -1,4 +1,4 @@
-"""DeepMind's files, made here with the names that its code has: the same checkpoint as from transformers."""
+"""Convert files with DeepMind's names, made here: the result is the checkpoint made from transformers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def unusual(model: Any, path: Path) -> Path:
-    """Parameters, transposed in memory, in one storage, below "params": as DeepMind's conversion may leave them."""
+    """Save parameters below "params", transposed in memory and in one storage, as DeepMind's conversion may do."""
     state = torch_state(model)
     for name, value in state.items():
         if value.dim() == 2:
@@ -56,13 +56,13 @@ def unusual(model: Any, path: Path) -> Path:
 
 
 def repacked_unusual(model: Any, path: Path) -> Path:
-    """Packed by another program than torch, which computes where its own records lie."""
+    """Repack the archive with another program: torch computes the offsets of its own records."""
     repacked(unusual(model, path))
     return path
 
 
 def negated(model: Any, path: Path) -> Path:
-    """Views of every other value of tensors, whose signs are turned when they are read."""
+    """Save strided views with the negative bit, whose signs are flipped on reading."""
     state = torch_state(model)
     for name, value in state.items():
         doubled = torch.stack([-value, value], dim=-1)
@@ -94,7 +94,7 @@ SAVED: dict[str, Callable[[Any, Path], Path]] = {
     ],
 )
 def test_the_same_checkpoint(tmp_path: Path, how: str, case: str) -> None:
-    """As from transformers, bit by bit; its window is one more than DeepMind's number."""
+    """The checkpoint is bitwise that made from transformers, with a window one larger than DeepMind's."""
     model = make_model(**CASES[case])
     assert convert("hf", save_model(model, tmp_path / "model"), tmp_path / "expected") == 0
     source = SAVED[how](model, tmp_path / "weights.pt")
@@ -179,7 +179,7 @@ def evil(path: Path) -> None:
 
 
 def changed(**changes: Any) -> Callable[[Path], None]:
-    """A change of tensors of a file; None removes one."""
+    """Return a function that changes tensors of a file; None removes one."""
 
     def change(path: Path) -> None:
         state = torch.load(path)
@@ -194,7 +194,7 @@ def changed(**changes: Any) -> Callable[[Path], None]:
 
 
 def repacked(path: Path, compression: int = zipfile.ZIP_STORED, cut: int = 0) -> None:
-    """The same archive, packed otherwise: its records lie elsewhere, and `cut` bytes of the largest are missing."""
+    """Repack the archive, which moves its records, and cut `cut` bytes off the largest."""
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: archive.read(record) for record in archive.infolist()}
     largest = max(records, key=lambda name: len(records[name]))
@@ -285,7 +285,7 @@ def test_wrong_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 @pytest.mark.slow
 def test_damaged_folders(tmp_path: Path) -> None:
-    """In a process of its own: orbax leaves exceptions of its tasks unheard."""
+    """In a separate process, since orbax leaves unretrieved exceptions in its tasks."""
     source = save_orbax(flax_tree(make_model(num_hidden_layers=1)), tmp_path / "weights")
     for path in source.rglob("ocdbt.process_0/d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

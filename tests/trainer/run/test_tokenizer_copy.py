@@ -166,6 +166,6 @@ def test_a_run_keeps_it_and_its_checkpoints_generate(
     assert [line["step"] for line in metrics(run_dir) if "loss" in line] == [1, 2]
     lose_all(original, prefix)
     folder = run_dir / "checkpoints" / "step-00000002"
-    language = find_prompt_tokenizer(folder, read_manifest(folder))
-    assert language.encode("a b", 257, "here") == [2, 3]
-    assert language.stops == {1}
+    prompt_tokenizer = find_prompt_tokenizer(folder, read_manifest(folder))
+    assert prompt_tokenizer.encode("a b", 257, "here") == [2, 3]
+    assert prompt_tokenizer.stops == {1}
