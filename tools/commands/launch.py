@@ -69,7 +69,7 @@ def _add_slurm(subparsers: Any) -> None:
     parser.add_argument(
         "--job-name",
         metavar="NAME",
-        help="default: griffin-RUN-HASH; jobs of one name run one after another",
+        help="default: griffin-RUN-HASH of its path; jobs of one name run in turn",
     )
     parser.add_argument(
         "--sbatch-option",

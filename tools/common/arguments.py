@@ -15,7 +15,7 @@ MOST_WORKERS = 4  # default limit: each holds a chunk or two in memory
 def add_dtype(command: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
     """Add --dtype. Any alias is accepted; `args.dtype` is the canonical name, such as "bfloat16"."""
     shown = ", ".join(f"{name} ({aliases[0]})" for name, aliases in ALIASES.items())
-    command.add_argument("--dtype", type=_dtype, default=default, metavar="DTYPE", help=f"{text}: {shown}")
+    command.add_argument("--dtype", type=_dtype, default=default, metavar="DTYPE", help=f"{text}; accepted: {shown}")
 
 
 def _dtype(text: str) -> str:
