@@ -20,13 +20,13 @@ import pytest
 from rich.console import Console
 
 from griffin.tools.checkpoints import rank_files
-from griffin.tools.checkpoints.carried import files_of, read_object, require_inside
+from griffin.tools.checkpoints.auxiliary_files import find_files, read_object, require_inside
 from griffin.tools.commands.logits import read_tokens
 from griffin.tools.common.safetensors_files import lay_out, read_entries
 from griffin.tools.inference.prompts import read_prompts
 from griffin.tools.runs.curves import read_curves
+from griffin.tools.runs.monitor_view import render_run, render_runs
 from griffin.tools.runs.state import RunReader
-from griffin.tools.runs.view import one_run, several_runs
 from griffin.tools.weights.hf.config import model_of_config
 from griffin.trainer.checkpoint import manifest as manifests
 from griffin.trainer.checkpoint.manifest import read_manifest
@@ -320,7 +320,7 @@ def expect_refusal(read: Callable[[], object], case: str) -> None:
 def read_run(path: Path) -> None:
     """All that a monitor, a newcomer to the folder and the next attempt read."""
     state = RunReader(path).read()
-    Console(file=io.StringIO(), width=120).print(one_run(state), several_runs([state]))
+    Console(file=io.StringIO(), width=120).print(render_run(state), render_runs([state]))
     with suppress(ValueError, OSError):  # one line for who asked for a plot
         curves = read_curves(path, ["loss"])
         for figure in curves.figures:
@@ -383,7 +383,7 @@ def test_a_link_is_not_followed_out_of_a_folder(tmp_path):
     folder.mkdir()
     (folder / "tokenizer.json").symlink_to(secret)
     with pytest.raises(ValueError, match="leads out of"):
-        files_of(folder)
+        find_files(folder)
 
 
 def test_links_of_a_cache_are_followed(tmp_path):
@@ -393,7 +393,7 @@ def test_links_of_a_cache_are_followed(tmp_path):
         place.mkdir(parents=True)
     blob.write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/a")
-    assert files_of(snapshot) == {"config.json": snapshot / "config.json"}
+    assert find_files(snapshot) == {"config.json": snapshot / "config.json"}
 
 
 @pytest.mark.parametrize(

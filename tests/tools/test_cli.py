@@ -48,7 +48,7 @@ global_batch = 4
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a config and data to train on, under no launcher."""
+    """A working directory with a config and data, and no launcher's environment variables."""
     (tmp_path / "small.toml").write_text(CONFIG)
     (tmp_path / "text.txt").write_text("to be or not to be " * 100)
     monkeypatch.chdir(tmp_path)
@@ -60,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The trainings that were started: (ranks, config, run folder, --init-from); none really runs."""
+    """Records the trainings started, as (ranks, config, run folder, --init-from), without running them."""
     calls: list[tuple[Any, ...]] = []
 
     def run_local(
@@ -142,7 +142,7 @@ def test_kernels_that_cannot_run_are_refused_before_anything_starts(
 
 @pytest.fixture
 def checkpoint(folder: Path) -> Path:
-    """A checkpoint of the config's model, but for its initialisation, in the run folder "other"."""
+    """A checkpoint in the run folder "other", of the config's model with another initialization."""
     config = load_config(folder / "small.toml", ["--data.train", "data/bytes", "--model.init", "torch"])
     path = folder / "other/checkpoints/step-00000030"
     make_checkpoint(path, step=30, config=json.loads(json.dumps(dataclasses.asdict(config))))
@@ -160,7 +160,7 @@ def test_init_from(folder: Path, checkpoint: Path, started: list, words: list[st
 def test_init_from_gives_the_model(
     folder: Path, checkpoint: Path, started: list, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A config without [model] has the checkpoint's, also when the run goes on without --init-from."""
+    """A config without [model] takes the checkpoint's, also when the run resumes without --init-from."""
     there = load_config(folder / "small.toml", ["--data.train", "data/bytes", "--model.init", "torch"]).model
     (folder / "tune.toml").write_text(CONFIG.split("head_dim = 16")[1])
     tune = ["train", "tune.toml", "--data.train", "data/bytes", "--ranks", "2", "--run-dir", "run"]
@@ -248,7 +248,7 @@ class LeftError(Exception):
 
 @pytest.fixture
 def leaving(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaving raises, for a process that runs other tests."""
+    """Make `leave` raise instead of ending this process."""
 
     def leave(code: int) -> None:
         raise LeftError(code)
@@ -353,7 +353,7 @@ def test_system_errors_name_the_file(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_killed_worker_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of any command's pool, such as one of processes or mpi4py's."""
+    """BrokenExecutor of any command's pool: concurrent.futures' or mpi4py's."""
 
     def fail(*args: Any) -> int:
         raise BrokenExecutor("A process in the process pool\nwas terminated abruptly")
@@ -361,7 +361,7 @@ def test_a_killed_worker_is_one_line(
     monkeypatch.setattr(griffin.tools.common.workers, "start_workers", fail)
     assert main(["convert", "hf", str(tmp_path), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert error == "griffin: error: a worker process was killed: out of memory? (--workers takes fewer)\n"
+    assert error == "griffin: error: a worker process was killed: out of memory? (try fewer --workers)\n"
 
 
 def test_other_errors_keep_their_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

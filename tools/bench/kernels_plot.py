@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw the share of the copy's bandwidth over R into a new PNG: a panel an operation, a line for each T and B."""
+    """Plot the share of the copy's bandwidth over R to a new PNG: a panel per operation, a line per T and B."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

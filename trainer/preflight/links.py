@@ -65,15 +65,15 @@ def measure_links(grid: Grid, rounds: Sequence[Sequence[Pair]], deadline: float)
     count = 2**24 if grid.device.type == "cuda" else 2**17  # float32
     for pair in (pair for pairs in rounds for pair in pairs if grid.rank in pair):
         peer = pair[0] if pair[1] == grid.rank else pair[1]
-        exchange = f"rank {grid.rank} exchanging data with rank {peer}"
+        task = f"rank {grid.rank} exchanging data with rank {peer}"
         try:
             seconds, _ = exchange(grid, peer, 2, deadline)
             long_seconds, is_correct = exchange(grid, peer, count, deadline)
         except (RuntimeError, TimeoutError) as error:
-            failures.append(f"{exchange}: {_first_line(error)}")
+            failures.append(f"{task}: {_first_line(error)}")
             break
         if not is_correct:
-            failures.append(f"{exchange}: other values arrived than were sent")
+            failures.append(f"{task}: other values arrived than were sent")
         if grid.rank == pair[0]:
             links.append(Link(pair=pair, seconds=seconds, bandwidth=4 * count / long_seconds))
     return Exchanges(links=tuple(links), failures=tuple(failures))

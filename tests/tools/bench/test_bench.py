@@ -69,7 +69,7 @@ def test_nothing_is_timed_that_differs() -> None:
             require_equal("output", other, ones)
 
 
-def test_names_there_and_back() -> None:
+def test_names_round_trip() -> None:
     tensors = {
         "embedding.weight": torch.randn(5, 4),
         "blocks.11.recurrent.conv.weight": torch.randn(4, 6),

@@ -166,7 +166,7 @@ def test_a_killed_worker_is_one_line(tmp_path, monkeypatch, capsys):
     words = ["data", "build", out(tmp_path), str(path), "--tokenizer", "bytes", "--workers", "2"]
     assert main(words) == 1
     error = capsys.readouterr().err
-    assert error == "griffin: error: a worker process was killed: out of memory? (--workers takes fewer)\n"
+    assert error == "griffin: error: a worker process was killed: out of memory? (try fewer --workers)\n"
     assert files_of(tmp_path / "out") == []
 
 

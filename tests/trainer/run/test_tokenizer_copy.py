@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from griffin.tools.cli import main
-from griffin.tools.inference.prompts import find_language
+from griffin.tools.inference.prompts import find_prompt_tokenizer
 from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.tokenizer_copy import copy_tokenizer, find_tokenizer
@@ -166,6 +166,6 @@ def test_run_copies_its_tokenizer_and_generates(
     assert [line["step"] for line in metrics(run_dir) if "loss" in line] == [1, 2]
     lose_all(original, prefix)
     folder = run_dir / "checkpoints" / "step-00000002"
-    language = find_language(folder, read_manifest(folder))
-    assert language.encode("a b", 257, "here") == [2, 3]
-    assert language.stops == {1}
+    prompt_tokenizer = find_prompt_tokenizer(folder, read_manifest(folder))
+    assert prompt_tokenizer.encode("a b", 257, "here") == [2, 3]
+    assert prompt_tokenizer.stops == {1}
