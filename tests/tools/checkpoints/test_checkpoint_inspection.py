@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from griffin.parallel.config import ParallelConfig
+from griffin.tools.checkpoints import inspection
 from griffin.tools.cli import main
 from griffin.trainer.checkpoint.arrays import GlobalTensor
 from griffin.trainer.checkpoint.manifest import Manifest, commit, read_manifest
@@ -123,8 +124,8 @@ def test_inspect_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_inspect_array(tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     """Statistics of an array of several chunks, read a few rows at a time, equal numpy's."""
-    monkeypatch.setattr("griffin.tools.checkpoints.inspection.READ_ELEMENTS", 64 * 8)
-    monkeypatch.setattr("griffin.tools.checkpoints.inspection.COUNTED_ELEMENTS", 100)
+    monkeypatch.setattr(inspection, "READ_ELEMENTS", 64 * 8)
+    monkeypatch.setattr(inspection, "COUNTED_ELEMENTS", 100)
     values = make_checkpoint(tmp_path / "step", tensors=FEW, dtype=dtype)["model.embedding.weight"].astype(np.float64)
     assert main(["checkpoint", "inspect", str(tmp_path / "step"), "--array", "model.embedding.weight"]) == 0
     lines = capsys.readouterr().out.splitlines()
