@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all a newcomer needs; both set up .venv on their own.
+# `make` lists the targets. Each creates what it needs: `make demo` and `make test` also set up .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,63 +7,65 @@ STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('s
 HIDE_FEW_GPUS = gpus=$$($(BIN)/python -c "import torch; print(torch.cuda.device_count())"); \
 	if [ $$gpus -lt 4 ]; then export CUDA_VISIBLE_DEVICES=; fi;
 
-.PHONY: setup setup-run demo demo-resume test test-all test-gpu lint format clean
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-run demo demo-resume test test-all test-gpu lint format clean
 
-# Bytecode is compiled when it is first imported: doing it for all of PyTorch takes longer than the rest.
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
+
+# Bytecode is compiled at the first import: compiling all of PyTorch's takes longer than the rest of the installation.
 INSTALL = $(PYTHON) -m venv $(VENV) && $(BIN)/pip install --disable-pip-version-check --no-compile --editable
 
-# All that development and tests need.
-setup: $(VENV)/.complete
+setup: $(VENV)/.complete ## create .venv with all that development and tests need
 
 $(VENV)/.complete: pyproject.toml
 	$(INSTALL) '.[dev]'
 	touch $(VENV)/.runtime $@
 
-# What running needs, and no more.
-setup-run: $(VENV)/.runtime
+setup-run: $(VENV)/.runtime ## create .venv with what running needs
 
 $(VENV)/.runtime: pyproject.toml
 	$(INSTALL) .
 	touch $@
 
-# The standard library's own source files as bytes, one document a file; one file in twenty is held out.
+# The source files of Python's standard library as bytes, a document per file; one file in twenty is held out.
 data/stdlib.json: | setup-run
 	$(BIN)/griffin data build data/stdlib "$(STDLIB)" --tokenizer bytes --glob '*.py' \
 	  --exclude site-packages --exclude test --exclude tests --exclude idle_test \
 	  --hold-out 0.05 --hold-out-prefix data/stdlib-held-out
 
 # On CPUs unless there is a GPU for each of the four ranks.
-demo: data/stdlib.json
+demo: data/stdlib.json ## train a small Griffin on 4 ranks (tensor 2 x pipeline 2)
 	$(HIDE_FEW_GPUS) $(BIN)/griffin train trainer/configs/demo.toml --ranks 4
 
-# The newest run of the demo goes on for 20 steps in another layout: data 2 instead of tensor 2 x pipeline 2.
-demo-resume: data/stdlib.json
+# 20 more steps of the demo's newest run.
+demo-resume: data/stdlib.json ## resume it on 2 ranks (data 2)
 	run=$$(ls -td runs/demo-*/ 2>/dev/null | head -n 1); \
 	if [ -z "$$run" ]; then echo "There is no run of the demo yet: make demo" >&2; exit 2; fi; \
 	$(HIDE_FEW_GPUS) $(BIN)/griffin train trainer/configs/demo.toml --ranks 2 --run-dir "$$run" \
 	  --parallel.tensor 1 --parallel.pipeline 1 --train.steps 90
 
-# Two processes that take a file of tests at a time: a test of several ranks leaves a core free in much of its time.
+# Two pytest workers, a file of tests at a time: multi-rank tests leave a core idle for much of their time.
 AT_ONCE = -n 2 --dist loadfile
 
-test: setup
+test: setup ## run the quick tests
 	$(BIN)/python -m pytest $(AT_ONCE)
 
-test-all: setup
+test-all: setup ## run all tests, the slow ones too
 	$(BIN)/python -m pytest $(AT_ONCE) -m 'not alone'
 	$(BIN)/python -m pytest -m alone
 
-test-gpu: setup
+test-gpu: setup ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-lint: setup
+lint: setup ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup
+format: setup ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean: ## remove build outputs and caches
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

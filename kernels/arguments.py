@@ -1,4 +1,4 @@
-"""Checks of what users pass to an operation on packed sequences."""
+"""Validation of the arguments of operations on packed sequences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_sequences(name: str, x: Tensor) -> None:
-    """Raises ValueError unless x has three axes, none of them empty, and is floating point."""
+    """Raise ValueError unless x has three axes, none of them empty, and a floating-point dtype."""
     if x.ndim != 3 or x.numel() == 0:
         raise ValueError(f"{name}: shape {list(x.shape)}; accepted: three axes, none empty")
     if x.dtype not in FLOATING:
@@ -21,7 +21,7 @@ def check_sequences(name: str, x: Tensor) -> None:
 def check_argument(
     name: str, tensor: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype], x_name: str, x: Tensor
 ) -> None:
-    """Raises ValueError unless a tensor, where there is one, has this shape, one of these dtypes and x's device."""
+    """Raise ValueError unless `tensor` is None, or has this shape, one of these dtypes and the device of x."""
     if tensor is None:
         return
     if tuple(tensor.shape) != tuple(shape):
@@ -33,6 +33,7 @@ def check_argument(
 
 
 def check_chunk(chunk: int | None) -> None:
+    """Raise ValueError for a negative chunk length."""
     if chunk is not None and chunk < 0:
         raise ValueError(f"chunk: {chunk}; accepted: None, 0 (sequential) or a number of steps")
 

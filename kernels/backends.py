@@ -1,5 +1,5 @@
-"""The names of implementations, for settings: their choice is in `griffin.kernels.selection`."""
+"""Names of the backends. They are selected in `griffin.kernels.selection`."""
 
 AUTO = "auto"
-# A loop that defines the operation, what is made for CPUs, and Triton's programs.
+# A loop over time that defines the operation; PyTorch operations optimised for CPUs; Triton programs.
 BACKENDS = ("reference", "cpu", "triton")

@@ -1,4 +1,4 @@
-"""Refusal of forward-mode differentiation by operators that have no formula for it and would drop tangents silently."""
+"""Raises an error for forward-mode differentiation of operators without a JVP, which would drop tangents silently."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch.autograd import Function, forward_ad
 
 
 class _NoTangent(Function):
-    """The tensor itself. Reached through any order of jvp and vmap, where a look at the tensor might see no tangent."""
+    """The identity, with a JVP that raises.
+
+    It catches tangents under any nesting of jvp and vmap, where inspecting the tensor may show none.
+    """
 
     generate_vmap_rule = True
 
@@ -33,11 +36,11 @@ class _NoTangent(Function):
 
 
 def without_tangents(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors, floating-point ones or None.
+    """Return the tensors, each floating-point or None, unchanged.
 
     Raises:
-        NotImplementedError: forward-mode differentiation is on and one of them has a tangent.
+        NotImplementedError: one of them has a tangent of forward-mode differentiation.
     """
-    if forward_ad._current_level < 0:  # outside of it nothing is added to graphs
+    if forward_ad._current_level < 0:  # not in forward mode: add nothing to the graph
         return tensors
     return tuple(None if tensor is None else _NoTangent.apply(tensor) for tensor in tensors)

@@ -1,1 +1,1 @@
-"""Starting ranks: local processes, torchrun, SLURM and MPI."""
+"""Launchers: ranks as local processes, or under torchrun, SLURM and MPI."""

@@ -1,4 +1,4 @@
-"""The code that a job runs: which version it is, and a copy that later edits cannot change."""
+"""Code of a job: records its version, makes a snapshot, and checks that the snapshot is what runs."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 
 import griffin
 
-PACKAGE = Path(griffin.__file__).absolute().parent  # its folders may be links to those of a checkout
-# Prints where the package is imported from; nothing where PyTorch is missing.
+PACKAGE = Path(griffin.__file__).absolute().parent  # its folders may be symlinks into a checkout
+# Prints the path of the imported package, or nothing without PyTorch.
 CHECK = "import griffin, importlib.util as u; print(griffin.__file__ if u.find_spec('torch') else '')"
 
 
 def write_version(path: Path) -> None:
-    """Write what the code is to the new file `path`; beside it, as .diff, what changed since its commit."""
+    """Write the version of the code to the new file `path`, and uncommitted changes to a .diff file beside it."""
     version: dict[str, Any] = {"version": griffin.__version__, "package": str(PACKAGE)}
     root = (PACKAGE / "trainer").resolve().parent
     if _git(root, "rev-parse", "--show-toplevel") == os.fsencode(f"{root}\n"):
         version["commit"] = "".join(_lines(_git(root, "rev-parse", "HEAD")))
         version["untracked"] = _lines(_git(root, "ls-files", "--others", "--exclude-standard"))
         if diff := _git(root, "diff", "--binary", "HEAD"):
-            with path.with_suffix(".diff").open("xb") as file:  # lines of any encoding, with any ends
+            with path.with_suffix(".diff").open("xb") as file:  # as bytes: any encoding and line endings
                 file.write(diff)
     with path.open("x", encoding="utf-8") as file:
         file.write(json.dumps(version, indent=2) + "\n")
 
 
 def write_snapshot(folder: Path) -> None:
-    """Copy the package into the new `folder`, which then serves as PYTHONPATH."""
+    """Copy the package into the new `folder`, for use as PYTHONPATH."""
     shutil.copytree(PACKAGE, folder / "griffin", ignore=shutil.ignore_patterns("__pycache__", ".*"))
 
 
 def python_path(python: str) -> tuple[str, ...]:
-    """The PYTHONPATH with which `python` imports the code that runs here.
+    """Return the PYTHONPATH with which `python` imports the code that runs here.
 
-    ValueError where it does not start, or has no PyTorch.
+    Raises ValueError if `python` does not start or lacks PyTorch.
     """
     paths = tuple(entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry))
     for candidate in (paths, (str(PACKAGE.parent), *paths)):
@@ -55,16 +55,16 @@ def python_path(python: str) -> tuple[str, ...]:
 
 
 def refuse_other(expected: Path) -> None:
-    """ValueError where the package that runs here is not that of the folder `expected`."""
+    """Raise ValueError unless the running package is in the folder `expected`."""
     if not (expected.is_dir() and expected.samefile(PACKAGE)):
         raise ValueError(
-            f"--code {expected}: griffin was imported from {PACKAGE} instead; look at PYTHONPATH, and at what srun or "
-            "--setup does to it"
+            f"--code {expected}: griffin was imported from {PACKAGE} instead; check PYTHONPATH, and whether srun or "
+            "--setup changes it"
         )
 
 
 def _git(root: Path, *arguments: str) -> bytes:
-    """What git answers; nothing where it is not installed, or fails."""
+    """Return git's output, or nothing if git is missing or fails."""
     try:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""Ranks as processes of this machine, in the place of torchrun: heavy imports are paid once, no port is guessed."""
+"""Ranks as processes of this machine. Unlike torchrun, heavy imports run once, and no port is guessed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-from griffin.launch.ranks import failure_text, leave
+from griffin.launch.discovery import failure_text, leave
 from griffin.parallel.world.ranks import HUNG, LOOPBACK, STOPPED, OtherRankError, Ranks, serve_store
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-POLL_SECONDS = 0.1  # how soon a signal is passed on; a rank's end wakes the parent at once
-LONGEST_TRACEBACK = 16_000  # characters: what fits a pipe that nobody reads yet
+POLL_SECONDS = 0.1  # delay until a signal is forwarded; a rank's exit wakes the parent at once
+MAX_TRACEBACK = 16_000  # characters; fits the buffer of a pipe that nobody reads yet
 
 
 @dataclass(frozen=True)
 class Failure:
     rank: int
-    exit_code: int  # negative: the signal that ended the rank
-    time: float  # of time.monotonic, one clock for all processes
-    text: str  # traceback, "" where the rank left none
+    exit_code: int  # negative: the signal that killed the rank
+    time: float  # of time.monotonic, the same clock for all processes
+    text: str  # traceback; "" if the rank left none
     is_consequence: bool  # of another rank's failure
 
 
@@ -43,30 +43,31 @@ def run_local(
     grace_seconds: float = 30.0,
     save_seconds: float = 30.0,
 ) -> int:
-    """Run `target(Ranks, *args)` in `ranks` processes and return the exit code: 0 where all of them returned.
+    """Run `target(Ranks, *args)` in `ranks` processes, and return the exit code: 0 if all of them returned.
 
-    It is STOPPED where a rank exited with that and none failed: the others are left to end by themselves.
+    The code is STOPPED if a rank exited with STOPPED and none failed; the other ranks then end by themselves.
 
-    `target` and `args` travel by pickle. The processes are forked from a server that has imported the modules of
-    `preload`, and find each other through a store that this process serves. Must be called from the main thread.
+    `target` and `args` are pickled. The processes are forked from a server that has imported the modules in `preload`,
+    and rendezvous through a store that this process serves. Call it from the main thread.
 
-    When a rank fails, the others are killed at once, and the code is the rank's, or 128 + the signal that ended it;
-    its traceback goes to stderr. It is HUNG where a rank exited with that. SIGINT, SIGTERM and SIGUSR1 are passed on to
-    the ranks. After SIGTERM they have `save_seconds` to save their work and end; after SIGINT, or once one of them has
-    failed on the way, `grace_seconds`. A second SIGINT or SIGTERM kills them. None outlives this call or this process.
+    When a rank fails, the others are killed at once and its traceback is printed to stderr. The code is then the
+    rank's, or 128 + the signal that killed it, and HUNG if any rank exited with HUNG. SIGINT, SIGTERM and SIGUSR1 are
+    forwarded to the ranks. After SIGTERM they have `save_seconds` to save and exit; after SIGINT, or once one of them
+    has failed meanwhile, `grace_seconds`. A second SIGINT or SIGTERM kills them. No rank outlives this call or this
+    process.
     """
     context = multiprocessing.get_context("forkserver")
     signals: list[int] = []
     with _environment(ranks), _recorded(signals):
         context.set_forkserver_preload(list(preload))
-        with _ignored(FORWARDED):  # inherited: a signal to the whole process group must leave the server alone
+        with _ignored(FORWARDED):  # inherited by the server, which a signal to the process group must not end
             forkserver.ensure_running()
-        store = serve_store(LOOPBACK, 0, None)  # imports torch, while the server imports what it preloads
+        store = serve_store(LOOPBACK, 0, None)  # imports torch while the server preloads modules
         key = secrets.token_bytes(32)
-        group = _Group(grace_seconds, save_seconds)
+        group = _RankProcesses(grace_seconds, save_seconds)
         try:
             for rank in range(ranks):
-                place = Ranks(
+                rank_info = Ranks(
                     rank=rank,
                     world_size=ranks,
                     local_rank=rank,
@@ -77,7 +78,7 @@ def run_local(
                     key=key,
                 )
                 reader, writer = context.Pipe(duplex=False)
-                process = context.Process(target=_run_rank, args=(target, place, tuple(args), writer))
+                process = context.Process(target=_run_rank, args=(target, rank_info, tuple(args), writer))
                 process.start()
                 writer.close()
                 group.add(rank, process, reader)
@@ -87,25 +88,25 @@ def run_local(
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Group:
-    """The running ranks, watched until all of them have ended."""
+class _RankProcesses:
+    """Processes of the running ranks, supervised until all of them have ended."""
 
     def __init__(self, grace_seconds: float, save_seconds: float) -> None:
         self._grace_seconds, self._save_seconds = grace_seconds, save_seconds
         self._running: dict[int, tuple[ForkServerProcess, connection.Connection]] = {}
         self._world_size = 0
-        self._has_stopped = False  # a rank, having saved its work
+        self._has_stopped = False  # whether a rank exited with STOPPED
 
     def add(self, rank: int, process: ForkServerProcess, failures: connection.Connection) -> None:
         self._running[rank] = (process, failures)
         self._world_size += 1
 
     def wait(self, signals: list[int]) -> int:
-        """Wait for the ranks, passing on `signals` as they are appended; the exit code as `run_local` returns it."""
+        """Wait for the ranks, forwarding `signals` as they arrive, and return the exit code of `run_local`."""
         failures: list[Failure] = []
         stopping: int | None = None
         allowed, deadline = 0.0, float("inf")
@@ -121,19 +122,19 @@ class _Group:
                     allowed = allowed if stopping is None else 0.0
                     deadline = time.monotonic() + allowed
                     stopping = number
-            if failures and not had_failed:  # without that rank, nothing can be saved any more
+            if failures and not had_failed:  # without that rank nothing can be saved
                 allowed = 0.0 if stopping is None else self._grace_seconds
                 deadline = min(deadline, time.monotonic() + allowed)
             if self._running and time.monotonic() >= deadline:
                 self.kill()
                 if not failures and stopping is not None:
                     when = f"{allowed:g} s after" if allowed else "before a second signal,"
-                    _say(f"ranks had not ended {when} {_name(stopping)}: killed")
+                    _log(f"ranks had not ended {when} {_signal_name(stopping)}: killed")
                     return 128 + stopping
         return self._report(failures, stopping)
 
     def kill(self) -> None:
-        """End every running rank, with the processes that it started."""
+        """Kill every running rank and the processes that it started."""
         for process, _ in self._running.values():
             process.kill()
             _kill_group(process)
@@ -143,7 +144,7 @@ class _Group:
         self._running.clear()
 
     def _collect(self) -> list[Failure]:
-        """Forget the ranks that have ended, and return those that failed."""
+        """Remove the ranks that have ended, and return the failures among them."""
         failures = []
         for rank, (process, pipe) in list(self._running.items()):
             code = process.exitcode
@@ -165,31 +166,31 @@ class _Group:
                 os.kill(process.pid, number)
 
     def _report(self, failures: list[Failure], stopping: int | None) -> int:
-        """Say what went wrong first: the failures of other ranks are mostly lost connections to it."""
+        """Print the first failure and return its exit code. Later failures are mostly lost connections to that rank."""
         if not failures:
             return STOPPED if self._has_stopped else 0
-        # A rank that was killed or crashed leaves no traceback and is noticed late: it counts as first.
-        # One that says of all that they hang knows best.
+        # A rank that was killed or crashed leaves no traceback and is noticed late, so it counts as first. A rank that
+        # reports a hang of all ranks takes precedence.
         first = min(failures, key=lambda f: (f.exit_code != HUNG, f.is_consequence, f.text != "", f.time))
         code = first.exit_code if first.exit_code > 0 else 128 - first.exit_code
-        if code == HUNG:  # the rank has reported, and others may be stopped: they have been killed
-            _say(f"the ranks hung (exit code {HUNG})")
+        if code == HUNG:  # the rank has reported; others, which may be suspended, have been killed
+            _log(f"the ranks hung (exit code {HUNG})")
         elif stopping is not None and code == 128 + stopping:
-            _say(f"stopped by {_name(stopping)}")
+            _log(f"stopped by {_signal_name(stopping)}")
         else:
-            how = f"exit code {code}" if first.exit_code > 0 else f"killed by {_name(-first.exit_code)}"
-            _say(f"rank {first.rank} of {self._world_size} failed ({how})\n{first.text}".rstrip())
+            how = f"exit code {code}" if first.exit_code > 0 else f"killed by {_signal_name(-first.exit_code)}"
+            _log(f"rank {first.rank} of {self._world_size} failed ({how})\n{first.text}".rstrip())
         return code
 
 
 def _run_rank(
     target: Callable[..., None], ranks: Ranks, args: tuple[Any, ...], failures: connection.Connection
 ) -> None:
-    """What a rank's process does."""
-    os.setpgid(0, 0)  # a Ctrl-C reaches the ranks once, by way of the parent
+    """Main function of a rank's process."""
+    os.setpgid(0, 0)  # Ctrl-C reaches the ranks only once, through the parent
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a notice: what does not handle it goes on
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to save: ignored until handled
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         target(ranks, *args)
@@ -199,7 +200,7 @@ def _run_rank(
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except BaseException as error:
-        text = failure_text(error)[-LONGEST_TRACEBACK:]
+        text = failure_text(error)[-MAX_TRACEBACK:]
         failures.send((time.monotonic(), text, isinstance(error, OtherRankError)))
         code = 1
     leave(code)
@@ -213,31 +214,31 @@ def _end_with_parent() -> None:
 
 
 def _kill_group(process: ForkServerProcess) -> None:
-    """End what a rank started, data loaders for instance."""
+    """Kill the processes that a rank started, such as data loaders."""
     assert process.pid is not None
-    with suppress(ProcessLookupError):  # it started nothing, or is so new that it leads no group yet
+    with suppress(ProcessLookupError):  # it started none, or does not lead a group yet
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def _receive(pipe: connection.Connection) -> tuple[float, str, bool]:
-    """When a rank failed, its traceback and whether another one's failure caused it; now and "" where it cannot say."""
+    """Return time, traceback and `is_consequence` of a failure; the current time and "" if the rank sent nothing."""
     try:
         return pipe.recv()
     except EOFError:
         return time.monotonic(), "", False
 
 
-def _name(number: int) -> str:
+def _signal_name(number: int) -> str:
     return signal.Signals(number).name
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"griffin: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _recorded(signals: list[int]) -> Iterator[None]:
-    """Append signals to a list instead of acting on them."""
+    """Context in which signals are appended to a list."""
     previous = {number: signal.signal(number, lambda got, _: signals.append(got)) for number in FORWARDED}
     try:
         yield
@@ -258,7 +259,7 @@ def _ignored(numbers: Sequence[signal.Signals]) -> Iterator[None]:
 
 @contextmanager
 def _environment(ranks: int) -> Iterator[None]:
-    """What ranks inherit: their share of the cores, and a way to count GPUs that does not start CUDA before a fork."""
+    """Context that sets what ranks inherit: their share of the cores, and counting GPUs without initialising CUDA."""
     wanted = {
         "OMP_NUM_THREADS": str(max(1, cores() // ranks)),
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",

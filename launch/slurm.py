@@ -1,4 +1,4 @@
-"""The batch script of a SLURM job that trains until the run is complete: checked, and written out."""
+"""Batch script of a SLURM job that trains until the run is complete: validation and rendering."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from typing import NoReturn
 
 TEMPLATES = Path(__file__).with_name("templates")
 
-# What stands in the script without quotes, in SLURM's directives (where % begins a pattern), and in lists of mounts and
-# of import paths, which commas and colons part.
+# Paths that are safe without quotes in the script, in SLURM's directives (where % starts a pattern), and in lists of
+# mounts and import paths, which are separated by commas and colons.
 PLAIN_PATH = re.compile(r"[\w./+=@-]+")
 IMAGE_FILES = (".sif", ".sqsh")  # of Apptainer, and of enroot for pyxis; other images are names in a registry
-LONGEST_SIGNAL = 65_535  # seconds; SLURM's limit
-# Options of sbatch that only the options of `griffin launch slurm` may state: the script counts on them.
-STATED = (
+MAX_SIGNAL_SECONDS = 65_535  # SLURM's limit
+# sbatch options that the script relies on: only settable by options of `griffin launch slurm`.
+RESERVED_OPTIONS = (
     "job-name", "nodes", "ntasks", "ntasks-per-node", "tasks-per-node", "gpus-per-node", "gpus-per-task", "gres",
     "cpus-per-task", "time", "chdir", "signal", "array", "wrap",
 )  # fmt: skip
 
-OPPOSITES = {"--no-requeue": "--requeue", "--mem-per-cpu": "--mem", "--mem-per-gpu": "--mem"}
+OVERRIDDEN_OPTIONS = {"--no-requeue": "--requeue", "--mem-per-cpu": "--mem", "--mem-per-gpu": "--mem"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmJob:
-    """What a job asks for, and how it starts its ranks. One rank per GPU, or `tasks_per_node` where there are none."""
+    """Resources of a job and how it starts its ranks: one per GPU, or `tasks_per_node` without GPUs."""
 
     name: str
     nodes: int
     gpus_per_node: int
-    gpu_type: str = ""  # as the site names it; "" takes any
-    gres: bool = False  # GPUs by --gres, where a site knows no --gpus-per-node
-    exclusive: bool = True  # nodes with GPUs as a whole
-    mem: str = ""  # of a node; "" is all of it on nodes with GPUs, else the site's default
-    cpu_bind: str = ""  # srun's; "" leaves it to the ranks, or binds to --cpus-per-task where stated
-    time: str  # as SLURM has it: minutes, HH:MM:SS, D-HH:MM:SS and so on
-    tasks_per_node: int = 0  # ranks of a node; 0 is one per GPU
-    cpus_per_task: int = 0  # 0: all of the node's for all of its ranks
+    gpu_type: str = ""  # the site's name of it; "" accepts any
+    gres: bool = False  # request GPUs by --gres, for sites without --gpus-per-node
+    exclusive: bool = True  # whole nodes, for nodes with GPUs
+    mem: str = ""  # per node; "" is all memory of nodes with GPUs, else the site's default
+    cpu_bind: str = ""  # srun's option; "" leaves binding to the ranks, or to --cpus-per-task if set
+    time: str  # in SLURM's notation: minutes, HH:MM:SS, D-HH:MM:SS and so on
+    tasks_per_node: int = 0  # ranks per node; 0 is one per GPU
+    cpus_per_task: int = 0  # 0: all cores of the node are shared by its ranks
     partition: str = ""
     account: str = ""
     qos: str = ""
     container: str = ""  # image: a .sif file for Apptainer, anything else for SLURM's pyxis
-    mounts: tuple[Path, ...] = ()  # folders that ranks see in the container
-    signal_seconds: int = 600  # how long before the time limit ranks are asked to save
-    max_restarts: int = 3  # after failures, without a newer checkpoint in between
-    options: tuple[str, ...] = ()  # further options of sbatch, such as "--reservation=april"
+    mounts: tuple[Path, ...] = ()  # folders to mount in the container
+    signal_seconds: int = 600  # before the time limit, when ranks are asked to save
+    max_restarts: int = 3  # after failures without a newer checkpoint in between
+    options: tuple[str, ...] = ()  # further sbatch options, such as "--reservation=april"
 
     @property
     def ranks_per_node(self) -> int:
@@ -56,7 +56,7 @@ class SlurmJob:
         return self.nodes * self.ranks_per_node
 
     def validate(self) -> None:
-        """Refuse what SLURM would refuse, or mangle: ValueError."""
+        """Raise ValueError for values that SLURM would refuse or mangle."""
         for option, number, least in (
             ("--nodes", self.nodes, 1),
             ("--gpus-per-node", self.gpus_per_node, 0),
@@ -74,11 +74,11 @@ class SlurmJob:
                 "--tasks-per-node", self.tasks_per_node, f"must be --gpus-per-node {self.gpus_per_node}, or left out"
             )
         seconds = time_seconds(self.time)
-        if self.signal_seconds > LONGEST_SIGNAL:
-            _refuse("--signal-seconds", self.signal_seconds, f"must be at most {LONGEST_SIGNAL}")
+        if self.signal_seconds > MAX_SIGNAL_SECONDS:
+            _refuse("--signal-seconds", self.signal_seconds, f"must be at most {MAX_SIGNAL_SECONDS}")
         if seconds is not None and seconds <= self.signal_seconds:
             accepted = (
-                f"must be longer than --signal-seconds {self.signal_seconds}, which are left for saving at its end"
+                f"must be longer than --signal-seconds {self.signal_seconds}, which are reserved for saving at its end"
             )
             _refuse("--time", self.time, accepted)
         for option, text in (
@@ -95,10 +95,10 @@ class SlurmJob:
             match = re.fullmatch(r"--([a-z-]+)(=[^\s\"'\\`$]+)?", option)
             if match is None:
                 _refuse("--sbatch-option", option, "must be NAME or NAME=VALUE, without spaces and quotes")
-            if match[1] in STATED:
-                _refuse("--sbatch-option", option, "is an option that the script states itself")
+            if match[1] in RESERVED_OPTIONS:
+                _refuse("--sbatch-option", option, "is set by the script itself")
         if self.cpu_bind and not re.fullmatch(r"[\w,:-]+", self.cpu_bind):
-            _refuse("--cpu-bind", self.cpu_bind, "must be as srun has it, such as cores or ldoms")
+            _refuse("--cpu-bind", self.cpu_bind, "must be a value of srun's --cpu-bind, such as cores or ldoms")
         if self.container and not re.fullmatch(r"[\w./+=@:#-]+", self.container):
             _refuse("--container", self.container, "must consist of letters, digits and ._/+=@:#-")
         for folder in self.mounts:
@@ -113,20 +113,20 @@ class SlurmJob:
 
 @dataclass(frozen=True, kw_only=True)
 class JobFiles:
-    """Absolute paths of what the job uses. `python` may be a command's name, in a container."""
+    """Absolute paths that the job uses. `python` may be the name of a command in a container."""
 
     run_dir: Path
     script: Path
     config: Path
-    working: Path  # folder to which relative paths of the config refer
+    working: Path  # working folder, to which relative paths of the config refer
     python: str
     python_path: tuple[str, ...] = ()  # $PYTHONPATH
-    setup: Path | None = None  # shell commands ahead of everything, loading modules for instance
+    setup: Path | None = None  # shell commands to run first, such as loading modules
     init: tuple[str, ...] = ()  # --init-from PATH, --init-what
-    code: str = ""  # the package that ranks must import; "" where it is an image's own
+    code: str = ""  # the package that ranks must import; "" for the container image's own
 
     def validate(self) -> None:
-        """Refuse paths that cannot stand in a batch script: ValueError."""
+        """Raise ValueError for paths that cannot be used in a batch script."""
         for option, path in (
             ("--run-dir", str(self.run_dir)),
             ("--python", self.python),
@@ -140,26 +140,26 @@ class JobFiles:
 
 
 def check_path(option: str, path: str) -> None:
-    """Refuse a path that SLURM or a shell would read otherwise: ValueError."""
+    """Raise ValueError for a path that SLURM or a shell would misread."""
     if not PLAIN_PATH.fullmatch(path):
         _refuse(option, path, "SLURM mangles such paths: must consist of letters, digits and ._/+=@-")
 
 
 def time_seconds(text: str) -> int | None:
-    """Seconds of a time limit as SLURM writes it; None for no limit. ValueError for what is none."""
+    """Parse a time limit in SLURM's notation to seconds; None means no limit. ValueError if it is malformed."""
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return None
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:
         _refuse("--time", text, "must be MINUTES, MM:SS, HH:MM:SS, DAYS-HH, DAYS-HH:MM, DAYS-HH:MM:SS or UNLIMITED")
     days, first, second, third = (int(part) if part else 0 for part in match.groups())
-    if match[1] or match[4]:  # hours come first
+    if match[1] or match[4]:  # the first number is hours
         return ((days * 24 + first) * 60 + second) * 60 + third
     return first * 60 + second  # MINUTES, or MINUTES:SECONDS
 
 
 def render(job: SlurmJob, files: JobFiles) -> str:
-    """The batch script. ValueError where it would not work."""
+    """Return the batch script. ValueError if it would not work."""
     files.validate()
     job.validate()
     where = f"{job.gpus_per_node} GPUs" if job.gpus_per_node else f"{job.ranks_per_node} ranks on CPUs"
@@ -195,10 +195,10 @@ def _directives(job: SlurmJob, files: JobFiles) -> list[str]:
     ]
     if job.gpus_per_node:
         lines += [
-            "# All GPUs of a node are visible to all of its ranks, and each takes that of its local rank. With",
-            "# --gpus-per-task a rank would see its own alone, which hides the direct links between them from NCCL.",
+            "# All ranks of a node see all of its GPUs, and each uses the one of its local rank. With --gpus-per-task",
+            "# a rank would see only its own, which hides the direct links between GPUs from NCCL.",
             f"#SBATCH --{'gres=gpu:' if job.gres else 'gpus-per-node='}{gpus}",
-            "# Memory of the nodes: loaders and checkpoints in the making live there. 0 is all of it.",
+            "# Memory per node, for data loaders and checkpoints being written. 0 requests all of it.",
         ]
         lines += ["#SBATCH --exclusive"] if job.exclusive else []
     memory = job.mem or ("0" if job.gpus_per_node and job.exclusive else "")
@@ -211,21 +211,21 @@ def _directives(job: SlurmJob, files: JobFiles) -> list[str]:
     lines += [
         f"#SBATCH --chdir={files.working}",
         f"#SBATCH --output={files.script.parent}/slurm-%j.out",
-        "# A requeued job writes on where it stopped.",
+        "# A requeued job appends to its output.",
         "#SBATCH --open-mode=append",
-        f"# SIGUSR1 to this shell (B:) {job.signal_seconds} s before the time limit, or up to a minute sooner:",
-        "# long enough for a step and a save.",
+        f"# SIGUSR1 to this shell (B:) {job.signal_seconds} s before the time limit, or up to a minute earlier:",
+        "# enough for a step and a save.",
         f"#SBATCH --signal=B:USR1@{job.signal_seconds}",
-        "# After a node's failure or preemption, SLURM starts the job again by itself.",
+        "# After a node failure or preemption, SLURM requeues the job by itself.",
         "#SBATCH --requeue",
-        "# One job of this name at a time: two would write the same run folder.",
+        "# One job of this name at a time: two would write to the same run folder.",
         "#SBATCH --dependency=singleton",
     ]
-    # A further option takes the place of what is stated, so that no option stands twice.
-    asked = {option.partition("=")[0]: option for option in job.options}
-    replaced = {OPPOSITES.get(name, name) for name in asked} | set(asked)
+    # Further options replace directives of the same name, so none appears twice.
+    extra = {option.partition("=")[0]: option for option in job.options}
+    replaced = {OVERRIDDEN_OPTIONS.get(name, name) for name in extra} | set(extra)
     lines = [line for line in lines if line.removeprefix("#SBATCH ").partition("=")[0] not in replaced]
-    return lines + [f"#SBATCH {option}" for option in asked.values()]
+    return lines + [f"#SBATCH {option}" for option in extra.values()]
 
 
 def _step_options(job: SlurmJob, files: JobFiles) -> list[str]:

@@ -2,7 +2,7 @@
 
 import warnings
 
-# megatron-core warns, on every process, of optional packages that it misses (a run records what it uses instead), of
-# its own deprecated settings at their defaults, and calls collectives by names that PyTorch has renamed.
+# On every process, megatron-core warns about missing optional packages (a run records the implementations in use) and
+# about its own deprecated settings at their defaults. It also calls collectives by names that PyTorch has deprecated.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

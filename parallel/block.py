@@ -1,4 +1,4 @@
-"""The residual block that every family shares (paper, section 2.1)."""
+"""Residual block, shared by all model families (paper, section 2.1)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from griffin.parallel.norm import RMSNorm
 
 
 class ResidualBlock(nn.Module):
-    """`r = x + Mix(norm1(x)); r + MLP(norm2(r))` on x [T, B, D]; with sequence parallelism, on this rank's part of T.
+    """Compute `r = x + Mix(norm1(x)); r + MLP(norm2(r))` for x [T, B, D], or this rank's shard of T.
 
-    `index` counts blocks over the whole model, from 0.
+    With sequence parallelism x is sharded along T. `index` numbers the blocks of the whole model, from 0.
     """
 
     def __init__(self, index: int, mixer: str, context: Context, recompute: str = "none"):
@@ -28,22 +28,22 @@ class ResidualBlock(nn.Module):
         name = f"blocks.{index}"
         self.recompute = recompute
         self.mixer_norm = RMSNorm(f"{name}.mixer_norm", context)
-        described = MIXERS[mixer]
-        self.mixer = described.load().build(f"{name}.{described.kind}", context, recompute)
+        entry = MIXERS[mixer]
+        self.mixer = entry.load().build(f"{name}.{entry.kind}", context, recompute)
         self.mlp_norm = RMSNorm(f"{name}.mlp_norm", context)
         self.mlp = MLP(f"{name}.mlp", context)
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         return self._run("block", self._block, x, documents)
 
-    def prefill(self, x: Tensor, documents: Documents, longest: int) -> tuple[Tensor, Any]:
-        """As `forward`, and the mixer's state, from which its sequences go on to at most `longest` tokens."""
-        mixed, state = self.mixer.prefill(self.mixer_norm(x), documents, longest)
+    def prefill(self, x: Tensor, documents: Documents, max_length: int) -> tuple[Tensor, Any]:
+        """Run `forward`, and also return the mixer's state, for sequences of up to `max_length` tokens."""
+        mixed, state = self.mixer.prefill(self.mixer_norm(x), documents, max_length)
         x = x + mixed
         return x + self._mlp(x), state
 
     def stepper(self) -> BlockStep:
-        """The block for one token at a time, with the weights as they are now."""
+        """Return the block for one token at a time, with the current weights."""
         return BlockStep(self)
 
     def _block(self, x: Tensor, documents: Documents) -> Tensor:
@@ -58,19 +58,19 @@ class ResidualBlock(nn.Module):
 
     def _run(self, part: str, function: Callable[..., Tensor], *args: object) -> Tensor:
         if self.recompute == part and self.training:
-            # Nothing in a block draws random numbers.
+            # Blocks draw no random numbers.
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return function(*args)
 
 
 class BlockStep:
-    """A block that goes on from its mixer's state with one token of B sequences, x [D, B]."""
+    """Single-token block: processes one token of B sequences, x [D, B], and updates the mixer's state."""
 
     def __init__(self, block: ResidualBlock):
         self._mixer_norm, self._mlp_norm = block.mixer_norm.stepper(), block.mlp_norm.stepper()
         self.mixer: MixerStep = block.mixer.stepper()
         self._mlp = block.mlp.stepper()
 
-    def __call__(self, x: Tensor, state: Any, now: Any) -> Tensor:
-        x = x + self.mixer(self._mixer_norm(x), state, now)
+    def __call__(self, x: Tensor, state: Any, prepared: Any) -> Tensor:
+        x = x + self.mixer(self._mixer_norm(x), state, prepared)
         return x + self._mlp(self._mlp_norm(x))

@@ -1,19 +1,19 @@
-"""The two configurations that a stage of the model is built from: architecture and layout."""
+"""Configurations of the model architecture and of its parallel layout, and the axes of the rank grid."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from griffin.parallel.setting import about, setting
 
-# The mixers of published models; all that there are: `griffin.parallel.mixers.MIXERS`.
+# Mixers of the published models. `griffin.parallel.mixers.MIXERS` holds all registered ones.
 RECURRENT = "recurrent"
 ATTENTION = "attention"
 GLOBAL_ATTENTION = "global_attention"
 INITS = ("jax", "torch")
-# What a block runs again in its backward pass instead of keeping it ("none" keeps everything); "states" are the
-# recurrence's.
+# Part of each block that is recomputed in the backward pass ("states": of the recurrence; "none": everything is saved).
 RECOMPUTES = ("none", "states", "mixer", "mlp", "block")
 
 CONV_WIDTH = 4
@@ -24,7 +24,7 @@ MOST_ATOMS = 6720
 
 
 def axis_atoms(size: int) -> int:
-    """Number of equal atoms that an MLP or vocabulary axis of `size` is cut into; a tensor-parallel size divides it."""
+    """Return the number of equal atoms of an MLP or vocabulary axis. The tensor-parallel size must divide it."""
     return math.gcd(size, MOST_ATOMS)
 
 
@@ -80,13 +80,37 @@ class ModelConfig:
 
     @property
     def padded_vocabulary(self) -> int:
-        """Rows of the embedding in memory: the same whatever the layout."""
+        """Rows of the embedding in memory, the same for every layout."""
         return math.ceil(self.vocabulary / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 @dataclass(frozen=True, kw_only=True)
+class Axis:
+    """An axis of the rank grid.
+
+    name: name of the axis, and of the `ParallelConfig` setting with its size.
+    size_argument: megatron-core's name of the size. None for the axis whose size follows from the world size.
+    shards_weights: ranks along the axis hold different weights; otherwise they hold copies.
+    shards_tokens: ranks along the axis process different tokens; otherwise they process the same tokens.
+    """
+
+    name: str
+    size_argument: str | None
+    shards_weights: bool = False
+    shards_tokens: bool = False
+
+
+# In rank order: the first axis varies fastest, as in megatron-core.
+AXES = (
+    Axis(name="tensor", size_argument="tensor_model_parallel_size", shards_weights=True),
+    Axis(name="data", size_argument=None, shards_tokens=True),
+    Axis(name="pipeline", size_argument="pipeline_model_parallel_size", shards_weights=True),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model is laid out over ranks. The data-parallel size is what the world size leaves."""
+    """Parallel layout of the model. The data-parallel size is the world size over the product of the other sizes."""
 
     tensor: int = setting(1, "ranks that share every block", least=1, most=2**12)
     pipeline: int = setting(1, "ranks that share the blocks", least=1, most=2**12)
@@ -101,5 +125,21 @@ class ParallelConfig:
     )
 
     @property
+    def model_axes(self) -> dict[str, int]:
+        """Sizes of all axes except the data-parallel one, by name."""
+        return {axis.name: getattr(self, axis.name) for axis in AXES if axis.size_argument is not None}
+
+    @property
     def model_ranks(self) -> int:
-        return self.tensor * self.pipeline
+        """Number of ranks of one model replica, of which the world size is a multiple."""
+        return math.prod(self.model_axes.values())
+
+    @property
+    def megatron_sizes(self) -> dict[str, int]:
+        """Sizes of `model_axes` as keyword arguments of megatron-core."""
+        return {axis.size_argument: getattr(self, axis.name) for axis in AXES if axis.size_argument is not None}
+
+    def record(self, world_size: int) -> dict[str, Any]:
+        """Return the layout as written to manifests and environment.json, with the data-parallel size."""
+        sizes = {name: value for name, value in asdict(self).items() if name != "stages"}
+        return sizes | {"data": world_size // self.model_ranks}

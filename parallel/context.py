@@ -1,4 +1,4 @@
-"""What the blocks of a stage share: configurations, the rank grid, and the packed documents of a micro-batch."""
+"""State shared by the blocks of a stage: configurations, rank grid, packed documents, and the decoding position."""
 
 from __future__ import annotations
 
@@ -21,32 +21,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """Everything that a module of a stage is built from."""
+    """Shared construction arguments of the modules of a stage."""
 
     model: ModelConfig
     grid: Grid
     megatron: TransformerConfig
-    device: torch.device  # of the parameters; meta where only their shapes are asked for
+    device: torch.device  # of the parameters; meta if only their shapes are needed
     kernels: str = AUTO  # backend of convolution and recurrence
 
     def parameter(self, *shape: int) -> nn.Parameter:
-        """An uninitialised parameter of that shape on this rank."""
+        """Return an uninitialised parameter of this local shape."""
         return nn.Parameter(torch.empty(shape, dtype=self.megatron.params_dtype, device=self.device))
 
 
 def megatron_config(
     model: ModelConfig, layout: ParallelConfig, dtype: torch.dtype, device: torch.device
 ) -> TransformerConfig:
-    """megatron-core's configuration of layers, schedules and gradient reduction for this model and layout."""
+    """Return megatron-core's configuration of layers, schedules and gradient reduction for a model and layout."""
     on_gpu = device.type == "cuda"
     interleaved = layout.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=model.blocks,
         hidden_size=model.width,
         ffn_hidden_size=model.mlp_width,
-        num_attention_heads=layout.tensor,  # unused (attention is ours) but checked against the tensor size
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
+        num_attention_heads=layout.tensor,  # unused by our attention, but checked against the tensor size
+        **layout.megatron_sizes,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
         sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
         params_dtype=dtype,
@@ -56,7 +55,7 @@ def megatron_config(
         gradient_accumulation_fusion=False,
         perform_initialization=False,  # sharding.initialize draws layout-independent weights
         deallocate_pipeline_outputs=True,
-        # Batched sends of the interleaved schedule are silently wrong over gloo; on GPU, overlap excludes them.
+        # The interleaved schedule's batched sends give silently wrong results with gloo; on GPUs overlap excludes them.
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved and on_gpu,
         hidden_dropout=0.0,
@@ -65,7 +64,7 @@ def megatron_config(
 
 
 class Documents:
-    """The packed documents of a micro-batch, in the forms that mixers ask for; each is computed once per stage.
+    """Packed documents of a micro-batch, in the forms that mixers use, each computed once per stage.
 
     positions: int64 [B, T], 0 at every document's first token.
     """
@@ -85,28 +84,28 @@ class Documents:
         return self.positions == 0
 
     def mask(self, window: int | None) -> AttentionMask:
-        """Which keys each query sees; `window` None is all earlier tokens of its document."""
+        """Return the attention mask. With `window` None a query sees all earlier tokens of its document."""
         if window not in self._masks:
             ids = (self._positions == 0).cumsum(dim=1)
             self._masks[window] = attention_mask(ids, window)
         return self._masks[window]
 
 
-class Clock:
-    """The time at which B sequences go on, whose last tokens lie at one time: shorter ones began later.
+class DecodePosition:
+    """Position of the next token of B left-padded sequences, the same index for all of them.
 
-    time: of the tokens that come next.
-    starts: int64 [B], the time of each sequence's first token.
-    latest_start: the largest of them.
+    index: of the next token, counted from the start of the longest prompt.
+    starts: int64 [B], index of each sequence's first token.
+    latest_start: maximum of `starts`.
     """
 
-    def __init__(self, starts: Tensor, time: int):
-        self.starts, self.time = starts, time
+    def __init__(self, starts: Tensor, index: int):
+        self.starts, self.index = starts, index
         self.latest_start = int(starts.max())
-        self._shared: dict[Hashable, Any] = {}
+        self._cache: dict[Hashable, Any] = {}
 
-    def shared(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What the blocks of a model share for as long as its sequences go on: made when it is first asked for."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]
+    def cached(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the object that all blocks share under this key; `make` creates it on first use."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]

@@ -1,14 +1,13 @@
-"""What a block costs: one estimate for the reported FLOP/s and for the split of a model over pipeline stages.
+"""Cost model of blocks, for the reported FLOP/s and for the split of a model over pipeline stages.
 
-Forward floating-point operations per token count every matrix product twice its multiply-adds (the convention of the
-PaLM paper, arXiv 2204.02311, appendix B) and nothing else; a training step is three times that, recomputation not
-counted:
+Forward FLOPs per token count two per multiply-add of matrix products and nothing else (the convention of the PaLM
+paper, arXiv 2204.02311, appendix B). A training step is three times that; recomputation is not counted:
 
-    mixer                as its class says (`cost`)
+    mixer                `cost` of its class
     MLP                  2 (3 D F)
     logits               2 D V
 
-A recurrence is bound by memory traffic, so that the stage split adds bytes moved outside matrix products.
+Recurrences are memory-bound, so the stage split also counts bytes moved outside matrix products.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from griffin.parallel.mixers.base import Cost
 
 
 def block_cost(model: ModelConfig, mixer: str, sequence: int) -> Cost:
-    """Cost of a residual block: norms, temporal mixer and MLP."""
+    """Return the cost of a residual block: norms, temporal mixer and MLP."""
     norms = Cost(0.0, 2 * 10.0 * model.width)  # read, write, and the residual sum
     mlp = Cost(2.0 * 3 * model.width * model.mlp_width, 6.0 * model.mlp_width)
     return norms + MIXERS[mixer].load().cost(model, sequence) + mlp
@@ -37,17 +36,17 @@ def logits_cost(model: ModelConfig) -> Cost:
 
 
 def train_flops_per_token(model: ModelConfig, sequence: int) -> float:
-    """Model FLOPs of one training step per token (forward and backward)."""
+    """Return the model FLOPs per token of a training step (forward and backward)."""
     blocks = sum(block_cost(model, mixer, sequence).flops for mixer in model.pattern)
     return 3.0 * (blocks + logits_cost(model).flops)
 
 
 def split_blocks(model: ModelConfig, stages: int, sequence: int) -> tuple[int, ...]:
-    """Blocks of each stage in model order, such that the slowest stage is as fast as can be.
+    """Return the blocks of each stage in model order that minimise the time of the slowest stage.
 
-    The embedding counts to the first stage and the logits to the last. Every stage has at least one block.
+    The embedding counts towards the first stage and the logits towards the last. Every stage has at least one block.
     """
-    if stages == 1:  # tools that only move bytes ask too: mixers' costs come with torch
+    if stages == 1:  # also called by tools that do without torch, which the mixers' costs import
         return (model.blocks,)
     blocks = [block_cost(model, mixer, sequence).time for mixer in model.pattern]
     return _split(tuple(blocks), embedding_cost(model).time, logits_cost(model).time, stages)
@@ -62,9 +61,9 @@ def _split(blocks: Sequence[float], first: float, last: float, stages: int) -> t
 
     @cache
     def best(stage: int, start: int) -> tuple[float, float, tuple[int, ...]]:
-        """(slowest stage, sum of squares, sizes) of stages from `stage` on that hold the blocks from `start` on.
+        """Return (slowest stage, sum of squares, sizes) for stages from `stage` on with the blocks from `start` on.
 
-        The sum of squares prefers the more even of splits with the same slowest stage.
+        The sum of squares breaks ties in favour of even splits.
         """
         ends = [total] if stage == stages - 1 else range(start + 1, total - (stages - stage - 1) + 1)
         found = []

@@ -1,4 +1,4 @@
-"""Gradient reductions beyond data parallelism, as the schedules call them at the end of a step."""
+"""Gradient reductions besides data parallelism, called by megatron-core's schedules at the end of a step."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor, nn
 
 from griffin.parallel.world.grid import Grid
 
 
 def sum_tensor_gradients(modules: Sequence[nn.Module], grid: Grid) -> None:
-    """Sum over tensor ranks the gradients of replicated parameters of which each rank computed a part (key/value)."""
+    """All-reduce the partial gradients of replicated parameters over tensor ranks (the key/value projection)."""
     if grid.tensor_size == 1:
         return
     gradients = [
@@ -31,15 +31,35 @@ def sum_tensor_gradients(modules: Sequence[nn.Module], grid: Grid) -> None:
         gradient.copy_(summed.view_as(gradient))
 
 
-def finalize_gradients(grid: Grid) -> Any:
-    """megatron-core's finalize_model_grads followed by `sum_tensor_gradients`, for `config.finalize_model_grads_func`.
+def scale_shards(chunks: Sequence[DistributedDataParallel], tokens: Tensor, grid: Grid) -> None:
+    """Divide the gradients by the number of tokens of the global batch, without synchronising with the device.
 
-    The order does not matter: data-parallel reduction, tensor-parallel sum and the division by the number of tokens
-    are linear.
+    `tokens` [1] is this rank's count on the last pipeline rank, and undefined elsewhere. Only the shard of every bucket
+    that this rank updates is divided.
+    """
+    if grid.pipeline_size > 1:
+        last = dist.get_process_group_ranks(grid.pipeline_group)[-1]
+        dist.broadcast(tokens, src=last, group=grid.pipeline_group)
+    dist.all_reduce(tokens, group=grid.replica_group)
+    scale = 1.0 / tokens.clamp(min=1)  # without any token the gradient is zero
+    replicas, replica = grid.axes.replicas, grid.axes.replica(grid.rank)
+    for chunk in chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                bucket.grad_data.view(replicas, -1)[replica].mul_(scale)
+
+
+def finalize_gradients(grid: Grid) -> Any:
+    """Return a `config.finalize_model_grads_func`: megatron-core's finalize_model_grads, then `sum_tensor_gradients`.
+
+    Data-parallel reduction, tensor-parallel sum and division by the number of tokens are linear, so their order does
+    not matter. The division is ours: megatron-core's divides the whole buffer, and synchronises with the device first.
     """
 
-    def finalize(model: list[nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        finalize_model_grads(model, num_tokens, **kwargs)
+    def finalize(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        finalize_model_grads(model, None, **kwargs)
         sum_tensor_gradients(model, grid)
+        if num_tokens is not None:
+            scale_shards(model, num_tokens, grid)
 
     return finalize

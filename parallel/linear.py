@@ -1,4 +1,4 @@
-"""Linears sharded over tensor ranks, and the same for a token at a time."""
+"""Tensor-parallel linear layers, and their single-token counterparts for decoding."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from torch import Tensor
 from griffin.parallel.context import Context
 from griffin.parallel.sharding import Piece, describe, normal, zeros
 
-# A layer for one token of B sequences, channels first: [outputs, B] of [inputs, B], so that products of a few sequences
-# read weights as they lie.
+# A layer for one token of B sequences, channels first: [inputs, B] -> [outputs, B], so that matrix products with few
+# sequences read the weights in their memory order.
 LayerStep = Callable[[Tensor], Tensor]
 
 
 def fused_column_linear(
     context: Context, names: tuple[str, str], outputs: int, *, atoms: int, std: float
 ) -> ColumnParallelLinear:
-    """Two column-parallel linears [outputs, D] of one input as one matrix product: a rank's rows of the first, then
-    its rows of the second. Biases start at zero."""
+    """Return two column-parallel linears [outputs, D] of the same input, fused into one.
+
+    A rank's weight holds its rows of the first, then its rows of the second. Biases are initialised to zero.
+    """
     linear = ColumnParallelLinear(
         context.model.width,
         2 * outputs,
@@ -49,7 +51,7 @@ def fused_column_linear(
 
 
 def row_linear(context: Context, name: str, inputs: int, *, atoms: int) -> RowParallelLinear:
-    """Row-parallel output linear [D, inputs] of a branch: its input is sharded, its output summed over tensor ranks."""
+    """Return a row-parallel output linear [D, inputs]: sharded input, output all-reduced over tensor ranks."""
     width = context.model.width
     linear = RowParallelLinear(
         inputs,
@@ -77,13 +79,13 @@ def row_linear(context: Context, name: str, inputs: int, *, atoms: int) -> RowPa
 
 
 def column_step(linear: ColumnParallelLinear | RowParallelLinear) -> LayerStep:
-    """Of a column-parallel linear: this rank's part of the result."""
+    """Return the single-token column-parallel linear, which computes this rank's shard of the output."""
     weight, bias = linear.weight, linear.bias[:, None]
     return lambda x: torch.addmm(bias, weight, x)
 
 
 def row_step(linear: RowParallelLinear) -> LayerStep:
-    """Of a row-parallel linear: the sum over tensor ranks."""
+    """Return the single-token row-parallel linear, whose output is all-reduced over tensor ranks."""
     weight, bias, group = linear.weight, linear.bias[:, None], linear.tp_group
     if group.size() == 1:
         return column_step(linear)

@@ -1,4 +1,4 @@
-"""The gated MLP, sharded over its width (paper, sections 2.3 and 4.1)."""
+"""Gated MLP, sharded over its width (paper, sections 2.3 and 4.1)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from griffin.parallel.linear import LayerStep, column_step, fused_column_linear,
 
 
 class MLP(nn.Module):
-    """`down(gelu(gate(x)) * up(x))` on x [T, B, D]; with sequence parallelism x is this rank's part of T.
+    """Compute `down(gelu(gate(x)) * up(x))` for x [T, B, D]. With sequence parallelism x is sharded along T.
 
     Communication per pass: one all-reduce forward and one backward; with sequence parallelism an all-gather and a
     reduce-scatter forward, two all-gathers and a reduce-scatter backward.
@@ -34,7 +34,7 @@ class MLP(nn.Module):
         return self.down(F.gelu(gate, approximate="tanh") * up)[0]
 
     def stepper(self) -> LayerStep:
-        """The same for one token, x [D, B], with the weights as they are now."""
+        """Return the MLP for one token, x [D, B], with the current weights."""
         gate_up, down = column_step(self.gate_up), row_step(self.down)
 
         def step(x: Tensor) -> Tensor:

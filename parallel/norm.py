@@ -1,4 +1,4 @@
-"""RMSNorm, by Apex's fused kernel where NVIDIA's Apex can be imported and by PyTorch elsewhere."""
+"""RMSNorm, with NVIDIA Apex's fused kernel if it is installed, else with PyTorch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ EPSILON = 1e-6
 
 
 def apex_rms_norm() -> Callable[..., Tensor] | None:
-    """Apex's RMSNorm for a float32 weight and any input dtype; None where NVIDIA's Apex is absent.
+    """Return Apex's RMSNorm for a float32 weight and any input dtype, or None without NVIDIA's Apex.
 
-    A package of the name `apex` that is not NVIDIA's has no such function; a build of NVIDIA's without its compiled
-    extensions, which is the default, has it and fails when it is called.
+    Other packages named `apex` lack this function. NVIDIA's without its compiled extensions (the default build) has it,
+    but fails when it is called; hence the import of the extension.
     """
     if not torch.cuda.is_available():
         return None
@@ -32,7 +32,10 @@ def apex_rms_norm() -> Callable[..., Tensor] | None:
 
 
 class RMSNorm(nn.Module):
-    """`x * rsqrt(mean(x^2) + 1e-6) * (1 + w)` in float32, over the last axis of x [..., D]; output in x's dtype."""
+    """Compute `x * rsqrt(mean(x^2) + 1e-6) * (1 + w)` over the last axis of x [..., D], in float32.
+
+    The output has the dtype of x.
+    """
 
     def __init__(self, name: str, context: Context):
         super().__init__()
@@ -53,7 +56,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), scale.shape, scale, EPSILON).to(x.dtype)
 
     def stepper(self) -> LayerStep:
-        """The same for one token, x [D, B], with the weights as they are now."""
+        """Return the norm for one token, x [D, B], with the current weight."""
         scale = (1.0 + self.weight.float())[:, None]
 
         def step(x: Tensor) -> Tensor:

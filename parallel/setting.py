@@ -1,4 +1,4 @@
-"""How a setting describes itself: in the metadata of its dataclass field, from which validation and tables come."""
+"""Descriptions of settings, as metadata of their dataclass fields: the source of validation and reference tables."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-COUNT = 2**31 - 1  # most of what is only counted: far above what anybody means
+COUNT = 2**31 - 1  # maximum of settings without a natural bound
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a setting means, and which values it takes."""
+    """Meaning of a setting and its accepted values."""
 
     help: str  # Markdown, one line
     least: float | None = None
     most: float | None = None
     above: float | None = None  # all accepted values are above it
     below: float | None = None  # all accepted values are below it
-    off: bool = False  # 0 turns it off, and is accepted besides
+    off: bool = False  # 0 is accepted as well, and turns it off
     choices: tuple[str, ...] = ()
-    default_means: str = ""  # in words, where the default does not say it
+    default_means: str = ""  # the default in words, if its value is not telling
 
     def refusal(self, value: Any) -> str | None:
-        """What is accepted, such as "must be at least 1", where `value` is not; None where it is."""
+        """Return the accepted values, such as "must be at least 1", if `value` is not accepted; else None."""
         if self.choices:
             return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
         if self.least is None and self.above is None:
@@ -51,26 +51,26 @@ class Setting:
 
 
 def about(help: str, **settings: Any) -> dict[str, Setting]:
-    """Metadata of a field: `width: int = field(metadata=about("the residual stream", least=1))`."""
+    """Return the metadata of a field: `width: int = field(metadata=about("the residual stream", least=1))`."""
     return {"setting": Setting(help=help, **settings)}
 
 
 def setting(default: Any, help: str, **settings: Any) -> Any:
-    """A field with a default: `window: int = setting(1024, "keys that a query sees", least=1)`.
+    """Return a field with a default: `window: int = setting(1024, "keys that a query sees", least=1)`.
 
-    A default of None is filled in later, from other settings or from the data.
+    A default of None is resolved later, from other settings or from the data.
     """
     return dataclasses.field(default=default, metadata=about(help, **settings))
 
 
 def setting_of(field: dataclasses.Field) -> Setting:
-    """What `about` said of a field. KeyError where it said nothing."""
+    """Return the description of a field. KeyError if it has none."""
     found: Setting = field.metadata["setting"]
     return found
 
 
 def figure(value: float | None) -> str:
-    """A number as one writes it: 1, 0.1, 1e30; nothing for None."""
+    """Format a number as 1, 0.1 or 1e30, and None as an empty string."""
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:g}".replace("e+", "e")

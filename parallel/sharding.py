@@ -1,9 +1,9 @@
-"""How every parameter is cut over tensor-parallel ranks, and what it is called whatever the layout.
+"""Layout-independent description of parameters: canonical names, global shapes, and shards of tensor-parallel ranks.
 
-A parameter in memory may fuse several tensors (an MLP's gate and up projections, say). Each of those is a `Piece` with
-one canonical name and one global shape, the same on every layout; initialisation, gathering, checkpoints and export
-speak of pieces only. The sharded axis of a piece is cut into equal *atoms* (gate blocks, heads, rows); a rank holds
-whole atoms.
+A parameter in memory may fuse several tensors, for example an MLP's gate and up projections. Each of these is a `Piece`
+with a canonical name and a global shape, the same for every layout. Initialisation, gathering, checkpoints and export
+use pieces only. The sharded axis of a piece consists of equal *atoms* (gate blocks, heads, rows); a rank holds whole
+atoms.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from griffin.parallel.world.grid import Grid, gather_bytes
 from griffin.parallel.world.messages import ForgedError
 
-# (sharded axis, global shape, a rank's part)
+# (sharded axis, global shape, a rank's shard)
 Part = tuple[int | None, tuple[int, ...], Tensor]
 # (shape of the draw, generator) -> float32 values
 Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
@@ -36,7 +36,7 @@ def zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def decay(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """RG-LRU parameter p (the paper's -Lambda) such that exp(-softplus(p)) is in [.9, .999], its square uniform."""
+    """Initialise RG-LRU's p (the paper's -Lambda): exp(-softplus(p)) lies in [.9, .999], and its square is uniform."""
     low, high = 0.9**2, 0.999**2
     squared = torch.rand(shape, generator=generator) * (high - low) + low + 1e-8
     return torch.expm1(-0.5 * squared.log()).log()  # softplus(p) = -log(squared) / 2
@@ -44,12 +44,12 @@ def decay(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """One canonical tensor and where this rank's part of it lies in a parameter.
+    """One canonical tensor, and the place of its local shard in a parameter.
 
-    `shape` is the global shape. `axis` is the sharded axis, cut into `atoms` equal parts; None is replicated over
-    tensor ranks. `padded` is the size of the sharded axis in memory where it is larger than in `shape` (rows of the
-    vocabulary's padding are zero and belong to no global tensor). The part in the parameter starts at `start` on
-    dimension `dim` and fills the parameter elsewhere.
+    `shape` is the global shape. `axis` is the sharded axis, divided into `atoms` equal parts; None means replicated
+    over tensor ranks. `padded` is the size of the sharded axis in memory if that is larger than in `shape` (rows of the
+    vocabulary's padding are zero and belong to no global tensor). The local shard starts at `start` along dimension
+    `dim` of the parameter, and spans all its other dimensions.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Piece:
         return self.padded or self.shape[self.axis]
 
     def local_range(self, tensor_rank: int, tensor_size: int) -> tuple[int, int]:
-        """Atoms [first, last) of the sharded axis that a tensor rank holds."""
+        """Return the atoms [first, last) of the sharded axis that a tensor rank holds."""
         assert self.atoms % tensor_size == 0, (self.name, self.atoms, tensor_size)
         count = self.atoms // tensor_size
         return tensor_rank * count, (tensor_rank + 1) * count
@@ -79,7 +79,7 @@ class Piece:
         return tuple(shape)
 
     def view(self, value: Tensor, tensor_size: int) -> Tensor:
-        """This piece's part of `value`, a tensor laid out like the parameter (itself, or its gradient)."""
+        """Return this piece's shard as a view of `value`, a tensor laid out like the parameter (or its gradient)."""
         part = value.narrow(self.dim, self.start, self.local_shape(tensor_size)[self.dim])
         assert part.shape == self.local_shape(tensor_size), (self.name, part.shape, self.local_shape(tensor_size))
         return part
@@ -93,11 +93,11 @@ def describe(
     sequence_parallel: bool = False,
     shared: bool = False,
 ) -> None:
-    """Attach to a parameter its pieces and what megatron-core's optimizer and gradient reduction ask of it.
+    """Set a parameter's pieces and the attributes that megatron-core's optimizer and gradient reduction read.
 
-    tensor_sum: replicated, but each tensor rank computes a part of the gradient (key/value projection).
-    sequence_parallel: replicated, and with sequence parallelism each tensor rank sees a part of the tokens only.
-    shared: a second copy of a parameter that another pipeline stage owns (the tied embedding).
+    tensor_sum: replicated, but each tensor rank computes a partial gradient (key/value projection).
+    sequence_parallel: replicated, and with sequence parallelism each tensor rank sees a shard of the tokens only.
+    shared: second copy of a parameter that another pipeline stage owns (the tied embedding).
     """
     sharded = pieces[0].axis is not None
     attributes = {
@@ -117,7 +117,7 @@ def describe(
 
 
 def named_pieces(modules: Iterable[nn.Module]) -> Iterator[tuple[Piece, nn.Parameter]]:
-    """Every piece of the modules with its parameter, the second copy of a tied embedding left out."""
+    """Yield all pieces of the modules with their parameters, except for the second copy of a tied embedding."""
     for module in modules:
         for parameter in module.parameters():
             if not getattr(parameter, "shared", False):
@@ -132,10 +132,10 @@ def _generator(seed: int, name: str, atom: int) -> torch.Generator:
 
 @torch.no_grad()
 def initialize(modules: Iterable[nn.Module], grid: Grid, seed: int) -> None:
-    """Draw all parameters such that the global tensors depend on the seed only, bitwise, whatever the layout.
+    """Initialise all parameters. The global tensors depend on the seed only, bitwise, and not on the layout.
 
-    Every (name, atom) has a random stream of its own, so a rank draws only what it holds. Draws are in float32 on the
-    CPU and then rounded to the parameter's dtype. (PyTorch promises equal streams on CPUs of one kind.)
+    Every (name, atom) has its own random stream, so a rank draws only the atoms it holds. Values are drawn in float32
+    on the CPU, then rounded to the parameter's dtype. (PyTorch guarantees equal streams on CPUs of the same kind.)
     """
     for module in modules:
         for parameter in module.parameters():
@@ -158,17 +158,17 @@ def _draw(piece: Piece, out: Tensor, grid: Grid, seed: int) -> None:
         values = piece.init(atom_shape, _generator(seed, piece.name, atom))
         out.narrow(piece.axis, place * size, size).copy_(values)
     padding = last * size - piece.shape[piece.axis]
-    if padding > 0:  # of these rows, those that this rank holds
+    if padding > 0:  # zero the padding rows that this rank holds
         held = min(padding, out.shape[piece.axis])
         out.narrow(piece.axis, out.shape[piece.axis] - held, held).zero_()
 
 
 @torch.no_grad()
 def load(modules: Iterable[nn.Module], grid: Grid, tensors: Mapping[str, Tensor]) -> None:
-    """Copy this rank's parts of global tensors, by canonical name, into the parameters (rounded to their dtype).
+    """Copy this rank's shards of global tensors, by canonical name, into the parameters (rounded to their dtype).
 
-    `tensors` holds the whole model on every rank. Padding of the vocabulary becomes zero. Raises ValueError, with all
-    parameters as they were, if a name is missing or unknown or a shape differs.
+    `tensors` holds the whole model on every rank. Padding of the vocabulary is zeroed. Raises ValueError, before any
+    parameter is changed, if a name is missing or unknown or a shape differs.
     """
     held = [
         (piece, parameter)
@@ -188,7 +188,7 @@ def load(modules: Iterable[nn.Module], grid: Grid, tensors: Mapping[str, Tensor]
         if piece.axis is None:
             part.copy_(value)
             continue
-        # A rank may hold padding of the vocabulary only.
+        # A rank may hold only padding of the vocabulary.
         first = min(part.shape[piece.axis] * grid.tensor_rank, piece.shape[piece.axis])
         rows = min(part.shape[piece.axis], piece.shape[piece.axis] - first)
         part.zero_()
@@ -200,18 +200,18 @@ def gather(
     grid: Grid,
     value: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach(),
 ) -> dict[str, Tensor]:
-    """The global tensors by canonical name, on the CPU, on every rank.
+    """Return the global tensors by canonical name, on the CPU, on every rank.
 
-    `value` gives what to gather of a parameter, in its layout (`lambda p: p.main_grad` for gradients). The whole model
-    has to fit into every rank's memory: meant for tests and small models.
+    `value` maps a parameter to the tensor to gather, of the same layout (`lambda p: p.main_grad` for gradients). The
+    whole model must fit in every rank's memory: for tests and small models.
     """
     mine = {
         piece.name: (piece.axis, piece.shape, piece.view(value(parameter), grid.tensor_size).detach().cpu())
         for piece, parameter in named_pieces(modules)
     }
-    everyone = _all_gather_parts(mine if grid.data_rank == 0 else {}, grid)
+    everyone = _all_gather_parts(mine if grid.is_first_replica else {}, grid)
     parts: dict[str, list[Part]] = {}
-    for held in everyone:  # ranks of one tensor group follow each other in order
+    for held in everyone:  # in rank order, so the ranks of a tensor group follow one another
         for name, part in held.items():
             parts.setdefault(name, []).append(part)
     tensors = {}
@@ -225,8 +225,8 @@ def gather(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Described:
-    """A part of a tensor whose bytes travel on their own."""
+class ShardHeader:
+    """Header of a shard whose bytes are sent separately."""
 
     name: str
     axis: int | None
@@ -236,31 +236,33 @@ class _Described:
 
 
 def _all_gather_parts(mine: Mapping[str, Part], grid: Grid) -> list[Mapping[str, Part]]:
-    """Every rank's parts by name, in the order of ranks. ForgedError where bytes and their description differ."""
+    """Return every rank's shards by name, in rank order. ForgedError if bytes do not match their headers."""
     if grid.world_size == 1:
         return [mine]
-    described = [
-        _Described(name=name, axis=axis, shape=shape, part_shape=tuple(part.shape), dtype=str(part.dtype))
+    headers = [
+        ShardHeader(name=name, axis=axis, shape=shape, part_shape=tuple(part.shape), dtype=str(part.dtype))
         for name, (axis, shape, part) in mine.items()
     ]
     values = b"".join(part.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for *_, part in mine.values())
-    everyone = grid.all_gather(described, list[_Described])
+    everyone = grid.all_gather(headers, list[ShardHeader])
     return [
-        _read_parts(each, received) for each, received in zip(everyone, gather_bytes(values, grid.device), strict=True)
+        read_parts(each, received) for each, received in zip(everyone, gather_bytes(values, grid.device), strict=True)
     ]
 
 
-def _read_parts(described: Sequence[_Described], values: bytes) -> dict[str, Part]:
+def read_parts(headers: Sequence[ShardHeader], values: bytes) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     left = memoryview(bytearray(values))
-    for each in described:
-        dtype = _DTYPES.get(each.dtype)
-        size = math.prod(each.part_shape) * (dtype.itemsize if dtype else 0)
-        if dtype is None or min(each.part_shape, default=0) < 0 or size > len(left):
-            raise ForgedError(f"{each.name}: a peer gave no tensor {each.part_shape} of {each.dtype}")
+    for header in headers:
+        dtype = _DTYPES.get(header.dtype)
+        size = math.prod(header.part_shape) * (dtype.itemsize if dtype else 0)
+        if dtype is None or min(header.part_shape, default=0) < 0 or size > len(left):
+            raise ForgedError(
+                f"{header.name}: a peer sent bytes that are not a tensor {header.part_shape} of {header.dtype}"
+            )
         value = torch.frombuffer(left[:size], dtype=dtype) if size else torch.empty(0, dtype=dtype)
-        parts[each.name] = each.axis, each.shape, value.view(each.part_shape)
+        parts[header.name] = header.axis, header.shape, value.view(header.part_shape)
         left = left[size:]
     if left:
-        raise ForgedError(f"a peer gave {len(left)} bytes that belong to no tensor")
+        raise ForgedError(f"a peer sent {len(left)} bytes that belong to no tensor")
     return parts

@@ -1,4 +1,4 @@
-"""A pipeline stage: embedding (first stage), residual blocks, final norm with logits and loss (last stage)."""
+"""Pipeline stage: embedding (first stage), residual blocks, final norm with logits and loss (last stage)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from griffin.kernels.backends import AUTO
-from griffin.parallel import host
+from griffin.parallel import megatron_device
 from griffin.parallel.block import ResidualBlock
 from griffin.parallel.config import ModelConfig, ParallelConfig, axis_atoms
 from griffin.parallel.context import Context, Documents, megatron_config
@@ -24,12 +24,12 @@ from griffin.parallel.world.grid import Grid
 
 
 class Stage(MegatronModule):
-    """Blocks [first, last) of the model as megatron-core's schedules run them.
+    """Blocks [first, last) of the model, for megatron-core's schedules.
 
     A batch maps `tokens`, `labels` and `positions` to int64 [B, T]; positions are 0 at every document's first token.
-    The last stage returns the loss of every token, float32 [T, B] (nats; the caller masks and sums), or with
-    `labels` absent this rank's part of the logits [T, B, padded vocabulary / t], float32, -inf at padding. Other
-    stages return activations [T, B, D] (this rank's part of T with sequence parallelism).
+    The last stage returns the loss of every token in nats, float32 [T, B] (the caller masks and sums). Without `labels`
+    it returns this rank's shard of the logits [T, B, padded vocabulary / t], float32, -inf at padding. Other stages
+    return activations [T, B, D] (sharded along T with sequence parallelism).
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Stage(MegatronModule):
     ):
         super().__init__(context.megatron)
         self.model = context.model
-        # The names below are asked for by megatron-core's schedules and finalize_model_grads.
+        # megatron-core's schedules and finalize_model_grads read the attributes below.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = is_first, is_last
         self.vp_stage = virtual_stage
@@ -61,7 +61,7 @@ class Stage(MegatronModule):
             self.logits = Logits(context, owns_weight=not is_first)
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
-        """Called by the schedule with the activations of the stage before."""
+        """Receive the activations of the previous stage. Called by the schedule."""
         self._input = tensors[0]
 
     def shared_embedding_or_output_weight(self) -> nn.Parameter | None:
@@ -79,37 +79,37 @@ class Stage(MegatronModule):
         return vocab_parallel_cross_entropy(logits, batch["labels"].t().contiguous())
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the stage's last block gives, [T, B, D] as `forward` says."""
+        """Return the output of the stage's last block, [T, B, D]; see the class."""
         documents = Documents(batch["positions"])
         x = self.embed(batch["tokens"]) if self.pre_process else self._input
-        assert x is not None, "the stage before sent nothing"
+        assert x is not None, "no activations from the previous stage"
         for block in self.blocks:
             x = block(x, documents)
         return x
 
     def head(self, x: Tensor) -> Tensor:
-        """This rank's part of the logits of the last stage's x [T, B, D]; see `Logits`."""
+        """Return this rank's shard of the logits of the last stage's x [T, B, D]; see `Logits`."""
         return self.logits(self.final_norm(x), self.shared_embedding_or_output_weight())
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """What the first block is given for tokens [B, T]: [T, B, D], or [T/t, B, D] with sequence parallelism."""
+        """Return the first block's input for tokens [B, T]: [T, B, D], or [T/t, B, D] with sequence parallelism."""
         x = self.embedding(tokens)  # [B, T, D], or [T/t, B, D] with sequence parallelism
         if not self.config.sequence_parallel:
             x = x.transpose(0, 1).contiguous()
         return self.scaled(x)
 
     def scaled(self, x: Tensor) -> Tensor:
-        """Embeddings x as the model takes them in."""
+        """Return embeddings x, scaled if the model scales them."""
         if self.model.scale_embedding:
-            # The published models round the factor to bfloat16 whatever they compute in.
+            # The published models round the factor to bfloat16, whatever the compute dtype.
             x = x * torch.tensor(math.sqrt(self.model.width), dtype=torch.bfloat16).to(x.dtype)
         return x
 
 
 class Logits(nn.Module):
-    """Tied output projection: x [T, B, D] -> this rank's part of the logits [T, B, padded vocabulary / t], float32.
+    """Tied output projection: x [T, B, D] -> this rank's shard of the logits [T, B, padded vocabulary / t], float32.
 
-    The last of several pipeline stages owns a copy of the embedding table, a single stage is given the table itself.
+    The last of several pipeline stages owns a copy of the embedding table; a single stage passes the table itself.
     """
 
     def __init__(self, context: Context, *, owns_weight: bool):
@@ -137,7 +137,7 @@ class Logits(nn.Module):
         return self.capped(logits)
 
     def capped(self, logits: Tensor) -> Tensor:
-        """What products with the table become: float32, soft-capped, -inf at the vocabulary's padding."""
+        """Return raw logits in float32, soft-capped, and -inf at the vocabulary's padding."""
         logits = logits.float()
         if (cap := self.context.model.logit_soft_cap) > 0:
             logits = cap * torch.tanh(logits / cap)
@@ -174,12 +174,13 @@ def _describe_embedding(weight: nn.Parameter, model: ModelConfig, *, shared: boo
         weight_decay=False,
         shared=shared,
     )
-    # A bucket of its own: the first and the last stage then hold the same shard of it, whose gradients are summed.
+    # megatron-core gives it a bucket of its own: the first and the last stage then hold the same shard, whose gradients
+    # are summed.
     weight.shared_embedding = True  # type: ignore[attr-defined]
 
 
 def stage_blocks(model: ModelConfig, layout: ParallelConfig, sequence: int) -> tuple[int, ...]:
-    """Blocks of each of the pipeline x virtual stages in model order: the configured ones, else balanced by cost."""
+    """Return the blocks of each of the pipeline x virtual stages in model order: as configured, else by cost."""
     return layout.stages or split_blocks(model, layout.pipeline * layout.virtual_pipeline, sequence)
 
 
@@ -194,9 +195,10 @@ def build_stages(
     kernels: str = AUTO,
     device: torch.device | None = None,
 ) -> list[Stage]:
-    """The stages that this rank holds, first to last, with uninitialised weights (see `sharding.initialize`).
+    """Build the stages that this rank holds, first to last, with uninitialised weights (see `sharding.initialize`).
 
-    Stage s of the pipeline x virtual stages is held by pipeline rank s mod pipeline. `device` defaults to the rank's.
+    Stage s of the pipeline x virtual stages is held by pipeline rank s mod pipeline. `device` defaults to the rank's
+    device.
     """
     device = device or grid.device
     context = Context(
@@ -228,8 +230,8 @@ def build_stages(
 
 
 def meta_stage(model: ModelConfig, grid: Grid) -> Stage:
-    """The whole model as one stage of meta tensors: names and shapes, no memory. For a first rank only."""
-    with host.on_meta():
+    """Build the whole model as one stage of meta tensors, for names and shapes. For ranks of the first stage only."""
+    with megatron_device.on_meta():
         (stage,) = build_stages(
             model, ParallelConfig(), grid, dtype=torch.float32, sequence=1, device=torch.device("meta")
         )

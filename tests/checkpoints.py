@@ -126,6 +126,7 @@ def make_checkpoint(
         optimizer=None if weights_only else {"name": "adamw", "step": step},
         random={} if weights_only else {"cpu": "AAAA"},
         spikes=None if weights_only else {"losses": [2.5], "skipped": 1},
+        extras={"ramp": {"sizes": [8, step], "ends": None}},
         arrays={spec.name: spec for spec in specs},
         files=files,
     )

@@ -45,9 +45,9 @@ def headings(document: Path) -> list[str]:
     return re.findall(r"^#+ (.*)$", prose(document), flags=re.MULTILINE)
 
 
-def anchors(document: Path) -> set[str]:
-    """What links name a document's headings by, as GitHub makes it of them."""
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings(document)}
+def anchors(document: Path) -> dict[str, str]:
+    """A document's headings by what links name them, as GitHub makes it of them."""
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"): heading for heading in headings(document)}
 
 
 def section(document: Path, heading: str) -> str:

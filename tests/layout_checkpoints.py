@@ -49,11 +49,11 @@ def steps(training: Training, grid: Grid, first: int, last: int) -> list[float]:
     ]
 
 
-def checkpoints(config: Config, grid: Grid, training: Training, root: Path) -> Checkpoints:
+def checkpoints(config: Config, grid: Grid, training: Training, root: Path, **options: Any) -> Checkpoints:
     def report(outcome: Any) -> None:
         assert outcome.error is None, outcome
 
-    return Checkpoints(config, grid, training, root, host="127.0.0.1", attempt=1, lock=None, report=report)
+    return Checkpoints(config, grid, training, root, host="127.0.0.1", attempt=1, lock=None, report=report, **options)
 
 
 def source(folder: Path, step: int) -> Source:

@@ -14,6 +14,7 @@ import numpy as np
 import zarr
 
 from griffin.trainer.checkpoint.arrays import EXP_AVG, EXP_AVG_SQ, MASTER, MODEL, ArraySpec, GlobalTensor
+from griffin.trainer.checkpoint.header import Header
 from griffin.trainer.checkpoint.manifest import Manifest, verify
 from griffin.trainer.checkpoint.plan import Member, Parameter, PlacedTensor, SavePlan, Shard, plan_chunks
 from griffin.trainer.checkpoint.saving.saver import Outcome, Saver
@@ -104,18 +105,17 @@ def random_state(seed: int) -> State:
     return {tensor.name: random.standard_normal((3, *tensor.shape), dtype=np.float32) for tensor in TENSORS}
 
 
-def header(step: int) -> dict[str, Any]:
-    """The manifest's fields that the trainer gives."""
-    return {
-        "step": step,
-        "samples": 8 * step,
-        "attempt": 1,
-        "created": "2030-01-01T00:00:00+0000",
-        "config": {"model": {"width": 5}},
-        "layout": {"tensor": 1},
-        "optimizer": {"name": "adam", "step": step},
-        "random": {"cpu": "AAAA"},
-    }
+def header(step: int) -> Header:
+    return Header(
+        step=step,
+        samples=8 * step,
+        attempt=1,
+        created="2030-01-01T00:00:00+0000",
+        config={"model": {"width": 5}},
+        layout={"tensor": 1},
+        optimizer={"name": "adam", "step": step},
+        random={"cpu": "AAAA"},
+    )
 
 
 def assert_holds(path: Path | None, state: State, dtype: str) -> Manifest:

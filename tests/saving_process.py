@@ -16,7 +16,7 @@ _OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.sca
 
 
 def code(controls: Path) -> str:
-    """What a saving process executes, instead of `saver._CODE`, to be controlled by files in the folder `controls`.
+    """What a saving process executes, instead of `saver.PROGRAM`, to be controlled by files in the folder `controls`.
 
     In it lies the folder `checkpoints`, whose files count. `slow`: seconds to sleep at each operation on them, and
     perhaps, after a space, a text: then on those paths only that hold it. `kill`: number of the operation, counted from

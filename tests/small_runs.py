@@ -153,8 +153,8 @@ class Watch:
             start(saver, step, header)
 
         def watched_wait(saver: Saver) -> Any:
-            if ranks.rank == 0 and saver._flight is not None and saver._flight.step in self.at_wait:
-                self.at_wait[saver._flight.step](saver)
+            if ranks.rank == 0 and saver._pending is not None and saver._pending.step in self.at_wait:
+                self.at_wait[saver._pending.step](saver)
             else:
                 assert not _stopped, "the training waits for a saving process that stands still"
             return wait(saver)
@@ -168,7 +168,7 @@ class Watch:
             ]
             if self.slow:
                 (run_dir / "slow").write_text(str(self.slow))
-                replaced.append((saver_module, "_CODE", saving_process.code(run_dir)))
+                replaced.append((saver_module, "PROGRAM", saving_process.code(run_dir)))
             for owner, name, value in replaced:
                 stack.enter_context(mock.patch.object(owner, name, value))
             stack.callback(_continue_all)

@@ -20,12 +20,13 @@ import pytest
 from rich.console import Console
 
 from griffin.tools.checkpoints import rank_files
-from griffin.tools.checkpoints.carried import files_of, read_object, require_inside
-from griffin.tools.commands.logits import _read as read_tokens
+from griffin.tools.checkpoints.auxiliary_files import find_files, read_object, require_inside
+from griffin.tools.commands.logits import read_tokens
 from griffin.tools.common.safetensors_files import lay_out, read_entries
 from griffin.tools.inference.prompts import read_prompts
+from griffin.tools.runs.curves import read_curves
+from griffin.tools.runs.monitor_view import render_run, render_runs
 from griffin.tools.runs.state import RunReader
-from griffin.tools.runs.view import one_run, several_runs
 from griffin.tools.weights.hf.config import model_of_config
 from griffin.trainer.checkpoint import manifest as manifests
 from griffin.trainer.checkpoint.manifest import read_manifest
@@ -33,7 +34,7 @@ from griffin.trainer.data.prefix import parse_blend, read_description
 from griffin.trainer.data.tokenizer import load_tokenizer
 from griffin.trainer.reporting.goodput import Goodput
 from griffin.trainer.run.folder import RunFolder
-from griffin.trainer.run.lock import _machine, refuse_if_held
+from griffin.trainer.run.lock import Owner, refuse_if_held
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.validate import validate
 from tests.small_steps import ARRAYS, save_step
@@ -118,7 +119,7 @@ def with_checksum(values: Any) -> bytes:
 
 
 def sorted_checksum(values: Any) -> bytes:
-    return signed(values, rank_files._checksum)
+    return signed(values, rank_files.index_checksum)
 
 
 def signed(values: Any, checksum: Callable[[Any], str]) -> bytes:
@@ -181,7 +182,7 @@ LOCK = {
     "token": "0" * 32,
     "user": "someone",
     "host": "n0",
-    "machine": _machine(),  # this one: the process is looked at
+    "machine": Owner.current().machine,  # this one: the process is looked at
     "pid": 2**22 + 1,
     "process_started": 1,
     "job": "cluster/1",
@@ -213,7 +214,7 @@ class Reader:
 
 
 def readers(folder: Path) -> dict[str, Reader]:
-    step = save_step(folder / "checkpoints", 3, arrays=ARRAYS)
+    step = save_step(folder / "checkpoints", 3, arrays=ARRAYS, extras={"ramp": [1]})
     text = (step / manifests.MANIFEST).read_bytes()
     index = json.loads(text) | {"stages": [1, 1], "layout": {"tensor": 1, "pipeline": 1, "virtual_pipeline": 2}}
     header, entries = lay_out([("a.weight", "float32", (2, 3)), ("b.weight", "bfloat16", (4,))])
@@ -319,7 +320,11 @@ def expect_refusal(read: Callable[[], object], case: str) -> None:
 def read_run(path: Path) -> None:
     """All that a monitor, a newcomer to the folder and the next attempt read."""
     state = RunReader(path).read()
-    Console(file=io.StringIO(), width=120).print(one_run(state), several_runs([state]))
+    Console(file=io.StringIO(), width=120).print(render_run(state), render_runs([state]))
+    with suppress(ValueError, OSError):  # one line for who asked for a plot
+        curves = read_curves(path, ["loss"])
+        for figure in curves.figures:
+            curves.over(figure, "seconds")
     with suppress(ValueError):  # held by a process that runs
         refuse_if_held(path)
     Goodput(RunFolder(path, 2), 3).values()
@@ -378,7 +383,7 @@ def test_a_link_is_not_followed_out_of_a_folder(tmp_path):
     folder.mkdir()
     (folder / "tokenizer.json").symlink_to(secret)
     with pytest.raises(ValueError, match="leads out of"):
-        files_of(folder)
+        find_files(folder)
 
 
 def test_links_of_a_cache_are_followed(tmp_path):
@@ -388,7 +393,7 @@ def test_links_of_a_cache_are_followed(tmp_path):
         place.mkdir(parents=True)
     blob.write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/a")
-    assert files_of(snapshot) == {"config.json": snapshot / "config.json"}
+    assert find_files(snapshot) == {"config.json": snapshot / "config.json"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import importlib
 import json
@@ -11,9 +12,12 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +41,7 @@ from tests.small_steps import ARRAYS, bits, save_step
 LANGUAGES = ("python", "sh", "text", "toml")
 
 
+@cache
 def commands() -> list[str]:
     """The command lines of all README.md files, without comments, continued lines as one."""
     texts = [block.text for document in READMES for block in blocks(document) if block.language == "sh"]
@@ -131,7 +136,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = load_config("my.toml")
         assert config.model == MODEL
         run = RunFolder.create(Path("runs/mine"), config, {})
-        run.metrics.write_text(json.dumps({"step": 100, "attempt": 1, "time": 0.0, "loss": 2.5}) + "\n")
+        figures = {"loss": 2.5, "tokens": 1600, "tokens_per_second": 800.0, "trained_seconds": 2.0}
+        run.metrics.write_text(json.dumps({"step": 100, "attempt": 1, "time": 0.0, **figures}) + "\n")
         step = run.checkpoints / "step-00000100"
         make_checkpoint(
             step,
@@ -315,6 +321,7 @@ RUN: list[tuple[str, Callable[[list[str]], None]]] = [
     (r"griffin launch slurm .*", run),
     (r"griffin launch local .*", launch_local),
     (r"griffin monitor .*", run_with("--once")),
+    (r"griffin plot .*", run),
     (r"griffin convert hf .*", convert),
     (r"griffin convert deepmind 2b\.pt .*", convert_deepmind),
     (r"griffin export hf .*", one_worker),
@@ -380,6 +387,27 @@ def other_blocks() -> Iterator[object]:
                 yield pytest.param(block, id=f"{name_of(document)}-{block.language}-{number}")
 
 
+def imported_modules(code: str) -> set[str]:
+    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in names | {str(node.module) for node in nodes if hasattr(node, "module")}}
+
+
+def assert_plain_installation_has(modules: set[str]) -> None:
+    """Each module is Python's, this project's, or of a package that is installed with it, without any extra."""
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    required = {re.split(r"[^\w.-]", text)[0].replace("_", "-").lower() for text in dependencies}
+    packages = packages_distributions()
+    for module in modules - sys.stdlib_module_names - {"griffin"}:
+        assert required & {name.replace("_", "-").lower() for name in packages[module]}, f"{module}: of no dependency"
+
+
+def test_a_module_that_is_not_installed_is_seen() -> None:
+    assert imported_modules("import a.b, c\nfrom d.e import f") == {"a", "c", "d"}
+    with pytest.raises(AssertionError, match="transformers: of no dependency"):
+        assert_plain_installation_has({"json", "zarr", "transformers"})
+
+
 @pytest.mark.parametrize("block", list(other_blocks()))
 def test_other_block(folder: Path, block: Block) -> None:
     if block.language == "toml":
@@ -387,14 +415,17 @@ def test_other_block(folder: Path, block: Block) -> None:
         assert main(["train", "block.toml", "--ranks", "8", "--dry-run"]) == 0
         return
     values: dict[str, Any] = {
-        "zarr": zarr,
         **{name: torch.zeros(4, 1, 64) for name in ("x", "input_gate", "recurrence_gate", "branch", "a", "b")},
         "weight": torch.zeros(4, 64),
         "bias": torch.zeros(64),
         "decay": torch.zeros(64),
         "starts": torch.zeros(4, 1, dtype=torch.bool),
     }
+    assert_plain_installation_has(imported_modules(block.text))
     exec(compile(block.text, name_of(block.document), "exec"), values)
+    if "weight" in values and "group" in values:  # opening a checkpoint
+        assert values["weight"].dtype == "bfloat16"
+        assert values["weight"].shape == (MODEL.mlp_width, MODEL.width)
     if "read_array" in values:  # the checkpoint format's: it reads what stock Zarr does
         step = save_step(Path("checkpoints"), 1)
         arrays = {name: np.asarray(array[:]) for name, array in zarr.open_group(step, mode="r").arrays()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -124,11 +125,16 @@ def test_folders_and_files_are_small() -> None:
     assert {name: lines for name, lines in long.items() if lines > MOST_LINES} == {}
 
 
+@cache
+def code_of_tests() -> dict[Path, ast.Module]:
+    return {file: ast.parse(file.read_text()) for file in (ROOT / "tests").rglob("*.py")}
+
+
 def test_tests_import_no_test_module() -> None:
     """What several need is a module of its own, which is collected by none."""
     found = []
-    for file in (ROOT / "tests").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+    for file, code in code_of_tests().items():
+        for node in ast.walk(code):
             if isinstance(node, ast.ImportFrom):
                 names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Import):
@@ -138,6 +144,62 @@ def test_tests_import_no_test_module() -> None:
             found += [f"{file}: {name}" for name in names if is_test_module(name)]
     assert found == []
     assert is_test_module("tests.test_structure")
+
+
+PATCHES = {"patch", "object", "setattr", "delattr"}  # the methods of pytest's MonkeyPatch and of unittest.mock
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_uses(tree: ast.AST) -> Iterator[str]:
+    """Uses of the product's private names in a test: imported, read from a module or class, or patched. Also patches
+    of any of its names by a string path, which a rename does not find."""
+    product = [
+        alias
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).split(".")[0] == "griffin"
+    ]
+    yield from (alias.name for alias in product if is_private(alias.name))
+    names = {alias.asname or alias.name for alias in product}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and ast.unparse(node.value) in names:
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and node.args and getattr(node.func, "attr", "") in PATCHES:
+            target, *others = node.args
+            texts = [each.value for each in ast.walk(target) if isinstance(each, ast.Constant)]
+            name = str(others[0].value) if others and isinstance(others[0], ast.Constant) else ""
+            if isinstance(target, ast.JoinedStr) or any(str(text).startswith("griffin.") for text in texts):
+                yield ast.unparse(target)
+            elif is_private(name):
+                yield f"{ast.unparse(target)}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("from griffin.trainer.step import Training, _loss", "_loss"),
+        ("from griffin.trainer import step as s\ns._loss(1)", "s._loss"),
+        ("import griffin.trainer.step\ngriffin.trainer.step._loss(1)", "griffin.trainer.step._loss"),
+        ("from griffin.trainer.step import Training\nTraining._run()", "Training._run"),
+        ("patch.setattr(step, '_loss', 1)", "step._loss"),
+        ("mock.patch.object(Training, '_run', f)", "Training._run"),
+        ("monkeypatch.setattr('griffin.trainer.step.Training', f)", "'griffin.trainer.step.Training'"),
+        ("mock.patch(f'{module}.loss')", "f'{module}.loss'"),
+    ],
+)
+def test_private_names_are_found(code: str, found: str) -> None:
+    assert list(private_uses(ast.parse(code))) == [found]
+
+
+def test_tests_use_public_names() -> None:
+    found = [f"{file}: {name}" for file, code in code_of_tests().items() for name in private_uses(code)]
+    assert found == []
+    accepted = "patch.setattr(step, 'loss', 1)\nself._x = step.__name__\nmock.patch('os.fsync', f)"
+    assert list(private_uses(ast.parse(accepted))) == []
 
 
 def is_test_module(name: str) -> bool:

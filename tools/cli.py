@@ -1,4 +1,4 @@
-"""The command `griffin`: one sub-command per file of `commands/`."""
+"""The command `griffin`: one sub-command per file in `commands/`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from concurrent.futures import BrokenExecutor
 import griffin
 from griffin.tools.common.errors import USER_ERRORS, report
 
-# Each has `add_parser(subparsers)`, which sets `run`: args -> exit code or None. They import torch inside `run` only.
+# Each module has `add_parser(subparsers)`, which sets `run`: args -> exit code or None. Only `run` imports torch.
 COMMANDS = (
     "data",
     "model",
     "train",
     "launch",
     "monitor",
+    "plot",
     "doctor",
     "checkpoint",
     "convert",
@@ -35,9 +36,10 @@ BLEND_ENTRY = re.compile(r"[0-9.]\S*\s+\S")  # "WEIGHT PREFIX": no other argumen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command and return its exit code; 2 with one line on stderr for what the user can put right.
+    """Run one sub-command and return its exit code.
 
-    It is 1, with one line too, where a worker process was killed.
+    It is 2, with one line on stderr, for mistakes of the user, and 1, also with one line, if a worker process was
+    killed. Other exceptions propagate.
     """
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="griffin", description="Train Griffin and Hawk language models.")
@@ -55,27 +57,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("griffin: stopped by SIGINT", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # who reads the output has seen enough; nor is it flushed at the end
+    except BrokenPipeError:  # the reader has closed the output; it must not be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except BrokenExecutor:
-        print("griffin: error: a worker process was killed: out of memory? (--workers takes fewer)", file=sys.stderr)
+        print("griffin: error: a worker process was killed: out of memory? (try fewer --workers)", file=sys.stderr)
         return 1
     except USER_ERRORS as error:
         return report(error)
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part the settings, "--section.key value" or "--section.key=value", from the other arguments.
+    """Split the settings, "--section.key value" or "--section.key=value", from the other arguments.
 
-    Several "WEIGHT PREFIX" may follow one setting.
-
-    A sub-command takes them where it sets a default for `overrides`.
+    Several "WEIGHT PREFIX" words may follow one setting. A sub-command accepts settings by setting a default for
+    `overrides`.
     """
     rest: list[str] = []
     overrides: list[str] = []
-    awaited = False  # the value of the setting just read
-    continues = False  # a setting whose value stands in words of its own
+    awaited = False  # the next word is the value of the last setting
+    continues = False  # the last setting can have more values
     for word in words:
         is_override = OVERRIDE.match(word) is not None
         awaited = awaited and not word.startswith("--")

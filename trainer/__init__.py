@@ -1,1 +1,1 @@
-"""Training: configuration, data, step, optimizer, loop, metrics."""
+"""A training run: settings, data, training loop, optimizer, checkpoints, health and reporting."""

@@ -1,4 +1,4 @@
-"""The names that a dtype goes by, in files and on the command line; one of each is stored."""
+"""Names of dtypes in files and on the command line. The canonical one is stored."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ _CANONICAL = {alias: name for name, aliases in ALIASES.items() for alias in (nam
 
 
 def canonical_dtype(name: str) -> str:
-    """ "bfloat16" for "bf16", "torch.bfloat16" or "BF16"; what is no dtype's name stays as it is."""
+    """The canonical name: "bfloat16" for "bf16", "torch.bfloat16" or "BF16". Any other string is returned as it is."""
     return _CANONICAL.get(name.lower().removeprefix("torch."), name)

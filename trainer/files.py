@@ -1,4 +1,4 @@
-"""Reading files that anybody may have made: regular files only, of a bounded size, and JSON and TOML of any depth."""
+"""Safe reading of untrusted files: regular files of bounded size, and JSON and TOML of bounded depth."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import tomllib
 from pathlib import Path
 from typing import Any, BinaryIO
 
-SETTINGS_BYTES = 2**20  # of a file that people write
-MOST_BYTES = 64 * 2**20  # of any file that is read whole; a manifest of 100,000 chunks has 12 MB
+SETTINGS_BYTES = 2**20  # most bytes of a file that people write
+MOST_BYTES = 64 * 2**20  # most bytes of any file that is read whole; a manifest of 100,000 chunks has 12 MB
 
 
 def open_regular(path: str | Path, *, buffering: int = -1) -> BinaryIO:
-    """A regular file, open to be read, `buffering` as of `open`. OSError naming it for FIFO, device or folder."""
-    # Not blocking: opening a FIFO would wait for who writes to it.
+    """Open a regular file for reading; `buffering` as for `open`. OSError naming it for a FIFO, device or folder."""
+    # Non-blocking: opening a FIFO would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(descriptor).st_mode
@@ -31,7 +31,7 @@ def open_regular(path: str | Path, *, buffering: int = -1) -> BinaryIO:
 
 
 def read_regular(path: str | Path, most: int = MOST_BYTES) -> bytes:
-    """All of a regular file of at most `most` bytes. OSError naming it for anything else."""
+    """Read a regular file of at most `most` bytes. OSError naming the file for anything else."""
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -40,15 +40,15 @@ def read_regular(path: str | Path, most: int = MOST_BYTES) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of JSON. ValueError for anything else, for nesting too deep to read, and for a key given twice."""
+    """Parse JSON. ValueError if it is invalid, nested too deeply, or has a key twice in one object."""
     try:
-        return json.loads(text, object_pairs_hook=_without_twins)
+        return json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The tables of TOML. ValueError for anything else, and for nesting too deep to read."""
+    """Parse TOML. ValueError if it is invalid or nested too deeply."""
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -56,11 +56,11 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def is_integer(value: Any, least: int, most: int) -> bool:
-    """Whether a value that was read is an integer in least ... most; true and false are none."""
+    """Whether a value is an integer from `least` to `most`. True and False are not."""
     return type(value) is int and least <= value <= most
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule: megatron-core's, with the weight-decay exceptions of this family."""
+"""AdamW and the learning-rate schedule, built on megatron-core's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from griffin.parallel import host
+from griffin.parallel import megatron_device
 from griffin.trainer.settings.sections import Config
 
 _STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
@@ -22,12 +22,12 @@ _STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "co
 def build_optimizer(
     config: Config, chunks: Sequence[DistributedDataParallel], dtype: torch.dtype, *, overlap: bool
 ) -> MegatronOptimizer:
-    """AdamW whose state is sharded over data-parallel ranks (ZeRO-1), with float32 master weights for bfloat16.
+    """Build AdamW with states sharded over data-parallel ranks (ZeRO-1), and float32 master weights for bfloat16.
 
     Parameters with the attribute `no_weight_decay` (RG-LRU parameters, embedding, norms, biases) are not decayed.
     """
     settings = config.optimizer
-    with host.cuda_type_names():
+    with megatron_device.cuda_type_names():
         return get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -50,7 +50,7 @@ def build_optimizer(
 
 
 def schedule_end(config: Config) -> int:
-    """The step after which the learning rate has come down to `min_learning_rate`; without a decay, the last one."""
+    """The step at which the learning rate reaches `min_learning_rate`; the last step if it does not decay."""
     settings = config.optimizer
     if settings.schedule == "constant":
         return config.train.steps
@@ -60,7 +60,7 @@ def schedule_end(config: Config) -> int:
 
 
 def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then the configured decay down to `min_learning_rate`, where later steps stay.
+    """Build the schedule: linear warm-up from 0, then the configured decay; later steps keep `min_learning_rate`.
 
     Steps count from 1: the first step trains with learning_rate / warmup_steps.
     """
@@ -85,6 +85,6 @@ def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerPar
 
 
 def optimizer_name() -> str:
-    """The Adam that megatron-core found: Transformer Engine's or Apex's fused one, else PyTorch's."""
+    """The Adam implementation that megatron-core uses: fused, of Transformer Engine or Apex, or else PyTorch's."""
     adam = megatron_optimizer.Adam
     return f"{adam.__module__.split('.')[0]} {adam.__name__}"

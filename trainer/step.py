@@ -1,4 +1,4 @@
-"""One training step: schedule of micro-batches -> gradients -> checks -> optimizer (and the same without gradients)."""
+"""One training step: gradients -> inspect -> update -> measure. And the loss without gradients, for evaluation."""
 
 from __future__ import annotations
 
@@ -21,44 +21,45 @@ from griffin.parallel.world.grid import Grid
 from griffin.trainer.health.non_finite import NonFiniteError, describe_non_finite
 from griffin.trainer.health.replicas import check_replicas
 from griffin.trainer.health.spikes import Spike
-from griffin.trainer.measuring import norms
 from griffin.trainer.measuring.clock import StepClock, StepTimes
+from griffin.trainer.measuring.figures import gather_figures
 from griffin.trainer.measuring.rglru_health import Health, Observation
 from griffin.trainer.settings.sections import Config
-from griffin.trainer.sharded_optimizer import ShardedOptimizer, in_buffers, overlaps
+from griffin.trainer.sharded_optimizer import ShardedOptimizer, overlaps_communication, wrap_in_ddp
 
 Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step did, the same on every rank but for `times`. `loss` is in nats per unmasked token over the global
-    batch."""
+    """The result of a step. All fields but `times` are the same on every rank."""
 
-    loss: float
-    grad_norm: float  # before clipping, over the whole model
+    loss: float  # nats per unmasked token, mean over the global batch
+    grad_norm: float  # of the whole model, before clipping
     learning_rate: float
     loss_tokens: int  # unmasked tokens
     stop: bool  # some rank was asked to stop
     times: StepTimes  # of this rank
-    spike: Spike | None  # for which no weight was changed
-    measured: Mapping[str, float]  # figures by name; empty where they were not asked for
-    work: Sequence[float] | None  # every rank's seconds of own work per step, where figures were asked for
-    health: Health | None  # of the RG-LRU, where it was asked for
+    spike: Spike | None  # if not None, the update was skipped
+    measured: Mapping[str, float]  # figures by name; empty unless asked for
+    work: Sequence[float] | None  # seconds per step of each rank's own work; None unless asked for
+    health: Health | None  # of the RG-LRU; None unless asked for
 
 
 class Training:
-    """The model of this rank with its optimizer: call `step` with micro-batches, in order.
+    """The model shard and optimizer of this rank. Call `step` once per optimizer step.
 
-    Weights are drawn from `train.seed`, the same whatever the layout.
+    Initial weights depend on `train.seed` only: they are the same in every parallel layout.
     """
 
     def __init__(self, config: Config, grid: Grid):
         self.config, self.grid = config, grid
         self.dtype: torch.dtype = getattr(torch, config.train.dtype)
         self.micro_batches = config.train.global_batch // (config.train.micro_batch * grid.data_size)
-        self.overlap = overlaps(config, grid.data_size, on_gpu=grid.device.type == "cuda")
-        stages = build_stages(
+        self.overlap = overlaps_communication(config, grid.axes.replicas, on_gpu=grid.device.type == "cuda")
+        self.steps_done = 0
+
+        self.stages: list[Stage] = build_stages(
             config.model,
             config.parallel,
             grid,
@@ -67,67 +68,77 @@ class Training:
             recompute=config.train.recompute,
             kernels=config.train.kernels,
         )
-        initialize(stages, grid, config.train.seed)
-        self.stages: list[Stage] = stages
-        self.chunks = in_buffers(stages, self.overlap)
+        initialize(self.stages, grid, config.train.seed)
+        self.chunks = wrap_in_ddp(self.stages, self.overlap)  # megatron-core's model chunks
         self.optimizer = ShardedOptimizer(config, grid, self.chunks, dtype=self.dtype, overlap=self.overlap)
-        megatron = stages[0].config
+
+        # megatron-core's schedule calls these between its passes.
         self.clock = StepClock(grid.device)
+        megatron = self.stages[0].config
         megatron.timers = self.clock.work
         megatron.finalize_model_grads_func = self.clock.before_reduction(finalize_gradients(grid))
         if self.overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
         self._forward_backward = get_forward_backward_func()
-        self.steps_done = 0
 
     def step(
         self,
         batches: Iterator[Batch],
         *,
         stop: bool = False,
-        judge: Callable[[float, float], Spike | None] | None = None,
+        detect_spike: Callable[[float, float], Spike | None] | None = None,
         measure: bool = False,
         health: bool = False,
     ) -> StepResult:
-        """One optimizer step on the next micro-batches (maps of int64 and float32 [B, T], see `trainer.data`).
+        """Take one optimizer step on the next micro-batches. A collective of all ranks.
 
-        `stop` tells that this rank was asked to stop; the result says so on every rank if any rank was. All other
-        arguments are the same on every rank. `judge` is asked of loss and gradient norm whether the step is a spike:
-        the optimizer is then left as it was, while the schedule goes on. `measure` asks for the result's `measured` and
-        `work`, and `health` for its `health`; the weights become the same bits with and without.
+        Args:
+            batches: this rank's micro-batches, dicts of int64 and float32 [B, T] (see `trainer.data.loader`).
+            stop: whether this rank was asked to stop. `StepResult.stop` is then True on every rank. The arguments below
+                must be the same on every rank.
+            detect_spike: returns the spike for a loss and a gradient norm, if they are one. The update is then skipped;
+                the schedule advances all the same.
+            measure: fill `StepResult.measured` and `work`. This changes no bit of the weights.
+            health: fill `StepResult.health`. This changes no bit of the weights.
 
-        Raises NonFiniteError, with all weights as they were, if the loss or the gradient is not finite and there is no
-        `judge`; and ReplicaError where copies of a weight differ, every `health.replica_interval` steps.
+        Raises:
+            NonFiniteError: the loss or the gradient is not finite, and there is no `detect_spike`. No weight changes.
+            ReplicaError: copies of a weight differ; checked every `health.replica_interval` steps. No weight changes.
         """
         number = self.steps_done + 1
         self.clock.begin()
+
+        # Gradients.
         observation = Observation()
         with observation.of(self.stages if health else ()), self.clock.work.running():
             loss, tokens, stops = self._gradients(self.clock.timed(batches), stop)
         self.clock.gradients_done()
 
-        interval = self.config.health.replica_interval
-        if interval > 0 and number % interval == 0:
-            check_replicas(self.stages, self.grid, number)
-        own = self.clock.take() if measure else None
+        # Inspect.
+        self._check_replicas(number)
+        rank_times = self.clock.take() if measure else None
         grad_norm = self.optimizer.gradient_norm()
-        spike, is_finite = self._inspect(number, loss, grad_norm, judge)
-        # Here: clipping changes the gradients in place.
-        gradients = self.optimizer.gradient_squares() if measure else None
+        spike, is_finite = self._inspect(number, loss, grad_norm, detect_spike)
+        gradient_squares = self.optimizer.gradient_squares() if measure else None  # clipping scales them in place
 
+        # Update.
         self.optimizer.advance_schedule()
         if spike is None:
             self.optimizer.clip_and_step(grad_norm)
         self.steps_done = number
         times = self.clock.end()
 
+        # Measure.
         measured: Mapping[str, float] = {}
         work: Sequence[float] | None = None
-        if own is not None and gradients is not None:
-            weights = self.optimizer.weight_squares()
-            measured, work = norms.combine(
-                self.grid, self.config.model, gradients=gradients, parameters=weights, own=own
+        if rank_times is not None and gradient_squares is not None:
+            measured, work = gather_figures(
+                self.grid,
+                self.config.model,
+                gradient_squares=gradient_squares,
+                weight_squares=self.optimizer.weight_squares(),
+                times=rank_times,
             )
         return StepResult(
             loss=loss,
@@ -142,26 +153,32 @@ class Training:
             health=observation.combined(self.config.model, self.grid.device) if health and is_finite else None,
         )
 
-    def _inspect(
-        self, number: int, loss: float, grad_norm: float, judge: Callable[[float, float], Spike | None] | None
-    ) -> tuple[Spike | None, bool]:
-        """The spike that `judge` finds step `number` to be, and whether loss and gradient norm are finite.
+    def _check_replicas(self, number: int) -> None:
+        interval = self.config.health.replica_interval
+        if interval > 0 and number % interval == 0:
+            check_replicas(self.stages, self.grid, number)
 
-        Raises NonFiniteError where they are not and there is no `judge`.
+    def _inspect(
+        self, number: int, loss: float, grad_norm: float, detect_spike: Callable[[float, float], Spike | None] | None
+    ) -> tuple[Spike | None, bool]:
+        """The spike that `detect_spike` finds in step `number`, if any, and whether loss and gradient norm are finite.
+
+        Raises NonFiniteError if they are not and there is no `detect_spike`.
         """
-        spike = judge(loss, grad_norm) if judge is not None else None
+        spike = detect_spike(loss, grad_norm) if detect_spike is not None else None
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return spike, True
-        assert judge is None or spike is not None, "what is not finite is a spike"
+        assert detect_spike is None or spike is not None, "a loss or norm that is not finite is a spike"
         text = f"loss {loss}, gradient norm {grad_norm}; {describe_non_finite(self.stages, self.grid)}"
         if spike is None:
             raise NonFiniteError(f"step {number}: {text}. No weight was changed.")
         return replace(spike, text=text), False
 
     def gradients(self, batches: Iterator[Batch]) -> tuple[float, int]:
-        """Mean loss and number of unmasked tokens of the next global batch; parameters' `main_grad` is its gradient.
+        """Compute the gradients of the next global batch into the parameters' `main_grad`, without an update.
 
-        Of `main_grad`, a data-parallel rank holds the reduced values of its own shard only.
+        Returns the mean loss and the number of unmasked tokens. A data-parallel rank holds the reduced values of
+        `main_grad` for its own shard only.
         """
         return self._gradients(batches, stop=False)[:2]
 
@@ -172,12 +189,15 @@ class Training:
         return self._run(batches, self.micro_batches, forward_only=False, stop=stop)
 
     def continue_after(self, step: int, updates: int) -> None:
-        """Go on as after `step` steps, of which `updates` changed the weights."""
+        """Resume after `step` steps, of which `updates` changed the weights."""
         self.steps_done = step
         self.optimizer.continue_after(step, updates)
 
     def evaluate(self, batches: Iterator[Batch], global_batches: int) -> tuple[float, int]:
-        """Mean loss (nats per unmasked token) over the next global batches, without gradients, and those tokens."""
+        """Mean loss (nats per unmasked token) of the next global batches and their number of unmasked tokens.
+
+        No gradients are computed, and no weight changes. A collective of all ranks.
+        """
         for chunk in self.chunks:
             chunk.eval()
             if self.overlap:
@@ -192,12 +212,16 @@ class Training:
     def _run(
         self, batches: Iterator[Batch], micro_batches: int, *, forward_only: bool, stop: bool = False
     ) -> tuple[float, int, bool]:
-        """megatron-core's schedule over micro-batches; on every rank the mean loss, the number of unmasked tokens, and
-        whether any rank's `stop` is set."""
-        here = itertools.islice(batches, micro_batches)
+        """Run megatron-core's pipeline schedule over the next micro-batches.
+
+        Returns on every rank the mean loss, the number of unmasked tokens, and whether `stop` is set on any rank.
+        """
+        next_batches = itertools.islice(batches, micro_batches)
         losses = self._forward_backward(
             forward_step_func=self._forward,
-            data_iterator=list(itertools.tee(here, len(self.chunks))) if len(self.chunks) > 1 else here,
+            data_iterator=(
+                list(itertools.tee(next_batches, len(self.chunks))) if len(self.chunks) > 1 else next_batches
+            ),
             model=self.chunks,
             num_microbatches=micro_batches,
             seq_length=self.config.data.sequence_length,
@@ -205,7 +229,7 @@ class Training:
             forward_only=forward_only,
         )
         total = torch.zeros(3, dtype=torch.float64, device=self.grid.device)
-        if self.grid.is_last_stage and self.grid.tensor_rank == 0:
+        if self.grid.reports_loss:
             for loss in losses:
                 total[:2] += loss
         if stop:
@@ -220,8 +244,8 @@ class Training:
 
 
 def masked_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of unmasked losses, their number, both for logging) of a micro-batch; mask [B, T], losses [T, B]."""
+    """(sum of unmasked losses, their number, both stacked for logging) of a micro-batch; mask [B, T], losses [T, B]."""
     mask = mask.t()
     total, tokens = (losses * mask).sum(), mask.sum()
-    # A clone: the schedule may scale the first in place.
+    # A clone: megatron-core's schedule may scale the first in place.
     return total, tokens.int(), torch.stack((total.detach().clone(), tokens)).double()

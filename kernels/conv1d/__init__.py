@@ -1,4 +1,4 @@
-"""The temporal convolution of the recurrent block: causal, depthwise, blind beyond its document."""
+"""Causal depthwise temporal convolution of the recurrent block, confined to each document."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ def causal_conv1d(
 
         y_t = bias + sum_j weight[K - 1 - j] x_{t-j}, over the j in 0 .. K - 1 for which t - j is in t's document
 
-    Sums are float32, or float64 where x is. Gradients flow to x, weight, bias and initial_window; the same inputs give
-    the same bits.
+    Sums are float32, or float64 if x is. Gradients flow to x, weight, bias and initial_window. Results are bitwise
+    reproducible.
 
     Args:
-        x: [T, B, R], floating point, of any strides.
+        x: [T, B, R], floating point, with any strides.
         weight: [K, R], floating point; the last row multiplies the current token, the first the one K - 1 steps back.
         bias: [R], floating point.
         starts: [T, B] bool, True at each document's first token; None: each sequence is one document. A sequence whose
-            position 0 is no start goes on from `initial_window`.
-        initial_window: [K - 1, B, R], floating point; the inputs before position 0, the last one nearest. None: zeros.
+            position 0 is not a start continues from `initial_window`.
+        initial_window: [K - 1, B, R], floating point; the inputs before position 0, oldest first. None: zeros.
         batch_first: x, `starts`, `initial_window` and y have the batch axis before the time axis.
-        backend: "reference" (a loop, differentiated by autograd), "cpu", "triton" (width 4 only), or "auto" for what
-            `griffin.kernels.selection.select_backend` says.
+        backend: "reference" (a loop, differentiated by autograd), "cpu", "triton" (width 4 only), or "auto", which
+            selects by `griffin.kernels.selection.select_backend`.
 
     Returns:
-        y, with shape and dtype of x.
+        y, with the shape and dtype of x.
 
     Raises:
-        NotImplementedError: forward-mode differentiation by another backend than "reference".
-        ValueError: an argument's shape, dtype or device does not fit x, or the backend is unknown or cannot run.
+        NotImplementedError: forward-mode differentiation with a backend other than "reference".
+        ValueError: the shape, dtype or device of an argument does not match x, or the backend is unknown or cannot run.
     """
     check_sequences("x", x)
     if weight.ndim != 2 or weight.shape[0] == 0:

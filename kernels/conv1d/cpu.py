@@ -1,7 +1,7 @@
-"""The causal depthwise convolution as one multiply-add per tap over the whole sequence.
+"""Causal depthwise convolution as one multiply-add per tap over the whole sequence.
 
-Autograd through the same operations would keep a masked copy of x per tap; its own backward keeps x. On CPU, time is
-walked in tiles that stay in cache.
+Autograd through the same operations would save a masked copy of x per tap; the explicit backward saves only x. On CPUs,
+time is processed in tiles that fit the cache.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from griffin.kernels.layout import accumulation_dtype, like
+from griffin.kernels.memory_layout import accumulation_dtype, dense_like
 
-TILE_ELEMENTS = 2**17  # elements of a float32 buffer, of which up to three are live; 2 MB of L2 cache per core
-DEVICE_TILE_ELEMENTS = 2**26  # no such cache elsewhere (CUDA): the tile only bounds memory
+TILE_ELEMENTS = 2**17  # elements of a float32 buffer; up to three are live, in 2 MB of L2 cache per core
+DEVICE_TILE_ELEMENTS = 2**26  # on other devices (CUDA) the tile only bounds memory
 
 
-def _spans(x: Tensor) -> Iterator[slice]:
+def spans(x: Tensor) -> Iterator[slice]:
     elements = TILE_ELEMENTS if x.device.type == "cpu" else DEVICE_TILE_ELEMENTS
     tile = max(1, elements // (x.shape[1] * x.shape[2]))
     for first in range(0, x.shape[0], tile):
         yield slice(first, min(first + tile, x.shape[0]))
 
 
-def _cut_off(starts: Tensor, width: int) -> list[Tensor]:
-    """Per tap, the nearest first: whether the token that many steps back is in another document; [T, B, 1]."""
+def _other_document(starts: Tensor, width: int) -> list[Tensor]:
+    """Return per tap, nearest first, whether the token that many steps back is in another document: [T, B, 1]."""
     cut = torch.zeros_like(starts)
     taps = [cut]
     for offset in range(1, width):
@@ -35,32 +35,32 @@ def _cut_off(starts: Tensor, width: int) -> list[Tensor]:
     return [tap.unsqueeze(-1) for tap in taps]
 
 
-def _from_window_on(x: Tensor, starts: Tensor | None, window: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The sequence that begins with the window, as one."""
+def _prepend_window(x: Tensor, starts: Tensor | None, window: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return x and starts with the window prepended."""
     if starts is not None:
         starts = torch.cat([starts.new_zeros(len(window), starts.shape[1]), starts])
     return torch.cat([window.to(x.dtype), x]), starts
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, window: Tensor | None) -> Tensor:
-    """As `griffin.kernels.conv1d.ops.forward`; any device and number of taps, made for CPUs."""
+    """Compute `griffin.kernels.conv1d.ops.forward`, for any device and number of taps, optimised for CPUs."""
     if window is not None:
-        y = like(x)
-        longer, starts = _from_window_on(x, starts, window)
+        y = dense_like(x)
+        longer, starts = _prepend_window(x, starts, window)
         return y.copy_(forward(longer, weight, bias, starts, None)[len(window) :])
     dtype = accumulation_dtype(x)
     taps = weight.to(dtype).flip(0)  # taps[0] multiplies the current token
-    cut_off = None if starts is None else _cut_off(starts, len(taps))
-    y = like(x)
-    for span in _spans(x):
+    masks = None if starts is None else _other_document(starts, len(taps))
+    y = dense_like(x)
+    for span in spans(x):
         total = torch.addcmul(bias.to(dtype), x[span].to(dtype), taps[0])
         for offset in range(1, len(taps)):
             first = max(span.start, offset)
             if first >= span.stop:
                 break
             past = x[first - offset : span.stop - offset].to(dtype)
-            if cut_off is not None:
-                past = past.masked_fill(cut_off[offset][first : span.stop], 0)
+            if masks is not None:
+                past = past.masked_fill(masks[offset][first : span.stop], 0)
             total[first - span.start :].addcmul_(past, taps[offset])
         y[span] = total
     return y
@@ -69,34 +69,34 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, wind
 def backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, starts: Tensor | None, window: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As `griffin.kernels.conv1d.ops.backward`."""
+    """Compute `griffin.kernels.conv1d.ops.backward`."""
     if window is not None:
-        grad_x = like(x)
-        longer, starts = _from_window_on(x, starts, window)
+        grad_x = dense_like(x)
+        longer, starts = _prepend_window(x, starts, window)
         grad_y = torch.cat([grad_y.new_zeros(window.shape), grad_y])
         grad_longer, grad_weight, grad_bias, _ = backward(grad_y, longer, weight, starts, None)
         before, after = grad_longer.tensor_split([len(window)])
         return grad_x.copy_(after), grad_weight, grad_bias, before.to(accumulation_dtype(x), copy=True)
     dtype = accumulation_dtype(x)
     taps = weight.to(dtype).flip(0)
-    cut_off = None if starts is None else _cut_off(starts, len(taps))
-    grad_x = like(x)
+    masks = None if starts is None else _other_document(starts, len(taps))
+    grad_x = dense_like(x)
     grad_taps = torch.zeros_like(taps)
     grad_bias = torch.zeros_like(taps[0])
-    for span in _spans(x):
+    for span in spans(x):
         past = x[span].to(dtype)
         grad = grad_y[span].to(dtype)
         grad_bias += grad.sum((0, 1))
         grad_taps[0] += (grad * past).sum((0, 1))
         total = grad * taps[0]
         for offset in range(1, len(taps)):
-            # token t of this span is `offset` steps behind t + offset
+            # token t of this span is `offset` steps before t + offset
             stop = min(span.stop + offset, len(x))
             if span.start + offset >= stop:
                 break
             grad = grad_y[span.start + offset : stop].to(dtype)
-            if cut_off is not None:
-                grad = grad.masked_fill(cut_off[offset][span.start + offset : stop], 0)
+            if masks is not None:
+                grad = grad.masked_fill(masks[offset][span.start + offset : stop], 0)
             steps = len(grad)
             total[:steps].addcmul_(grad, taps[offset])
             grad_taps[offset] += (grad * past[:steps]).sum((0, 1))

@@ -1,13 +1,13 @@
-"""The causal convolution as custom operators: what autograd, activation recomputation and torch.compile see of it."""
+"""The causal convolution as custom operators, opaque to autograd, activation recomputation and torch.compile."""
 
-# No postponed annotations: the operators' schemas are read from them.
+# No `from __future__ import annotations`: operator schemas are inferred from the annotations.
 
 import torch
 from torch import Tensor
 
 from griffin.kernels.costs import OperatorCost, states_cost, touched
 from griffin.kernels.forward_mode import without_tangents
-from griffin.kernels.layout import accumulation_dtype, like
+from griffin.kernels.memory_layout import accumulation_dtype, dense_like
 from griffin.kernels.selection import implementation
 
 
@@ -15,20 +15,20 @@ from griffin.kernels.selection import implementation
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, window: Tensor | None, backend: str
 ) -> Tensor:
-    """y [T, B, R] of x [T, B, R], weight [K, R], bias [R], starts [T, B] and window [K - 1, B, R]."""
+    """Return y [T, B, R] of x [T, B, R], weight [K, R], bias [R], starts [T, B] and window [K - 1, B, R]."""
     return implementation("conv1d", backend).forward(x, weight, bias, starts, window)
 
 
 @forward.register_fake
 def _(x, weight, bias, starts, window, backend):
-    return like(x)
+    return dense_like(x)
 
 
 @torch.library.custom_op("griffin::causal_conv1d_backward", mutates_args=())
 def backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, starts: Tensor | None, window: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, in float32 (float64 where x is) of weight and bias, and of window, empty without one."""
+    """Return gradients of x, of weight and bias in float32 (float64 if x is), and of window (empty without one)."""
     *grads, grad_window = implementation("conv1d", backend).backward(grad_y, x, weight, starts, window)
     return (*grads, x.new_empty(0) if grad_window is None else grad_window)
 
@@ -37,7 +37,7 @@ def backward(
 def _(grad_y, x, weight, starts, window, backend):
     dtype = accumulation_dtype(x)
     grad_window = x.new_empty(0) if window is None else x.new_empty(window.shape, dtype=dtype)
-    return like(x), x.new_empty(weight.shape, dtype=dtype), x.new_empty(x.shape[2], dtype=dtype), grad_window
+    return dense_like(x), x.new_empty(weight.shape, dtype=dtype), x.new_empty(x.shape[2], dtype=dtype), grad_window
 
 
 @states_cost(forward)

@@ -1,8 +1,8 @@
 """Triton programs of the causal depthwise convolution of width 4.
 
-A program walks one chunk of time for a block of channels of one sequence and keeps the taps in registers: forward the
-last three inputs, backward, from the last step to the first, the next three gradients. What lies in another document
-is zero there. So everything is read once, but for three steps at each chunk's end.
+A program computes one chunk of time for a block of channels of one sequence. It keeps in registers the last three
+inputs (forward), or the next three gradients (backward, from the last step to the first); values of another document
+are zeroed there. Everything is thus read once, except for three steps at each chunk boundary.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from griffin.kernels.walk import CHANGING, at, flag, flags, place, row
+from griffin.kernels.triton_functions import DO_NOT_SPECIALIZE, bit, load, program_block, ptr, start_bits
 
 WIDTH = 4
 
 
 @triton.jit
 def _weights(weight, o_r, mask, R):
-    """Of the token itself and of those one, two and three steps back."""
-    w0, w1 = row(weight + 3 * R + o_r, mask), row(weight + 2 * R + o_r, mask)
-    return w0, w1, row(weight + R + o_r, mask), row(weight + o_r, mask)
+    """Return the weights of the current token and of those one, two and three steps back."""
+    w0, w1 = load(weight + 3 * R + o_r, mask), load(weight + 2 * R + o_r, mask)
+    return w0, w1, load(weight + R + o_r, mask), load(weight + o_r, mask)
 
 
 @triton.jit
 def _start(p_starts, t, stride, T, HAS_STARTS: tl.constexpr):
-    """Whether position t is a document start, for one that may lie past the end."""
+    """Return whether position t, which may lie past the end, is a document start."""
     if HAS_STARTS:
         return tl.load(p_starts + tl.cast(t, tl.int64) * stride, mask=t < T, other=0) != 0
     else:
@@ -33,48 +33,48 @@ def _start(p_starts, t, stride, T, HAS_STARTS: tl.constexpr):
 
 @triton.jit
 def _convolve(p_x, p_y, at_start, mask, w0, w1, w2, w3, bias, x1, x2, x3):
-    """One step of `conv_forward`: the three inputs that the next one sees."""
+    """One step of `conv_forward`; return the three inputs that the next step reads."""
     x1, x2, x3 = tl.where(at_start > 0, 0.0, x1), tl.where(at_start > 0, 0.0, x2), tl.where(at_start > 0, 0.0, x3)
-    x0 = row(p_x, mask)
+    x0 = load(p_x, mask)
     tl.store(p_y, bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3, mask=mask)
     return x0, x1, x2
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def conv_forward(
     x, weight, bias, starts, window, y, T, B, R, L,
     x_t, x_b, starts_t, starts_b, window_t, window_b, y_t, y_b,
     HAS_STARTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y [T, B, R] of x [T, B, R], weight [4, R], bias [R] and the inputs before position 0, window [3, B, R]."""
-    o_r, mask, b, _, lo, hi = place(T, B, R, L, BLOCK)
-    p_x, p_y, p_starts = at(x, x_t, x_b, lo, b, o_r), at(y, y_t, y_b, lo, b, o_r), at(starts, 0, starts_b, 0, b, 0)
+    """Store y [T, B, R] of x [T, B, R], weight [4, R], bias [R] and window [3, B, R], the inputs before position 0."""
+    o_r, mask, b, _, lo, hi = program_block(T, B, R, L, BLOCK)
+    p_x, p_y, p_starts = ptr(x, x_t, x_b, lo, b, o_r), ptr(y, y_t, y_b, lo, b, o_r), ptr(starts, 0, starts_b, 0, b, 0)
     w0, w1, w2, w3 = _weights(weight, o_r, mask, R)
-    biases = row(bias + o_r, mask)
+    biases = load(bias + o_r, mask)
 
     x1, x2, x3 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     if lo > 0:
-        x1, x2, x3 = row(p_x - x_t, mask), row(p_x - x_t - x_t, mask), row(p_x - x_t - x_t - x_t, mask)
+        x1, x2, x3 = load(p_x - x_t, mask), load(p_x - x_t - x_t, mask), load(p_x - x_t - x_t - x_t, mask)
         one_back, two_back = lo - 1, lo - 2
         x3 = tl.where(_start(p_starts, two_back, starts_t, T, HAS_STARTS), 0.0, x3)
         x2 = tl.where(_start(p_starts, one_back, starts_t, T, HAS_STARTS), 0.0, x2)
         x3 = tl.where(_start(p_starts, one_back, starts_t, T, HAS_STARTS), 0.0, x3)
     elif HAS_WINDOW:
-        x1 = row(at(window, window_t, window_b, 2, b, o_r), mask)
-        x2 = row(at(window, window_t, window_b, 1, b, o_r), mask)
-        x3 = row(at(window, window_t, window_b, 0, b, o_r), mask)
+        x1 = load(ptr(window, window_t, window_b, 2, b, o_r), mask)
+        x2 = load(ptr(window, window_t, window_b, 1, b, o_r), mask)
+        x3 = load(ptr(window, window_t, window_b, 0, b, o_r), mask)
 
     full = lo + (hi - lo) // UNROLL * UNROLL
-    bits = flags(p_starts, 0, lo, starts_t, lo, hi, HAS_STARTS, UNROLL, 1)
+    bits = start_bits(p_starts, 0, lo, starts_t, lo, hi, HAS_STARTS, UNROLL, 1)
     for t in tl.range(lo, full, UNROLL, num_stages=STAGES):
-        ahead = flags(p_starts, 0, t + UNROLL, starts_t, lo, hi, HAS_STARTS, UNROLL, 1)
+        next_bits = start_bits(p_starts, 0, t + UNROLL, starts_t, lo, hi, HAS_STARTS, UNROLL, 1)
         for u in tl.static_range(UNROLL):
-            x1, x2, x3 = _convolve(p_x, p_y, flag(bits, u), mask, w0, w1, w2, w3, biases, x1, x2, x3)
+            x1, x2, x3 = _convolve(p_x, p_y, bit(bits, u), mask, w0, w1, w2, w3, biases, x1, x2, x3)
             p_x, p_y = p_x + x_t, p_y + y_t
-        bits = ahead
+        bits = next_bits
     for t in tl.range(full, hi, num_stages=1):
-        x1, x2, x3 = _convolve(p_x, p_y, flag(bits, t - full), mask, w0, w1, w2, w3, biases, x1, x2, x3)
+        x1, x2, x3 = _convolve(p_x, p_y, bit(bits, t - full), mask, w0, w1, w2, w3, biases, x1, x2, x3)
         p_x, p_y = p_x + x_t, p_y + y_t
 
 
@@ -82,8 +82,8 @@ def conv_forward(
 def _correlate(
     p_x, p_grad, p_grad_x, at_start, mask, w0, w1, w2, w3, g1, g2, g3, grad_bias, grad_w0, grad_w1, grad_w2, grad_w3
 ):
-    """One step of `conv_backward`: the gradients that the step before sees, and the sums."""
-    g0, x = row(p_grad, mask), row(p_x, mask)
+    """One step of `conv_backward`; return the gradients that the previous step reads, and the sums."""
+    g0, x = load(p_grad, mask), load(p_x, mask)
     tl.store(p_grad_x, w0 * g0 + w1 * g1 + w2 * g2 + w3 * g3, mask=mask)
     grad_bias, grad_w0, grad_w1 = grad_bias + g0, grad_w0 + x * g0, grad_w1 + x * g1
     grad_w2, grad_w3 = grad_w2 + x * g2, grad_w3 + x * g3
@@ -91,52 +91,52 @@ def _correlate(
     return g1, g2, g3, grad_bias, grad_w0, grad_w1, grad_w2, grad_w3
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def conv_backward(
     x, weight, starts, window, grad_y, grad_x, grad_window, grad_sums, T, B, R, L,
     x_t, x_b, starts_t, starts_b, window_t, window_b, grad_t, grad_b, grad_x_t, grad_x_b,
     HAS_STARTS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """grad_x [T, B, R], grad_window [3, B, R], and of weight and bias the sums over each chunk, [chunks, B, 5, R]."""
-    o_r, mask, b, c, lo, hi = place(T, B, R, L, BLOCK)
+    """Store grad_x [T, B, R], grad_window [3, B, R], and for weight and bias sums per chunk, [chunks, B, 5, R]."""
+    o_r, mask, b, c, lo, hi = program_block(T, B, R, L, BLOCK)
     last = hi - 1
-    p_x, p_grad = at(x, x_t, x_b, last, b, o_r), at(grad_y, grad_t, grad_b, last, b, o_r)
-    p_grad_x, p_starts = at(grad_x, grad_x_t, grad_x_b, last, b, o_r), at(starts, 0, starts_b, 0, b, 0)
+    p_x, p_grad = ptr(x, x_t, x_b, last, b, o_r), ptr(grad_y, grad_t, grad_b, last, b, o_r)
+    p_grad_x, p_starts = ptr(grad_x, grad_x_t, grad_x_b, last, b, o_r), ptr(starts, 0, starts_b, 0, b, 0)
     w0, w1, w2, w3 = _weights(weight, o_r, mask, R)
 
     g1, g2, g3 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for ahead in tl.static_range(3):
         t = hi + 2 - ahead
-        there = mask & (o_r * 0 + t < T)
-        g1, g2, g3 = row(at(grad_y, grad_t, grad_b, t, b, o_r), there), g1, g2
+        valid = mask & (o_r * 0 + t < T)
+        g1, g2, g3 = load(ptr(grad_y, grad_t, grad_b, t, b, o_r), valid), g1, g2
         is_start = _start(p_starts, t, starts_t, T, HAS_STARTS)
         g1, g2, g3 = tl.where(is_start, 0.0, g1), tl.where(is_start, 0.0, g2), tl.where(is_start, 0.0, g3)
 
     grad_bias, grad_w0 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     grad_w1, grad_w2, grad_w3 = grad_bias, grad_bias, grad_bias
     full = (hi - lo) // UNROLL * UNROLL
-    bits = flags(p_starts, 0, last, starts_t, lo, hi, HAS_STARTS, UNROLL, -1)
+    bits = start_bits(p_starts, 0, last, starts_t, lo, hi, HAS_STARTS, UNROLL, -1)
     for k in tl.range(0, full, UNROLL, num_stages=STAGES):
-        ahead_bits = flags(p_starts, 0, last - (k + UNROLL), starts_t, lo, hi, HAS_STARTS, UNROLL, -1)
+        next_bits = start_bits(p_starts, 0, last - (k + UNROLL), starts_t, lo, hi, HAS_STARTS, UNROLL, -1)
         for u in tl.static_range(UNROLL):
             g1, g2, g3, grad_bias, grad_w0, grad_w1, grad_w2, grad_w3 = _correlate(
-                p_x, p_grad, p_grad_x, flag(bits, u), mask, w0, w1, w2, w3, g1, g2, g3,
+                p_x, p_grad, p_grad_x, bit(bits, u), mask, w0, w1, w2, w3, g1, g2, g3,
                 grad_bias, grad_w0, grad_w1, grad_w2, grad_w3,
             )  # fmt: skip
             p_x, p_grad, p_grad_x = p_x - x_t, p_grad - grad_t, p_grad_x - grad_x_t
-        bits = ahead_bits
+        bits = next_bits
     for k in tl.range(full, hi - lo, num_stages=1):
         g1, g2, g3, grad_bias, grad_w0, grad_w1, grad_w2, grad_w3 = _correlate(
-            p_x, p_grad, p_grad_x, flag(bits, k - full), mask, w0, w1, w2, w3, g1, g2, g3,
+            p_x, p_grad, p_grad_x, bit(bits, k - full), mask, w0, w1, w2, w3, g1, g2, g3,
             grad_bias, grad_w0, grad_w1, grad_w2, grad_w3,
         )  # fmt: skip
         p_x, p_grad, p_grad_x = p_x - x_t, p_grad - grad_t, p_grad_x - grad_x_t
 
-    if HAS_WINDOW:  # noqa: SIM102 (the first is decided when the program is compiled)
+    if HAS_WINDOW:  # noqa: SIM102 (the first condition is known at compile time)
         if lo == 0:
             for back in tl.static_range(3):
-                x0 = row(at(window, window_t, window_b, 2 - back, b, o_r), mask)
+                x0 = load(ptr(window, window_t, window_b, 2 - back, b, o_r), mask)
                 grad = w1 * g1 + w2 * g2 + w3 * g3
                 tl.store(grad_window + ((2 - back) * B + b) * R + o_r, grad, mask=mask)
                 grad_w1, grad_w2, grad_w3 = grad_w1 + x0 * g1, grad_w2 + x0 * g2, grad_w3 + x0 * g3

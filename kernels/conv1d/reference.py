@@ -1,17 +1,20 @@
-"""The causal depthwise convolution as a loop over tokens: the definition that the fast path is tested against."""
+"""Reference causal depthwise convolution: a loop over tokens that the other backends are tested against."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from griffin.kernels.layout import accumulation_dtype
+from griffin.kernels.memory_layout import accumulation_dtype
 
 
 def causal_conv1d_reference(
     x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, window: Tensor | None
 ) -> Tensor:
-    """Convolution of time-major x; arguments as `griffin.kernels.conv1d.causal_conv1d`. Float64 where x is."""
+    """Return the convolution of time-major x; arguments as of `griffin.kernels.conv1d.causal_conv1d`.
+
+    Arithmetic is float32, or float64 if x is.
+    """
     dtype = accumulation_dtype(x)
     steps, batch, width = x.shape
     before = len(weight) - 1
@@ -21,7 +24,7 @@ def causal_conv1d_reference(
     outputs = []
     for t in range(steps):
         y = bias.expand(batch, width)
-        reached = torch.ones(batch, dtype=torch.bool, device=x.device)  # taps that are still in t's document
+        reached = torch.ones(batch, dtype=torch.bool, device=x.device)  # whether this tap is still in t's document
         for offset, tap in enumerate(weight.flip(0)):
             y = y + torch.where(reached[:, None], tap * inputs[before + t - offset], 0)
             if starts is not None and t >= offset:

@@ -1,4 +1,4 @@
-"""A diagonal linear recurrence with terms of one's own, for mixers like Hawk's."""
+"""Diagonal linear recurrence with arbitrary coefficients and inputs, for recurrent mixers."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ def linear_scan(
     backend: str = AUTO,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = a_t h_{t-1} + b_t, channel by channel; at a document's first token a is taken as 0 whatever it holds.
+    """Compute h_t = a_t h_{t-1} + b_t per channel. At a document's first token a is replaced by 0.
 
-    A state that is not finite stays so, also over a document's start: 0 times it is NaN.
+    A non-finite state stays non-finite, also across a document's start, because 0 times it is NaN.
 
-    States and sums are float32, or float64 where b is; h is rounded once. Gradients flow to a, b and initial_state,
-    from both results; the same inputs give the same bits.
+    States and sums are float32, or float64 if b is; h is rounded once. Gradients flow to a, b and initial_state, from
+    both results. Results are bitwise reproducible.
 
-    Backend "cpu" is finite where the loop is, also where products of a overflow. With u = 2^-24 (2^-53 in float64), a
-    state's error is within some 4 L u of the sum of its terms' absolute values, where L, at most 256 steps on CPUs, is
-    the length of a chunk; roundings do not add up over more steps, as they do in a loop. With more than 4096 channels
-    of a batch there are no chunks, and it is a loop. Triton's chunks are chained by products of a in float64.
+    Backend "cpu" is finite wherever the loop is, also if products of a overflow. With u = 2^-24 (2^-53 in float64), the
+    error of a state is within about 4 L u of the sum of its terms' absolute values, where the chunk length L is at most
+    256 steps on CPUs; rounding errors do not accumulate over more steps, as they do in a loop. With more than 4096
+    channels of a batch there are no chunks, and it is a loop. Triton's chunks are chained by products of a in float64.
 
     Args:
-        a, b: [T, B, R], of any strides and one dtype: bfloat16, float16, float32 or float64. Where channels adjoin,
-            nothing is copied.
-        starts: [T, B] bool, True at each document's first token. None: each sequence is one document, which begins at
-            position 0 unless `initial_state` is given. Given: a position 0 that is no start and has no `initial_state`
-            continues from a zero state.
+        a, b: [T, B, R], with any strides, of one dtype: bfloat16, float16, float32 or float64. Tensors with contiguous
+            channels are not copied.
+        starts: [T, B] bool, True at each document's first token. None: each sequence is one document, which starts at
+            position 0 unless `initial_state` is passed. Otherwise a position 0 that is not a start continues from
+            `initial_state`, or from a zero state without one.
         initial_state: [B, R], floating point; the state before position 0.
         batch_first: a, b, `starts` and h have the batch axis before the time axis.
-        backend: "reference" (a loop, differentiated by autograd), "cpu", "triton", or "auto" for what
-            `griffin.kernels.selection.select_backend` says.
-        chunk: how Triton's programs cut time; see `griffin.kernels.recurrence.plan.select_plan`. 0 is one
-            chunk, a plain loop: set it where states grow over a chunk and cancel, or overflow from a zero state only.
+        backend: "reference" (a loop, differentiated by autograd), "cpu", "triton", or "auto", which
+            selects by `griffin.kernels.selection.select_backend`.
+        chunk: steps of time per Triton program; see `griffin.kernels.recurrence.plan.select_plan`. 0 is one chunk, a
+            plain loop: set it if states grow over a chunk and cancel, or overflow only when started from a zero state.
 
     Returns:
-        h, with shape and dtype of b, and the state after the last position, [B, R] in float32 (float64 where b is).
+        h, with the shape and dtype of b, and the state after the last position, [B, R] in float32 (float64 if b is).
 
     Raises:
-        NotImplementedError: forward-mode differentiation by another backend than "reference".
-        ValueError: an argument's shape, dtype or device does not fit b, or the backend is unknown or cannot run.
+        NotImplementedError: forward-mode differentiation with a backend other than "reference".
+        ValueError: the shape, dtype or device of an argument does not match b, or the backend is unknown or cannot run.
     """
     check_sequences("b", b)
     batch, width = b.shape[0 if batch_first else 1], b.shape[2]

@@ -1,29 +1,29 @@
-"""A diagonal linear recurrence as custom operators: what autograd, recomputation and torch.compile see of it."""
+"""The linear recurrence as custom operators, opaque to autograd, activation recomputation and torch.compile."""
 
-# No postponed annotations: the operators' schemas are read from them.
+# No `from __future__ import annotations`: operator schemas are inferred from the annotations.
 
 import torch
 from torch import Tensor
 
 from griffin.kernels.costs import OperatorCost, states_cost, touched
 from griffin.kernels.forward_mode import without_tangents
-from griffin.kernels.launch import multiprocessors
-from griffin.kernels.layout import accumulation_dtype, like
+from griffin.kernels.memory_layout import accumulation_dtype, dense_like
 from griffin.kernels.recurrence.plan import select_plan
 from griffin.kernels.selection import implementation
+from griffin.kernels.triton_launch import multiprocessors
 
 
 @torch.library.custom_op("griffin::linear_scan", mutates_args=())
 def forward(
     a: Tensor, b: Tensor, starts: Tensor | None, initial_state: Tensor | None, chunk: int | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """h [T, B, R] and the last state [B, R]."""
+    """Return h [T, B, R] and the last state [B, R]."""
     return implementation("linear_scan", backend).forward(a, b, starts, initial_state, chunk)
 
 
 @forward.register_fake
 def _(a, b, starts, initial_state, chunk, backend):
-    return like(b), b.new_empty(b.shape[1:], dtype=accumulation_dtype(b))
+    return dense_like(b), b.new_empty(b.shape[1:], dtype=accumulation_dtype(b))
 
 
 @torch.library.custom_op("griffin::linear_scan_backward", mutates_args=())
@@ -37,13 +37,13 @@ def backward(
     chunk: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a, b and the initial state."""
+    """Return the gradients of a, b and the initial state."""
     return implementation("linear_scan", backend).backward(grad_h, grad_last, a, starts, initial_state, h, chunk)
 
 
 @backward.register_fake
 def _(grad_h, grad_last, a, starts, initial_state, h, chunk, backend):
-    return like(a), like(h), h.new_empty(h.shape[1:], dtype=accumulation_dtype(h))
+    return dense_like(a), dense_like(h), h.new_empty(h.shape[1:], dtype=accumulation_dtype(h))
 
 
 @states_cost(forward)

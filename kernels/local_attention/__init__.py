@@ -1,4 +1,4 @@
-"""Multi-query attention, local or global, over packed documents, with rotary position embedding."""
+"""Local and global multi-query attention over packed documents, with rotary position embedding."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from griffin.kernels.local_attention.counted import CountedMask, counted_attention, counted_mask
 from griffin.kernels.local_attention.flex import flex_attention_mqa, flex_mask
-from griffin.kernels.local_attention.rotary import rotary, rotation, turn
+from griffin.kernels.local_attention.rotary import apply_rotary, rotary, rotary_cos_sin
 from griffin.kernels.local_attention.sdpa import BlockedMask, blocked_mask, sdpa_attention
 
-__all__ = ["AttentionMask", "attention_mask", "multi_query_attention", "rotary", "rotation", "select_backend", "turn"]
+__all__ = [
+    "AttentionMask",
+    "apply_rotary",
+    "attention_mask",
+    "multi_query_attention",
+    "rotary",
+    "rotary_cos_sin",
+    "select_backend",
+]
 
 AttentionMask = BlockMask | BlockedMask | CountedMask
 BACKENDS: dict[str, Callable[[Tensor, int | None], AttentionMask]] = {
@@ -24,27 +32,26 @@ BACKENDS: dict[str, Callable[[Tensor, int | None], AttentionMask]] = {
 
 
 def select_backend(device: torch.device) -> str:
-    """The backend that `backend="auto"` uses for tensors on `device`.
-
-    "flex" on CUDA, "counted" for meta tensors, which stand for those of a GPU; else "sdpa".
-    """
+    """Return the backend for "auto": "flex" on CUDA devices, "counted" for meta tensors (they stand for those of a GPU),
+    else "sdpa"."""
     return {"cuda": "flex", "meta": "counted"}.get(device.type, "sdpa")
 
 
 def attention_mask(documents: Tensor, window: int | None, *, backend: str = "auto") -> AttentionMask:
-    """What all layers' attention over one micro-batch shares: which keys each query sees. Build it once.
+    """Build the mask that says which keys each query sees. All layers of a micro-batch share it.
 
-    A query sees the keys of its own document at its own and earlier positions; with a window W, W of them counting its
-    own (arXiv 2402.19427, section 2.3). On CPU its memory is B x T x 2 W bytes, B x T x T with no window.
+    A query sees the keys of its own document at its own and earlier positions; with a window W, the last W of them
+    including its own (arXiv 2402.19427, section 2.3). On CPUs the mask takes B x T x 2 W bytes, or B x T x T without a
+    window.
 
     Args:
-        documents: [B, T] integers, non-decreasing along T; tokens of one document have the same number.
+        documents: [B, T] integer document ids, non-decreasing along T.
         window: W, or None for global attention.
-        backend: "flex" (FlexAttention; on CPU without backward), "sdpa", "counted" (meta tensors, to count costs), or
-            "auto" for what `select_backend` says.
+        backend: "flex" (FlexAttention; no backward on CPUs), "sdpa", "counted" (meta tensors, to count costs), or "auto",
+            which selects by `select_backend`.
 
     Raises:
-        ValueError: documents is not as above in shape or dtype, the window is below 1, or the backend is unknown.
+        ValueError: wrong shape or dtype of documents, a window below 1, or an unknown backend.
     """
     if documents.ndim != 2 or documents.numel() == 0 or documents.dtype.is_floating_point:
         raise ValueError(f"documents: shape {list(documents.shape)}, {documents.dtype}; accepted: integers [B, T]")
@@ -58,20 +65,20 @@ def attention_mask(documents: Tensor, window: int | None, *, backend: str = "aut
 
 
 def multi_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """Attention of H query heads over one key/value head (arXiv 2402.19427, sections 2.3 and 3.1).
+    """Compute attention of H query heads over one key/value head (arXiv 2402.19427, sections 2.3 and 3.1).
 
-    Scores are scaled by hd^-1/2; the softmax is float32 (float64 where q is). Time and memory grow with T x W.
+    Scores are scaled by hd^-1/2; the softmax is float32 (float64 if q is). Time and memory grow with T x W.
 
     Args:
-        q: [T, B, H, hd], floating point, of any strides.
+        q: [T, B, H, hd], floating point, with any strides.
         k, v: [T, B, hd], dtype of q.
-        mask: from `attention_mask`, of documents [B, T].
+        mask: from `attention_mask` for documents [B, T].
 
     Returns:
         [T, B, H * hd], dtype of q.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit q.
+        ValueError: a shape, dtype or device does not match q.
     """
     if q.ndim != 4:
         raise ValueError(f"q: shape {list(q.shape)}; accepted: [T, B, H, hd]")

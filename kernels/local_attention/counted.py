@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from griffin.kernels.costs import OperatorCost, states_cost, touched
-from griffin.kernels.launch import multiprocessors
+from griffin.kernels.triton_launch import multiprocessors
 
 BLOCK = 128  # queries and keys of a block of scores
 GLOBAL = -1  # the window of attention to all earlier tokens

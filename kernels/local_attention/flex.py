@@ -1,4 +1,4 @@
-"""Attention with PyTorch's FlexAttention, which skips blocks of scores that the mask empties: what runs on a GPU."""
+"""Attention with PyTorch's FlexAttention, which skips fully masked blocks of scores: the backend for GPUs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-LEAST_HEAD_DIM = 16  # of FlexAttention's kernels on CUDA; smaller heads are padded with zeros
+MIN_HEAD_DIM = 16  # of FlexAttention's CUDA kernels; smaller heads are padded with zeros
 
 
 @cache
 def _compiled(function):
-    # Uncompiled, FlexAttention and the building of its mask both write out all T x T scores. Compiled at the first
-    # use: it takes seconds, and a process without a GPU never needs it.
+    # Uncompiled, both FlexAttention and create_block_mask materialise all T x T scores. Compiled lazily: it takes
+    # seconds, and a process without a GPU never needs it.
     return torch.compile(function)
 
 
 def flex_mask(documents: Tensor, window: int | None) -> BlockMask:
-    """Mask of documents [B, T] for queries that see `window` keys, or with None all of their document so far."""
+    """Return the mask for documents [B, T]: queries see `window` keys, or with None all of their document so far."""
 
     def visible(batch, head, query, key):
         seen = (query >= key) & (documents[batch, query] == documents[batch, key])
@@ -32,11 +32,11 @@ def flex_mask(documents: Tensor, window: int | None) -> BlockMask:
 
 
 def flex_attention_mqa(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """Attention of q [T, B, H, hd] over k, v [T, B, hd]; returns [T, B, H * hd]. No backward on CPU."""
+    """Return attention [T, B, H * hd] of q [T, B, H, hd] over k, v [T, B, hd]. No backward on CPUs."""
     attend = _compiled(flex_attention) if q.is_cuda else flex_attention
     head_dim = q.shape[-1]
-    if head_dim < LEAST_HEAD_DIM:
-        q, k, v = (F.pad(tensor, (0, LEAST_HEAD_DIM - head_dim)) for tensor in (q, k, v))
+    if head_dim < MIN_HEAD_DIM:
+        q, k, v = (F.pad(tensor, (0, MIN_HEAD_DIM - head_dim)) for tensor in (q, k, v))
     keys, values = (tensor.transpose(0, 1).unsqueeze(1) for tensor in (k, v))  # [B, 1, T, hd]
     attended = attend(q.permute(1, 2, 0, 3), keys, values, block_mask=mask, scale=head_dim**-0.5, enable_gqa=True)
     return attended[..., :head_dim].permute(2, 0, 1, 3).flatten(2)

@@ -1,4 +1,4 @@
-"""Multi-query attention over a dense score matrix: the definition that the fast paths are tested against."""
+"""Reference multi-query attention with a dense score matrix, which the other backends are tested against."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def multi_query_attention_reference(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int | None) -> Tensor:
-    """Attention of q [T, B, H, hd] over k, v [T, B, hd]; documents [B, T]; returns [T, B, H * hd].
+    """Return attention [T, B, H * hd] of q [T, B, H, hd] over k, v [T, B, hd] within documents [B, T].
 
-    Arithmetic is float32, or float64 where q is.
+    Arithmetic is float32, or float64 if q is.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     time = torch.arange(q.shape[0], device=q.device)

@@ -11,15 +11,16 @@ BASE = 10_000.0
 def rotary(x: Tensor, positions: Tensor) -> Tensor:
     """Rotate the first half of each head's dims by angles that grow with the token's position in its document.
 
-    Of the n = hd / 2 rotated dims, dim j and dim j + n / 2 form a plane (the "rotate half" layout) that turns by
-    positions * 10000^(-2 j / n) radians; the other hd / 2 dims pass. Arithmetic is float32, or float64 where x is.
+    Of the n = hd / 2 rotated dims, dims j and j + n / 2 form a plane (the "rotate half" layout) that is rotated by
+    positions * 10000^(-2 j / n) radians. The other hd / 2 dims are unchanged. Arithmetic is float32, or float64 if x
+    is.
 
     Args:
         x: [T, B, H, hd] or [T, B, hd], floating point, hd a multiple of 4.
         positions: [T, B] integers.
 
     Returns:
-        The rotated x, with its shape and dtype.
+        The rotated x, of the same shape and dtype.
 
     Raises:
         ValueError: a shape, dtype or device is not as above.
@@ -34,22 +35,22 @@ def rotary(x: Tensor, positions: Tensor) -> Tensor:
         )
     if positions.device != x.device:
         raise ValueError(f"positions: on {positions.device}; x is on {x.device}")
-    angles = rotation(positions, x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return turn(x, angles) if x.ndim == 4 else turn(x.unsqueeze(2), angles).squeeze(2)
+    cos_sin = rotary_cos_sin(positions, x.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return apply_rotary(x, cos_sin) if x.ndim == 4 else apply_rotary(x.unsqueeze(2), cos_sin).squeeze(2)
 
 
-def rotation(positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles by which heads at these positions turn: [..., hd / 4] for positions [...]."""
+def rotary_cos_sin(positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return the cosine and sine of the rotation angles at positions [...], each [..., hd / 4]."""
     rotated = head_dim // 2
     exponents = torch.arange(0, rotated, 2, device=positions.device, dtype=dtype) / rotated
     angles = positions.to(dtype).unsqueeze(-1) * BASE**-exponents
     return angles.cos(), angles.sin()
 
 
-def turn(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Heads x [..., H, hd] turned by angles [..., hd / 4] that they share; see `rotary`."""
-    cos, sin = (part.unsqueeze(-2) for part in rotation)
+def apply_rotary(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate heads x [..., H, hd] by angles that they share, as cosine and sine [..., hd / 4]; see `rotary`."""
+    cos, sin = (part.unsqueeze(-2) for part in cos_sin)
     quarter = cos.shape[-1]
     first, second, rest = x.split((quarter, quarter, x.shape[-1] - 2 * quarter), dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat((*(part.to(x.dtype) for part in turned), rest), dim=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*(part.to(x.dtype) for part in rotated), rest), dim=-1)

@@ -1,7 +1,7 @@
-"""Attention over blocks of queries with PyTorch's scaled_dot_product_attention: what runs where there is no GPU.
+"""Attention over blocks of queries with PyTorch's scaled_dot_product_attention: the backend for CPUs.
 
-Queries go in blocks as long as the window, so that a block's keys are its own and the previous block's, and time and
-memory grow with T x W. Blocks are pieces of the sequence, not padded copies: T need not divide.
+Query blocks are as long as the window, so a block sees only its own keys and the previous block's, and time and memory
+grow with T x W. Blocks are slices of the sequence, not padded copies: T need not be a multiple of the window.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class BlockedMask:
-    """Which keys each query sees, by block of queries.
+    """Boolean mask of the keys that each query sees, per block of queries.
 
-    blocks: per block [B, 1, Q, K] bool. A block's K keys end with its last query and begin with the previous block.
+    blocks: per block [B, 1, Q, K] bool. The K keys of a block are those of the previous block and its own.
     """
 
     blocks: tuple[Tensor, ...]
 
     @property
     def block(self) -> int:
-        """Queries of each block but the last, which may have fewer."""
+        """Queries per block; the last block may have fewer."""
         return self.blocks[0].shape[2]
 
     @property
@@ -34,7 +34,7 @@ class BlockedMask:
 
 
 def blocked_mask(documents: Tensor, window: int | None) -> BlockedMask:
-    """Mask of documents [B, T] for queries that see `window` keys, or with None all of their document so far."""
+    """Return the mask for documents [B, T]: queries see `window` keys, or with None all of their document so far."""
     length = documents.shape[1]
     block = length if window is None else min(window, length)
     time = torch.arange(length, device=documents.device)
@@ -51,7 +51,7 @@ def blocked_mask(documents: Tensor, window: int | None) -> BlockedMask:
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockedMask) -> Tensor:
-    """Attention of q [T, B, H, hd] over k, v [T, B, hd]; returns [T, B, H * hd]."""
+    """Return attention [T, B, H * hd] of q [T, B, H, hd] over k, v [T, B, hd]."""
     q_blocks, k_blocks, v_blocks = (tensor.split(mask.block) for tensor in (q, k, v))
     outputs = []
     for index, (queries, visible) in enumerate(zip(q_blocks, mask.blocks, strict=True)):

@@ -1,3 +1,3 @@
-"""What the linear scan and the RG-LRU share: Triton programs, plans and their launch."""
+"""Triton programs, launch plans and launches shared by the linear scan and the RG-LRU."""
 
-MIN_SQRT_ARGUMENT = 1e-6 / 4  # below it sqrt'(x) is taken there: at most 1 / sqrt(1e-6) = 1000
+MIN_SQRT_ARGUMENT = 1e-6 / 4  # sqrt'(x) is evaluated at no less: it is at most 1 / sqrt(1e-6) = 1000

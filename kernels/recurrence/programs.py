@@ -1,17 +1,17 @@
-"""Triton programs of the diagonal linear recurrence h_t = a_t h_{t-1} + b_t, its terms given or made by RG-LRU gates.
+"""Triton programs of the diagonal linear recurrence h_t = a_t h_{t-1} + b_t, with or without RG-LRU gates.
 
-A program walks one chunk of time for a block of channels of one sequence, states in registers. `scan_forward` and
-`scan_backward` are all that a recurrence in one chunk needs. Cut into several, each chunk is first summed up by
-(product of a, end state from a zero state), which `chunk_summaries` computes side by side; `chunk_carries` chains these
-into the state each chunk begins with. Backward the same happens in reverse to the gradient that flows through time.
+A program computes one chunk of time for a block of channels of one sequence, with the state in registers. A sequence
+in one chunk needs only `scan_forward` and `scan_backward`. With several chunks, `chunk_summaries` first computes for
+all chunks in parallel (product of a, end state from a zero state), and `chunk_carries` chains these into the initial
+state of each chunk. The backward pass does the same in reverse for the gradient that flows through time.
 
-With GATED, `term` is the RG-LRU's x, the gates are those before their sigmoid, and `rate` is -8 softplus(decay):
+With GATED, `term` is the RG-LRU's x, the gates are pre-sigmoid, and `rate` is -8 softplus(decay):
     log a = rate sigmoid(gate)    b = sqrt(1 - a^2) sigmoid(input_gate) term
-else `term` is b and `gate` is a. At a document's first token a = 0, and the square root 1.
+Otherwise `term` is b and `gate` is a. At a document's first token a = 0, and the square root is 1.
 
-Tensors [T, B, R] have any strides *_t and *_b and adjoining channels; states [chunks, B, R], or [B, R] for a single
-chunk, are contiguous. In place of an optional tensor that is not there a program gets another, which it leaves alone.
-Arithmetic is float32, but for products of chunks and their chain, which are float64.
+Tensors [T, B, R] have arbitrary strides *_t and *_b and contiguous channels; states [chunks, B, R], or [B, R] for a
+single chunk, are contiguous. For an absent optional tensor a program is passed another one, which it does not access.
+Arithmetic is float32, except for products over chunks and their chaining, which are float64.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ import triton
 import triton.language as tl
 
 from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
-from griffin.kernels.walk import CHANGING, at, flag, flags, place, row, wide
+from griffin.kernels.triton_functions import DO_NOT_SPECIALIZE, bit, in_int64, load, program_block, ptr, start_bits
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-AT_START = tl.constexpr(-1000.0)  # added to log2 a: exp2 gives exactly 0
-# 1 - a^2 = -expm1(2 log a) as a polynomial in w = log2 a, where a is near 1 and the difference would cancel: 4e-8 of it
-# are left out at NEAR.
-NEAR = tl.constexpr(-0.2 / math.log(2))
+START_LOG2 = tl.constexpr(-1000.0)  # added to log2 a: exp2 gives exactly 0
+# 1 - a^2 = -expm1(2 log a) as a polynomial in w = log2 a for w > NEAR_ONE, where the difference would cancel. Its
+# relative truncation error is at most 4e-8, at NEAR_ONE.
+NEAR_ONE = tl.constexpr(-0.2 / math.log(2))
 SERIES_1, SERIES_2, SERIES_3, SERIES_4, SERIES_5, SERIES_6, SERIES_7 = (
     tl.constexpr(-((2 * math.log(2)) ** k) / math.factorial(k)) for k in range(1, 8)
 )
 TINY = tl.constexpr(1e-30)
-STEEPEST = tl.constexpr(MIN_SQRT_ARGUMENT**-0.5)  # bound of 1 / sqrt(1 - a^2) in the derivative
+MAX_INVERSE = tl.constexpr(MIN_SQRT_ARGUMENT**-0.5)  # bound on 1 / sqrt(1 - a^2) in the derivative
 GELU_LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
 GELU_CUBIC = tl.constexpr(0.044715)
 
 
-# A warp has a quarter of its time for each element: exp2 and rsqrt are one instruction on a GPU, where exp and division
-# are five to eight, to be right for denormal numbers.
+# Arithmetic must take less time than memory access: exp2 and rsqrt are one instruction on a GPU; exp and division are
+# five to eight, to be correct for denormal numbers.
 @triton.jit
 def _sigmoid(z):
     root = tl.rsqrt(tl.exp2(z * -LOG2_E) + 1.0)
@@ -48,7 +48,7 @@ def _sigmoid(z):
 
 @triton.jit
 def _gelu(z):
-    """gelu_tanh(z) and its derivative; (1 + tanh(s / 2)) / 2 is sigmoid(s)."""
+    """Return gelu_tanh(z) and its derivative, by (1 + tanh(s / 2)) / 2 = sigmoid(s)."""
     square = z * z
     sigmoid = _sigmoid(z * (square * GELU_CUBIC + 1.0) * GELU_LINEAR)
     slope = (square * GELU_CUBIC * 3.0 + 1.0) * GELU_LINEAR
@@ -57,9 +57,9 @@ def _gelu(z):
 
 @triton.jit
 def _decay(gate, rate, at_start):
-    """r, a, m = sqrt(1 - a^2) and 1 / m bounded, for the gate before its sigmoid."""
+    """Return r, a, m = sqrt(1 - a^2) and the bounded 1 / m from the pre-sigmoid gate."""
     r = _sigmoid(gate)
-    w = r * rate + at_start * AT_START
+    w = r * rate + at_start * START_LOG2
     a = tl.exp2(w)
     series = w * SERIES_7 + SERIES_6
     series = w * series + SERIES_5
@@ -67,48 +67,48 @@ def _decay(gate, rate, at_start):
     series = w * series + SERIES_3
     series = w * series + SERIES_2
     series = w * series + SERIES_1
-    square = tl.where(w > NEAR, w * series, 1.0 - a * a)
+    square = tl.where(w > NEAR_ONE, w * series, 1.0 - a * a)
     inverse = tl.rsqrt(tl.maximum(square, TINY))
-    return r, a, square * inverse, tl.minimum(inverse, STEEPEST)
+    return r, a, square * inverse, tl.minimum(inverse, MAX_INVERSE)
 
 
 @triton.jit
-def _given_decay(p_gate, at_start, mask):
-    return tl.where(at_start > 0, 0.0, row(p_gate, mask))
+def _load_coefficient(p_gate, at_start, mask):
+    return tl.where(at_start > 0, 0.0, load(p_gate, mask))
 
 
 @triton.jit
-def _terms(p_term, p_input, p_gate, at_start, mask, rate, GATED: tl.constexpr):
-    """a_t and b_t."""
+def _load_terms(p_term, p_input, p_gate, at_start, mask, rate, GATED: tl.constexpr):
+    """Return a_t and b_t."""
     if GATED:
-        _, a, m, _ = _decay(row(p_gate, mask), rate, at_start)
-        return a, m * (_sigmoid(row(p_input, mask)) * row(p_term, mask))
+        _, a, m, _ = _decay(load(p_gate, mask), rate, at_start)
+        return a, m * (_sigmoid(load(p_input, mask)) * load(p_term, mask))
     else:
-        return _given_decay(p_gate, at_start, mask), row(p_term, mask)
+        return _load_coefficient(p_gate, at_start, mask), load(p_term, mask)
 
 
 @triton.jit
-def _sum_up(
+def _summarize_step(
     p_term, p_input, p_gate, p_branch, p_grad, at_start, mask, rate, product, end,
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """One step of `chunk_summaries`."""
     if REVERSE:
         if GATED:
-            _, a, _, _ = _decay(row(p_gate, mask), rate, at_start)
+            _, a, _, _ = _decay(load(p_gate, mask), rate, at_start)
         else:
-            a = _given_decay(p_gate, at_start, mask)
-        grad = row(p_grad, mask)
+            a = _load_coefficient(p_gate, at_start, mask)
+        grad = load(p_grad, mask)
         if HAS_BRANCH:
-            gelu, _ = _gelu(row(p_branch, mask))
+            gelu, _ = _gelu(load(p_branch, mask))
             grad *= gelu
         return product * a.to(tl.float64), a * (grad + end)
     else:
-        a, b = _terms(p_term, p_input, p_gate, at_start, mask, rate, GATED)
+        a, b = _load_terms(p_term, p_input, p_gate, at_start, mask, rate, GATED)
         return product * a.to(tl.float64), a * end + b
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def chunk_summaries(
     term, input_gate, gate, rate, branch, starts, grad_y, product, end,
     first_is_start, T, B, R, L,
@@ -116,39 +116,41 @@ def chunk_summaries(
     REVERSE: tl.constexpr, GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """product [chunks, B, R] of a over each chunk, and its end from zero [chunks, B, R].
+    """Store for each chunk the product of a and the end from zero, both [chunks, B, R].
 
     The end is the state after the chunk's last step; with REVERSE, a_t dL/dh_t at its first step.
     """
-    o_r, mask, b, c, lo, hi = place(T, B, R, L, BLOCK)
+    o_r, mask, b, c, lo, hi = program_block(T, B, R, L, BLOCK)
     STEP: tl.constexpr = -1 if REVERSE else 1
     begin = hi - 1 if REVERSE else lo
-    rates = row(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
-    p_term, p_input = at(term, term_t, term_b, begin, b, o_r), at(input_gate, input_t, input_b, begin, b, o_r)
-    p_gate, p_branch = at(gate, gate_t, gate_b, begin, b, o_r), at(branch, branch_t, branch_b, begin, b, o_r)
-    p_grad, p_starts = at(grad_y, grad_t, grad_b, begin, b, o_r), at(starts, starts_t, starts_b, 0, b, 0)
-    term_t, input_t, gate_t = wide(STEP * term_t, STEP * input_t, STEP * gate_t)
-    branch_t, grad_t, starts_t = wide(STEP * branch_t, STEP * grad_t, starts_t)
+    rates = load(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
+    p_term, p_input = ptr(term, term_t, term_b, begin, b, o_r), ptr(input_gate, input_t, input_b, begin, b, o_r)
+    p_gate, p_branch = ptr(gate, gate_t, gate_b, begin, b, o_r), ptr(branch, branch_t, branch_b, begin, b, o_r)
+    p_grad, p_starts = ptr(grad_y, grad_t, grad_b, begin, b, o_r), ptr(starts, starts_t, starts_b, 0, b, 0)
+    term_t, input_t, gate_t = in_int64(STEP * term_t, STEP * input_t, STEP * gate_t)
+    branch_t, grad_t, starts_t = in_int64(STEP * branch_t, STEP * grad_t, starts_t)
 
     full = (hi - lo) // UNROLL * UNROLL
-    products = tl.full([BLOCK], 1.0, tl.float64)  # near 1, float32 would round alike at every step
+    products = tl.full([BLOCK], 1.0, tl.float64)  # for a near 1, float32 roundings would accumulate
     ends = tl.zeros([BLOCK], tl.float32)
-    bits = flags(p_starts, first_is_start, begin, starts_t, lo, hi, HAS_STARTS, UNROLL, STEP)
+    bits = start_bits(p_starts, first_is_start, begin, starts_t, lo, hi, HAS_STARTS, UNROLL, STEP)
     for k in tl.range(0, full, UNROLL, num_stages=STAGES):
-        # Read one round ahead: nothing hides the latency of so small a load.
-        ahead = flags(p_starts, first_is_start, begin + STEP * (k + UNROLL), starts_t, lo, hi, HAS_STARTS, UNROLL, STEP)
+        # Prefetched one round ahead: nothing else hides the latency of such a small load.
+        next_bits = start_bits(
+            p_starts, first_is_start, begin + STEP * (k + UNROLL), starts_t, lo, hi, HAS_STARTS, UNROLL, STEP
+        )
         for u in tl.static_range(UNROLL):
-            products, ends = _sum_up(
-                p_term, p_input, p_gate, p_branch, p_grad, flag(bits, u), mask, rates, products, ends,
+            products, ends = _summarize_step(
+                p_term, p_input, p_gate, p_branch, p_grad, bit(bits, u), mask, rates, products, ends,
                 GATED, HAS_BRANCH, REVERSE,
             )  # fmt: skip
             p_term, p_input = p_term + term_t, p_input + input_t
             p_gate, p_branch = p_gate + gate_t, p_branch + branch_t
             p_grad += grad_t
-        bits = ahead
+        bits = next_bits
     for k in tl.range(full, hi - lo, num_stages=1):
-        products, ends = _sum_up(
-            p_term, p_input, p_gate, p_branch, p_grad, flag(bits, k - full), mask, rates, products, ends,
+        products, ends = _summarize_step(
+            p_term, p_input, p_gate, p_branch, p_grad, bit(bits, k - full), mask, rates, products, ends,
             GATED, HAS_BRANCH, REVERSE,
         )  # fmt: skip
         p_term, p_input = p_term + term_t, p_input + input_t
@@ -160,7 +162,7 @@ def chunk_summaries(
 
 
 @triton.jit
-def _then(a, b, next_a, next_b):
+def _combine(a, b, next_a, next_b):
     return a * next_a, next_a * b + next_b
 
 
@@ -168,40 +170,40 @@ def _then(a, b, next_a, next_b):
 def chunk_carries(
     product, end, first, carries, B, R, chunks, REVERSE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """carries [chunks, B, R], with which each chunk begins; the first one begins with `first` [B, R].
+    """Store carries [chunks, B, R], the initial state of each chunk; that of the first chunk is `first` [B, R].
 
-    REVERSE goes from the last chunk to the first. What comes out of the chunk met last is not asked for. CHUNKS of them
-    are chained at a time by an associative scan: one after another they would take longer than the chunks themselves.
+    With REVERSE, chunks are chained from the last to the first. The final chunk's end is not needed. CHUNKS chunks are
+    chained at a time by an associative scan: a sequential chain would take longer than the chunks themselves.
     """
-    o_r, mask, b, _, _, _ = place(1, B, R, 1, BLOCK)
+    o_r, mask, b, _, _, _ = program_block(1, B, R, 1, BLOCK)
     o_state, stride_c = b * R + o_r, tl.cast(B, tl.int64) * R
     STEP: tl.constexpr = -1 if REVERSE else 1
     begin = chunks - 1 if REVERSE else 0
-    carry = row(first + o_state, mask).to(tl.float64)
+    carry = load(first + o_state, mask).to(tl.float64)
     tl.store(carries + begin * stride_c + o_state, carry, mask=mask)
     o_k = tl.arange(0, CHUNKS)
     for k in tl.range(0, chunks - 1, CHUNKS, num_stages=1):
         o_chunk = ((begin + STEP * (k + o_k)).to(tl.int64) * stride_c)[:, None] + o_state[None, :]  # [CHUNKS, BLOCK]
-        there = (k + o_k < chunks - 1)[:, None] & mask[None, :]
-        products = tl.load(product + o_chunk, mask=there, other=1.0)
-        ends = tl.load(end + o_chunk, mask=there, other=0.0).to(tl.float64)
-        products, ends = tl.associative_scan((products, ends), 0, _then)
+        valid = (k + o_k < chunks - 1)[:, None] & mask[None, :]
+        products = tl.load(product + o_chunk, mask=valid, other=1.0)
+        ends = tl.load(end + o_chunk, mask=valid, other=0.0).to(tl.float64)
+        products, ends = tl.associative_scan((products, ends), 0, _combine)
         states = products * carry[None, :] + ends
-        tl.store(carries + o_chunk + STEP * stride_c, states, mask=there)
+        tl.store(carries + o_chunk + STEP * stride_c, states, mask=valid)
         carry = tl.sum(tl.where((o_k == CHUNKS - 1)[:, None], states, 0.0), axis=0)
 
 
 @triton.jit
-def _advance(
+def _forward_step(
     p_term, p_input, p_gate, p_branch, p_y, p_states, at_start, mask, rate, h,
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STATES: tl.constexpr,
 ):  # fmt: skip
     """One step of `scan_forward`."""
-    a, b = _terms(p_term, p_input, p_gate, at_start, mask, rate, GATED)
+    a, b = _load_terms(p_term, p_input, p_gate, at_start, mask, rate, GATED)
     h = a * h + b
     y = h
     if HAS_BRANCH:
-        gelu, _ = _gelu(row(p_branch, mask))
+        gelu, _ = _gelu(load(p_branch, mask))
         y = h * gelu
     tl.store(p_y, y, mask=mask)
     if HAS_STATES:
@@ -209,7 +211,7 @@ def _advance(
     return h
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def scan_forward(
     term, input_gate, gate, rate, branch, starts, first_states, y, states, last_state,
     first_is_start, T, B, R, L,
@@ -218,32 +220,35 @@ def scan_forward(
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_STATES: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y [T, B, R] = h, or h gelu(branch) with h in `states`; last_state [B, R], from first_states [chunks, B, R]."""
-    o_r, mask, b, c, lo, hi = place(T, B, R, L, BLOCK)
-    rates = row(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
-    p_term, p_input = at(term, term_t, term_b, lo, b, o_r), at(input_gate, input_t, input_b, lo, b, o_r)
-    p_gate, p_branch = at(gate, gate_t, gate_b, lo, b, o_r), at(branch, branch_t, branch_b, lo, b, o_r)
-    p_y, p_states = at(y, y_t, y_b, lo, b, o_r), at(states, states_t, states_b, lo, b, o_r)
-    p_starts = at(starts, starts_t, starts_b, 0, b, 0)
-    term_t, input_t, gate_t = wide(term_t, input_t, gate_t)
-    branch_t, y_t, states_t = wide(branch_t, y_t, states_t)
+    """Store y [T, B, R] = h, or h gelu(branch) and h in `states`; and last_state [B, R].
+
+    first_states [chunks, B, R] are the initial states of the chunks.
+    """
+    o_r, mask, b, c, lo, hi = program_block(T, B, R, L, BLOCK)
+    rates = load(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
+    p_term, p_input = ptr(term, term_t, term_b, lo, b, o_r), ptr(input_gate, input_t, input_b, lo, b, o_r)
+    p_gate, p_branch = ptr(gate, gate_t, gate_b, lo, b, o_r), ptr(branch, branch_t, branch_b, lo, b, o_r)
+    p_y, p_states = ptr(y, y_t, y_b, lo, b, o_r), ptr(states, states_t, states_b, lo, b, o_r)
+    p_starts = ptr(starts, starts_t, starts_b, 0, b, 0)
+    term_t, input_t, gate_t = in_int64(term_t, input_t, gate_t)
+    branch_t, y_t, states_t = in_int64(branch_t, y_t, states_t)
 
     full = lo + (hi - lo) // UNROLL * UNROLL
-    h = row(first_states + (c * B + b) * R + o_r, mask)
-    bits = flags(p_starts, first_is_start, lo, starts_t, lo, hi, HAS_STARTS, UNROLL, 1)
+    h = load(first_states + (c * B + b) * R + o_r, mask)
+    bits = start_bits(p_starts, first_is_start, lo, starts_t, lo, hi, HAS_STARTS, UNROLL, 1)
     for t in tl.range(lo, full, UNROLL, num_stages=STAGES):
-        ahead = flags(p_starts, first_is_start, t + UNROLL, starts_t, lo, hi, HAS_STARTS, UNROLL, 1)
+        next_bits = start_bits(p_starts, first_is_start, t + UNROLL, starts_t, lo, hi, HAS_STARTS, UNROLL, 1)
         for u in tl.static_range(UNROLL):
-            h = _advance(
-                p_term, p_input, p_gate, p_branch, p_y, p_states, flag(bits, u), mask, rates, h,
+            h = _forward_step(
+                p_term, p_input, p_gate, p_branch, p_y, p_states, bit(bits, u), mask, rates, h,
                 GATED, HAS_BRANCH, HAS_STATES,
             )  # fmt: skip
             p_term, p_input, p_gate = p_term + term_t, p_input + input_t, p_gate + gate_t
             p_branch, p_y, p_states = p_branch + branch_t, p_y + y_t, p_states + states_t
-        bits = ahead
+        bits = next_bits
     for t in tl.range(full, hi, num_stages=1):
-        h = _advance(
-            p_term, p_input, p_gate, p_branch, p_y, p_states, flag(bits, t - full), mask, rates, h,
+        h = _forward_step(
+            p_term, p_input, p_gate, p_branch, p_y, p_states, bit(bits, t - full), mask, rates, h,
             GATED, HAS_BRANCH, HAS_STATES,
         )  # fmt: skip
         p_term, p_input, p_gate = p_term + term_t, p_input + input_t, p_gate + gate_t
@@ -253,37 +258,37 @@ def scan_forward(
 
 
 @triton.jit
-def _retreat(
+def _backward_step(
     p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
-    at_start, mask, rate, slope, before, h, carry, grad_rate,
+    at_start, mask, rate, slope, previous, h, carry, grad_rate,
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """One step of `scan_backward`, from h_{t-1} and h_t: a_t dL/dh_t and the sum for the rate."""
-    grad = row(p_grad, mask)
+    """One step of `scan_backward`, given h_{t-1} and h_t: return a_t dL/dh_t and the accumulated rate gradient."""
+    grad = load(p_grad, mask)
     if HAS_BRANCH:
-        gelu, gelu_slope = _gelu(row(p_branch, mask))
+        gelu, gelu_slope = _gelu(load(p_branch, mask))
         tl.store(p_grad_branch, grad * h * gelu_slope, mask=mask)
         grad *= gelu
     grad += carry
     if GATED:
-        r, a, m, inverse_m = _decay(row(p_gate, mask), rate, at_start)
-        i = _sigmoid(row(p_input, mask))
-        x = row(p_term, mask)
+        r, a, m, inverse_m = _decay(load(p_gate, mask), rate, at_start)
+        i = _sigmoid(load(p_input, mask))
+        x = load(p_term, mask)
         ix = i * x
-        grad_log_r = a * grad * (before - ix * a * inverse_m) * r  # but for the rate
+        grad_log_r = a * grad * (previous - ix * a * inverse_m) * r  # without the factor `rate`
         grad_rate += grad_log_r
         grad_i = grad * m * i
         tl.store(p_grad_term, grad_i, mask=mask)
         tl.store(p_grad_input, grad_i * (x - ix), mask=mask)
         tl.store(p_grad_gate, grad_log_r * (slope - slope * r), mask=mask)
     else:
-        a = _given_decay(p_gate, at_start, mask)
+        a = _load_coefficient(p_gate, at_start, mask)
         tl.store(p_grad_term, grad, mask=mask)
-        tl.store(p_grad_gate, tl.where(at_start > 0, 0.0, grad * before), mask=mask)
+        tl.store(p_grad_gate, tl.where(at_start > 0, 0.0, grad * previous), mask=mask)
     return a * grad, grad_rate
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def scan_backward(
     term, input_gate, gate, rate, branch, starts, initial_state, states, grad_y, first_carries,
     grad_term, grad_input_gate, grad_gate, grad_branch, grad_rates, grad_initial_state,
@@ -294,60 +299,60 @@ def scan_backward(
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of all inputs; of the rate, the sum over each chunk, [chunks, B, R].
+    """Store gradients of all inputs; for the rate, sums over each chunk, [chunks, B, R].
 
-    first_carries [chunks, B, R] is the gradient that reaches each chunk's last state from later steps.
+    first_carries [chunks, B, R] is the gradient that flows into each chunk's last state from later steps.
     """
-    o_r, mask, b, c, lo, hi = place(T, B, R, L, BLOCK)
+    o_r, mask, b, c, lo, hi = program_block(T, B, R, L, BLOCK)
     last = hi - 1
-    rates = row(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
-    p_term, p_input = at(term, term_t, term_b, last, b, o_r), at(input_gate, input_t, input_b, last, b, o_r)
-    p_gate, p_branch = at(gate, gate_t, gate_b, last, b, o_r), at(branch, branch_t, branch_b, last, b, o_r)
-    p_states, p_grad = at(states, states_t, states_b, last, b, o_r), at(grad_y, grad_t, grad_b, last, b, o_r)
-    p_grad_term = at(grad_term, grad_term_t, grad_term_b, last, b, o_r)
-    p_grad_input = at(grad_input_gate, grad_input_t, grad_input_b, last, b, o_r)
-    p_grad_gate = at(grad_gate, grad_gate_t, grad_gate_b, last, b, o_r)
-    p_grad_branch = at(grad_branch, grad_branch_t, grad_branch_b, last, b, o_r)
-    p_starts = at(starts, starts_t, starts_b, 0, b, 0)
-    term_t, input_t, gate_t = wide(term_t, input_t, gate_t)
-    branch_t, states_t, grad_t = wide(branch_t, states_t, grad_t)
-    grad_term_t, grad_input_t, grad_gate_t = wide(grad_term_t, grad_input_t, grad_gate_t)
-    grad_branch_t, _, _ = wide(grad_branch_t, 0, 0)
+    rates = load(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
+    p_term, p_input = ptr(term, term_t, term_b, last, b, o_r), ptr(input_gate, input_t, input_b, last, b, o_r)
+    p_gate, p_branch = ptr(gate, gate_t, gate_b, last, b, o_r), ptr(branch, branch_t, branch_b, last, b, o_r)
+    p_states, p_grad = ptr(states, states_t, states_b, last, b, o_r), ptr(grad_y, grad_t, grad_b, last, b, o_r)
+    p_grad_term = ptr(grad_term, grad_term_t, grad_term_b, last, b, o_r)
+    p_grad_input = ptr(grad_input_gate, grad_input_t, grad_input_b, last, b, o_r)
+    p_grad_gate = ptr(grad_gate, grad_gate_t, grad_gate_b, last, b, o_r)
+    p_grad_branch = ptr(grad_branch, grad_branch_t, grad_branch_b, last, b, o_r)
+    p_starts = ptr(starts, starts_t, starts_b, 0, b, 0)
+    term_t, input_t, gate_t = in_int64(term_t, input_t, gate_t)
+    branch_t, states_t, grad_t = in_int64(branch_t, states_t, grad_t)
+    grad_term_t, grad_input_t, grad_gate_t = in_int64(grad_term_t, grad_input_t, grad_gate_t)
+    grad_branch_t, _, _ = in_int64(grad_branch_t, 0, 0)
 
-    # Position 0, which follows no stored state, is left to the loop below.
+    # Position 0 has no previous stored state: the second loop handles it.
     full = (hi - lo - tl.where(lo == 0, 1, 0)) // UNROLL * UNROLL
     o_state = (c * B + b) * R + o_r
     slopes = rates / LOG2_E  # d log a / d r
-    carry = row(first_carries + o_state, mask)
+    carry = load(first_carries + o_state, mask)
     grad_rate = tl.zeros([BLOCK], tl.float32)
-    h = row(p_states, mask)
-    bits = flags(p_starts, first_is_start, last, starts_t, lo, hi, HAS_STARTS, UNROLL, -1)
+    h = load(p_states, mask)
+    bits = start_bits(p_starts, first_is_start, last, starts_t, lo, hi, HAS_STARTS, UNROLL, -1)
     for k in tl.range(0, full, UNROLL, num_stages=STAGES):
-        ahead = flags(p_starts, first_is_start, last - (k + UNROLL), starts_t, lo, hi, HAS_STARTS, UNROLL, -1)
+        next_bits = start_bits(p_starts, first_is_start, last - (k + UNROLL), starts_t, lo, hi, HAS_STARTS, UNROLL, -1)
         for u in tl.static_range(UNROLL):
             p_states -= states_t
-            before = row(p_states, mask)
-            carry, grad_rate = _retreat(
+            previous = load(p_states, mask)
+            carry, grad_rate = _backward_step(
                 p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
-                flag(bits, u), mask, rates, slopes, before, h, carry, grad_rate, GATED, HAS_BRANCH,
+                bit(bits, u), mask, rates, slopes, previous, h, carry, grad_rate, GATED, HAS_BRANCH,
             )  # fmt: skip
-            h = before
+            h = previous
             p_term, p_input, p_gate = p_term - term_t, p_input - input_t, p_gate - gate_t
             p_branch, p_grad, p_grad_term = p_branch - branch_t, p_grad - grad_t, p_grad_term - grad_term_t
             p_grad_input, p_grad_gate = p_grad_input - grad_input_t, p_grad_gate - grad_gate_t
             p_grad_branch -= grad_branch_t
-        bits = ahead
+        bits = next_bits
     for k in tl.range(full, hi - lo, num_stages=1):
         if last - k > 0:
             p_states -= states_t
-            before = row(p_states, mask)
+            previous = load(p_states, mask)
         else:
-            before = row(initial_state + b * R + o_r, mask)
-        carry, grad_rate = _retreat(
+            previous = load(initial_state + b * R + o_r, mask)
+        carry, grad_rate = _backward_step(
             p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
-            flag(bits, k - full), mask, rates, slopes, before, h, carry, grad_rate, GATED, HAS_BRANCH,
+            bit(bits, k - full), mask, rates, slopes, previous, h, carry, grad_rate, GATED, HAS_BRANCH,
         )  # fmt: skip
-        h = before
+        h = previous
         p_term, p_input, p_gate = p_term - term_t, p_input - input_t, p_gate - gate_t
         p_branch, p_grad, p_grad_term = p_branch - branch_t, p_grad - grad_t, p_grad_term - grad_term_t
         p_grad_input, p_grad_gate = p_grad_input - grad_input_t, p_grad_gate - grad_gate_t

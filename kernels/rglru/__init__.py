@@ -1,4 +1,4 @@
-"""The real-gated linear recurrent unit (RG-LRU), the recurrence of Griffin and Hawk."""
+"""Real-gated linear recurrent unit (RG-LRU), the recurrence of Griffin and Hawk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from griffin.kernels.arguments import FLOATING, check_argument, check_chunk, che
 from griffin.kernels.backends import AUTO
 from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.rglru import ops
-from griffin.kernels.rglru.reference import Given, rglru_reference
+from griffin.kernels.rglru.reference import RGLRUInputs, rglru_reference
 from griffin.kernels.rglru.step import rglru_step
 from griffin.kernels.selection import resolve_backend
 
@@ -30,38 +30,39 @@ def rglru(
     save_states: bool = True,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RG-LRU of packed sequences (arXiv 2402.19427, section 2.4, equations 1-4).
+    """Compute the RG-LRU of packed sequences (arXiv 2402.19427, section 2.4, equations 1-4).
 
         r = sigmoid(recurrence_gate)        i = sigmoid(input_gate)
         log a = -8 r softplus(decay)        m = sqrt(1 - a^2)
         h_t = a_t h_{t-1} + m_t (i_t x_t)   y = h, or with a branch h gelu(branch) (section 2.3; GeLU by tanh)
 
     At a document's first token a = 0 and m = 1. The derivative of the square root is bounded: 1 / sqrt(max(4 u, 1e-6)).
-    States, gates, products and sums are float32, or float64 where x is; y is rounded once. Gradients flow to x, both
-    gates, decay, branch and initial_state, from both results; the same inputs give the same bits.
+    States, gates, products and sums are float32, or float64 if x is; y is rounded once. Gradients flow to x, both
+    gates, decay, branch and initial_state, from both results. Results are bitwise reproducible.
 
     Args:
-        x: [T, B, R], of any strides; bfloat16, float16, float32 or float64. Where channels adjoin, nothing is copied.
-        input_gate, recurrence_gate: the gates before their sigmoid, bias included; shape and dtype of x.
+        x: [T, B, R], with any strides; bfloat16, float16, float32 or float64. Tensors with contiguous channels are not
+            copied.
+        input_gate, recurrence_gate: pre-sigmoid gates, bias included; shape and dtype of x.
         decay: [R], floating point; the negative of the paper's Lambda.
-        branch: the recurrent block's other branch before its GeLU; shape and dtype of x.
-        starts: [T, B] bool, True at each document's first token. None: each sequence is one document, which begins at
-            position 0 unless `initial_state` is given. Given: a position 0 that is no start and has no `initial_state`
-            continues from a zero state.
+        branch: the recurrent block's other branch, before its GeLU; shape and dtype of x.
+        starts: [T, B] bool, True at each document's first token. None: each sequence is one document, which starts at
+            position 0 unless `initial_state` is passed. Otherwise a position 0 that is not a start continues from
+            `initial_state`, or from a zero state without one.
         initial_state: [B, R], floating point; the state before position 0.
         batch_first: x, the gates, `branch`, `starts` and y have the batch axis before the time axis.
-        backend: "reference" (a loop, differentiated by autograd), "cpu", "triton", or "auto" for what
-            `griffin.kernels.selection.select_backend` says.
-        save_states: keep h for the backward, or compute it again there: with a branch that saves an array as large as
-            x, and costs about a third of a forward and backward.
-        chunk: how Triton's programs cut time; see `griffin.kernels.recurrence.plan.select_plan`.
+        backend: "reference" (a loop, differentiated by autograd), "cpu", "triton", or "auto", which
+            selects by `griffin.kernels.selection.select_backend`.
+        save_states: save h for the backward pass. False recomputes it there: with a branch this saves a tensor as large
+            as x, and costs about a third of a forward and backward pass.
+        chunk: steps of time per Triton program; see `griffin.kernels.recurrence.plan.select_plan`.
 
     Returns:
-        y, with shape and dtype of x, and the state after the last position, [B, R] in float32 (float64 where x is).
+        y, with the shape and dtype of x, and the state after the last position, [B, R] in float32 (float64 if x is).
 
     Raises:
-        NotImplementedError: forward-mode differentiation by another backend than "reference".
-        ValueError: an argument's shape, dtype or device does not fit x, or the backend is unknown or cannot run.
+        NotImplementedError: forward-mode differentiation with a backend other than "reference".
+        ValueError: the shape, dtype or device of an argument does not match x, or the backend is unknown or cannot run.
     """
     check_sequences("x", x)
     batch, width = x.shape[0 if batch_first else 1], x.shape[2]
@@ -79,13 +80,13 @@ def rglru(
     if batch_first:
         x, input_gate, recurrence_gate = (tensor.transpose(0, 1) for tensor in (x, input_gate, recurrence_gate))
         branch, starts = (None if tensor is None else tensor.transpose(0, 1) for tensor in (branch, starts))
-    given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
     if backend == "reference":
-        y, last_state = rglru_reference(given)
+        y, last_state = rglru_reference(inputs)
     else:
         x, input_gate, recurrence_gate, decay, branch, initial_state = without_tangents(
             x, input_gate, recurrence_gate, decay, branch, initial_state
         )
-        given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
-        y, last_state, _, _ = ops.forward(*given, save_states, chunk, backend)
+        inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+        y, last_state, _, _ = ops.forward(*inputs, save_states, chunk, backend)
     return y.transpose(0, 1) if batch_first else y, last_state

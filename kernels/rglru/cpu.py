@@ -1,6 +1,6 @@
-"""The RG-LRU in plain PyTorch operations, gates and scan together, with its own backward.
+"""RG-LRU in plain PyTorch operations, gates and scan together, with an explicit backward.
 
-Time is walked in the tiles of `griffin.kernels.linear_scan.cpu`. Axes: S steps of a tile, B sequences, R channels.
+Time is processed in the tiles of `griffin.kernels.linear_scan.cpu`. Axes: S steps of a tile, B sequences, R channels.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.kernels.layout import accumulation_dtype, like
-from griffin.kernels.linear_scan.cpu import Tiling, or_at_0, part, scan_
+from griffin.kernels.linear_scan.cpu import Tiling, default_starts, scan_, slice_steps
+from griffin.kernels.memory_layout import accumulation_dtype, dense_like
 from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
-from griffin.kernels.rglru.reference import GATE_SCALE, Given
+from griffin.kernels.rglru.reference import GATE_SCALE, RGLRUInputs
 
 MIN_MULTIPLIER = math.sqrt(MIN_SQRT_ARGUMENT)
 
 
 class _Workspace:
-    """Buffers [S, B, R] in the dtype of the arithmetic, reused by every tile, and the gates computed in them."""
+    """Buffers [S, B, R] in the accumulation dtype, reused by every tile, and the computation of gates in them."""
 
     def __init__(self, x: Tensor, decay: Tensor, tiling: Tiling, extra: int) -> None:
         dtype = accumulation_dtype(x)
@@ -29,9 +29,9 @@ class _Workspace:
         self.rate = -GATE_SCALE * F.softplus(decay.to(dtype))  # [R]: log a = rate * r
 
     def gates(self, input_gate: Tensor, recurrence_gate: Tensor, starts: Tensor | None) -> None:
-        """Fill i = sigmoid(input_gate), r = sigmoid(recurrence_gate), a and the multiplier m for one tile's steps.
+        """Compute i = sigmoid(input_gate), r = sigmoid(recurrence_gate), a and the multiplier m of one tile.
 
-        Steps past a partial tile's end hold the state: a = 1.
+        Steps past the end of a partial tile keep the state: a = 1.
         """
         steps = input_gate.shape[0]
         i, r, a, m = self.i[:steps], self.r[:steps], self.a[:steps], self.m[:steps]
@@ -39,7 +39,7 @@ class _Workspace:
         r.copy_(recurrence_gate).sigmoid_()
         torch.mul(r, self.rate, out=m)
         torch.exp(m, out=a)
-        # sqrt(1 - a^2) = (1 + a) sqrt(tanh(-log a / 2)): as exact near a = 1 as expm1, at a quarter of its cost.
+        # sqrt(1 - a^2) = (1 + a) sqrt(tanh(-log a / 2)): as accurate near a = 1 as expm1, at a quarter of its cost.
         m.mul_(-0.5).tanh_().sqrt_()
         m.addcmul_(m, a)
         if starts is not None:
@@ -50,7 +50,10 @@ class _Workspace:
         self.r[steps:] = 0
 
     def products(self, starts: Tensor | None, tiling: Tiling) -> Tensor | None:
-        """Of a over each chunk, [N, B, R] in float64, from the sums of log a: what a is rounded by does not add up."""
+        """Return the product of a over each chunk, [N, B, R] in float64.
+
+        It is computed from sums of log a, so the rounding errors of a do not accumulate. None for a single chunk.
+        """
         if tiling.chunks == 1:
             return None
         sums = self.r.view(tiling.chunks, tiling.chunk, *self.r.shape[1:]).sum(1)
@@ -61,17 +64,19 @@ class _Workspace:
         return products
 
 
-def forward(given: Given, save_states: bool, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor | None, None]:
-    """As `griffin.kernels.rglru.ops.forward`; any device, made for CPUs. `chunk` is Triton's."""
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = given
-    starts = or_at_0(starts, initial_state, x)
+def forward(
+    inputs: RGLRUInputs, save_states: bool, chunk: int | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    """Compute `griffin.kernels.rglru.ops.forward` on any device, optimised for CPUs. `chunk` is ignored."""
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = inputs
+    starts = default_starts(starts, initial_state, x)
     tiling = Tiling.of(x)
     work = _Workspace(x, decay, tiling, extra=0)
     state = work.a.new_zeros(x.shape[1:]) if initial_state is None else initial_state.to(work.a.dtype)
-    y = like(x)
-    states = like(x) if save_states and branch is not None else None
+    y = dense_like(x)
+    states = dense_like(x) if save_states and branch is not None else None
     for span in tiling.spans():
-        starting = part(starts, span)
+        starting = slice_steps(starts, span)
         work.gates(input_gate[span], recurrence_gate[span], starting)
         steps = span.stop - span.start
         b = work.i  # b = m i x
@@ -88,29 +93,29 @@ def forward(given: Given, save_states: bool, chunk: int | None = None) -> tuple[
 
 
 def backward(
-    given: Given,
+    inputs: RGLRUInputs,
     states: Tensor | None,
     first_states: Tensor | None,
     grad_y: Tensor,
     grad_last: Tensor,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """As `griffin.kernels.rglru.ops.backward`. Gates, decays and multipliers are computed again."""
+    """Compute `griffin.kernels.rglru.ops.backward`. Gates, decays and multipliers are recomputed."""
     if states is None:
-        states = forward(given._replace(branch=None), save_states=False)[0]
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = given
-    starts = or_at_0(starts, initial_state, x)
+        states = forward(inputs._replace(branch=None), save_states=False)[0]
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = inputs
+    starts = default_starts(starts, initial_state, x)
     tiling = Tiling.of(x)
     work = _Workspace(x, decay, tiling, extra=3)
     carries, slope, grads = work.extra
-    grad_x, grad_i, grad_r = like(x), like(input_gate), like(recurrence_gate)
-    grad_branch = None if branch is None else like(branch)
+    grad_x, grad_i, grad_r = dense_like(x), dense_like(input_gate), dense_like(recurrence_gate)
+    grad_branch = None if branch is None else dense_like(branch)
     grad_rate = torch.zeros_like(work.rate)
     first_state = work.a.new_zeros(x.shape[1:]) if initial_state is None else initial_state.to(work.a.dtype)
-    # carry_t = a_t dL/dh_t is what reaches h_{t-1}: dL/dh_t = dL/dy_t + carry_{t+1}.
+    # carry_t = a_t dL/dh_t flows into h_{t-1}: dL/dh_t = dL/dy_t + carry_{t+1}.
     carry = grad_last
     for span in reversed(list(tiling.spans())):
-        starting = part(starts, span)
+        starting = slice_steps(starts, span)
         work.gates(input_gate[span], recurrence_gate[span], starting)
         steps = span.stop - span.start
         i, r, a, m, c, q, g = (t[:steps] for t in (work.i, work.r, work.a, work.m, carries, slope, grads))
@@ -128,7 +133,7 @@ def backward(
         carries[steps:] = 0
         products = work.products(starting, tiling)
         carry_after, carry = carry, scan_(work.a, carries, carry, tiling, reverse=True, products=products)
-        grad_h = a  # which the scan needs no more
+        grad_h = a  # no longer needed by the scan
         grad_h[:-1] = c[1:]
         grad_h[-1] = carry_after
         grad_h += g

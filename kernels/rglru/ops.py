@@ -1,20 +1,20 @@
-"""The RG-LRU as custom operators: what autograd, activation recomputation and torch.compile see of it.
+"""The RG-LRU as custom operators, opaque to autograd, activation recomputation and torch.compile.
 
-Both have no notion of what happens inside. Optional results are tensors without elements where they are not there.
+Absent optional results are tensors without elements.
 """
 
-# No postponed annotations: the operators' schemas are read from them.
+# No `from __future__ import annotations`: operator schemas are inferred from the annotations.
 
 import torch
 from torch import Tensor
 
 from griffin.kernels.costs import OperatorCost, states_cost, touched
 from griffin.kernels.forward_mode import without_tangents
-from griffin.kernels.launch import multiprocessors
-from griffin.kernels.layout import accumulation_dtype, like
+from griffin.kernels.memory_layout import accumulation_dtype, dense_like
 from griffin.kernels.recurrence.plan import select_plan
-from griffin.kernels.rglru.reference import Given
+from griffin.kernels.rglru.reference import RGLRUInputs
 from griffin.kernels.selection import implementation
+from griffin.kernels.triton_launch import multiprocessors
 
 
 def _or_empty(tensor: Tensor | None, x: Tensor) -> Tensor:
@@ -38,13 +38,13 @@ def forward(
     chunk: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y [T, B, R] and the last state [B, R]; then for the backward
+    """Return y [T, B, R], the last state [B, R], and for the backward pass states and first states.
 
-    with `save_states` the states [T, B, R] in the dtype of y, empty where they are y itself for lack of a branch;
-    without, the states that chunks of time begin with, [chunks, B, R], empty where there are none or one.
+    With `save_states`, states are [T, B, R] in the dtype of y, or empty without a branch, as they equal y. Without it,
+    first states are the initial states of chunks of time, [chunks, B, R], or empty if there is at most one chunk.
     """
-    given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
-    y, last_state, states, first_states = implementation("rglru", backend).forward(given, save_states, chunk)
+    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+    y, last_state, states, first_states = implementation("rglru", backend).forward(inputs, save_states, chunk)
     return y, last_state, _or_empty(states, x), _or_empty(first_states, x)
 
 
@@ -52,13 +52,13 @@ def forward(
 def _(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, save_states, chunk, backend):
     steps, batch, width = x.shape
     dtype = accumulation_dtype(x)
-    states = like(x) if save_states and branch is not None else x.new_empty(0)
+    states = dense_like(x) if save_states and branch is not None else x.new_empty(0)
     first_states = x.new_empty(0)
     if backend == "triton" and not save_states:
         chunks = select_plan(steps, batch, width, multiprocessors(x.device), chunk).chunks
         if chunks > 1:
             first_states = x.new_empty(chunks, batch, width, dtype=dtype)
-    return like(x), x.new_empty(batch, width, dtype=dtype), states, first_states
+    return dense_like(x), x.new_empty(batch, width, dtype=dtype), states, first_states
 
 
 @torch.library.custom_op("griffin::rglru_backward", mutates_args=())
@@ -77,10 +77,13 @@ def backward(
     chunk: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, decay, branch (empty without one) and initial state; `states` None recomputes them."""
-    given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+    """Return gradients of x, gates, decay, branch (empty without one) and initial state.
+
+    If `states` is None, the states are recomputed.
+    """
+    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
     *grads, grad_branch, grad_initial = implementation("rglru", backend).backward(
-        given, states, first_states, grad_y, grad_last, chunk
+        inputs, states, first_states, grad_y, grad_last, chunk
     )
     return (*grads, _or_empty(grad_branch, x), grad_initial)
 
@@ -92,11 +95,11 @@ def _(
 ):  # fmt: skip
     dtype = accumulation_dtype(x)
     return (
-        like(x),
-        like(input_gate),
-        like(recurrence_gate),
+        dense_like(x),
+        dense_like(input_gate),
+        dense_like(recurrence_gate),
         decay.new_empty(decay.shape, dtype=dtype),
-        x.new_empty(0) if branch is None else like(branch),
+        x.new_empty(0) if branch is None else dense_like(branch),
         x.new_empty(x.shape[1:], dtype=dtype),
     )
 
@@ -125,11 +128,11 @@ def _(given, results) -> OperatorCost:
 
 
 def _save(ctx, inputs, output):
-    *given, save_states, chunk, backend = inputs
+    *tensors, save_states, chunk, backend = inputs
     y, _, states, first_states = output
-    branch = Given(*given).branch
-    kept = None if not save_states else y if branch is None else states
-    ctx.save_for_backward(*given, kept, _or_none(first_states))
+    branch = RGLRUInputs(*tensors).branch
+    saved_states = None if not save_states else y if branch is None else states
+    ctx.save_for_backward(*tensors, saved_states, _or_none(first_states))
     ctx.chunk, ctx.backend = chunk, backend
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(states, first_states)
@@ -137,21 +140,21 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_y, grad_last, *_):
     *saved, states, first_states = ctx.saved_tensors
-    given = Given(*saved)
+    inputs = RGLRUInputs(*saved)
     if grad_y is None:
-        grad_y = torch.zeros_like(given.x)
+        grad_y = torch.zeros_like(inputs.x)
     if grad_last is None:
-        grad_last = given.x.new_zeros(given.x.shape[1:], dtype=accumulation_dtype(given.x))
+        grad_last = inputs.x.new_zeros(inputs.x.shape[1:], dtype=accumulation_dtype(inputs.x))
     grad_y, grad_last = without_tangents(grad_y, grad_last)
     *grads, grad_decay, grad_branch, grad_initial = backward(
-        *given, states, first_states, grad_y, grad_last, ctx.chunk, ctx.backend
+        *inputs, states, first_states, grad_y, grad_last, ctx.chunk, ctx.backend
     )
     return (
         *grads,
-        grad_decay.to(given.decay.dtype),
-        None if given.branch is None else grad_branch,
+        grad_decay.to(inputs.decay.dtype),
+        None if inputs.branch is None else grad_branch,
         None,
-        None if given.initial_state is None else grad_initial.to(given.initial_state.dtype),
+        None if inputs.initial_state is None else grad_initial.to(inputs.initial_state.dtype),
         None,
         None,
         None,

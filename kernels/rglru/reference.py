@@ -1,4 +1,4 @@
-"""The RG-LRU as a loop over time: the definition that every faster path is tested against."""
+"""Reference RG-LRU: a loop over time that the other backends are tested against."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.kernels.layout import accumulation_dtype
+from griffin.kernels.memory_layout import accumulation_dtype
 from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
 
 GATE_SCALE = 8.0  # c of log a = -c * sigmoid(recurrence_gate) * softplus(p); section 2.4
 
 
-class Given(NamedTuple):
-    """The differentiable arguments of `griffin.kernels.rglru.rglru`, and document starts; time-major."""
+class RGLRUInputs(NamedTuple):
+    """Tensor arguments of `griffin.kernels.rglru.rglru`, time-major."""
 
     x: Tensor
     input_gate: Tensor
@@ -51,9 +51,9 @@ class _BoundedSqrt(torch.autograd.Function):
         return tangent / (4 * x.clamp(min=MIN_SQRT_ARGUMENT)).sqrt()
 
 
-def rglru_reference(given: Given) -> tuple[Tensor, Tensor]:
-    """y and the last state, differentiated by autograd. Arithmetic is float32, or float64 where x is."""
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = given
+def rglru_reference(inputs: RGLRUInputs) -> tuple[Tensor, Tensor]:
+    """Return y and the last state, differentiated by autograd. Arithmetic is float32, or float64 if x is."""
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = inputs
     dtype = accumulation_dtype(x)
     steps, batch, width = x.shape
     if starts is None:

@@ -1,4 +1,4 @@
-"""One position of the RG-LRU at a time, for generation."""
+"""Single-position RG-LRU, for generation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.kernels.forward_mode import without_tangents
-from griffin.kernels.layout import accumulation_dtype
+from griffin.kernels.memory_layout import accumulation_dtype
 from griffin.kernels.rglru import ops
 from griffin.kernels.rglru.reference import GATE_SCALE
 
@@ -17,15 +17,15 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def rglru_step(decay: Tensor, backend: str) -> Step:
-    """A function that takes one more position of `griffin.kernels.rglru.rglru` in, without gradients.
+    """Return a function that computes one position of `griffin.kernels.rglru.rglru`, without gradients.
 
-    It is called as step(x, input_gate, recurrence_gate, branch, state), with tensors [R, B] of one dtype and the state
-    [R, B] in float32 (float64 where x is): channels first, as products of few sequences make them. It returns y, like
-    x, and changes the state in place.
+    The function is step(x, input_gate, recurrence_gate, branch, state), with tensors [R, B] of one dtype and the state
+    [R, B] in float32 (float64 if x is): channels first, as matrix products of few sequences produce them. It returns y,
+    like x, and updates the state in place.
 
     Args:
         decay: [R].
-        backend: what runs: "triton" is one program, all others a dozen operations on tensors of any device.
+        backend: "triton" runs one program, all others a dozen PyTorch operations on any device.
     """
     if backend == "triton":
 

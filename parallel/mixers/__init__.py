@@ -1,7 +1,7 @@
-"""The registry of temporal mixers. One more is a file in this folder with its module, and an entry below.
+"""Registry of temporal mixers. To add one, write its module in this folder and add an entry below.
 
-What an entry says: `griffin.parallel.mixers.base.Mixer`; what the module has: `MixerModule` beside it. Blocks,
-decoding, costs, checks of settings, gradient norms, checkpoints and parameter counts know mixers from here alone.
+Entries are `griffin.parallel.mixers.base.Mixer`; modules implement `MixerModule`. Blocks, decoding, costs, validation
+of settings, gradient norms, checkpoints and parameter counts get all mixers from this registry.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT
 from griffin.parallel.mixers.base import Mixer, Multiple
 
 _HERE = "griffin.parallel.mixers"
-_ROTARY = Multiple("head_dim", 4, why="rotary embedding turns half of it in pairs")
+_ROTARY = Multiple("head_dim", 4, why="rotary embedding rotates half of it in pairs")
 
-# By name. Entries do not change in a process that has begun to use them.
+# By name. Do not change entries once a process has used them.
 MIXERS: dict[str, Mixer] = {
     mixer.name: mixer
     for mixer in (
@@ -47,11 +47,11 @@ MIXERS: dict[str, Mixer] = {
 
 
 def used(pattern: Iterable[str]) -> list[Mixer]:
-    """The mixers that a pattern names, each once, in the registry's order; names that are in none are left out."""
+    """Return the mixers in a pattern, each once, in the registry's order. Unknown names are ignored."""
     names = set(pattern)
     return [mixer for mixer in MIXERS.values() if mixer.name in names]
 
 
 def kinds(mixers: Iterable[Mixer]) -> tuple[str, ...]:
-    """Their kinds, each once, in their order."""
+    """Return the kinds of mixers, each once, in order."""
     return tuple(dict.fromkeys(mixer.kind for mixer in mixers))

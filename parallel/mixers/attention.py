@@ -11,24 +11,24 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from griffin.kernels.local_attention import multi_query_attention, rotary, rotation, turn
+from griffin.kernels.local_attention import apply_rotary, multi_query_attention, rotary, rotary_cos_sin
 from griffin.parallel.config import ModelConfig
-from griffin.parallel.context import Clock, Context, Documents
+from griffin.parallel.context import Context, DecodePosition, Documents
 from griffin.parallel.linear import row_linear, row_step
 from griffin.parallel.mixers.base import Cost
 from griffin.parallel.sharding import Piece, describe, normal
 
-Rotation = tuple[Tensor, Tensor]  # cosine and sine of rotary embedding, [B, hd / 4]
+CosSin = tuple[Tensor, Tensor]  # cosine and sine of rotary embedding, [B, hd / 4]
 
-ROTATIONS = 64  # that are computed at once
+POSITIONS_AT_ONCE = 64  # whose rotary embeddings are computed at once
 
 
 @dataclass(frozen=True)
 class AttentionState:
-    """What an attention mixer keeps of the tokens so far of B sequences.
+    """Key/value cache of B sequences, a ring buffer of S slots.
 
-    Of a position t (counted alike for all sequences) keys and values lie in slot t mod S. S is the window, or the
-    length to which sequences may grow where that is less or attention is global.
+    Keys and values of position index t (the same for all sequences) are in slot t mod S. S is the window, or the
+    maximum length of the sequences if that is smaller or attention is global.
     """
 
     keys: Tensor  # [B, S, hd], rotated
@@ -36,11 +36,11 @@ class AttentionState:
 
 
 class AttentionMixer(nn.Module):
-    """Multi-query attention with rotary positions on u [T, B, D]; `window` None sees the whole document.
+    """Multi-query attention with rotary positions on u [T, B, D]. With `window` None a query sees its whole document.
 
-    A tensor rank holds its query heads and a copy of the one key/value head. Every rank computes keys and values from
-    its full input for its own heads, so the activations need no further communication: only the key/value weight
-    gradients are partial, and are summed over tensor ranks once per step (`sum_tensor_gradients`).
+    A tensor rank holds its query heads and a copy of the single key/value head. Every rank computes keys and values for
+    its own heads from the full input, so activations need no further communication. Only the gradients of the key/value
+    weights are partial; they are all-reduced over tensor ranks once per step (`sum_tensor_gradients`).
     """
 
     def __init__(self, name: str, context: Context, window: int | None):
@@ -84,18 +84,18 @@ class AttentionMixer(nn.Module):
     def forward(self, u: Tensor, documents: Documents) -> Tensor:
         return self._attend(u, documents)[0]
 
-    def prefill(self, u: Tensor, documents: Documents, longest: int) -> tuple[Tensor, AttentionState]:
-        """As `forward`, and the state from which sequences go on, to `longest` tokens at most."""
+    def prefill(self, u: Tensor, documents: Documents, max_length: int) -> tuple[Tensor, AttentionState]:
+        """Run `forward`, and also return the key/value cache, for sequences of up to `max_length` tokens."""
         attended, keys, values = self._attend(u, documents)
-        slots = min(longest, self.window or longest)
+        slots = min(max_length, self.window or max_length)
         return attended, AttentionState(_in_slots(keys, slots), _in_slots(values, slots))
 
     def stepper(self) -> AttentionStep:
         return AttentionStep(self)
 
     def _attend(self, u: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
-        """The mixer's output, and its keys and values [T, B, hd]."""
-        # One product for q, k and v: the input is gathered, and its gradient reduced, once.
+        """Return the mixer's output, and its keys and values [T, B, hd]."""
+        # One matrix product for q, k and v: the input is gathered, and its gradient reduced, once.
         qkv = linear_with_grad_accumulation_and_async_allreduce(
             u,
             torch.cat((self.query, self.key_value)),
@@ -112,7 +112,7 @@ class AttentionMixer(nn.Module):
 
 
 class LocalAttention(AttentionMixer):
-    """Over the last `window` tokens of a document."""
+    """Attention over the last `window` tokens of a document."""
 
     @classmethod
     def build(cls, name: str, context: Context, recompute: str) -> Self:
@@ -124,7 +124,7 @@ class LocalAttention(AttentionMixer):
 
 
 class GlobalAttention(AttentionMixer):
-    """Over all earlier tokens of a document."""
+    """Attention over all earlier tokens of a document."""
 
     @classmethod
     def build(cls, name: str, context: Context, recompute: str) -> Self:
@@ -136,19 +136,19 @@ class GlobalAttention(AttentionMixer):
 
 
 def attention_cost(model: ModelConfig, sequence: int, window: int | None) -> Cost:
-    """FLOPs 2 (2 D H hd + 2 D hd) + 4 H hd K, with K keys that a query sees on average."""
+    """Return the cost: FLOPs 2 (2 D H hd + 2 D hd) + 4 H hd K, with K the mean number of keys that a query sees."""
     D, A = model.width, model.attention_width
     return Cost(2.0 * (2 * D * A + 2 * D * model.head_dim) + 4.0 * A * mean_keys(sequence, window), 8.0 * A)
 
 
 def mean_keys(sequence: int, window: int | None) -> float:
-    """Mean number of keys that a query of a causal sequence sees, itself included; `window` limits it."""
+    """Return the mean number of keys that a query of a causal sequence sees within `window`, its own included."""
     reach = min(sequence, window or sequence)
     return reach - reach * (reach - 1) / (2 * sequence)
 
 
 def _in_slots(x: Tensor, slots: int) -> Tensor:
-    """[B, slots, hd] of x [T, B, hd]: the last positions, position t in slot t mod slots; zeros where none is."""
+    """Return [B, slots, hd] with the last positions of x [T, B, hd], position t in slot t mod slots, else zeros."""
     length, batch, head_dim = x.shape
     first = max(0, length - slots)
     held = x.new_zeros(batch, slots, head_dim)
@@ -156,74 +156,75 @@ def _in_slots(x: Tensor, slots: int) -> Tensor:
     return held
 
 
-class Slot(NamedTuple):
-    """Where the keys and values of one time lie in an AttentionState."""
+class CacheSlot(NamedTuple):
+    """Slot of an AttentionState for the keys and values of one position."""
 
-    place: Tensor  # int64 [1]
-    filled: int  # slots that hold any by then
-    visible: Tensor | None  # [B, 1, 1, filled], False where a slot holds what is before the sequence; None: nowhere
+    number: Tensor  # int64 [1]
+    filled: int  # slots in use, this one included
+    mask: Tensor | None  # [B, 1, 1, filled], False for slots from before the sequence's start; None if there are none
 
 
 class AttentionStep:
-    """An attention mixer for one token, with H = heads/t query heads of hd."""
+    """Single-token attention mixer, with H = heads/t query heads of hd."""
 
     def __init__(self, mixer: AttentionMixer):
         self._heads, self._head_dim = mixer.heads, mixer.head_dim
         self._qkv = torch.cat((mixer.query, mixer.key_value))
         self._out = row_step(mixer.out)
 
-    def now(self, state: AttentionState, clock: Clock) -> tuple[Rotation, Slot]:
+    def prepare(self, state: AttentionState, position: DecodePosition) -> tuple[CosSin, CacheSlot]:
         slots = state.keys.shape[1]
-        rotations = clock.shared(("rotations", self._head_dim), lambda: _Rotations(self._head_dim))
-        return rotations.at(clock), clock.shared(("slots", slots), lambda: _Slots(slots)).at(clock)
+        rotary_cache = position.cached(("rotary", self._head_dim), lambda: _RotaryCache(self._head_dim))
+        slot_cache = position.cached(("slots", slots), lambda: _SlotCache(slots))
+        return rotary_cache.at(position), slot_cache.at(position)
 
-    def __call__(self, u: Tensor, state: AttentionState, now: tuple[Rotation, Slot]) -> Tensor:
-        turned, slot = now
+    def __call__(self, u: Tensor, state: AttentionState, prepared: tuple[CosSin, CacheSlot]) -> Tensor:
+        cos_sin, slot = prepared
         qkv = torch.mm(self._qkv, u).t().unflatten(-1, (-1, self._head_dim))  # [B, H + 2, hd]
-        q, k = turn(qkv[:, :-1], turned).split((self._heads, 1), dim=1)
-        state.keys.index_copy_(1, slot.place, k)
-        state.values.index_copy_(1, slot.place, qkv[:, -1:])
+        q, k = apply_rotary(qkv[:, :-1], cos_sin).split((self._heads, 1), dim=1)
+        state.keys.index_copy_(1, slot.number, k)
+        state.values.index_copy_(1, slot.number, qkv[:, -1:])
         keys, values = (held[:, None, : slot.filled] for held in (state.keys, state.values))
-        # All heads are queries of the one key/value head.
-        attended = F.scaled_dot_product_attention(q[:, None], keys, values, attn_mask=slot.visible)  # [B, 1, H, hd]
+        # All heads are queries of the single key/value head.
+        attended = F.scaled_dot_product_attention(q[:, None], keys, values, attn_mask=slot.mask)  # [B, 1, H, hd]
         return self._out(attended.flatten(1).t())
 
 
-class _Rotations:
-    """By which heads turn at a time; ROTATIONS times are computed at once."""
+class _RotaryCache:
+    """Rotary embeddings of the next positions, computed POSITIONS_AT_ONCE at a time and shared by all blocks."""
 
     def __init__(self, head_dim: int):
         self._head_dim = head_dim
-        self._first = 0  # the time of the first of those that are held
-        self._held: list[Rotation] = []
+        self._first = 0  # index of the first cached position
+        self._cos_sin: list[CosSin] = []
 
-    def at(self, clock: Clock) -> Rotation:
-        if not 0 <= clock.time - self._first < len(self._held):
-            self._first = clock.time
-            times = torch.arange(clock.time, clock.time + ROTATIONS, device=clock.starts.device)
-            self._held = list(zip(*rotation(times[:, None] - clock.starts, self._head_dim), strict=True))
-        return self._held[clock.time - self._first]
+    def at(self, position: DecodePosition) -> CosSin:
+        if not 0 <= position.index - self._first < len(self._cos_sin):
+            self._first = position.index
+            indices = torch.arange(position.index, position.index + POSITIONS_AT_ONCE, device=position.starts.device)
+            self._cos_sin = list(zip(*rotary_cos_sin(indices[:, None] - position.starts, self._head_dim), strict=True))
+        return self._cos_sin[position.index - self._first]
 
 
-class _Slots:
-    """Where states of so many slots hold a time; computed once for all blocks."""
+class _SlotCache:
+    """The current position's slot in states of a given number of slots, computed once for all blocks."""
 
     def __init__(self, slots: int):
         self._slots = slots
-        self._time = -1
-        self._slot: Slot
+        self._index = -1
+        self._slot: CacheSlot
 
-    def at(self, clock: Clock) -> Slot:
-        if self._time != clock.time:
-            self._time, self._slot = clock.time, self._find(clock)
+    def at(self, position: DecodePosition) -> CacheSlot:
+        if self._index != position.index:
+            self._index, self._slot = position.index, self._find(position)
         return self._slot
 
-    def _find(self, clock: Clock) -> Slot:
-        time, slots = clock.time, self._slots
-        filled = min(time + 1, slots)
-        place = torch.tensor([time % slots], device=clock.starts.device)
-        if clock.latest_start <= time + 1 - filled:
-            return Slot(place, filled, None)
-        places = torch.arange(filled, device=clock.starts.device)
-        times = places + (time - places) // slots * slots  # the latest that falls on each slot
-        return Slot(place, filled, (times >= clock.starts[:, None])[:, None, None])
+    def _find(self, position: DecodePosition) -> CacheSlot:
+        index, slots = position.index, self._slots
+        filled = min(index + 1, slots)
+        slot = torch.tensor([index % slots], device=position.starts.device)
+        if position.latest_start <= index + 1 - filled:
+            return CacheSlot(slot, filled, None)
+        held = torch.arange(filled, device=position.starts.device)
+        indices = held + (index - held) // slots * slots  # the latest position index in each slot
+        return CacheSlot(slot, filled, (indices >= position.starts[:, None])[:, None, None])

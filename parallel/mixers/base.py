@@ -1,6 +1,6 @@
-"""What a temporal mixer is: the descriptor that the registry holds, and the protocols of its module and its decoding.
+"""Interface of temporal mixers: the registry's descriptor, and protocols of the module and of decoding.
 
-Nothing here imports torch: settings are checked by descriptors, without the modules.
+This module does not import torch, so settings can be validated without it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from griffin.parallel.config import ModelConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from griffin.parallel.context import Clock, Context, Documents
+    from griffin.parallel.context import Context, DecodePosition, Documents
 
-# bf16 matrix FLOPs that take the time of moving one byte: about 800 TFLOP/s over 4 TB/s on a Hopper GPU.
+# bf16 matrix FLOPs in the time it takes to move one byte: about 800 TFLOP/s over 4 TB/s on a Hopper GPU.
 FLOPS_PER_BYTE = 200.0
 
 
@@ -32,13 +32,13 @@ class Cost:
 
     @property
     def time(self) -> float:
-        """In units of one matrix FLOP."""
+        """Estimated time, in units of one matrix FLOP."""
         return self.flops + FLOPS_PER_BYTE * self.bytes
 
 
 @dataclass(frozen=True)
 class Multiple:
-    """A setting of the model that must be a multiple: of a number, for the reason `why`, or of another setting."""
+    """Constraint: a model setting must be a multiple of a number (for the reason `why`) or of another setting."""
 
     setting: str
     of: int | str
@@ -47,15 +47,15 @@ class Multiple:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixer:
-    """A temporal mixer as the registry knows it; settings are named as fields of ModelConfig.
+    """Registry entry of a temporal mixer. Settings are named as fields of ModelConfig.
 
-    name: in `model.pattern`.
-    kind: part of its parameters' names, `blocks.I.KIND.…`; their gradient norm is `grad_norm/KIND`. Mixers that share
-        a kind share its names.
-    module: "package.module:class" of its `MixerModule`, imported when it is first needed.
-    widths: settings that a pattern with this mixer needs, besides `width`.
-    shards: settings that a tensor-parallel size must divide: numbers of heads, say, or of blocks of channels.
-    multiples: what else must divide what.
+    name: name in `model.pattern`.
+    kind: prefix of its parameters, `blocks.I.KIND.…`; their gradient norm is `grad_norm/KIND`. Mixers may share a kind,
+        and then share its parameter names.
+    module: "package.module:class" of its `MixerModule`, imported lazily.
+    widths: settings that the mixer requires besides `width`.
+    shards: settings that the tensor-parallel size must divide, such as a number of heads or of channel blocks.
+    multiples: further divisibility constraints.
     """
 
     name: str
@@ -66,50 +66,51 @@ class Mixer:
     multiples: tuple[Multiple, ...] = ()
 
     def load(self) -> type[MixerModule]:
+        """Import and return the mixer's class."""
         module, _, name = self.module.partition(":")
         return getattr(importlib.import_module(module), name)
 
 
 class MixerModule(Protocol):
-    """What a mixer's class is, besides an `nn.Module`; see `griffin.parallel.block.ResidualBlock`.
+    """Interface of a mixer's class, which is also an `nn.Module`; see `griffin.parallel.block.ResidualBlock`.
 
-    Every parameter is given its pieces by `griffin.parallel.sharding.describe`: initialisation, checkpoints, gradient
-    norms and parameter counts follow from them.
+    Pass every parameter with its pieces to `griffin.parallel.sharding.describe`: initialisation, checkpoints, gradient
+    norms and parameter counts follow from the pieces.
     """
 
     @classmethod
     def build(cls, name: str, context: Context, recompute: str) -> Self:
-        """The mixer whose parameters are called `name`.…; `recompute` is one of griffin.parallel.config.RECOMPUTES."""
+        """Build the mixer with parameters called `name`.…; `recompute` is one of griffin.parallel.config.RECOMPUTES."""
         ...
 
     @staticmethod
     def cost(model: ModelConfig, sequence: int) -> Cost:
-        """Of the mixer alone, for sequences of so many tokens."""
+        """Return the cost of the mixer alone, for sequences of this length."""
         ...
 
     def __call__(self, u: Tensor, documents: Documents) -> Tensor:
-        """[T, B, D] of u [T, B, D]; with sequence parallelism both are this rank's part of T."""
+        """Map u [T, B, D] to [T, B, D]. With sequence parallelism both are sharded along T."""
         ...
 
-    def prefill(self, u: Tensor, documents: Documents, longest: int) -> tuple[Tensor, Any]:
-        """As a call, and the state from which the last document of each sequence goes on, to at most `longest` tokens.
+    def prefill(self, u: Tensor, documents: Documents, max_length: int) -> tuple[Tensor, Any]:
+        """Compute the output, and the decoding state after the last document of each sequence.
 
-        The state is a dataclass of tensors alone, whose size does not change.
+        The state is a dataclass of tensors only, of constant size, for sequences of up to `max_length` tokens.
         """
         ...
 
     def stepper(self) -> MixerStep:
-        """What goes on from that state, one token at a time, with the weights as they are now."""
+        """Return the single-token mixer for decoding from that state, with the current weights."""
         ...
 
 
 class MixerStep(Protocol):
-    """A mixer for one more token of B sequences, channels first; without gradients."""
+    """Single-token mixer of B sequences, channels first, without gradients."""
 
-    def now(self, state: Any, clock: Clock) -> Any:
-        """What a call needs of the token's time; asked for before each, outside of what torch.compile compiles."""
+    def prepare(self, state: Any, position: DecodePosition) -> Any:
+        """Compute what the next call needs of the token's position. Not traced by torch.compile."""
         ...
 
-    def __call__(self, u: Tensor, state: Any, now: Any) -> Tensor:
-        """[D, B] of u [D, B]; changes the state in place."""
+    def __call__(self, u: Tensor, state: Any, prepared: Any) -> Tensor:
+        """Map u [D, B] to [D, B], and update the state in place."""
         ...

@@ -1,4 +1,4 @@
-"""The recurrent block's temporal mixer, sharded over channels (paper, sections 2.3, 2.4 and 4.1)."""
+"""Temporal mixer of the recurrent block, sharded over channels (paper, sections 2.3, 2.4 and 4.1)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from griffin.kernels.conv1d import causal_conv1d
 from griffin.kernels.rglru import rglru, rglru_step
 from griffin.kernels.selection import resolve_backend
 from griffin.parallel.config import CONV_WIDTH, ModelConfig
-from griffin.parallel.context import Clock, Context, Documents
+from griffin.parallel.context import Context, DecodePosition, Documents
 from griffin.parallel.linear import column_step, fused_column_linear, row_linear, row_step
 from griffin.parallel.mixers.base import Cost
 from griffin.parallel.sharding import Piece, decay, describe, normal, zeros
 
 
 class _BlockDiagonal(torch.autograd.Function):
-    """x [T, B, R] times weight [N, w, 2 w], plus bias [N, 2 w], block by block: two results [T, B, R], R = N w.
+    """Block-diagonal linear: x [T, B, R], weight [N, w, 2 w], bias [N, 2 w] -> two results [T, B, R], with R = N w.
 
-    A batched product of its own accord writes each block apart, to be copied together again. Here products read and
-    write blocks where they lie among the channels.
+    A plain batched product writes each block separately, and the blocks must then be copied together. These products
+    read and write the blocks in place among the channels.
     """
 
     @staticmethod
@@ -48,7 +48,7 @@ class _BlockDiagonal(torch.autograd.Function):
         for place, grad in enumerate(grads):
             half = slice(place * width, (place + 1) * width)
             grad_NKw = _blocks(grad.contiguous(), N)
-            # With beta 0 the first product overwrites grad_x, whatever it holds; the second is added.
+            # With beta 0 the first product overwrites the uninitialised grad_x; the second is added.
             torch.baddbmm(
                 _blocks(grad_x, N), grad_NKw, weight[..., half].mT, beta=min(place, 1), out=_blocks(grad_x, N)
             )
@@ -58,14 +58,14 @@ class _BlockDiagonal(torch.autograd.Function):
 
 
 def _blocks(x: Tensor, blocks: int) -> Tensor:
-    """[blocks, T B, R / blocks], a view of contiguous x [T, B, R]."""
+    """Return a view [blocks, T B, R / blocks] of contiguous x [T, B, R]."""
     return x.view(-1, blocks, x.shape[-1] // blocks).transpose(0, 1)
 
 
 class BlockDiagonalGates(nn.Module):
-    """The RG-LRU's input and recurrence gates before their sigmoid, block-diagonal over channels.
+    """Pre-sigmoid input and recurrence gates of the RG-LRU, block-diagonal over channels.
 
-    Blocks are sharded over tensor ranks, so that no rank needs another's channels. x [T, B, R/t] -> twice the same.
+    Blocks are sharded over tensor ranks, so no rank needs another's channels. x [T, B, R/t] -> two gates [T, B, R/t].
     """
 
     def __init__(self, name: str, context: Context):
@@ -105,17 +105,17 @@ class BlockDiagonalGates(nn.Module):
 
 @dataclass(frozen=True)
 class RecurrentState:
-    """What a recurrent mixer keeps of the tokens so far of B sequences: on a tensor rank, of its R/t channels."""
+    """Decoding state of a recurrent mixer for B sequences and a tensor rank's R/t channels."""
 
     recurrence: Tensor  # [R/t, B], float32
-    window: Tensor  # [CONV_WIDTH - 1, R/t, B], the convolution's last inputs, the oldest first
+    window: Tensor  # [CONV_WIDTH - 1, R/t, B], the convolution's last inputs, oldest first
 
 
 class RecurrentMixer(nn.Module):
-    """`out(RGLRU(conv(lin_x(u))) * gelu(lin_y(u)))` on u [T, B, D].
+    """Compute `out(RGLRU(conv(lin_x(u))) * gelu(lin_y(u)))` for u [T, B, D].
 
     Between the input linears and the output linear every operation is per channel or per gate block: a tensor rank
-    computes its channels alone, and the mixer communicates exactly what an MLP does.
+    computes its channels independently, and the mixer communicates exactly what an MLP does.
     """
 
     def __init__(self, name: str, context: Context, *, save_states: bool = True):
@@ -161,21 +161,21 @@ class RecurrentMixer(nn.Module):
 
     @staticmethod
     def cost(model: ModelConfig, sequence: int) -> Cost:
-        """FLOPs 2 (3 D R + 2 R^2 / gate_blocks)."""
+        """Return the cost: FLOPs 2 (3 D R + 2 R^2 / gate_blocks)."""
         D, R = model.width, model.recurrent_width
-        # conv 4, gates, scan and GeLU branch 12 bytes per element
+        # bytes per element: 4 for the convolution, 12 for gates, scan and GeLU branch
         return Cost(2.0 * (3 * D * R + 2 * R * model.gate_block_width), 16.0 * R)
 
     def forward(self, u: Tensor, documents: Documents) -> Tensor:
         return self._mix(u, documents)[0]
 
-    def prefill(self, u: Tensor, documents: Documents, longest: int) -> tuple[Tensor, RecurrentState]:
-        """As `forward`, and the state from which the last document of each sequence goes on."""
-        mixed, before, last = self._mix(u, documents)
+    def prefill(self, u: Tensor, documents: Documents, max_length: int) -> tuple[Tensor, RecurrentState]:
+        """Run `forward`, and also return the state after the last document of each sequence."""
+        mixed, conv_input, last = self._mix(u, documents)
         length = min(CONV_WIDTH - 1, len(u))
-        window = before.new_zeros(CONV_WIDTH - 1, before.shape[2], before.shape[1])
-        window[-length:] = before[-length:].mT
-        # Of inputs, those that a document before the last one holds are not seen.
+        window = conv_input.new_zeros(CONV_WIDTH - 1, conv_input.shape[2], conv_input.shape[1])
+        window[-length:] = conv_input[-length:].mT
+        # Inputs of documents before the last one are masked.
         distance = torch.arange(CONV_WIDTH - 2, -1, -1, device=u.device)[:, None]
         window.masked_fill_((distance > documents.positions[-1])[:, None], 0)
         return mixed, RecurrentState(last.t().contiguous(), window)
@@ -184,9 +184,9 @@ class RecurrentMixer(nn.Module):
         return RecurrentStep(self)
 
     def _mix(self, u: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
-        """The mixer's output, the convolution's input and the recurrence's last state."""
-        before, branch = self.lin_xy(u)[0].chunk(2, dim=-1)
-        x = causal_conv1d(before, self.conv_weight, self.conv_bias, starts=documents.starts, backend=self.kernels)
+        """Return the mixer's output, the convolution's input and the recurrence's last state."""
+        conv_input, branch = self.lin_xy(u)[0].chunk(2, dim=-1)
+        x = causal_conv1d(conv_input, self.conv_weight, self.conv_bias, starts=documents.starts, backend=self.kernels)
         input_gate, recurrence_gate = self.gates(x)
         y, last = rglru(
             x,
@@ -198,11 +198,11 @@ class RecurrentMixer(nn.Module):
             backend=self.kernels,
             save_states=self.save_states,
         )
-        return self.out(y)[0], before, last
+        return self.out(y)[0], conv_input, last
 
 
 class RecurrentStep:
-    """A recurrent mixer for one token, with R/t channels in N gate blocks of w."""
+    """Single-token recurrent mixer, with R/t channels in N gate blocks of w."""
 
     def __init__(self, mixer: RecurrentMixer):
         self._lin_xy, self._out = column_step(mixer.lin_xy), row_step(mixer.out)
@@ -211,10 +211,10 @@ class RecurrentStep:
         self._gates = tuple(zip(bias.chunk(2, dim=1), weight.chunk(2, dim=1), strict=True))
         self._recur = rglru_step(mixer.decay, resolve_backend(mixer.kernels, mixer.decay.device, mixer.decay.dtype))
 
-    def now(self, state: RecurrentState, clock: Clock) -> None:
+    def prepare(self, state: RecurrentState, position: DecodePosition) -> None:
         return None
 
-    def __call__(self, u: Tensor, state: RecurrentState, now: None) -> Tensor:
+    def __call__(self, u: Tensor, state: RecurrentState, prepared: None) -> Tensor:
         x, branch = self._lin_xy(u).chunk(2)
         inputs = torch.cat((state.window, x[None]))
         state.window.copy_(inputs[1:])

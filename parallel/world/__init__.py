@@ -1,1 +1,1 @@
-"""The ranks of a run: how they meet, what they tell each other, and the grid that they form."""
+"""Ranks of a run: rendezvous, messages between them, and the rank grid with its process groups."""

@@ -1,4 +1,4 @@
-"""The rank grid: which tensor-, pipeline- and data-parallel place a rank has, and the process groups of each."""
+"""Rank grid: coordinates and process groups of a rank, and startup and shutdown of torch.distributed."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from griffin.parallel import host
-from griffin.parallel.config import ParallelConfig
-from griffin.parallel.world.affinity import stay_near
+from griffin.parallel import megatron_device
+from griffin.parallel.config import AXES, ParallelConfig
+from griffin.parallel.world.affinity import bind_near
 from griffin.parallel.world.axes import Axes, rank_name
 from griffin.parallel.world.messages import seal, unseal
 from griffin.parallel.world.ranks import OtherRankError, Ranks
 
 T = TypeVar("T")
 
-# A rank that waits for another's slow but healthy work (building an index, say) asks again this often.
-_POLL = datetime.timedelta(seconds=20)
-START_SECONDS = 15 * 60.0  # for a thousand ranks to connect, which takes a minute or two
+# Polling interval of ranks that wait for slow but healthy work of rank 0, such as building an index.
+POLL = datetime.timedelta(seconds=20)
+START_SECONDS = 15 * 60.0  # limit for ranks to connect; a thousand take a minute or two
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A rank's place, and the groups that it is in."""
+    """Coordinates of a rank, its process groups, device and store."""
 
     rank: int
     axes: Axes
     tensor_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
-    embedding_group: dist.ProcessGroup | None  # first and last stage; None on other stages and where there is one stage
+    replica_group: dist.ProcessGroup  # ranks that hold the same weights
+    pipeline_group: dist.ProcessGroup
+    embedding_group: dist.ProcessGroup | None  # first and last stage; None on other stages or with one stage
     device: torch.device
     store: dist.Store
-    key: bytes = field(default=b"", repr=False)  # that ranks sign with what they put into the store
+    key: bytes = field(default=b"", repr=False)  # signs what ranks put into the store
 
     @property
     def world_size(self) -> int:
@@ -80,21 +81,34 @@ class Grid:
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_size - 1
 
-    def all_gather(self, value: T, kind: Any) -> list[T]:
-        """Every rank's value, in the order of ranks, read as `kind` (see `parallel.world.messages`). A collective.
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank is the first of those with the same weights."""
+        return self.axes.replica(self.rank) == 0
 
-        ForgedError where a peer gives what no rank of this run has written, or something of another kind.
+    @property
+    def reports_loss(self) -> bool:
+        """Whether this rank's loss counts: the first rank on the last stage of those with the same tokens."""
+        axes = (axis.name for axis in AXES if not axis.shards_tokens and axis.name != "pipeline")
+        return self.is_last_stage and all(self.axes.coordinate(self.rank, axis) == 0 for axis in axes)
+
+    def all_gather(self, value: T, kind: Any) -> list[T]:
+        """All-gather a value, in rank order, parsed as type `kind` (see `parallel.world.messages`). A collective.
+
+        Raises ForgedError for a message that no rank of this run signed, or of another type.
         """
         if self.world_size == 1:
             return [value]
-        words = gather_bytes(seal(self.key, _word(self.rank), value), self.device)
-        return [unseal(self.key, _word(rank), word, kind, "a peer gave") for rank, word in enumerate(words)]
+        messages = gather_bytes(seal(self.key, _message_name(self.rank), value), self.device)
+        return [
+            unseal(self.key, _message_name(rank), message, kind, "a peer sent") for rank, message in enumerate(messages)
+        ]
 
     def first_rank_does(self, name: str, work: Callable[[], object]) -> None:
-        """Run `work` on rank 0 while the others wait for as long as it takes.
+        """Run `work` on rank 0 while the other ranks wait, without a time limit.
 
-        They wait on the store, not in a collective, so no communication timeout bounds the work. An exception of rank
-        0 is raised there, and an OtherRankError on the others. `name` is unique within the process group's life.
+        They wait on the store, not in a collective, so no communication timeout applies. An exception is raised on rank
+        0, and an OtherRankError on the others. `name` must be unique during the life of the process group.
         """
         if self.world_size == 1:
             work()
@@ -110,7 +124,7 @@ class Grid:
             return
         while True:
             try:
-                self.store.wait([key], _POLL)
+                self.store.wait([key], POLL)
                 break
             except dist.DistStoreError:
                 continue
@@ -118,20 +132,20 @@ class Grid:
             raise OtherRankError(f"rank 0 failed at {name}: {failure}")
 
     def put(self, name: str, value: Any) -> None:
-        """Put a value into the store, signed."""
+        """Sign a value and put it into the store."""
         self.store.set(name, seal(self.key, name, value))  # type: ignore[arg-type]  # it takes bytes as well
 
     def get(self, name: str, kind: Any) -> Any:
-        """A value that a rank has put into the store. ForgedError where no rank of this run has."""
+        """Return a value from the store. Raises ForgedError if no rank of this run signed it."""
         return unseal(self.key, name, self.store.get(name), kind)
 
 
-def _word(rank: int) -> str:
-    return f"word of rank {rank}"
+def _message_name(rank: int) -> str:
+    return f"message of rank {rank}"
 
 
 def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
-    """What every rank of the default process group gives, in the order of ranks."""
+    """All-gather bytes of any length over the default process group, in rank order."""
     world_size = dist.get_world_size()
     sizes = torch.empty(world_size, dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(sizes, torch.tensor([len(data)], device=device))
@@ -152,29 +166,27 @@ def rank_grid(
     *,
     timeout: datetime.timedelta = datetime.timedelta(minutes=30),
 ) -> Iterator[Grid]:
-    """Start torch.distributed and megatron-core's process groups, and stop both at the end.
+    """Context that initialises torch.distributed and megatron-core's process groups, and destroys both at the end.
 
-    NCCL is used where there is a GPU, gloo elsewhere. The world size must be a multiple of `layout.model_ranks`.
-    RuntimeError on a rank that sees a GPU where others see none, or the reverse.
+    The backend is NCCL with a GPU, else gloo. The world size must be a multiple of `layout.model_ranks`. Raises
+    RuntimeError if some ranks see a GPU and others do not.
     """
-    # Read when CUDA starts: kernels then run in the order of their launch, which overlapping megatron-core's
-    # tensor-parallel communication with computation relies on.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    device = host.device(ranks.local_rank)
+    set_cuda_defaults(layout)
+    device = megatron_device.device(ranks.local_rank)
     store = ranks.store()
-    _agree_on_backend(store, ranks, _backend(device))
+    _agree_on_backend(store, ranks, backend_of(device))
     if ranks.is_on_one_machine:
-        _stay_on_this_machine()
-    host.install()
+        _use_loopback_interface()
+    megatron_device.install()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    stay_near(device)
-    # NCCL's own threads may not depend on Python. Named, as C++ does not keep its Python half alive.
-    groups_store = store if device.type == "cuda" else _Sealed(store, ranks.key)
+    bind_near(device)
+    # NCCL's threads must not call into Python. The variable keeps the Python object alive, which C++ does not.
+    groups_store = store if device.type == "cuda" else SignedStore(store, ranks.key)
     with ExitStack() as stack:
-        with _starting():
+        with _start_deadline():
             dist.init_process_group(
-                _backend(device),
+                backend_of(device),
                 store=groups_store,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
@@ -182,16 +194,27 @@ def rank_grid(
                 device_id=device if device.type == "cuda" else None,
             )
             stack.enter_context(_model_parallel(layout, timeout))
-            # The first collective makes connections too. Where the launcher has given no key, ranks have one from here.
-            drawn = gather_bytes(secrets.token_bytes(32) if ranks.rank == 0 else b"", device)[0]
-        yield _read(device, store, ranks.key + drawn)
-    # Not after an error: the other ranks may be in a collective, and waiting for them would be in vain.
+            # The first collective also connects the ranks, and gives them a key if the launcher set none.
+            drawn_key = gather_bytes(secrets.token_bytes(32) if ranks.rank == 0 else b"", device)[0]
+        yield _build_grid(device, store, ranks.key + drawn_key)
+    # Not after an error: the other ranks may be blocked in a collective.
     dist.destroy_process_group()
     _leave_together(store, ranks)
 
 
-class _Sealed(dist.Store):
-    """A store whose values are signed: gloo takes addresses from it, and would crash on what is none."""
+def set_cuda_defaults(layout: ParallelConfig) -> None:
+    """Set environment variables that CUDA and PyTorch's allocator read at their start, unless they are set."""
+    if layout.tensor > 1:
+        # Kernels then run in launch order, on which megatron-core's overlap of tensor-parallel communication with
+        # computation relies. Otherwise it only delays data-parallel communication.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Reduces fragmentation by activations of different lifetimes.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+class SignedStore(dist.Store):
+    """Store with signed values, for gloo, which reads addresses from it and would crash on malformed ones."""
 
     def __init__(self, store: dist.Store, key: bytes) -> None:
         super().__init__()
@@ -218,9 +241,8 @@ class _Sealed(dist.Store):
 
 
 @contextmanager
-def _starting() -> Iterator[None]:
-    """NCCL makes its connections without a time limit: here is one, after which this process leaves its stacks on
-    stderr and ends with exit code 1."""
+def _start_deadline() -> Iterator[None]:
+    """Time limit for connecting, which NCCL lacks: prints stack traces to stderr and exits with code 1."""
     faulthandler.dump_traceback_later(START_SECONDS, file=2, exit=True)
     try:
         yield
@@ -229,7 +251,10 @@ def _starting() -> Iterator[None]:
 
 
 def _agree_on_backend(store: dist.Store, ranks: Ranks, backend: str) -> None:
-    """A rank whose GPUs have failed falls back to gloo: NCCL of the others would wait for it without end."""
+    """Raise RuntimeError if ranks differ in the backend.
+
+    A rank whose GPUs have failed would use gloo, and the others' NCCL would wait for it forever.
+    """
     name, mine = "griffin/backend", rank_name(ranks.rank, socket.gethostname())
     sealed = seal(ranks.key, name, (backend == "nccl", mine))
     found = store.compare_set(name, "", sealed)  # type: ignore[arg-type]  # it takes bytes as well
@@ -242,8 +267,8 @@ def _sees(on_gpu: bool) -> str:
     return "sees a GPU" if on_gpu else "sees no GPU"
 
 
-def _stay_on_this_machine() -> None:
-    """Let gloo and NCCL listen on the loopback interface alone, unless their user has chosen."""
+def _use_loopback_interface() -> None:
+    """Make gloo and NCCL listen on the loopback interface only, unless the environment says otherwise."""
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback is not None:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -251,10 +276,12 @@ def _stay_on_this_machine() -> None:
 
 
 def _leave_together(store: dist.Store, ranks: Ranks) -> None:
-    """Wait until all ranks have come here. srun ends the others when one has ended with the code of a stop, and none
-    may have anything left to do then; but stopping NCCL takes some longer than others."""
+    """Wait for all ranks before exiting.
+
+    When one rank exits with the code of a stop, srun ends the others, which may still be shutting down NCCL.
+    """
     deadline = time.monotonic() + 30.0
-    with suppress(dist.DistError):  # a rank has been ended
+    with suppress(dist.DistError):  # a rank was killed
         if store.add("griffin/leaving", 1) == ranks.world_size:
             store.set("griffin/all are leaving", "")
         store.wait(["griffin/all are leaving"], datetime.timedelta(seconds=30))
@@ -262,50 +289,49 @@ def _leave_together(store: dist.Store, ranks: Ranks) -> None:
             store.add("griffin/left", 1)
             return
         while store.add("griffin/left", 0) < ranks.world_size - 1 and time.monotonic() < deadline:
-            time.sleep(0.005)  # rank 0 may serve the store: it is the last
+            time.sleep(0.005)  # rank 0 may serve the store, so it leaves last
 
 
 @contextmanager
 def single_rank_grid() -> Iterator[Grid]:
-    """A world of one rank in this process: for counting on meta tensors, for benchmarks and for tests."""
-    host.install()
-    device = host.device()
+    """Context of a world of one rank in this process, for counting on meta tensors, benchmarks and tests."""
+    megatron_device.install()
+    device = megatron_device.device()
     store = dist.HashStore()
-    dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
+    dist.init_process_group(backend_of(device), store=store, rank=0, world_size=1)
     try:
         with _model_parallel(ParallelConfig(), datetime.timedelta(minutes=1)):
-            yield _read(device, store)
+            yield _build_grid(device, store)
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def absent_grid(layout: ParallelConfig, world_size: int, rank: int) -> Iterator[Grid]:
-    """One rank's place in a world of ranks that are not there: groups are formed, what they exchange is nothing.
+def fake_grid(layout: ParallelConfig, world_size: int, rank: int) -> Iterator[Grid]:
+    """Context of one rank in a world of `world_size` ranks without the other processes.
 
-    To plan on meta tensors what many ranks would hold.
+    Process groups exist but communicate nothing. For planning on meta tensors what many ranks would hold.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    host.install()
+    megatron_device.install()
     store = FakeStore()
     dist.init_process_group("fake", store=store, rank=rank, world_size=world_size)
     try:
         with _model_parallel(layout, datetime.timedelta(minutes=1)):
-            yield _read(torch.device("meta"), store)
+            yield _build_grid(torch.device("meta"), store)
     finally:
         dist.destroy_process_group()
 
 
-def _backend(device: torch.device) -> str:
+def backend_of(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
 @contextmanager
 def _model_parallel(layout: ParallelConfig, timeout: datetime.timedelta) -> Iterator[None]:
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
+        **layout.megatron_sizes,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
@@ -316,23 +342,26 @@ def _model_parallel(layout: ParallelConfig, timeout: datetime.timedelta) -> Iter
         parallel_state.destroy_model_parallel()
 
 
-def _read(device: torch.device, store: dist.Store, key: bytes = b"") -> Grid:
-    """Read megatron-core's global state once; everything else is handed a Grid."""
+def _build_grid(device: torch.device, store: dist.Store, key: bytes = b"") -> Grid:
+    """Build the Grid from megatron-core's global state, which is read only here."""
     groups = {
         "tensor": parallel_state.get_tensor_model_parallel_group(),
         "data": parallel_state.get_data_parallel_group(),
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
     }
+    replica_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     rank, axes = dist.get_rank(), Axes.of(**{axis: group.size() for axis, group in groups.items()})
     assert axes.world_size == dist.get_world_size(), axes
     for axis, group in groups.items():
         assert axes.coordinate(rank, axis) == group.rank(), (axis, rank, axes)
+    assert (axes.replica(rank), axes.replicas) == (replica_group.rank(), replica_group.size()), (rank, axes)
     is_pipelined = axes.size("pipeline") > 1
     return Grid(
         rank=rank,
         axes=axes,
         tensor_group=groups["tensor"],
-        data_group=groups["data"],
+        replica_group=replica_group,
+        pipeline_group=groups["pipeline"],
         embedding_group=parallel_state.get_embedding_group(check_initialized=False) if is_pipelined else None,
         device=device,
         store=store,

@@ -1,6 +1,6 @@
-"""What ranks tell each other besides tensors: JSON, read back as the types that are expected, and signed in the store.
+"""Messages between ranks besides tensors: JSON, parsed as the expected types, and signed.
 
-A store or a peer may be anybody's: nothing that comes from one is unpickled.
+The store and peers are not trusted: nothing received from them is unpickled.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 class ForgedError(RunError):
-    """Something in the store or from a peer is not what a rank of this run writes."""
+    """A message from the store or a peer was not written by a rank of this run."""
 
 
 def pack(value: Any) -> bytes:
-    """JSON of what JSON knows, and of bytes, paths, sets and dataclasses. TypeError for anything else."""
+    """Encode a value as JSON, including bytes, paths, sets and dataclasses. TypeError for other types."""
     return json.dumps(value, default=_plain).encode()
 
 
 def unpack(text: bytes, kind: Any) -> Any:
-    """What `pack` was given, where that was a `kind`: a type as annotations write it, say `tuple[int, str | None]`.
+    """Decode what `pack` encoded, as type `kind`, written like an annotation: `tuple[int, str | None]`.
 
-    ForgedError where it is of another kind.
+    Raises ForgedError for a value of another type.
     """
     try:
         return _typed(json.loads(text), kind)
@@ -40,16 +40,16 @@ def unpack(text: bytes, kind: Any) -> Any:
 
 
 def seal(key: bytes, name: str, value: Any) -> bytes:
-    """`pack(value)` to be put into the store as `name`, signed with the run's key."""
+    """Return `pack(value)`, signed with the run's key for `name`."""
     text = pack(value)
     return _signature(key, name, text) + text
 
 
 def unseal(key: bytes, name: str, sealed: bytes, kind: Any, source: str = "the rendezvous store holds") -> Any:
-    """What was sealed. ForgedError where it was with another key, for another name, or is of another kind."""
+    """Return the sealed value. ForgedError if it was sealed with another key or name, or has another type."""
     signature, text = sealed[:_DIGEST], sealed[_DIGEST:]
     if not hmac.compare_digest(signature, _signature(key, name, text)):
-        raise ForgedError(f"{name}: {source} what no rank of this run has written")
+        raise ForgedError(f"{name}: {source} a value that no rank of this run has signed")
     return unpack(text, kind)
 
 
@@ -68,7 +68,7 @@ def _plain(value: Any) -> Any:
         return dict(value)
     if isinstance(value, set | frozenset):
         return sorted(value)
-    raise TypeError(f"{type(value).__name__} is no message: {value!r}")
+    raise TypeError(f"{type(value).__name__} cannot be sent as a message: {value!r}")
 
 
 def _typed(value: Any, kind: Any) -> Any:
@@ -97,13 +97,13 @@ def _typed(value: Any, kind: Any) -> Any:
 
 
 def _expect(value: Any, kind: type) -> Any:
-    if type(value) is not kind:  # a bool is no integer
+    if type(value) is not kind:  # type(), because a bool is an int
         raise TypeError(f"{kind.__name__} expected, not {type(value).__name__}")
     return value
 
 
 def _one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """As the first of the kinds that fits."""
+    """Return the value as the first of the types that matches."""
     for kind in kinds:
         try:
             return _typed(value, kind)

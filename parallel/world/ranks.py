@@ -1,4 +1,4 @@
-"""One process's place in the world, and the key-value store through which the processes find each other."""
+"""Rank of a process in the world, and the key-value store for rendezvous."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 
-# Exit code of a training that was asked to stop: what it has done is saved, and starting it again goes on.
+# Exit code of a training run that was asked to stop: its work is saved, and a restart resumes it.
 STOPPED = 85
-# Exit code of a rank of a training that hung: starting it again goes on from the last checkpoint.
+# Exit code of a rank of a training run that hung: a restart resumes from the last checkpoint.
 HUNG = 86
 
 
 class RunError(RuntimeError):
-    """Ends a run for a reason that its message tells in full: it is printed without a traceback."""
+    """Ends a run with a self-explanatory message, which is printed without a traceback."""
 
 
 class OtherRankError(RuntimeError):
-    """Another rank failed, and tells why itself."""
+    """Another rank failed and reports the reason."""
 
 
 def allow_connections() -> None:
-    """Let this process serve a store to as many ranks as the system lets it, each with two connections: the customary
-    limit of 1024 open files would do for some 500."""
+    """Raise the limit of open files, for a store with two connections per rank.
+
+    The usual limit of 1024 would suffice for about 500 ranks.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address or a host's name is that of this machine alone."""
+    """Return whether an address or host name is only reachable from this machine."""
     if address == "localhost":
         return True
     try:
@@ -46,7 +48,7 @@ def is_loopback(address: str) -> bool:
 
 
 def listen_on_loopback(address: str, port: int, backlog: int) -> socket.socket:
-    """A socket that listens at a loopback address, such as 127.0.1.1 or ::1, and nowhere else."""
+    """Return a socket that listens only at a loopback address, such as 127.0.1.1 or ::1."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     host = LOOPBACK if address == "localhost" else address
     return socket.create_server((host, port), family=family, backlog=backlog)
@@ -55,9 +57,9 @@ def listen_on_loopback(address: str, port: int, backlog: int) -> socket.socket:
 def serve_store(
     address: str, port: int, world_size: int | None, timeout: timedelta = timedelta(minutes=5), *, waits: bool = False
 ) -> TCPStore:
-    """Serve the store at a port, 0 for a free one; where `waits`, once all ranks have come.
+    """Serve the store at a port (0: any free port). With `waits`, return once all ranks have connected.
 
-    By itself a store listens on every interface of the machine: at a loopback address it does on that one alone.
+    A TCPStore listens on all interfaces by default. For a loopback address this one listens only there.
     """
     from torch.distributed import TCPStore
 
@@ -65,24 +67,24 @@ def serve_store(
     listening = None
     if is_loopback(address):
         server = listen_on_loopback(address, port, backlog=4096)
-        port, listening = server.getsockname()[1], server.detach()  # the store closes it
+        port, listening = server.getsockname()[1], server.detach()  # the store takes ownership
     return TCPStore(address, port, world_size, True, timeout, waits, master_listen_fd=listening)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Rank of this process, and where the rendezvous store listens. Launchers make it; the trainer only reads it."""
+    """Rank of this process, and the address of the rendezvous store. Created by launchers, read by the trainer."""
 
     rank: int
     world_size: int
-    local_rank: int  # rank among the processes of this machine: the number of its GPU
+    local_rank: int  # rank among the processes of this machine; index of its GPU
     address: str
     port: int
     source: str  # "local", "torchrun", "slurm" or "mpi"
-    store_served: bool  # a launcher serves the store already; otherwise rank 0 does, from `store` on
-    # Known to the run's ranks alone, by which they sign what they put into the store; b"" where a launcher gives none.
+    store_served: bool  # by the launcher; otherwise `store` serves it on rank 0
+    # Secret of the run's ranks that signs what they put into the store; b"" if the launcher sets none.
     key: bytes = field(default=b"", repr=False, compare=False)
-    server: object = field(default=None, repr=False, compare=False)  # keeps a store's server alive in its process
+    server: object = field(default=None, repr=False, compare=False)  # keeps the store's server alive in its process
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -90,22 +92,22 @@ class Ranks:
 
     @property
     def is_on_one_machine(self) -> bool:
-        """Whether the ranks find each other at a loopback address: nobody else need reach them."""
+        """Whether the rendezvous is at a loopback address, so all ranks run on this machine."""
         return is_loopback(self.address)
 
     def host(self) -> str:
-        """The address at which the other ranks reach this machine: that from which it reaches the rendezvous."""
+        """Return the address at which other ranks reach this machine: the one it reaches the rendezvous from."""
         family, kind, protocol, _, address = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)  # sends nothing: it only chooses the interface
+            probe.connect(address)  # sends nothing, only selects the interface
             own = str(probe.getsockname()[0])
-        # On the machine of the rendezvous it may be the loopback's, which says nothing to others.
+        # On the machine of the rendezvous it may be a loopback address, useless to the others.
         return self.address if ipaddress.ip_address(own).is_loopback else own
 
     def store(self, timeout: timedelta = timedelta(minutes=5)) -> TCPStore:
-        """This process's connection for `torch.distributed.init_process_group(store=...)`.
+        """Return a connection for `torch.distributed.init_process_group(store=...)`.
 
-        Waits for the server, and rank 0 for all the others, up to `timeout`; raises torch's DistError after that.
+        Waits up to `timeout` for the server, or on a serving rank 0 for all other ranks, then raises DistError.
         """
         from torch.distributed import TCPStore
 
@@ -114,12 +116,12 @@ class Ranks:
         return TCPStore(self.address, self.port, self.world_size, False, timeout)
 
     def another_connection(self, timeout: timedelta) -> TCPStore:
-        """A further connection to a store that is served already, for another thread: the calls of one take turns."""
+        """Return a further connection for another thread; calls on one connection are serialised."""
         from torch.distributed import TCPStore
 
         return TCPStore(self.address, self.port, self.world_size, False, timeout, wait_for_workers=False)
 
     def server_name(self) -> str:
-        """Who serves the store, for people."""
+        """Describe the store's server, for messages."""
         server = "the launcher" if self.store_served else "rank 0"
         return f"the rendezvous store that {server} serves at {self.address}:{self.port}"

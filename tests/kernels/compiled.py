@@ -1,10 +1,10 @@
-"""Compiles the Triton programs ahead of time, for GPUs that are not there, and prints what became of them as JSON.
+"""Compiles the Triton programs ahead of time for GPUs of other machines, and prints their properties as JSON.
 
     TRITON_INTERPRET=0 python -m tests.kernels.compiled measure --target sm_90 --only "rglru bfloat16"
     TRITON_INTERPRET=0 python -m tests.kernels.compiled keys
 
-Nothing here repeats what launches pass: the operations' own forward and backward run on meta tensors, their launches
-are recorded, and Triton's JIT specialises and compiles each for a driver that names the target and has no device.
+Launch arguments are not duplicated here: the operations' forward and backward run on meta tensors, their launches are
+recorded, and Triton's JIT specialises and compiles each for a driver with the target's name and no device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from griffin.kernels.conv1d import triton as conv
 from griffin.kernels.linear_scan import triton as linear_scan
 from griffin.kernels.recurrence import programs as scan_programs
 from griffin.kernels.rglru import triton as rglru
-from griffin.kernels.rglru.reference import Given
+from griffin.kernels.rglru.reference import RGLRUInputs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,7 +39,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 LANES = 32  # of a warp
-SIZES = ("T", "B", "R", "L")  # arguments in capitals that are no constants of a program
+SIZES = ("T", "B", "R", "L")  # upper-case arguments that are not constants of a program
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Case:
         return " ".join(word for word in (*words, "starts" if self.starts else "") if word)
 
     def tensor(self, place: int = 0) -> Tensor:
-        """[T, B, R] on the meta device; `place` says which half of the wider tensor."""
+        """Return a tensor [T, B, R] on the meta device; `place` selects the half of the wider tensor."""
         steps, batch, width, dtype = self.steps, self.batch, self.width, getattr(torch, self.dtype)
         if self.layout == "half":
             return torch.empty(steps, batch, 2 * width, dtype=dtype, device="meta").chunk(2, dim=-1)[place]
@@ -83,10 +83,10 @@ def run_rglru(case: Case) -> None:
     """Options: "", "branch", and "branch, recomputed" for a backward that computes the states again."""
     branch = case.tensor(1) if case.option else None
     x, gate = case.tensor(), case.tensor()
-    given = Given(x, gate, gate, case.parameter(), branch, case.start_flags(), None)
-    y, last, states, firsts = rglru.forward(given, "recomputed" not in case.option, None)
+    inputs = RGLRUInputs(x, gate, gate, case.parameter(), branch, case.start_flags(), None)
+    y, last, states, firsts = rglru.forward(inputs, "recomputed" not in case.option, None)
     kept = y if branch is None else states
-    rglru.backward(given, kept, firsts, torch.empty_like(y), torch.empty_like(last), None)
+    rglru.backward(inputs, kept, firsts, torch.empty_like(y), torch.empty_like(last), None)
 
 
 def run_linear_scan(case: Case) -> None:
@@ -105,18 +105,18 @@ def run_conv(case: Case) -> None:
 
 RUN: dict[str, Callable[[Case], None]] = {"rglru": run_rglru, "linear_scan": run_linear_scan, "conv1d": run_conv}
 OPTIONS = {"rglru": ("", "branch", "branch, recomputed"), "linear_scan": ("",), "conv1d": ("", "window")}
-# Layout and sizes: on 132 multiprocessors the first is cut into chunks of time and the second is not. Of the others, a
-# single sequence and batch-major ones compile to what the first does; not so strides of 64 bits, with tensors beyond
-# 2 GB, such tensors alone (on AMD), and channels of which nothing is known to be a multiple of 16.
+# Layout and sizes. On 132 multiprocessors the first is split into chunks of time and the second is not. Of the others,
+# a single sequence and batch-major tensors compile to the same code as the first. Different code comes from 64-bit
+# strides (tensors beyond 2 GB), from such tensors alone (on AMD), and from channels not known to be a multiple of 16.
 CHUNKED, SEQUENTIAL = ("half", 4096, 2, 1024), ("half", 4096, 8, 4096)
 OTHERS = (("time", 4096, 1, 1024), ("batch", 4096, 2, 1024), ("batch", 1048576, 2, 4096), ("time", 65536, 8, 4096))
 UNEVEN = ("half", 4099, 3, 1001)
 
 
 def cases() -> Iterator[Case]:
-    """All combinations of dtype, option and starts where models train: in bfloat16 and float32, at usual sizes.
+    """Yield all combinations of dtype, option and starts for the usual sizes, in bfloat16 and float32.
 
-    Elsewhere the last option with starts stands for an operation, the one that launches most.
+    For other sizes and dtypes, each operation is represented by its last option with starts, which launches most.
     """
     for operation, options in OPTIONS.items():
         for dtype, option, starts in itertools.product(("bfloat16", "float32"), options, (True, False)):
@@ -131,7 +131,7 @@ def cases() -> Iterator[Case]:
 
 
 class Pointer:
-    """What Triton's JIT asks a tensor for, of one whose storage begins at a multiple of 16 as allocators make it."""
+    """Interface of a tensor for Triton's JIT, with storage aligned to 16 bytes as allocators guarantee."""
 
     def __init__(self, tensor: Tensor):
         self.dtype = tensor.dtype
@@ -168,12 +168,12 @@ class Launch:
     arguments: dict[str, Any]  # with the options of the compiler
 
     def compile(self) -> Any:
-        """The compiled program, for the active driver."""
+        """Compile the program for the active driver."""
         wrapped = {n: Pointer(value) if isinstance(value, Tensor) else value for n, value in self.arguments.items()}
         return self.program.warmup(grid=self.grid, **wrapped)
 
     def key(self) -> str:
-        """By which the JIT, for the active driver, knows what it has compiled already."""
+        """Return the JIT's cache key for the active driver."""
         keys: list[str] = []
 
         def hook(*, key: str, **_: Any) -> bool:
@@ -186,7 +186,7 @@ class Launch:
 
 
 def launches(case: Case) -> list[Launch]:
-    """What a call of an operation launches, in order."""
+    """Return the launches of a call of an operation, in order."""
     found: list[Launch] = []
 
     def start(program: Any, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -198,7 +198,7 @@ def launches(case: Case) -> list[Launch]:
 
 
 def kernel_names() -> list[str]:
-    """Of the programs that are launched: the other functions are parts of them."""
+    """Return the names of the launched programs, without device functions."""
     return [
         name
         for module in (scan_programs, conv_programs)
@@ -217,7 +217,7 @@ def _tool(cubin: bytes, what: str) -> str:
 
 @dataclass(frozen=True)
 class Listing:
-    """Instructions of a compiled program for NVIDIA, and its loops as backward branches enclose them."""
+    """Instructions of a compiled program for NVIDIA GPUs, and its loops, identified by backward branches."""
 
     code: dict[int, str]  # by address, without predicates
     loops: list[range]
@@ -283,7 +283,7 @@ def _facts(target: str, launch: Launch) -> dict[str, Any]:
 
 
 def measure(targets: list[str], only: list[str], share: int, shares: int) -> dict[str, Any]:
-    """What every compiled program takes; of several shares, one."""
+    """Return the properties of every compiled program, or of one of several shares of them."""
     chosen = {str(case): case for case in cases() if not only or any(text in str(case) for text in only)}
     by_case = {name: launches(case) for name, case in chosen.items()}
     different: dict[tuple[str, str, str], tuple[str, Launch]] = {}
@@ -307,7 +307,7 @@ LENGTHS = (2048, 2049, 4095)
 
 
 def keys() -> list[dict[str, Any]]:
-    """For each operation and layout, the keys of its launches at several lengths of the sequences."""
+    """Return for each operation and layout the cache keys of its launches at several sequence lengths."""
     triton.runtime.driver.set_active(Driver("sm_90"))
     found = []
     for operation, layout, starts in itertools.product(OPTIONS, ("time", "batch", "half"), (True, False)):

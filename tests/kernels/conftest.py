@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """In deterministic mode torch.empty is filled with NaN: a buffer read before it is written shows."""
+    """Fill torch.empty with NaN (deterministic mode), so reads of uninitialised buffers are detected."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""Where Triton's interpreter can run, which the tests of its programs on CPUs need."""
+"""Skip marks for tests of Triton programs on CPUs, which need Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ except ImportError:
 
 
 def _missing() -> str | None:
-    """Why a program of three lines does not run. Releases of Triton differ in which of NumPy they can work with."""
+    """Return why a trivial program does not run. Triton releases differ in the NumPy versions they support."""
     if triton is None:
         return "needs the package triton"
 
@@ -35,7 +35,7 @@ def _missing() -> str | None:
 
 _reason = _missing()
 needs_interpreter = pytest.mark.skipif(_reason is not None, reason=_reason or "")
-# For what takes the interpreter seconds, and finds what quicker tests mostly find too.
+# For tests that take the interpreter seconds and mostly repeat quicker ones.
 BACKENDS_TRITON_SLOW = pytest.mark.parametrize(
     "backend", ["cpu", pytest.param("triton", marks=[needs_interpreter, pytest.mark.slow])]
 )

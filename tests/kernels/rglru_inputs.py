@@ -1,4 +1,4 @@
-"""Random inputs of the RG-LRU, its results with all gradients, and how they are compared."""
+"""Random inputs of the RG-LRU, its results and gradients, and their comparison."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from griffin.kernels.rglru import rglru
 
-Leaves = dict[str, Any]  # by the names below; None for a branch or an initial state that is not given
+Leaves = dict[str, Any]  # by the names below; None for no branch or no initial state
 LEAVES = ("x", "input_gate", "recurrence_gate", "decay", "branch", "initial_state")
 SEQUENCES = ("x", "input_gate", "recurrence_gate", "branch")  # [T, B, R]
 # float32 sums of some hundred terms against float64; the largest error seen is 1e-6.
@@ -28,7 +28,7 @@ def make(
     state: bool = False,
     branch: bool = False,
 ) -> Leaves:
-    """Random inputs as leaves. Decays in the default range give a between .3 and 1."""
+    """Return random inputs as leaves. The default range of decays gives a between .3 and 1."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(steps, batch, width, generator=generator, dtype=torch.float64)
     gates = torch.randn(2, steps, batch, width, generator=generator, dtype=torch.float64) * gate_scale
@@ -50,7 +50,7 @@ def make(
 
 
 def run(inputs: Leaves, *, starts: Tensor | None = None, seed: int = 1, **options) -> dict[str, Tensor]:
-    """Both results and the gradient of every leaf, for random gradients of both results."""
+    """Return both results and the gradient of every leaf, for random gradients of both results."""
     y, final = rglru(**inputs, starts=starts, **options)
     generator = torch.Generator().manual_seed(seed)
     grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (y, final)]
@@ -66,7 +66,7 @@ def as_float64(inputs: Leaves) -> Leaves:
 def assert_close(
     found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, scales: dict[str, Tensor] | None = None
 ) -> None:
-    """Largest error of each tensor relative to its largest value, or to what `scales` says."""
+    """Compare each tensor's largest error relative to its largest value, or to its entry in `scales`."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
         scale = (scales or {}).get(name, expected[name]).abs().max().clamp(min=1e-30)
@@ -75,7 +75,7 @@ def assert_close(
 
 
 def decay_terms(inputs: Leaves, grads: dict[str, Tensor]) -> Tensor:
-    """[R], the sizes of the terms of decay's gradient, summed: with few channels the terms may all but cancel."""
+    """Return the summed magnitudes of the terms of decay's gradient, [R]; the terms themselves may nearly cancel."""
     closed = 1 - inputs["recurrence_gate"].sigmoid()
     terms = grads["recurrence_gate"].abs() / closed
     return terms.sum((0, 1)) * inputs["decay"].sigmoid() / torch.nn.functional.softplus(inputs["decay"])

@@ -1,7 +1,7 @@
-"""What the Triton programs become for GPUs that are not there: spills, registers, shared memory, asynchronous copies.
+"""Compiled Triton programs for GPUs of other machines: spills, registers, shared memory, asynchronous copies.
 
-Every configuration that the selector can pick is compiled by `tests.kernels.compiled`, in processes of its own: here
-Triton's programs are interpreted. All of them take minutes; quick is that tools and keys work.
+`tests.kernels.compiled` compiles every configuration that the selector can pick, in separate processes, because
+Triton's programs are interpreted in this one. All of them take minutes; a quick test covers the cache keys.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from griffin.kernels.recurrence.plan import SPREAD
+from griffin.kernels.recurrence.plan import TARGET_PROGRAMS
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2
-WIDTH_KNOWN = 16  # channels must be a multiple of it for the compiler to know that rows are aligned
+WIDTH_KNOWN = 16  # the number of channels must be a multiple of it for rows to be known to be aligned
 
 Entry = dict[str, Any]
 
@@ -39,7 +39,7 @@ def _needs_tools() -> None:
 
 def _run(cache: Path, timeout: float, *arguments: str) -> Any:
     _needs_tools()
-    # Compiled, not interpreted, by the tools that Triton comes with, and nothing taken from an earlier run.
+    # Compile, do not interpret, with Triton's own tools and without the cache of an earlier run.
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.kernels.compiled", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -49,7 +49,7 @@ def _run(cache: Path, timeout: float, *arguments: str) -> Any:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the processes found, the same launches each, with the compiled programs of all of them."""
+    """Return the results of all processes, each of which compiles a share of the same launches."""
     cache = tmp_path_factory.mktemp("triton")
 
     def share(number: int) -> Any:
@@ -83,7 +83,7 @@ def _assert_none(entries: Iterable[Entry], *facts: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_program_is_compiled_and_both_paths(measured):
+def test_all_programs_and_both_paths_are_compiled(measured):
     compiled = measured["compiled"]
     assert {entry["program"] for entry in compiled} == set(measured["kernels"])
     launched = measured["launched"].values()
@@ -96,24 +96,23 @@ def test_every_program_is_compiled_and_both_paths(measured):
     assert {entry["target"] for entry in compiled} == {"sm_80", "sm_90", "gfx942"}
     assert {entry["dtype"] for entry in compiled} == {"bfloat16", "float16", "float32"}
     assert any(not _is_aligned(entry) for entry in compiled)
-    # Every combination of what a program can be asked for, in each dtype that models train in.
+    # Every combination of a program's options, in each dtype used for training.
     for dtype in ("bfloat16", "float32"):
         flags = {
             (entry["program"], *sorted(name for name, value in entry["constants"].items() if value is True))
             for entry in compiled
             if entry["dtype"] == dtype and entry["program"].startswith("scan_")
         }
-        # With and without starts: given terms, gates, gates and a branch; forward, states with a branch besides.
+        # With and without starts: no gates, gates, gates and a branch; forward, also states with a branch.
         assert len(flags) == 2 * 4 + 2 * 3
 
 
 @pytest.mark.slow
 def test_nothing_is_spilled(measured):
-    """No value of a step is put away in memory.
+    """No value of a step is spilled to memory.
 
-    Where the compiler does not know that rows are aligned it may put away a few on the way into the loop: twice 4 bytes
-    in several thousand steps. Of AMD's scalar registers, addresses for the most part, as many may be kept in lanes of
-    vector registers as three have.
+    If rows are not known to be aligned, a few values may be spilled before the loop: twice 4 bytes in several thousand
+    steps. On AMD, scalar registers (mostly addresses) may be spilled to lanes of up to three vector registers.
     """
     compiled = measured["compiled"]
     _assert_none((e for e in compiled if e["spills"] and (_is_aligned(e) or not _is_nvidia(e))), "spills")
@@ -123,45 +122,45 @@ def test_nothing_is_spilled(measured):
 
 
 def _warps(entry: Entry) -> int:
-    """That a multiprocessor must have the registers for: forward twice as many as the chunked path gives it.
+    """Return the number of warps that must fit the registers of a multiprocessor, relative to the chunked path's.
 
-    Backward, which keeps more, half as many again; and only that many in float32, which is for comparisons, on AMD and
-    where rows are not known to be aligned.
+    Forward twice as many; backward, which needs more registers, 1.5 times as many. Only as many in the backward pass in
+    float32, which is for comparisons, on AMD or with rows not known to be aligned.
     """
     if "backward" not in entry["program"]:
-        return 2 * SPREAD
+        return 2 * TARGET_PROGRAMS
     is_last_resort = not _is_half(entry) and not (_is_nvidia(entry) and _is_aligned(entry))
-    return SPREAD if is_last_resort else SPREAD * 3 // 2
+    return TARGET_PROGRAMS if is_last_resort else TARGET_PROGRAMS * 3 // 2
 
 
 @pytest.mark.slow
 def test_registers_leave_room_for_enough_programs(measured):
     def room(entry: Entry) -> int:
-        if _is_nvidia(entry):  # 65,536 registers, given to warps of 32 lanes by 8 a lane
+        if _is_nvidia(entry):  # 65,536 registers, allocated to warps of 32 lanes in units of 8 per lane
             return 65536 // (-(-entry["registers"] // 8) * 8 * 32)
         return 4 * (512 // (-(-entry["registers"] // 8) * 8))  # four units of 512 for each lane
 
     _assert_none((e for e in measured["compiled"] if room(e) < _warps(e)), "registers")
 
 
-KILOBYTES = {"sm_80": 164, "sm_90": 228, "gfx942": 64}  # of shared memory, a multiprocessor's
+KILOBYTES = {"sm_80": 164, "sm_90": 228, "gfx942": 64}  # of shared memory per multiprocessor
 
 
 @pytest.mark.slow
 def test_shared_memory_leaves_room_for_enough_programs(measured):
-    """In 16 bits twice as many as the chunked path gives it, on an A100 half as many again; in float32 half of that."""
+    """In 16 bits twice as many as on the chunked path, on an A100 1.5 times as many; in float32 half of that."""
 
     def is_over(entry: Entry) -> bool:
         reserved = 1024 if _is_nvidia(entry) else 0  # for each program
         programs = KILOBYTES[entry["target"]] * 1024 // (entry["shared"] + reserved or 1)
-        wanted = 2 * SPREAD if entry["target"] != "sm_80" else SPREAD * 3 // 2
+        wanted = 2 * TARGET_PROGRAMS if entry["target"] != "sm_80" else TARGET_PROGRAMS * 3 // 2
         return programs * entry["warps"] < wanted // (1 if _is_half(entry) else 2)
 
     _assert_none((e for e in measured["compiled"] if is_over(e)), "shared")
 
 
 def _rows(program: str, constants: dict[str, Any]) -> int:
-    """[T, B, R] tensors that a step reads."""
+    """Return the number of tensors [T, B, R] that a step reads."""
     gated, branch = constants.get("GATED", False), constants.get("HAS_BRANCH", False)
     if program == "chunk_summaries":
         return 2 + branch if constants["REVERSE"] else 2 + gated
@@ -175,7 +174,7 @@ def _rows(program: str, constants: dict[str, Any]) -> int:
 
 @pytest.mark.slow
 def test_rows_are_copied_asynchronously(measured):
-    """What several rounds ahead are on the way hides the latency of memory, which one warp cannot."""
+    """Loads of several rounds in flight hide the memory latency, which one warp cannot."""
     seen = set()
     for entry in measured["compiled"]:
         program, constants = entry["program"], entry["constants"]
@@ -187,9 +186,9 @@ def test_rows_are_copied_asynchronously(measured):
     assert seen == {(program, is_half) for program in programs for is_half in (True, False)}
 
 
-# An H200 copies 4.3 TB/s by 132 multiprocessors of 4 schedulers at 1.7 GHz. While the memory moves the 8 bytes that the
-# forward needs for each element and the 16 of the backward, or 12 and 20 with a branch, a scheduler issues 53 and 107,
-# or 80 and 133 instructions for 32 elements. Some of that must be left over for waiting.
+# An H200 copies 4.3 TB/s, with 132 multiprocessors of 4 schedulers at 1.7 GHz. While memory moves the 8 bytes per
+# element of the forward pass and the 16 of the backward pass (12 and 20 with a branch), a scheduler issues 53 and 107
+# (80 and 133) instructions per 32 elements. Some of these must be left for waiting.
 BUDGET = {  # by program, and whether there is a branch
     ("scan_forward", False): 50,
     ("scan_backward", False): 85,
@@ -210,7 +209,7 @@ def test_arithmetic_takes_less_time_than_memory(measured):
 
 
 @pytest.mark.slow
-def test_other_lengths_compile_nothing_anew(tmp_path):
+def test_other_lengths_trigger_no_recompilation(tmp_path):
     for found in _run(tmp_path, 120, "keys"):
         first, *others = found["keys"].values()
         assert first

@@ -1,4 +1,4 @@
-"""The causal convolution against its definition in float64, against itself cut up, and against transformers."""
+"""Causal convolution against the float64 reference, on split sequences, and against transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make(
 
 
 def gradients(y: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """y and the gradient of each input, for a random gradient of y."""
+    """Return y and the gradient of each input, for a random gradient of y."""
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
     found = torch.autograd.grad(y, list(inputs.values()), grad)
     return {"y": y.detach(), **dict(zip(inputs, found, strict=True))}
@@ -59,7 +59,7 @@ def flags_at(places: set[int] | None, steps: int, batch: int) -> Tensor | None:
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Largest error of each tensor relative to its largest value."""
+    """Compare each tensor's largest error relative to its largest value."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
         scale = expected[name].abs().max().clamp(min=1e-30)
@@ -93,7 +93,7 @@ def test_any_shape_taps_tiling_and_starts(steps, batch, width, taps, tile, start
 def chunks_of(steps):
     from griffin.kernels.conv1d import triton
 
-    return mock.patch.multiple(triton, SHORTEST_CHUNK=steps, LONGEST_CHUNK=steps)
+    return mock.patch.multiple(triton, MIN_CHUNK=steps, MAX_CHUNK=steps)
 
 
 def triton_shape(steps, batch, width, chunk, starts, window, seed):
@@ -122,7 +122,7 @@ test_many_shapes_on_triton = needs_interpreter(
 
 def test_default_tiling():
     inputs = make(170, 1, 1001, dtype=torch.float64)
-    assert len(list(cpu._spans(inputs["x"]))) > 1
+    assert len(list(cpu.spans(inputs["x"]))) > 1
     starts = torch.rand(170, 1, generator=torch.Generator().manual_seed(2)) < 0.05
     assert_close(gradients(causal_conv1d(**inputs, starts=starts), inputs), oracle(inputs, starts), FLOAT64)
 
@@ -130,7 +130,7 @@ def test_default_tiling():
 @needs_interpreter
 @pytest.mark.slow
 def test_starts_at_every_place_around_a_chunk():
-    """A sequence for each place of a start, before, at and after the first step of a chunk and of a round."""
+    """One sequence for each place of a start before, at and after the first step of a chunk and of a round."""
     steps = 20
     inputs = make(steps, steps, 2, window=True)
     starts = torch.eye(steps, dtype=torch.bool)
@@ -162,7 +162,7 @@ def test_strides_change_nothing(backend):
 @pytest.mark.parametrize(("dtype", "epsilon"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 @BACKENDS
 def test_half_precision(backend, dtype, epsilon):
-    """Sums are float32: the only errors are those of rounding each result once."""
+    """Sums are float32, so each result is rounded only once."""
     steps = STEPS[backend]
     inputs = make(steps, 2, 33, dtype=dtype, window=True)
     starts = torch.rand(steps, 2, generator=torch.Generator().manual_seed(2)) < 0.05
@@ -173,8 +173,8 @@ def test_half_precision(backend, dtype, epsilon):
 
 
 @BACKENDS
-def test_what_another_document_holds_stays_there(backend):
-    """Also what is not a number."""
+def test_documents_do_not_leak(backend):
+    """Values of another document do not leak, including NaN."""
     inputs = make(12, 1, 3)
     starts = torch.zeros(12, 1, dtype=torch.bool)
     starts[[3, 9]] = True
@@ -192,7 +192,7 @@ def test_what_another_document_holds_stays_there(backend):
 
 @BACKENDS
 def test_a_sequence_in_two_parts_equals_one(backend):
-    """The second part goes on from the window that the first one leaves."""
+    """The second part continues from the last window of the first."""
     inputs = make(30, 2, 5)
     starts = torch.zeros(30, 2, dtype=torch.bool)
     starts[[18, 25], [0, 1]] = True
@@ -204,15 +204,15 @@ def test_a_sequence_in_two_parts_equals_one(backend):
 
 
 @BACKENDS
-def test_repeats_bitwise(backend):
+def test_is_deterministic(backend):
     inputs = make(30, 2, 5, window=True)
     first, second = (gradients(causal_conv1d(**inputs, backend=backend), inputs) for _ in range(2))
     assert_close(first, second, 0.0)
 
 
 @BACKENDS
-def test_operators_are_what_they_claim(backend):
-    """Fake implementations, autograd and mutation, as torch.library.opcheck sees them."""
+def test_opcheck(backend):
+    """torch.library.opcheck of fake implementations, autograd and mutation."""
     inputs = make(9, 2, 3, window=True, dtype=torch.bfloat16)
     x = inputs["x"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     starts = torch.arange(18).view(9, 2) % 7 == 3
@@ -232,7 +232,7 @@ def test_gradcheck():
         )
 
 
-def test_packed_documents_equal_documents_apart():
+def test_packed_documents_equal_separate_documents():
     lengths = (1, 2, 3, 20, 1, 9)
     inputs = make(sum(lengths), 2, 5, dtype=torch.float64)
     starts = torch.zeros(sum(lengths), 2, dtype=torch.bool)
@@ -261,7 +261,7 @@ def test_agrees_with_transformers():
     assert_close(gradients(causal_conv1d(**inputs), inputs), expected, FLOAT32)
 
 
-def test_saves_x_only():
+def test_saves_only_x_for_backward():
     inputs = make(64, 2, 16, dtype=torch.bfloat16)
     starts = torch.zeros(64, 2, dtype=torch.bool)
     saved: list[Tensor] = []

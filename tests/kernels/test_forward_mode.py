@@ -1,4 +1,4 @@
-"""Forward-mode differentiation of every public operation: the derivative, or an error, never tangents dropped."""
+"""Forward-mode differentiation of every public operation gives the derivative or an error, and never drops tangents."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TRITON = pytest.param("triton", marks=needs_interpreter)
 
 
 def first(function: Callable[..., tuple[Tensor, Tensor]], names: str, **options: Any) -> Callable[..., Tensor]:
-    """Of positional tensors, the two results as one."""
+    """Return a function of positional tensors that concatenates both results."""
     return lambda *tensors: torch.cat(
         [result.flatten() for result in function(**dict(zip(names.split(), tensors, strict=True)), **options)]
     )
 
 
 def operation(name: str, backend: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """A function of tensors, and these."""
+    """Return an operation as a function of tensors, and its arguments."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -65,7 +65,7 @@ OPERATIONS = [
 
 
 def derivative(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
-    """By differences in float32."""
+    """Return the directional derivative by finite differences in float32."""
     step = 1e-3
     ahead, behind = (
         function(*(tensor + sign * step * tangent for tensor, tangent in zip(tensors, tangents, strict=True)))
@@ -92,7 +92,7 @@ def test_jvp_is_right_or_raises(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", TRITON])
 @pytest.mark.parametrize("name", ["linear_scan", "rglru", "causal_conv1d"])
 def test_refuses_under_transforms(name: str, backend: str) -> None:
-    """Whatever the order of jvp and vmap, and where the tangent enters by the gradient alone."""
+    """In any order of jvp and vmap, also if only the gradient has a tangent."""
     function, tensors = operation(name, backend)
     refused = pytest.raises(NotImplementedError, match='backend="reference"')
     rest = tensors[1:]
@@ -114,6 +114,6 @@ def test_refuses_under_transforms(name: str, backend: str) -> None:
     y = of_first(leaf)
     with torch.autograd.forward_ad.dual_level(), refused:
         torch.autograd.grad(y, leaf, torch.autograd.forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))
-    # What has no tangent is not concerned.
+    # Tensors without tangents are accepted.
     tangent = torch.func.jvp(lambda scale: scale * of_first(x), (torch.ones(()),), (torch.ones(()),))[1]
     torch.testing.assert_close(tangent, of_first(x))

@@ -1,4 +1,4 @@
-"""Recurrences whose products over some hundred steps overflow, or are of factors so near 1 that roundings add up."""
+"""Recurrences whose products over hundreds of steps overflow, or whose factors near 1 accumulate rounding errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROUNDING = 2.0**-24  # of float32
 
 
 def results(a: Tensor, b: Tensor, starts: Tensor | None, backend: str) -> list[Tensor]:
-    """h, the last state, and the gradients of a and b for a gradient of ones: what has no memory of signs drifts."""
+    """Return h, the last state, and the gradients of a and b for gradients of one, whose errors do not cancel."""
     leaves = [a.detach().requires_grad_(), b.detach().requires_grad_()]
     h, last = linear_scan(*leaves, starts=starts, backend=backend)
     grads = torch.autograd.grad((h, last), leaves, (torch.ones_like(h), torch.ones_like(last)))
@@ -28,7 +28,7 @@ def results(a: Tensor, b: Tensor, starts: Tensor | None, backend: str) -> list[T
 
 
 def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
-    """Largest errors relative to the largest values."""
+    """Return the largest errors relative to the largest values."""
     return [
         ((one.double() - other).abs().max() / other.abs().max().clamp(min=1e-30)).item()
         for one, other in zip(found, expected, strict=True)
@@ -38,7 +38,7 @@ def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("start", [None, 150, 190, 7000])
 def test_products_that_overflow(reverse: bool, start: int | None) -> None:
-    """a = 3 for 200 steps; what flows through them is zero, forward or backward."""
+    """a = 3 for 200 steps, through which only zeros flow, forward or backward."""
     a = torch.full((LONG, 1, 8), 0.5)
     steps = slice(-201, -1) if reverse else slice(200)
     a[steps] = 3.0
@@ -54,13 +54,13 @@ def test_products_that_overflow(reverse: bool, start: int | None) -> None:
     h, last = linear_scan(*leaves, starts=starts)
     grads = torch.autograd.grad((h, last), leaves, (torch.zeros_like(h), torch.zeros_like(last)))
     for found in (h, last, *grads):
-        assert found.count_nonzero() == 0  # also what is not a number counts
+        assert found.count_nonzero() == 0  # NaN counts as nonzero
 
 
 @needs_interpreter
 @pytest.mark.parametrize("steps", [slice(8, 16), slice(0, 24), slice(20, 36)])
 def test_products_that_overflow_on_triton(steps: slice) -> None:
-    """Of 1e10 over chunks of 8 steps, past float32's range; what flows through them is zero."""
+    """Products of 1e10 over chunks of 8 steps exceed float32's range; only zeros flow through them."""
     a, state = torch.full((42, 1, 3), 0.5), torch.zeros(42, 1, 3)
     a[steps] = 1e10
     leaves = [a.requires_grad_(), state.requires_grad_()]
@@ -73,7 +73,7 @@ def test_products_that_overflow_on_triton(steps: slice) -> None:
 @needs_interpreter
 @pytest.mark.slow
 def test_decays_near_1_do_not_drift_on_triton() -> None:
-    """Over 2000 steps in chunks of 248, float32 products were 1e-5 off."""
+    """With float32 products the error over 2000 steps in chunks of 248 would be 1e-5."""
     steps = 2000
     a, b = torch.full((steps, 1, 1), 0.99999), torch.ones(steps, 1, 1)
     decay = a[0, 0, 0].double()
@@ -84,7 +84,7 @@ def test_decays_near_1_do_not_drift_on_triton() -> None:
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_growth_that_cancels(reverse: bool) -> None:
-    """h = 3 h - 2 stays 1, though a chunk from a zero state ends at -3^L."""
+    """h = 3 h - 2 stays 1, although a chunk from a zero state ends at -3^L."""
     a, b = torch.full((300, 1, 2), 3.0), torch.full((300, 1, 2), -2.0)
     if reverse:  # a_t (g_t + carry) = 3 (-2/3 + 1)
         h, last = linear_scan(a, b.zero_().requires_grad_(), initial_state=torch.zeros(1, 2))
@@ -104,7 +104,7 @@ def test_growth_that_cancels(reverse: bool) -> None:
     seed=st.integers(0, 2**31),
 )
 def test_finite_and_close_wherever_the_loop_is(steps, magnitudes, sizes, starts, seed):
-    """Step by step: within a few roundings of the largest state so far, as far as products let them grow."""
+    """Each step is within a few roundings of the largest state so far, as amplified by the products."""
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (2, steps, 1, 2), generator=generator) * 2.0 - 1
     a = torch.tensor([magnitudes[t % len(magnitudes)] for t in range(steps)])[:, None, None] * signs[0]
@@ -115,7 +115,7 @@ def test_finite_and_close_wherever_the_loop_is(steps, magnitudes, sizes, starts,
         flags[[place % steps for place in starts]] = True
     loop = results(a, b, flags, "reference")
     exact = results(a.double(), b.double(), flags, "reference")
-    # Each rounding grows as everything does: as in the recurrence of absolute values.
+    # Rounding errors grow as in the recurrence of absolute values.
     bound = results(a.double().abs(), b.double().abs(), flags, "reference")
     with mock.patch.multiple(cpu, TILE_ELEMENTS=60, STEP_ELEMENTS=12):  # tiles of several chunks
         found = results(a, b, flags, "cpu")
@@ -128,9 +128,9 @@ def test_finite_and_close_wherever_the_loop_is(steps, magnitudes, sizes, starts,
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4), (1, 64)])
 def test_decays_near_1_do_not_drift(shape: tuple[int, int]) -> None:
-    """No worse than 100 roundings at the largest; products that round the same way make 4e-4 of it."""
+    """At most 100 roundings of the largest value; products rounded in one direction would cause 4e-4 of it."""
     a, b = torch.full((LONG, *shape), 0.99999), torch.ones(LONG, *shape)
-    # The closed form of the loop in float64, with the float32 number nearest to .99999.
+    # Closed form of the loop in float64, with the float32 number nearest to .99999.
     decay = a[0, 0, 0].double()
     powers = decay ** torch.arange(1, LONG + 1)
     h = (1 - powers) / (1 - decay)
@@ -144,7 +144,7 @@ def test_decays_near_1_do_not_drift(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4), (1, 64)])
 def test_rglru_near_1_is_closer_than_the_rounded_decay(shape: tuple[int, int]) -> None:
-    """log a = -6.6e-6: a is rounded by up to half a percent of that, which chunks must not add up."""
+    """log a = -6.6e-6: a is rounded by up to 0.5 % of that, which chunks must not accumulate."""
     x, gate = torch.ones(LONG, *shape), torch.full((LONG, *shape), -5.0)
     decay = torch.full(shape[1:], -9.0)
     y, last = rglru(x, gate, gate, decay, backend="cpu")

@@ -1,4 +1,4 @@
-"""The general recurrence against its definition in float64, and the selector of its Triton programs."""
+"""The linear scan against the float64 reference, and the launch plans of its Triton programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLOAT32 = 1e-5  # sums of some ten float32 terms against float64; the largest er
 
 
 def make(steps: int, batch: int, width: int, *, seed: int = 0, dtype=torch.float32, state: bool = False):
-    """a lies between -1 and 1."""
+    """Return random inputs with a between -1 and 1."""
     generator = torch.Generator().manual_seed(seed)
     a = torch.rand(steps, batch, width, generator=generator, dtype=torch.float64) * 2 - 1
     b = torch.randn(steps, batch, width, generator=generator, dtype=torch.float64)
@@ -49,7 +49,7 @@ def oracle(inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Largest error of each tensor relative to its largest value, or to 1 where that is larger."""
+    """Compare each tensor's largest error relative to its largest value, or to 1 if that is larger."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
         error = (value.double() - expected[name].double()).abs().max() / expected[name].abs().max().clamp(min=1)
@@ -86,16 +86,17 @@ def test_any_shape_and_starts(steps, batch, width, chunk, tile, starts, state, b
 
 @needs_interpreter
 def test_more_chunks_than_are_chained_at_a_time():
-    inputs = make(75, 2, 3, state=True)
-    from griffin.kernels.recurrence import launch
+    from griffin.kernels.recurrence import scan
 
-    with mock.patch.object(launch, "CARRIES_CHUNKS", 4):
+    inputs = make(75, 2, 3, state=True)
+
+    with mock.patch.object(scan, "CARRIES_CHUNKS", 4):
         found = run(inputs, backend="triton", chunk=8)  # ten chunks
     assert_close(found, oracle(inputs), FLOAT32)
 
 
 @BACKENDS
-def test_whatever_a_start_holds_is_not_read(backend):
+def test_a_at_starts_is_ignored(backend):
     inputs = make(12, 2, 3, state=True)
     starts = torch.zeros(12, 2, dtype=torch.bool)
     starts[[0, 5], [0, 1]] = True
@@ -109,7 +110,7 @@ def test_whatever_a_start_holds_is_not_read(backend):
 
 @BACKENDS
 def test_half_precision(backend):
-    """Errors are those of rounding h and each gradient once, and h where the backward reads it."""
+    """h and each gradient are rounded once, and the backward reads the rounded h."""
     inputs = make(40, 2, 5, dtype=torch.bfloat16, state=True)
     found = run(inputs, backend=backend, chunk=16)
     assert {name: value.dtype for name, value in found.items()} == {
@@ -125,7 +126,7 @@ def test_half_precision(backend):
 
 
 @BACKENDS
-def test_repeats_bitwise(backend):
+def test_is_deterministic(backend):
     inputs = make(30, 2, 5, state=True)
     assert_close(run(inputs, backend=backend, chunk=8), run(inputs, backend=backend, chunk=8), 0.0)
 
@@ -141,7 +142,7 @@ def test_gradcheck():
 
 
 @BACKENDS
-def test_operators_are_what_they_claim(backend):
+def test_opcheck(backend):
     inputs = make(9, 2, 3, state=True)
     starts = torch.arange(18).view(9, 2) % 7 == 3
     apart = inputs["b"].detach().permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_()  # channels apart
@@ -186,7 +187,7 @@ def test_plans(steps, batch, width):
         assert plan.chunks > 1, "narrow shapes occupy the device by chunks"
 
 
-def test_plans_as_asked_for():
+def test_plans_with_a_given_chunk():
     assert select_plan(100, 1, 64, 132, 0).chunks == 1
     assert select_plan(100, 8, 8192, 132, 9).chunk == 16
     assert select_plan(100, 1, 64, 132, 1000).chunks == 1

@@ -1,4 +1,4 @@
-"""Attention and rotary embedding against dense float64, against itself cut up, and against transformers."""
+"""Attention and rotary embedding against a dense float64 reference, on separate documents, and against transformers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def one_document(length: int, batch: int) -> Tensor:
 
 
 def gradients(y: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """y and the gradient of each input, for a random gradient of y."""
+    """Return y and the gradient of each input, for a random gradient of y."""
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
     found = torch.autograd.grad(y, list(inputs.values()), grad)
     return {"y": y.detach(), **dict(zip(inputs, found, strict=True))}
@@ -42,7 +42,7 @@ def oracle(inputs: dict[str, Tensor], documents: Tensor, window: int | None) -> 
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Largest error of each tensor relative to its largest value."""
+    """Compare each tensor's largest error relative to its largest value."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
         scale = expected[name].abs().max().clamp(min=1.0)  # a query that sees one key has no gradient but roundoff
@@ -52,7 +52,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 @st.composite
 def packed(draw):
-    """Length, window and documents [B, T] of packed sequences."""
+    """Draw length, window and documents [B, T] of packed sequences."""
     batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 50))
     window = draw(st.one_of(st.none(), st.integers(1, 60)))
     starts = torch.zeros(batch, length, dtype=torch.int64)
@@ -73,7 +73,7 @@ def test_any_shape_window_and_documents(sequences, heads, head_dim, seed):
 @pytest.mark.parametrize("window", [None, 1, 16, 40, 500])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_mask_equals_blocked_mask(window):
-    """FlexAttention has no backward on CPU; its forward shows that both masks say the same."""
+    """Compared by FlexAttention's forward, as it has no backward on CPUs."""
     documents = torch.tensor([[0] * 5 + [1] * 90 + [2] * 78, [3] * 173])
     inputs = {name: tensor.detach() for name, tensor in make(173, 2, 3, 16).items()}
     expected = multi_query_attention_reference(**inputs, documents=documents, window=window)
@@ -83,7 +83,7 @@ def test_flex_mask_equals_blocked_mask(window):
 
 
 def test_flex_mask_skips_blocks_outside_the_window():
-    """Of 16 x 16 blocks of 128 scores a window of 256 touches 3 per row of blocks, the first two rows fewer."""
+    """Of 16 x 16 blocks of 128 scores, a window of 256 needs 3 per row of blocks, and fewer in the first two rows."""
     mask = attention_mask(one_document(2048, 1), 256, backend="flex")
     blocks = mask.kv_num_blocks
     if mask.full_kv_num_blocks is not None:
@@ -92,7 +92,7 @@ def test_flex_mask_skips_blocks_outside_the_window():
 
 
 class _Scores(TorchDispatchMode):
-    """Counts the scores that fused attention computes, and the size of the largest tensor that any operation makes."""
+    """Counts the scores that fused attention computes, and records the largest tensor that any operation creates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_cost_grows_with_length_times_window():
 
 
 def test_window_agrees_with_transformers():
-    """A query sees W keys counting itself."""
+    """A query sees W keys including its own."""
     masking = pytest.importorskip("transformers.masking_utils")
     length, window = 12, 5
     theirs = masking.sliding_window_causal_mask_function(window)
@@ -141,7 +141,7 @@ def test_window_agrees_with_transformers():
 
 
 @pytest.mark.parametrize("window", [None, 7])
-def test_packed_documents_equal_documents_apart(window):
+def test_packed_documents_equal_separate_documents(window):
     lengths = (1, 2, 3, 20, 1, 9)
     inputs = make(sum(lengths), 2, 3, 8, dtype=torch.float64)
     documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).expand(2, -1)
@@ -159,7 +159,7 @@ def test_packed_documents_equal_documents_apart(window):
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize(("dtype", "epsilon"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_half_precision(dtype, epsilon, window):
-    """Scores and softmax are float32. The weights are rounded before they multiply v, and so are the results."""
+    """Scores and softmax are float32. Weights are rounded before the product with v, and results after it."""
     inputs = make(100, 2, 3, 16, dtype=dtype)
     documents = torch.tensor([[0] * 37 + [1] * 63, [2] * 100])
     found = gradients(multi_query_attention(**inputs, mask=attention_mask(documents, window)), inputs)
@@ -168,7 +168,7 @@ def test_half_precision(dtype, epsilon, window):
 
 
 def test_strided_heads():
-    """Heads that are slices of one wider projection, keys and values that are halves of another."""
+    """Heads are slices of a wider projection, keys and values are halves of another."""
     inputs = make(30, 2, 3, 8)
     expected = multi_query_attention(**inputs, mask=attention_mask(one_document(30, 2), 10))
     q = torch.cat([inputs["q"].detach(), torch.randn(30, 2, 1, 8)], 2)[:, :, :3]
@@ -179,7 +179,7 @@ def test_strided_heads():
 
 @pytest.mark.parametrize("backend", ["flex", "sdpa"])
 def test_mask_is_shared_by_tensors_without_gradient(backend):
-    """One mask serves any number of layers; a building or using that warned would warn at every step."""
+    """One mask is used by any number of layers, without warnings (which would repeat at every step)."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
@@ -211,7 +211,7 @@ def test_rotary_agrees_with_transformers(head_dim, dtype):
 
 
 def test_rotary_is_relative():
-    """Scores depend on the distance of query and key only, and the second half of each head passes."""
+    """Scores depend only on the distance of query and key, and the second half of each head is unchanged."""
     inputs = make(1, 1, 1, 16, dtype=torch.float64)
     q, k = inputs["q"][..., 0, :].detach(), inputs["k"].detach()
 

@@ -1,4 +1,4 @@
-"""Triton's programs on a GPU at real sizes, against the same operations by PyTorch in float64 on the same GPU."""
+"""Triton programs on a GPU at real sizes, against PyTorch operations in float64 on the same GPU."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ pytestmark = [
 
 # Sequential, chunked, and widths that are no multiple of a program's 64 channels or of 16.
 SHAPES = [(2048, 8, 4096), (8192, 1, 1024), (5001, 2, 2560), (3000, 3, 1001), (1, 4, 512)]
-# Relative to each tensor's largest value: rounding in half precision; in float32, channels here remember some thousand
-# steps, over which errors of a decay in its last bits add up.
+# Relative to each tensor's largest value. In half precision, rounding of results; in float32, channels have a memory of
+# about a thousand steps, over which errors in the last bits of a decay accumulate.
 DTYPES = {torch.float32: 1e-3, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
@@ -36,7 +36,7 @@ def make_starts(steps: int, batch: int) -> Tensor:
 
 
 def operation(name: str, steps: int, batch: int, width: int, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
-    """A function of the backend and its differentiable arguments, and these."""
+    """Return an operation as a function of the backend and its differentiable arguments, and these arguments."""
     starts = make_starts(steps, batch)
     if name == "conv1d":
         leaves = {
@@ -45,12 +45,12 @@ def operation(name: str, steps: int, batch: int, width: int, dtype: torch.dtype)
             "bias": random(width, seed=3),
             "initial_window": random(3, batch, width, seed=4, dtype=dtype),
         }
-        return lambda backend, **given: (causal_conv1d(**given, starts=starts, backend=backend),), leaves
+        return lambda backend, **arguments: (causal_conv1d(**arguments, starts=starts, backend=backend),), leaves
     state = random(batch, width, seed=8)
     if name == "linear_scan":
         a = torch.rand(steps, batch, width, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
         leaves = {"a": a.to(dtype), "b": random(steps, batch, width, seed=2, dtype=dtype), "initial_state": state}
-        return lambda backend, **given: linear_scan(**given, starts=starts, backend=backend), leaves
+        return lambda backend, **arguments: linear_scan(**arguments, starts=starts, backend=backend), leaves
     wide = random(steps, batch, 2 * width, seed=5, dtype=dtype)  # a branch and x that are halves of one tensor
     leaves = {
         "x": wide[..., :width],
@@ -62,21 +62,21 @@ def operation(name: str, steps: int, batch: int, width: int, dtype: torch.dtype)
     }
     if name == "rglru":
         del leaves["branch"]
-    return lambda backend, **given: rglru(**given, starts=starts, backend=backend), leaves
+    return lambda backend, **arguments: rglru(**arguments, starts=starts, backend=backend), leaves
 
 
 def run(function: Any, leaves: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    given = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-    results = function(backend, **given)
+    arguments = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    results = function(backend, **arguments)
     grads = [random(*result.shape, seed=20 + i).to(result.dtype) for i, result in enumerate(results)]
-    found = torch.autograd.grad(results, list(given.values()), grads)
-    return {f"result {i}": r.detach() for i, r in enumerate(results)} | dict(zip(given, found, strict=True))
+    found = torch.autograd.grad(results, list(arguments.values()), grads)
+    return {f"result {i}": r.detach() for i, r in enumerate(results)} | dict(zip(arguments, found, strict=True))
 
 
 @pytest.mark.parametrize("name", ["rglru", "rglru with branch", "linear_scan", "conv1d"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("steps", "batch", "width"), SHAPES)
-def test_equals_float64_and_itself(name: str, dtype: torch.dtype, steps: int, batch: int, width: int) -> None:
+def test_equals_float64_and_is_deterministic(name: str, dtype: torch.dtype, steps: int, batch: int, width: int) -> None:
     function, leaves = operation(name, steps, batch, width, dtype)
     found = run(function, leaves, "triton")
     again = run(function, leaves, "triton")
@@ -95,7 +95,7 @@ def test_equals_float64_and_itself(name: str, dtype: torch.dtype, steps: int, ba
 
 @pytest.mark.parametrize("chunk", [0, 4096])
 def test_more_than_2_31_elements(chunk: int) -> None:
-    """The last channels of the last sequence, whose offsets need 64 bits."""
+    """Checks the last channels of the last sequence, whose offsets need 64 bits."""
     steps, batch, width = 65_664, 4, 8192
     assert steps * batch * width > 2**31
     needed = 12 * steps * batch * width * 2
@@ -104,10 +104,10 @@ def test_more_than_2_31_elements(chunk: int) -> None:
     shape = (steps, batch, width)
     tensors = (torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(3))
     decay = torch.linspace(-9, -2, width, device="cuda")
-    x, input_gate, recurrence_gate = given = [tensor.requires_grad_() for tensor in tensors]
+    x, input_gate, recurrence_gate = arguments = [tensor.requires_grad_() for tensor in tensors]
     y, last = rglru(x, input_gate, recurrence_gate, decay, chunk=chunk)
-    grads = torch.autograd.grad(y, given, x.detach())
-    part = [tensor.detach()[:, -1:, -32:].double().requires_grad_() for tensor in given]
+    grads = torch.autograd.grad(y, arguments, x.detach())
+    part = [tensor.detach()[:, -1:, -32:].double().requires_grad_() for tensor in arguments]
     expected, expected_last = rglru(part[0], part[1], part[2], decay[-32:].double(), backend="cpu")
     expected_grads = torch.autograd.grad(expected, part, part[0].detach())
     for found, wide in zip((y, last[None], *grads), (expected, expected_last[None], *expected_grads), strict=True):
@@ -120,8 +120,8 @@ def test_more_than_2_31_elements(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_no_length_is_slow_at_first(batch_first: bool) -> None:
-    """What was compiled for one length serves all: compiling takes seconds, and these calls milliseconds."""
+def test_new_lengths_do_not_recompile(batch_first: bool) -> None:
+    """A program compiled for one length serves all lengths: calls take milliseconds, compiling takes seconds."""
     decay = torch.linspace(-9, -2, 1024, device="cuda")
     weight, bias = random(4, 1024, seed=1), random(1024, seed=2)
 

@@ -1,4 +1,4 @@
-"""The RG-LRU against its definition in float64, against itself cut up, and against transformers."""
+"""RG-LRU against the float64 reference, on split sequences and separate documents, and against transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STEPS = {"cpu": 300, "triton": 45}  # Triton's interpreter takes 10 ms a step
 def compare_with_reference(
     inputs: Leaves, *, starts: set[int] | None, batch_first: bool, tolerance: float = FLOAT32, **options: Any
 ) -> None:
-    """Results and gradients against the definition in float64; `starts` are places in the flattened flags."""
+    """Compare results and gradients with the float64 reference; `starts` are indices into the flattened flags."""
     if batch_first:
         inputs |= {
             name: inputs[name].detach().transpose(0, 1).contiguous().requires_grad_()
@@ -119,7 +119,7 @@ def test_default_tiling(steps, batch, width):
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")  # 1 / (1 + inf) is 0
 @BACKENDS_TRITON_SLOW
 def test_extreme_decays(backend, decay_range, gate_scale):
-    """1 - a^2 keeps its digits, and the bound on the derivative of its root acts, where a is all but 1."""
+    """For a near 1, 1 - a^2 is accurate, and the derivative of its root is bounded."""
     steps = STEPS[backend]
     inputs = make(steps, 2, 33, decay_range=decay_range, gate_scale=gate_scale, state=True, branch=True)
     starts = torch.zeros(steps, 2, dtype=torch.bool)
@@ -158,7 +158,7 @@ def test_first_token_of_a_document_forgets_exactly(backend):
 
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_interpreter), "reference"])
 def test_position_0_without_starts(backend):
-    """One document: it starts at position 0 exactly if there is no state to go on from."""
+    """One document, which starts at position 0 if and only if there is no initial state."""
     inputs = make(4, 2, 3)
     first = torch.zeros(4, 2, dtype=torch.bool)
     first[0] = True
@@ -173,7 +173,7 @@ def test_position_0_without_starts(backend):
 
 @BACKENDS_TRITON_SLOW
 def test_strides_change_nothing(backend):
-    """Gates that are halves of one tensor, x with another order of axes: bitwise the result of contiguous tensors."""
+    """Gates that are halves of a tensor, and permuted x, give bitwise the result of contiguous tensors."""
     inputs = make(20, 3, 7, state=True, branch=True)
     options = {"backend": backend, "chunk": 8}
     expected = run(inputs, **options)
@@ -203,7 +203,7 @@ def test_strides_change_nothing(backend):
 @pytest.mark.parametrize("branch", [False, True], ids=["", "branch"])
 @BACKENDS_TRITON_SLOW
 def test_half_precision(backend, branch, dtype, epsilon):
-    """Errors are those of rounding y and each gradient once, and y where the backward reads it as the state."""
+    """y and each gradient are rounded once, and the backward reads the rounded y as the state."""
     steps = STEPS[backend]
     inputs = make(steps, 2, 33, dtype=dtype, state=True, branch=branch)
     starts = torch.zeros(steps, 2, dtype=torch.bool)
@@ -274,7 +274,7 @@ def test_a_sequence_in_two_parts_equals_one(backend):
 
 @BACKENDS_TRITON_SLOW
 def test_starts_at_every_place_around_a_chunk(backend):
-    """A sequence for each place of a start, before, at and after the first step of a chunk and of a round."""
+    """One sequence for each place of a start before, at and after the first step of a chunk and of a round."""
     steps = 18
     inputs = make(steps, steps, 2, state=True, branch=True)
     starts = torch.eye(steps, dtype=torch.bool)
@@ -283,7 +283,7 @@ def test_starts_at_every_place_around_a_chunk(backend):
 
 
 @BACKENDS
-def test_packed_documents_equal_documents_apart(backend):
+def test_packed_documents_equal_separate_documents(backend):
     lengths = (1, 2, 3, 20, 1, 9)
     inputs = make(sum(lengths), 2, 5)
     del inputs["initial_state"], inputs["branch"]
@@ -335,8 +335,8 @@ def test_agrees_with_transformers():
 
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_position_by_position(backend: str, dtype: torch.dtype) -> None:
-    """Steps are the whole sequence, from a state on; the state stays float32 between them."""
+def test_single_steps(backend: str, dtype: torch.dtype) -> None:
+    """Single steps from a state equal the whole sequence; the state is kept in float32 between them."""
     inputs = {name: leaf.detach() for name, leaf in make(20, 3, 80, dtype=dtype, state=True, branch=True).items()}
     y, last = rglru(**inputs)
     step = rglru_step(inputs["decay"], backend)

@@ -1,4 +1,4 @@
-"""The RG-LRU as an operator: what it keeps, copies and refuses, under recomputation and torch.compile."""
+"""RG-LRU as a custom operator: saved tensors, copies, errors, recomputation and torch.compile."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @needs_interpreter
-def test_nothing_is_copied_where_channels_adjoin():
-    """What Triton's programs are given are the tensors themselves: time-major, batch-major, halves of wider ones."""
-    from griffin.kernels.recurrence.launch import Inputs
+def test_tensors_with_contiguous_channels_are_not_copied():
+    """Programs are passed the tensors themselves: time-major, batch-major, or halves of wider ones."""
+    from griffin.kernels.recurrence.scan import ScanInputs
 
     wide = torch.randn(6, 2, 10)
-    given = {"term": wide[..., :5], "gate": wide[..., 5:], "input_gate": torch.randn(2, 6, 5).transpose(0, 1)}
-    inputs = Inputs.of(**given, rate=torch.zeros(5), starts=None, initial_state=None, chunk=None)
-    for name, tensor in given.items():
+    tensors = {"term": wide[..., :5], "gate": wide[..., 5:], "input_gate": torch.randn(2, 6, 5).transpose(0, 1)}
+    inputs = ScanInputs.of(**tensors, rate=torch.zeros(5), starts=None, initial_state=None, chunk=None)
+    for name, tensor in tensors.items():
         assert getattr(inputs, name) is tensor
-    assert Inputs.of(
-        **given | {"term": wide[..., ::2]}, starts=None, initial_state=None, chunk=None
+    assert ScanInputs.of(
+        **tensors | {"term": wide[..., ::2]}, starts=None, initial_state=None, chunk=None
     ).term.is_contiguous()
 
 
@@ -55,8 +55,8 @@ def test_recomputation_and_repeated_backward_are_bitwise(backend):
 
 @BACKENDS_TRITON_SLOW
 @pytest.mark.parametrize("save_states", [True, False])
-def test_operators_are_what_they_claim(backend, save_states):
-    """Fake implementations, autograd and mutation, as torch.library.opcheck sees them."""
+def test_opcheck(backend, save_states):
+    """torch.library.opcheck of fake implementations, autograd and mutation."""
     inputs = make(9, 2, 3, state=True, branch=True, dtype=torch.bfloat16)
     inputs["x"] = inputs["x"].detach().transpose(0, 1).contiguous().transpose(0, 1)  # batch-major
     inputs["branch"] = inputs["branch"].detach().permute(1, 2, 0).contiguous().permute(2, 0, 1)  # channels apart
@@ -69,7 +69,7 @@ def test_operators_are_what_they_claim(backend, save_states):
 
 @BACKENDS
 def test_compiles_as_one_graph(backend):
-    """torch.compile sees one operation, forward and backward, whatever the length."""
+    """torch.compile sees one operation, forward and backward, for any length."""
     graphs = []
 
     def count(graph, example_inputs):
@@ -111,17 +111,17 @@ def test_second_derivative_is_refused():
     ],
 )
 def test_saves(backend, branch, save_states, kept):
-    """Nothing else that grows with T but the starts of documents and, to compute states again, those of chunks."""
-    inputs = make(64, 2, 16, dtype=torch.bfloat16, state=True, branch=branch)
-    starts = torch.zeros(64, 2, dtype=torch.bool)
+    """Besides, only document starts and, to recompute states, the initial states of chunks grow with T."""
+    inputs = make(16, 2, 16, dtype=torch.bfloat16, state=True, branch=branch)
+    starts = torch.zeros(16, 2, dtype=torch.bool)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        rglru(**inputs, starts=starts, backend=backend, save_states=save_states, chunk=32)
-    activations = [tensor for tensor in saved if tensor.numel() == 64 * 2 * 16]
+        rglru(**inputs, starts=starts, backend=backend, save_states=save_states, chunk=8)
+    activations = [tensor for tensor in saved if tensor.numel() == 16 * 2 * 16]
     assert [tensor.dtype for tensor in activations] == [torch.bfloat16] * kept
     chunk_states = 2 * 2 * 16 if backend == "triton" and not save_states else 0
-    others = 64 * 2 + 2 * 16 + 16 + chunk_states
-    assert sum(tensor.numel() for tensor in saved) == kept * 64 * 2 * 16 + others
+    others = 16 * 2 + 2 * 16 + 16 + chunk_states
+    assert sum(tensor.numel() for tensor in saved) == kept * 16 * 2 * 16 + others
 
 
 def test_inputs_without_gradient():
@@ -168,7 +168,7 @@ def test_refuses_triton_where_it_cannot_run():
     with pytest.raises(ValueError, match=r"^backend: 'triton' for torch.float64"):
         rglru(**inputs, backend="triton")
     with (
-        mock.patch.object(selection, "_is_interpreted", return_value=False),
+        mock.patch.object(selection, "is_interpreted", return_value=False),
         pytest.raises(ValueError, match=r"^backend: 'triton' on cpu; accepted on a GPU"),
     ):
         rglru(**make(4, 2, 3), backend="triton")

@@ -29,7 +29,7 @@ def say_ready(ranks: Ranks, folder: Path) -> None:
 
 
 def wait_for(folder: Path, count: int) -> list[int]:
-    """Process ids of the ranks, once `count` of them are ready."""
+    """Return the process ids of the ranks, once `count` of them are ready."""
     while True:
         texts = [path.read_text() for path in folder.glob("ready-*")]
         if len(texts) == count and all(texts):
@@ -55,7 +55,7 @@ def fail_or_hang(ranks: Ranks, folder: Path) -> None:
 
 
 def follow_a_crash(ranks: Ranks, folder: Path) -> None:
-    """Rank 2 is killed, and rank 0 fails as one does that has lost a connection to it."""
+    """Rank 2 is killed, and rank 0 fails as if it had lost its connection to rank 2."""
     say_ready(ranks, folder)
     wait_for(folder, ranks.world_size)
     pid = int((folder / "ready-2").read_text())
@@ -93,7 +93,7 @@ def finish_on_usr1(ranks: Ranks, folder: Path) -> None:
 
 
 def save_on_term(ranks: Ranks, folder: Path) -> None:
-    """Save on SIGTERM and exit with 85; rank 1 needs longer, and must not be killed because rank 0 is done."""
+    """Save on SIGTERM and exit with 85; rank 1 takes longer, and must not be killed because rank 0 is done."""
 
     def save(number: int, frame: object) -> None:
         time.sleep(ranks.rank)
@@ -105,7 +105,7 @@ def save_on_term(ranks: Ranks, folder: Path) -> None:
 
 
 def save_on_usr1(ranks: Ranks, folder: Path) -> None:
-    """Stop of its own accord some time after SIGUSR1; rank 1 needs longer, and ends as if nothing had been."""
+    """Stop some time after SIGUSR1; rank 1 takes longer, and returns normally."""
     saved: list[int] = []
     signal.signal(signal.SIGUSR1, lambda number, _: saved.append(number))
     say_ready(ranks, folder)
@@ -134,7 +134,7 @@ def save_or_fail(ranks: Ranks, folder: Path) -> None:
 
 
 def leave_a_stopped_rank(ranks: Ranks, folder: Path) -> None:
-    """Rank 0 stands still for good, and the others leave with HUNG."""
+    """Rank 0 is suspended, and the others exit with HUNG."""
     (folder / f"pid-{ranks.rank}").write_text(str(os.getpid()))
     if ranks.rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -161,7 +161,7 @@ def run(
     grace: float = 60.0,
     save: float = 60.0,
 ) -> dict[str, Any]:
-    """Results of one run_local, to whose process `signals` are sent, 0.5 s apart, once all ranks are ready."""
+    """Return the results of one run_local; `signals` are sent to its process, 0.5 s apart, once all ranks are ready."""
     folder.mkdir()
 
     def send() -> None:

@@ -1,4 +1,4 @@
-"""The SLURM cluster of `slurm_cluster.sh`, for tests: jobs on two nodes of two cores, and what befalls them."""
+"""SLURM cluster of `slurm_cluster.sh` for tests: jobs on two nodes with two cores, and injected failures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATIENCE = 300.0  # seconds; the slowest, the start of a job on two nodes, takes
 
 
 def why_not() -> str:
-    """Why this machine cannot run the cluster; "" where it can."""
+    """Return why this machine cannot run the cluster; "" if it can."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         return f"no {', '.join(missing)}: install slurmctld, slurmd, slurm-client and munge"
@@ -36,7 +36,7 @@ def why_not() -> str:
 
 
 class Cluster:
-    """`folder` is on the disk that the nodes share, `small` a file system of SMALL bytes that they share too."""
+    """`folder` is on a disk shared by the nodes, `small` a shared file system of SMALL bytes."""
 
     SMALL = 24 * 2**20
 
@@ -48,7 +48,7 @@ class Cluster:
         # The test process's own CUDA_VISIBLE_DEVICES and thread counts stay: they reach the jobs.
 
     def call(self, *command: str | Path, timeout: float = 60) -> str:
-        """Output of a command that must succeed."""
+        """Run a command that must succeed, and return its output."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -74,19 +74,19 @@ class Cluster:
         return self.call(sys.executable, "-P", "-m", "griffin.tools.cli", *map(str, words))
 
     def launch(self, config: Path, run_dir: Path, *words: str, nodes: int = 2) -> str:
-        """Number of the job that `griffin launch slurm` submits, on two ranks of each node."""
+        """Submit a job with `griffin launch slurm`, with two ranks per node, and return its number."""
         shape = ["--nodes", str(nodes), "--gpus-per-node", "0", "--tasks-per-node", "2", "--time", "30"]
-        said = self.griffin("launch", "slurm", config, "--run-dir", run_dir, *shape, "--submit", *words)
-        match = re.match(r"Submitted job (\d+)", said)
-        assert match is not None, said
+        output = self.griffin("launch", "slurm", config, "--run-dir", run_dir, *shape, "--submit", *words)
+        match = re.match(r"Submitted job (\d+)", output)
+        assert match is not None, output
         return match[1]
 
     def job(self, number: str) -> dict[str, str]:
-        """What SLURM says of a job."""
+        """Return SLURM's description of a job."""
         return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "show", "job", "--oneliner", number)))
 
     def wait(self, number: str, what: Callable[[dict[str, str]], object], seconds: float = PATIENCE) -> dict[str, str]:
-        """Wait until `what` holds for the job as SLURM describes it."""
+        """Wait until `what` is true of SLURM's description of a job."""
         deadline = time.monotonic() + seconds
         while not what(job := self.job(number)):
             assert time.monotonic() < deadline, f"{job}\n{self.output(number)}"
@@ -102,7 +102,7 @@ class Cluster:
         return path.read_text() if path.exists() else ""
 
     def ranks(self, node: str) -> list[int]:
-        """Processes of this node's ranks, as this machine numbers them."""
+        """Return the ids, on this machine, of the processes of a node's ranks."""
         return [pid for pid in self._processes(node) if b"--run-dir" in _command(pid)]
 
     def _processes(self, node: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""A stranger on this machine who plays with every port that a whole run opens: nothing of theirs runs as code."""
+"""An attacker on this machine connects to every port of a run: nothing that it sends is executed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEPS, INTERVAL = 12, 3
 
 @dataclass(kw_only=True)
 class Intruder:
-    """Watches the processes of a run, and goes at each port once as soon as it listens."""
+    """Watches the processes of a run, and attacks each port once as soon as it listens."""
 
     process: int
     bomb: bytes  # makes a file where it is unpickled
@@ -77,7 +77,7 @@ def descendants(process: int) -> list[int]:
 
 
 def listening_at(process: int) -> set[tuple[str, int]]:
-    """Addresses, in hexadecimal digits, and ports of TCP at which a process listens."""
+    """Return the TCP addresses, in hexadecimal digits, and ports at which a process listens."""
     try:
         inodes = sockets_of(process)
     except OSError:  # it has ended
@@ -101,7 +101,7 @@ def command_of(process: int) -> str:
 
 @contextmanager
 def started(folder: Path, steps: int) -> Iterator[subprocess.Popen[str]]:
-    """`griffin train` with two ranks, loaders of their own and a checkpoint every few steps."""
+    """Run `griffin train` with two ranks, data loader processes and a checkpoint every few steps."""
     settings = {
         "train.steps": steps,
         "checkpoint.interval": INTERVAL,
@@ -130,7 +130,7 @@ def started(folder: Path, steps: int) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def bomb(tmp_path: Path) -> Iterator[bytes]:
-    """Has not gone off when the test ends, and then does: it is a live one."""
+    """A pickle that has not run by the end of the test, and is then shown to work."""
     planted = tmp_path / "planted"
     made = pickle.dumps(Bomb(planted))
     yield made
@@ -161,7 +161,7 @@ def test_a_run_ends_well_whatever_comes_to_its_ports(tmp_path: Path, bomb: bytes
 
 
 def store_port(process: int) -> int | None:
-    """Where the launcher itself listens: it serves the store."""
+    """Return the port of the launcher, which serves the store."""
     return next((port for _, port in listening_at(process)), None)
 
 
@@ -186,7 +186,7 @@ KEYS: dict[str, Callable[[str], bool]] = {
     [("the start", "all"), ("the start", "ours after the first"), ("the start", "gloo's"), ("a checkpoint", "all")],
 )
 def test_pickles_under_the_keys_of_the_store_are_not_run(tmp_path: Path, bomb: bytes, since: str, which: str) -> None:
-    """Whatever stands there is replaced again and again: the run goes on, or ends and says why without a traceback."""
+    """Values in the store are replaced repeatedly: the run continues, or ends with a message and no traceback."""
     replaced: set[str] = set()
     with started(tmp_path, 100_000) as process:
         deadline = time.monotonic() + SECONDS

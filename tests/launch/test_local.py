@@ -63,7 +63,7 @@ def test_failing_rank_ends_the_others_at_once(results: dict[str, Any]) -> None:
     assert result["stderr"].endswith("RuntimeError: the oven is cold\n")
 
 
-def test_crash_is_reported_rather_than_the_failures_that_it_causes(results: dict[str, Any]) -> None:
+def test_a_crash_is_reported_instead_of_its_consequences(results: dict[str, Any]) -> None:
     result = results["crash"]
     assert result["code"] == 128 + signal.SIGKILL
     assert result["seconds"] < PROMPT
@@ -106,7 +106,7 @@ def test_ranks_that_save_when_stopped_are_waited_for(folder: Path, results: dict
 
 
 def test_a_failure_while_others_save_is_one(results: dict[str, Any]) -> None:
-    """The rank that waits for the failed one has the grace of a stop, not the time for saving."""
+    """The rank that waits for the failed one gets the grace time of a stop, not the time for saving."""
     result = results["save_or_fail"]
     assert result["code"] == 1
     assert 1.5 <= result["seconds"] < PROMPT
@@ -136,7 +136,7 @@ def test_arguments_that_do_not_pickle_are_an_error(results: dict[str, Any]) -> N
     assert "pickle" in results["pickle"]["code"]
 
 
-def test_handlers_are_given_back(results: dict[str, Any]) -> None:
+def test_signal_handlers_are_restored(results: dict[str, Any]) -> None:
     assert all(result["handlers_restored"] for result in results.values())
 
 

@@ -1,4 +1,4 @@
-"""Jobs of `griffin launch slurm` on a real SLURM cluster of two nodes: they train, and survive what happens to them."""
+"""Jobs of `griffin launch slurm` on a real SLURM cluster of two nodes: they train, and recover from failures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def config(cluster: Cluster) -> Path:
 
 
 def test_job_trains_on_two_nodes(cluster: Cluster, config: Path) -> None:
-    """The script as it is written, TP 2 x DP 2: ranks of another node do not find localhost."""
+    """The unmodified script with TP 2 x DP 2: ranks on another node cannot use localhost."""
     run_dir = cluster.folder / "smoke"
     number = cluster.launch(config, run_dir, *LAYOUT, "--train.steps=3", "--train.eval_interval=0", "--log.interval=1")
     job = cluster.wait_until_ended(number)
@@ -68,7 +68,7 @@ def test_job_trains_on_two_nodes(cluster: Cluster, config: Path) -> None:
 
 
 def test_job_without_exports_runs_its_own_code(cluster: Cluster, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SBATCH_EXPORT=NONE, as some sites set it."""
+    """With SBATCH_EXPORT=NONE, which some sites set."""
     run_dir = cluster.folder / "no_exports"
     monkeypatch.setitem(cluster.environment, "SBATCH_EXPORT", "NONE")
     setup = cluster.folder / "path.sh"
@@ -107,13 +107,13 @@ def uninterrupted(cluster: Cluster, config: Path) -> Path:
     return run_dir
 
 
-def made(run_dir: Path) -> int:
-    """The newest step of a run."""
+def newest_step(run_dir: Path) -> int:
+    """Return the newest step of a run."""
     return max(series(run_dir, "loss"), default=0) if (run_dir / "metrics.jsonl").exists() else 0
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
-    wait_for(lambda: made(run_dir) >= step, PATIENCE)
+    wait_for(lambda: newest_step(run_dir) >= step, PATIENCE)
 
 
 def attempts(run_dir: Path) -> int:
@@ -121,7 +121,7 @@ def attempts(run_dir: Path) -> int:
 
 
 def same_losses(run_dir: Path, other: Path) -> None:
-    """Every loss that was ever logged is the undisturbed run's, to the last bit, and so are the last weights."""
+    """Assert that all logged losses and the last weights are bitwise those of the uninterrupted run."""
     expected = series(other, "loss")
     logged = [(line["step"], line["loss"]) for line in metrics(run_dir) if "loss" in line]
     assert {step for step, _ in logged} == expected.keys()
@@ -136,11 +136,11 @@ def seconds_until(what: Callable[[], object], seconds: float = PATIENCE) -> floa
 
 
 def report(what: str, seconds: float) -> None:
-    """For who reads the test's output (-s or -rP)."""
+    """Print a time for readers of the test's output (-s or -rP)."""
     print(f"{what}: {seconds:.1f} s")
 
 
-def test_signal_saves_requeues_and_goes_on(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
+def test_signal_saves_requeues_and_resumes(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
     run_dir = cluster.folder / "signal"
     number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS, "--snapshot")
     wait_for_step(run_dir, 50)
@@ -154,14 +154,14 @@ def test_signal_saves_requeues_and_goes_on(cluster: Cluster, config: Path, unint
     logged = [(line["attempt"], line["step"]) for line in metrics(run_dir) if "loss" in line]
     assert len(logged) == STEPS  # no step was made twice
     assert max(step for attempt, step in logged if attempt == 1) == saved
-    said = cluster.output(number)
-    assert "saved and stopped on request" in said
-    assert f"start 2 on n[1-2]; newest checkpoint: step-{saved:08d}" in said
+    output = cluster.output(number)
+    assert "saved and stopped on request" in output
+    assert f"start 2 on n[1-2]; newest checkpoint: step-{saved:08d}" in output
     assert not list((run_dir / "launch").glob("*.failures"))
 
 
-def test_goes_on_in_another_layout(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
-    """From tensor 2 x data 2 on two nodes to pipeline 2 on one."""
+def test_resumes_in_another_layout(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
+    """A run changes from tensor 2 x data 2 on two nodes to pipeline 2 on one."""
     run_dir = cluster.folder / "layout"
     number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS, "--train.steps=15")
     assert cluster.wait_until_ended(number)["JobState"] == "COMPLETED"
@@ -175,7 +175,7 @@ def test_goes_on_in_another_layout(cluster: Cluster, config: Path, uninterrupted
 
 
 def test_chain_and_cancel(cluster: Cluster, config: Path) -> None:
-    """A cancelled job saves and stays away; the next of its chain completes the run; the last finds nothing to do."""
+    """A cancelled job saves and is not requeued; the next in the chain completes the run; the last does nothing."""
     run_dir = cluster.folder / "chain"
     first = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS, "--train.steps=80", "--chain=3")
     others = [str(int(first) + i) for i in (1, 2)]
@@ -185,7 +185,7 @@ def test_chain_and_cancel(cluster: Cluster, config: Path) -> None:
     job = cluster.wait_until_ended(first)
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), cluster.output(first)
     saved = saved_steps(run_dir)[-1]
-    assert saved == made(run_dir) >= 25
+    assert saved == newest_step(run_dir) >= 25
     for number in others:
         assert cluster.wait_until_ended(number)["JobState"] == "COMPLETED", cluster.output(number)
     assert f"newest checkpoint: step-{saved:08d}" in cluster.output(others[0])
@@ -193,7 +193,7 @@ def test_chain_and_cancel(cluster: Cluster, config: Path) -> None:
     assert cluster.job(first)["Restarts"] == "0"
 
 
-def test_preempted_job_saves_and_goes_on(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
+def test_preempted_job_saves_and_resumes(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
     run_dir = cluster.folder / "preempted"
     number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS)
     wait_for_step(run_dir, 30)
@@ -232,7 +232,7 @@ def test_power_cut_of_a_node(cluster: Cluster, config: Path, uninterrupted: Path
 
 
 def test_no_progress_ends_the_job(cluster: Cluster, config: Path) -> None:
-    """Ranks that fail in the same way each time: here their interpreter ends, but for the dry run."""
+    """Ranks fail in the same way each time: their interpreter exits, except in the dry run."""
     run_dir, python = cluster.folder / "failing", cluster.folder / "python"
     python.write_text(f'#!/bin/bash\ncase "$*" in *--dry-run|*" -c "*) exec {sys.executable} "$@";; esac\nexit 7\n')
     python.chmod(0o755)
@@ -240,11 +240,11 @@ def test_no_progress_ends_the_job(cluster: Cluster, config: Path) -> None:
     number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS, *words)
     job = cluster.wait_until_ended(number)
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "1"), cluster.output(number)
-    assert "2 times in a row with no checkpoint newer than none: not tried again" in cluster.output(number)
+    assert "2 times in a row with no checkpoint newer than none: not retried" in cluster.output(number)
 
 
 def test_full_disk(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
-    """Saves fail, and are said to; training goes on, and saves again once there is room."""
+    """Failed saves are reported; training continues, and saves again once there is space."""
     run_dir, filler = cluster.folder / "full", cluster.small / "filler"
     number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS, "--train.steps=20")
     assert cluster.wait_until_ended(number)["JobState"] == "COMPLETED", cluster.output(number)
@@ -255,7 +255,7 @@ def test_full_disk(cluster: Cluster, config: Path, uninterrupted: Path) -> None:
             pass
     number = cluster.launch(config, run_dir, *LAYOUT, *SETTINGS)
     wait_for(lambda: "CHECKPOINT FAILED" in cluster.output(number), PATIENCE)
-    failed_at = made(run_dir)
+    failed_at = newest_step(run_dir)
     filler.unlink()
     job = cluster.wait_until_ended(number)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), cluster.output(number)
@@ -293,7 +293,7 @@ export OMP_NUM_THREADS=1
 
 
 def batch(cluster: Cluster, config: Path, run_dir: Path, command: str, *settings: str) -> tuple[dict[str, str], str]:
-    """A job that starts griffin train by `command`: how it ended, and its output."""
+    """Run a job that starts griffin train by `command`; return its final state and its output."""
     path = cluster.folder / "mpi.sbatch"
     text = MPI_JOB.format(
         folder=cluster.folder,
@@ -319,8 +319,8 @@ def batch(cluster: Cluster, config: Path, run_dir: Path, command: str, *settings
 )
 def test_mpi_and_srun_train(cluster: Cluster, config: Path, mpiexec: Path, command: str, source: str) -> None:
     run_dir = cluster.folder / re.sub(r"\W", "", command)
-    job, said = batch(cluster, config, run_dir, command.format(mpiexec=mpiexec))
-    assert job["JobState"] == "COMPLETED", said
+    job, output = batch(cluster, config, run_dir, command.format(mpiexec=mpiexec))
+    assert job["JobState"] == "COMPLETED", output
     environment = json.loads((run_dir / "environment.json").read_text())
     assert (environment["launched_by"], environment["world_size"]) == (source, 4)
 
@@ -341,9 +341,9 @@ def test_worlds_that_disagree_are_refused(
     cluster: Cluster, config: Path, mpiexec: Path, command: str, setting: str, message: str
 ) -> None:
     run_dir = cluster.folder / "refused"
-    job, said = batch(cluster, config, run_dir, command.format(mpiexec=mpiexec), setting)
-    assert job["JobState"] == "FAILED", said
-    assert message in said
+    job, output = batch(cluster, config, run_dir, command.format(mpiexec=mpiexec), setting)
+    assert job["JobState"] == "FAILED", output
+    assert message in output
     assert not run_dir.exists()
 
 
@@ -356,7 +356,7 @@ def mpiexec() -> Path:
 
 
 def test_slurm_accepts_a_job_for_gpus(cluster: Cluster, config: Path) -> None:
-    """As far as `sbatch --test-only` goes: two nodes of two GPUs are there, sixteen of eight are not."""
+    """Checked by `sbatch --test-only`: the cluster has two nodes with two GPUs, but not sixteen with eight."""
     run_dir = cluster.folder / "gpus"
     words = ["--time", "1-00:00:00", "--partition", "main", *LAYOUT]
     cluster.griffin("launch", "slurm", config, "--run-dir", run_dir, "--nodes", "2", "--gpus-per-node", "2", *words)

@@ -1,4 +1,4 @@
-"""The batch script: its text for jobs of all sizes, and what it does, with a pretended srun and scontrol."""
+"""The batch script: its text for jobs of all sizes, and its behaviour with a fake srun and scontrol."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def files(folder: Path = Path("/data/runs/a"), **settings: Any) -> JobFiles:
 
 
 def directives(script: str) -> dict[str, str]:
-    """As sbatch reads them: up to the first command."""
+    """Parse the directives as sbatch does: up to the first command."""
     found = {}
     for line in script.splitlines():
         if line.startswith("#SBATCH "):
@@ -63,9 +63,9 @@ def directives(script: str) -> dict[str, str]:
     ],
 )
 def test_text(settings: dict, tmp_path: Path) -> None:
-    asked = job(**settings)
+    slurm_job = job(**settings)
     path = tmp_path / "job.sbatch"
-    path.write_text(render(asked, files(setup=Path("/data/runs/a/launch/setup.sh"), init=("--init-from", "/w/2b"))))
+    path.write_text(render(slurm_job, files(setup=Path("/data/runs/a/launch/setup.sh"), init=("--init-from", "/w/2b"))))
     subprocess.run(["bash", "-n", path], check=True)
     checked = subprocess.run([SHELLCHECK, "--shell=bash", path], capture_output=True, text=True)
     assert checked.stdout == ""
@@ -84,22 +84,22 @@ def test_text(settings: dict, tmp_path: Path) -> None:
     assert found.pop("signal") == "B:USR1@600"
     assert found.pop("output") == "/data/runs/a/launch/slurm-%j.out"
     assert found.pop("requeue") == ""
-    asked_for = {"partition": asked.partition, "account": asked.account, "qos": asked.qos}
+    asked_for = {"partition": slurm_job.partition, "account": slurm_job.account, "qos": slurm_job.qos}
     assert found == {
         "job-name": "griffin-a",
         "chdir": "/home/me",
         "open-mode": "append",
         "dependency": "singleton",
         **{name: value for name, value in asked_for.items() if value},
-        **({"reservation": "april"} if asked.options else {}),
-        **({"cpus-per-task": "3"} if asked.cpus_per_task else {}),
+        **({"reservation": "april"} if slurm_job.options else {}),
+        **({"cpus-per-task": "3"} if slurm_job.cpus_per_task else {}),
     }
     text = path.read_text()
     world = settings["nodes"] * ranks
     assert f"--nodes={settings['nodes']} --ntasks={world} --ntasks-per-node={ranks} " in text
     assert ("NCCL_DEBUG" in text) == bool(gpus)
     assert "localhost" not in text
-    if asked.container:
+    if slurm_job.container:
         assert "--container-image=registry.example/lab#griffin:1\n" in text
         assert '--container-mounts="/data:/data,/home/me:/home/me"\n' in text
 
@@ -115,7 +115,7 @@ def test_text(settings: dict, tmp_path: Path) -> None:
         ({"options": ("--mem-per-gpu=9G", "--open-mode=truncate")}, {"open-mode": "truncate"}, ["mem"]),
     ],
 )
-def test_what_sites_differ_in(settings: dict, stated: dict, left_out: list[str]) -> None:
+def test_site_options(settings: dict, stated: dict, left_out: list[str]) -> None:
     found = directives(render(job(**settings), files()))
     assert stated.items() <= found.items()
     assert not found.keys() & set(left_out)
@@ -164,19 +164,19 @@ def test_time(text: str, seconds: int | None) -> None:
         ({"tasks_per_node": 4}, "--tasks-per-node 4: must be --gpus-per-node 8, or left out"),
         ({"partition": "a b"}, "--partition a b: must consist of"),
         ({"signal_seconds": 70_000, "time": "2-0"}, "--signal-seconds 70000: must be at most 65535"),
-        ({"options": ("--nodes=3",)}, "--sbatch-option --nodes=3: is an option that the script states itself"),
-        ({"options": ("--tasks-per-node=3",)}, "--sbatch-option --tasks-per-node=3: is an option that the script"),
+        ({"options": ("--nodes=3",)}, "--sbatch-option --nodes=3: is set by the script itself"),
+        ({"options": ("--tasks-per-node=3",)}, "--sbatch-option --tasks-per-node=3: is set by the script"),
         ({"options": ("-C gpu",)}, "--sbatch-option -C gpu: must be NAME or NAME=VALUE"),
         ({"container": "a image"}, "--container a image: must consist of"),
     ],
 )
-def test_jobs_that_are_refused(settings: dict, message: str) -> None:
+def test_invalid_jobs_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         render(job(**settings), files())
 
 
 @pytest.mark.parametrize("name", ["a b", "50%", 'a"b', "it's", "a\nb", "a$b", "a\\b", "a,b", "a:b"])
-def test_paths_that_slurm_would_mangle(name: str) -> None:
+def test_unsafe_paths_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"(?s)--run-dir /data/.*SLURM mangles such paths"):
         render(job(), files(Path("/data") / name))
 
@@ -207,8 +207,8 @@ esac
 """
 
 
-class Pretended:
-    """A job whose srun and scontrol are the scripts above."""
+class FakeJob:
+    """A job with the scripts above as srun and scontrol."""
 
     def __init__(
         self,
@@ -228,10 +228,10 @@ class Pretended:
         (folder / "dry").write_text(str(dry))
         (folder / "state").write_text(state)
         self.script = self.run_dir / "launch/job.sbatch"
-        described = files(self.run_dir, working=folder, setup=setup)
-        asked = job(nodes=1, gpus_per_node=0, tasks_per_node=2, max_restarts=max_restarts)
-        self.script.write_text(render(asked, described))
-        self.output = folder / "output"
+        job_files = files(self.run_dir, working=folder, setup=setup)
+        slurm_job = job(nodes=1, gpus_per_node=0, tasks_per_node=2, max_restarts=max_restarts)
+        self.script.write_text(render(slurm_job, job_files))
+        self.log = folder / "output"
         self.environment = os.environ | {
             "PATH": f"{folder}:{os.environ['PATH']}",
             "SLURM_JOB_ID": "7",
@@ -243,7 +243,7 @@ class Pretended:
     def started(self) -> Iterator[subprocess.Popen]:
         # A shell cannot trap what it was started to ignore, as earlier tests of this process may have left it.
         command = ["env", "--default-signal=USR1,TERM", "bash", str(self.script)]
-        with self.output.open("a") as output:
+        with self.log.open("a") as output:
             process = subprocess.Popen(
                 command, env=self.environment, stdout=output, stderr=output, start_new_session=True
             )
@@ -264,14 +264,14 @@ class Pretended:
         return len(path.read_text().split()) if path.exists() else 0
 
     @property
-    def said(self) -> str:
-        return self.output.read_text()
+    def output(self) -> str:
+        return self.log.read_text()
 
 
 def test_complete(tmp_path: Path) -> None:
-    pretended = Pretended(tmp_path, "0 step-00000009")
-    assert pretended.run() == 0
-    assert pretended.requeues == 0
+    job_run = FakeJob(tmp_path, "0 step-00000009")
+    assert job_run.run() == 0
+    assert job_run.requeues == 0
     dry, real = (tmp_path / "calls").read_text().splitlines()
     run = f"/venv/bin/python -P -m griffin.tools.cli train {tmp_path}/run/launch/config.toml --run-dir {tmp_path}/run"
     assert dry.endswith(f"--nodes=1 --ntasks=1 --ntasks-per-node=1 {run} --ranks 2 --dry-run")
@@ -279,138 +279,138 @@ def test_complete(tmp_path: Path) -> None:
     assert real == f"{options} {run}"
 
 
-def test_mistakes_are_not_tried_again(tmp_path: Path) -> None:
-    pretended = Pretended(tmp_path, "0", dry=2)
-    assert pretended.run() == 2
+def test_configuration_errors_are_not_retried(tmp_path: Path) -> None:
+    job_run = FakeJob(tmp_path, "0", dry=2)
+    assert job_run.run() == 2
     assert not (tmp_path / "starts").exists()
-    assert pretended.requeues == 0
+    assert job_run.requeues == 0
 
 
-def test_a_refusal_of_some_node_is_a_failure(tmp_path: Path) -> None:
-    """What the first node has found well: another one may lack the file system, and srun's code is then 2 as well."""
-    pretended = Pretended(tmp_path, "2", "2", max_restarts=1)
-    assert [pretended.run() for _ in range(2)] == [2, 2]
-    assert pretended.requeues == 1
+def test_exit_code_2_after_the_check_is_a_failure(tmp_path: Path) -> None:
+    """The check passes on the first node, but another may lack the file system, and srun then exits with 2 as well."""
+    job_run = FakeJob(tmp_path, "2", "2", max_restarts=1)
+    assert [job_run.run() for _ in range(2)] == [2, 2]
+    assert job_run.requeues == 1
 
 
-def test_stops_before_anything_has_begun_are_counted(tmp_path: Path) -> None:
-    """Otherwise a job whose time limit is too short would be requeued for ever."""
-    pretended = Pretended(tmp_path, "0", max_restarts=1)
+def test_stops_before_the_start_are_counted(tmp_path: Path) -> None:
+    """Otherwise a job with too short a time limit would be requeued forever."""
+    job_run = FakeJob(tmp_path, "0", max_restarts=1)
     (tmp_path / "pause").touch()
     for _ in range(2):
-        with pretended.started() as process:
+        with job_run.started() as process:
             wait_for((tmp_path / "paused").exists, 20)
             process.send_signal(signal.SIGUSR1)
             assert process.wait(20) == 85
         (tmp_path / "paused").unlink()
-    assert pretended.requeues == 1
+    assert job_run.requeues == 1
     assert not (tmp_path / "starts").exists()
-    assert "asked to stop before it began, exit code 85, 2 times in a row" in pretended.said
+    assert "asked to stop before it began, exit code 85, 2 times in a row" in job_run.output
 
 
-def test_a_controller_that_restarts_is_waited_for(tmp_path: Path) -> None:
-    pretended = Pretended(tmp_path, "85 step-00000004")
+def test_a_restarting_controller_is_waited_for(tmp_path: Path) -> None:
+    job_run = FakeJob(tmp_path, "85 step-00000004")
     (tmp_path / "down").touch()
     (tmp_path / "sleep").write_text("#!/bin/bash\n")
     (tmp_path / "sleep").chmod(stat.S_IRWXU)
-    assert pretended.run() == 85
-    assert pretended.requeues == 1
-    assert "SLURM does not answer" in pretended.said
+    assert job_run.run() == 85
+    assert job_run.requeues == 1
+    assert "SLURM does not answer" in job_run.output
 
 
-def test_a_setup_of_any_habits(tmp_path: Path) -> None:
-    """It may read variables that are not set, have names that the script has too, and leave the shell strict."""
+def test_any_setup_script(tmp_path: Path) -> None:
+    """It may read unset variables, use the script's variable names, and leave the shell in strict mode."""
     setup = tmp_path / "setup.sh"
     setup.write_text("echo $UNHEARD_OF\nexport SET_UP=1 python=python2 run=/\nset -eo pipefail\n")
-    pretended = Pretended(tmp_path, "137", "0 step-00000009", setup=setup)
-    assert [pretended.run() for _ in range(2)] == [137, 0]
-    assert pretended.requeues == 1
+    job_run = FakeJob(tmp_path, "137", "0 step-00000009", setup=setup)
+    assert [job_run.run() for _ in range(2)] == [137, 0]
+    assert job_run.requeues == 1
     assert "/venv/bin/python -P" in (tmp_path / "calls").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_signal_saves_and_requeues(tmp_path: Path, number: signal.Signals) -> None:
-    pretended = Pretended(tmp_path, "wait step-00000004")
-    with pretended.started() as process:
+    job_run = FakeJob(tmp_path, "wait step-00000004")
+    with job_run.started() as process:
         wait_for((tmp_path / "waiting").exists, 20)
         process.send_signal(number)
         assert process.wait(20) == 85
-    assert pretended.requeues == 1
-    assert f"{number.name}: asking the ranks to save and stop" in pretended.said
-    assert "requeued: goes on from checkpoint step-00000004" in pretended.said
+    assert job_run.requeues == 1
+    assert f"{number.name}: asking the ranks to save and stop" in job_run.output
+    assert "requeued: resumes from checkpoint step-00000004" in job_run.output
     assert "TERM" not in (tmp_path / "calls").read_text()  # srun would end the ranks at once
 
 
-def test_cancelled_job_does_not_come_back(tmp_path: Path) -> None:
-    pretended = Pretended(tmp_path, "85 step-00000004", state="CANCELLED")
-    assert pretended.run() == 85
-    assert pretended.requeues == 0
-    assert "SLURM is ending this job (JobState=CANCELLED): not requeued from here" in pretended.said
+def test_cancelled_job_is_not_requeued(tmp_path: Path) -> None:
+    job_run = FakeJob(tmp_path, "85 step-00000004", state="CANCELLED")
+    assert job_run.run() == 85
+    assert job_run.requeues == 0
+    assert "SLURM is ending this job (JobState=CANCELLED): not requeued from here" in job_run.output
 
 
-def test_requeue_that_is_refused_says_what_to_do(tmp_path: Path) -> None:
-    pretended = Pretended(tmp_path, "85 step-00000004")
+def test_failed_requeue_says_what_to_do(tmp_path: Path) -> None:
+    job_run = FakeJob(tmp_path, "85 step-00000004")
     (tmp_path / "refuses").touch()
-    assert pretended.run() == 85
-    assert "submit it again to go on from checkpoint step-00000004" in pretended.said
+    assert job_run.run() == 85
+    assert "submit it again to resume from checkpoint step-00000004" in job_run.output
 
 
-def test_failures_are_tried_again_while_there_is_progress(tmp_path: Path) -> None:
+def test_failures_are_retried_while_there_is_progress(tmp_path: Path) -> None:
     plan = ("137", "86", "1 step-00000002", "143", "137 step-00000002", "86 step-00000004", "1", "1")
-    pretended = Pretended(tmp_path, *plan, max_restarts=2)
-    codes = [pretended.run() for _ in range(5)]
+    job_run = FakeJob(tmp_path, *plan, max_restarts=2)
+    codes = [job_run.run() for _ in range(5)]
     assert codes == [137, 86, 1, 143, 137]
-    assert pretended.requeues == 4  # the third failure in a row at step 2 is the last
-    assert "failed with exit code 137, 3 times in a row with no checkpoint newer than step-00000002" in pretended.said
-    assert [pretended.run() for _ in range(3)] == [86, 1, 1]  # had it been submitted again
-    assert pretended.requeues == 6
+    assert job_run.requeues == 4  # the third failure in a row at step 2 is the last
+    assert "failed with exit code 137, 3 times in a row with no checkpoint newer than step-00000002" in job_run.output
+    assert [job_run.run() for _ in range(3)] == [86, 1, 1]  # had it been submitted again
+    assert job_run.requeues == 6
     lines = (tmp_path / "run/launch/job-7.failures").read_text().splitlines()
     assert len(lines) == 8
     assert lines[1].endswith(" code 86 newest none")
 
 
-def test_a_run_that_went_back_has_made_no_progress(tmp_path: Path) -> None:
-    pretended = Pretended(tmp_path, "1 step-00000008", "1", "1", max_restarts=2)
-    assert pretended.run() == 1
+def test_a_rewound_run_has_made_no_progress(tmp_path: Path) -> None:
+    job_run = FakeJob(tmp_path, "1 step-00000008", "1", "1", max_restarts=2)
+    assert job_run.run() == 1
     checkpoints = tmp_path / "run/checkpoints"
     (checkpoints / "step-00000004").mkdir()
     (checkpoints / "step-00000008").rename(checkpoints / "step-00000008.spiked-1")
-    assert pretended.run() == 1
-    assert "failure 2 with no checkpoint newer than step-00000004" in pretended.said
+    assert job_run.run() == 1
+    assert "failure 2 with no checkpoint newer than step-00000004" in job_run.output
     (checkpoints / "step-00000008").mkdir()
-    assert pretended.run() == 1
-    assert "failed with exit code 1, 3 times in a row with no checkpoint newer than step-00000008" in pretended.said
+    assert job_run.run() == 1
+    assert "failed with exit code 1, 3 times in a row with no checkpoint newer than step-00000008" in job_run.output
 
 
-def test_newest_checkpoint_that_cannot_be_read_back(tmp_path: Path) -> None:
-    """It is said, and is no progress; one that was saved anew since is not blamed."""
-    pretended = Pretended(tmp_path, "1 step-00000008", "1", "1", max_restarts=2)
-    assert pretended.run() == 1
-    assert "cannot be read back" not in pretended.said
+def test_unreadable_newest_checkpoint_is_reported(tmp_path: Path) -> None:
+    """It is reported, and counts as no progress; a checkpoint saved again since is not reported."""
+    job_run = FakeJob(tmp_path, "1 step-00000008", "1", "1", max_restarts=2)
+    assert job_run.run() == 1
+    assert "cannot be read back" not in job_run.output
     folder, noted = tmp_path / "run/checkpoints/step-00000008", tmp_path / "run" / unreadable.NAME
     noted.write_text("step-00000004 is missing\nstep-00000008 c/0 is damaged\n")
-    assert pretended.run() == 1
-    assert "failure 2 with no checkpoint newer than step-00000008" in pretended.said
-    told = "the newest checkpoint cannot be read back, and restarts do not mend it: step-00000008 c/0 is damaged"
-    assert pretended.said.count(told) == 1
+    assert job_run.run() == 1
+    assert "failure 2 with no checkpoint newer than step-00000008" in job_run.output
+    told = "the newest checkpoint cannot be read back, and restarting does not help: step-00000008 c/0 is damaged"
+    assert job_run.output.count(told) == 1
     os.utime(folder, (noted.stat().st_mtime + 1,) * 2)
-    assert pretended.run() == 1
-    assert pretended.said.count(told) == 1
-    assert pretended.requeues == 2
+    assert job_run.run() == 1
+    assert job_run.output.count(told) == 1
+    assert job_run.requeues == 2
 
 
-def test_failure_that_cannot_be_noted_is_the_last(tmp_path: Path) -> None:
-    pretended = Pretended(tmp_path, "137")
+def test_failure_that_cannot_be_recorded_ends_the_job(tmp_path: Path) -> None:
+    job_run = FakeJob(tmp_path, "137")
     (tmp_path / "run/launch/job-7.failures").mkdir()
-    assert pretended.run() == 137
-    assert pretended.requeues == 0
-    assert "not tried again" in pretended.said
+    assert job_run.run() == 137
+    assert job_run.requeues == 0
+    assert "not retried" in job_run.output
 
 
-def test_a_waiting_job_ends_no_sooner_than_its_ranks(tmp_path: Path) -> None:
-    """Several signals, while ranks save: the script waits on."""
-    pretended = Pretended(tmp_path, "wait step-00000004")
-    with pretended.started() as process:
+def test_a_job_ends_no_earlier_than_its_ranks(tmp_path: Path) -> None:
+    """Several signals while ranks save: the script keeps waiting."""
+    job_run = FakeJob(tmp_path, "wait step-00000004")
+    with job_run.started() as process:
         wait_for((tmp_path / "waiting").exists, 20)
         for _ in range(3):
             process.send_signal(signal.SIGUSR1)

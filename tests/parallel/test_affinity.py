@@ -1,4 +1,4 @@
-"""Ranks stay on the cores near their GPUs."""
+"""Ranks are bound to the cores near their GPUs."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from griffin.parallel.world.affinity import near_cores, stay_near
+from griffin.parallel.world.affinity import bind_near, near_cores
 
 ADDRESS = "0001:3b:00.0"
 MINE = os.sched_getaffinity(0)
@@ -17,7 +17,7 @@ MINE = os.sched_getaffinity(0)
 
 @pytest.fixture
 def card(tmp_path, monkeypatch):
-    """Writes which cores are near the GPU; returns what stands for /sys."""
+    """Return a function that writes which cores are near the GPU, and returns the stand-in for /sys."""
     found = SimpleNamespace(pci_domain_id=1, pci_bus_id=0x3B, pci_device_id=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     folder = tmp_path / "bus/pci/devices" / ADDRESS
@@ -31,7 +31,7 @@ def card(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def cores_are_given_back():
+def affinity_is_restored():
     yield
     os.sched_setaffinity(0, MINE)
     for thread in os.listdir("/proc/self/task"):
@@ -50,12 +50,12 @@ def test_unknown_devices_have_no_near_cores(card):
     assert near_cores("0000:00:00.0", card("0-3")) == set()
 
 
-def test_every_thread_and_process_stays_near(card):
+def test_all_threads_and_children_are_bound(card):
     first = min(MINE)
     stop = threading.Event()
     earlier = threading.Thread(target=stop.wait)
     earlier.start()
-    assert stay_near(torch.device("cuda", 0), card(first)) == {first}
+    assert bind_near(torch.device("cuda", 0), card(first)) == {first}
     of_thread = os.sched_getaffinity(earlier.native_id)
     stop.set()
     earlier.join()
@@ -65,33 +65,33 @@ def test_every_thread_and_process_stays_near(card):
 
 
 @pytest.mark.parametrize("cores", ["", "100000-100001"])
-def test_cores_that_may_not_be_used_change_nothing(card, cores):
-    assert stay_near(torch.device("cuda", 0), card(cores)) == set()
+def test_disallowed_cores_change_nothing(card, cores):
+    assert bind_near(torch.device("cuda", 0), card(cores)) == set()
     assert os.sched_getaffinity(0) == MINE
 
 
-def test_a_device_whose_address_is_not_told_changes_nothing(card, monkeypatch):
+def test_a_device_without_an_address_changes_nothing(card, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="GPU"))
-    assert stay_near(torch.device("cuda", 0), card(min(MINE))) == set()
+    assert bind_near(torch.device("cuda", 0), card(min(MINE))) == set()
     assert os.sched_getaffinity(0) == MINE
 
 
-def test_cores_that_a_container_does_not_let_be_chosen_end_nothing(card, monkeypatch):
+def test_a_container_that_forbids_binding_is_tolerated(card, monkeypatch):
     def refuse(*_):
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setaffinity", refuse)
-    stay_near(torch.device("cuda", 0), card(min(MINE)))
+    bind_near(torch.device("cuda", 0), card(min(MINE)))
     monkeypatch.undo()
     assert os.sched_getaffinity(0) == MINE
 
 
-def test_what_a_launcher_has_bound_is_only_narrowed(card):
+def test_affinity_is_only_narrowed(card):
     first = min(MINE)
     os.sched_setaffinity(0, {first})
-    assert stay_near(torch.device("cuda", 0), card("0-1023")) == {first}
+    assert bind_near(torch.device("cuda", 0), card("0-1023")) == {first}
 
 
-def test_ranks_without_a_gpu_go_where_they_like(card):
-    assert stay_near(torch.device("cpu"), card(min(MINE))) == set()
+def test_ranks_without_a_gpu_are_not_bound(card):
+    assert bind_near(torch.device("cpu"), card(min(MINE))) == set()
     assert os.sched_getaffinity(0) == MINE

@@ -1,4 +1,4 @@
-"""What each block communicates over tensor ranks: the collectives are counted, with their bytes."""
+"""Communication of each block over tensor ranks: number and bytes of collectives."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _inside_recurrence(context: Context, documents: Documents) -> list[tuple[str
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["plain", "sequence-parallel"])
-def test_every_branch_communicates_what_an_mlp_does(rank_pool: RankPool, sequence_parallel: bool) -> None:
+def test_every_branch_communicates_as_much_as_an_mlp(rank_pool: RankPool, sequence_parallel: bool) -> None:
     for seen in rank_pool.run(count_branches, 2, sequence_parallel):
         assert seen.pop("inside") == [], "convolution, gates and recurrence must not communicate"
         for name, counted in seen.items():

@@ -1,4 +1,4 @@
-"""The cost formula against counted operations, and the split over stages against all splits there are."""
+"""The cost model against counted operations, and the split over stages against all possible splits."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_flops_of_a_recurrent_model_are_counted_exactly(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("mixer", [ATTENTION, GLOBAL_ATTENTION])
-def test_flops_of_attention_leave_out_masked_scores_only(grid: Grid, mixer: str) -> None:
-    """Here attention computes whole blocks of scores; the formula counts those that a query sees."""
+def test_flops_of_attention_exclude_only_masked_scores(grid: Grid, mixer: str) -> None:
+    """Attention on CPUs computes whole blocks of scores; the formula counts only visible ones."""
     model = replace(MODEL, pattern=(RECURRENT, mixer, mixer))
     if mixer == ATTENTION:  # blocks of WINDOW queries over their own and the previous block's keys
         sizes = [min(WINDOW, T - first) for first in range(0, T, WINDOW)]
@@ -97,7 +97,7 @@ def slowest(blocks: list[float], first: float, last: float, sizes: tuple[int, ..
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_split_is_the_best_of_all(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_split_is_optimal(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: float, high: float) -> float:
@@ -132,7 +132,7 @@ def test_equal_blocks_are_split_evenly() -> None:
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("00m")])
 @pytest.mark.parametrize("stages", [2, 4, 8])
 def test_split_of_presets(name: str, stages: int) -> None:
-    """The logits take the place of blocks on the last stage, and no stage is more than a block from the mean."""
+    """Logits replace blocks on the last stage, and every stage is within a block of the mean."""
     model = preset(name)
     sizes = split_blocks(model, stages, 2048)
     times = [cost.block_cost(model, mixer, 2048).time for mixer in model.pattern]
@@ -148,7 +148,7 @@ def test_split_of_griffin_14b() -> None:
     assert split_blocks(preset("griffin-14b"), 4, 2048) == (11, 11, 11, 7)
 
 
-def test_configured_stages_come_first() -> None:
+def test_configured_stages_take_precedence() -> None:
     model: Any = replace(MODEL, pattern=(RECURRENT,) * 6)
     assert stage_blocks(model, ParallelConfig(pipeline=2, stages=(1, 5)), T) == (1, 5)
     assert stage_blocks(model, ParallelConfig(pipeline=2), T) == split_blocks(model, 2, T)

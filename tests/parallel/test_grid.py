@@ -1,4 +1,4 @@
-"""Ranks' places, and work that the first rank does for all."""
+"""Coordinates of ranks, work of the first rank, startup and shutdown."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch.distributed as dist
 
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world import grid as grid_module
-from griffin.parallel.world.grid import rank_grid, single_rank_grid
+from griffin.parallel.world.grid import rank_grid, set_cuda_defaults, single_rank_grid
 from tests.ranks import RankError, RankPool
 
 
-def place(ranks: Any, layout: ParallelConfig) -> dict[str, Any]:
+def coordinates(ranks: Any, layout: ParallelConfig) -> dict[str, Any]:
     with rank_grid(layout, ranks) as grid:
         return {
             "rank": (grid.rank, grid.world_size),
@@ -28,6 +28,9 @@ def place(ranks: Any, layout: ParallelConfig) -> dict[str, Any]:
             "data": (grid.data_rank, grid.data_size),
             "pipeline": (grid.pipeline_rank, grid.pipeline_size),
             "tensor_group": dist.get_process_group_ranks(grid.tensor_group),
+            "replica_group": dist.get_process_group_ranks(grid.replica_group),
+            "is_first_replica": grid.is_first_replica,
+            "reports_loss": grid.reports_loss,
             "is_first_rank": grid.is_first_rank,
             "is_last_stage": grid.is_last_stage,
         }
@@ -36,11 +39,9 @@ def place(ranks: Any, layout: ParallelConfig) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("tensor", "data", "pipeline"), [(2, 1, 2), (2, 2, 1), (1, 2, 2), (4, 1, 1), (1, 4, 1), (1, 1, 3)]
 )
-def test_tensor_ranks_are_neighbours_then_data_then_pipeline(
-    rank_pool: RankPool, tensor: int, data: int, pipeline: int
-) -> None:
+def test_rank_order_is_tensor_data_pipeline(rank_pool: RankPool, tensor: int, data: int, pipeline: int) -> None:
     size = tensor * data * pipeline
-    answers = rank_pool.run(place, size, ParallelConfig(tensor=tensor, pipeline=pipeline))
+    answers = rank_pool.run(coordinates, size, ParallelConfig(tensor=tensor, pipeline=pipeline))
     for rank, answer in enumerate(answers):
         t, d, p = rank % tensor, rank // tensor % data, rank // (tensor * data)
         assert answer == {
@@ -49,6 +50,9 @@ def test_tensor_ranks_are_neighbours_then_data_then_pipeline(
             "data": (d, data),
             "pipeline": (p, pipeline),
             "tensor_group": list(range(rank - t, rank - t + tensor)),
+            "replica_group": [(p * data + replica) * tensor + t for replica in range(data)],
+            "is_first_replica": d == 0,
+            "reports_loss": t == 0 and p == pipeline - 1,
             "is_first_rank": rank == 0,
             "is_last_stage": p == pipeline - 1,
         }
@@ -63,7 +67,7 @@ def wait_for_slow_work(ranks: Any, path: Path) -> dict[str, Any]:
         path.write_text("built")
 
     poll = datetime.timedelta(milliseconds=50)
-    with rank_grid(ParallelConfig(), ranks) as grid, patch.object(grid_module, "_POLL", poll):
+    with rank_grid(ParallelConfig(), ranks) as grid, patch.object(grid_module, "POLL", poll):
         dist.barrier()
         start = time.monotonic()
         grid.first_rank_does("build", build)
@@ -73,7 +77,7 @@ def wait_for_slow_work(ranks: Any, path: Path) -> dict[str, Any]:
         return {"calls": calls, "waited": waited, "found": found}
 
 
-def test_others_wait_for_the_first_rank_beyond_any_poll(rank_pool: RankPool, tmp_path: Path) -> None:
+def test_others_wait_for_the_first_rank_without_a_limit(rank_pool: RankPool, tmp_path: Path) -> None:
     answers = rank_pool.run(wait_for_slow_work, 3, tmp_path / "index")
     assert [answer["calls"] for answer in answers] == [["build", "again"], [], []]
     assert all(answer["found"] == "built" for answer in answers)
@@ -119,13 +123,13 @@ def test_a_single_rank() -> None:
     assert calls == ["work", "work"]
 
 
-def test_a_failure_inside_leaves_no_process_group() -> None:
+def test_a_failure_destroys_the_process_group() -> None:
     with pytest.raises(ZeroDivisionError), single_rank_grid():
         _ = 1 / 0
     assert not dist.is_initialized()
 
 
-def when_left(ranks: Any) -> float:
+def leave_time(ranks: Any) -> float:
     stop = dist.destroy_process_group
 
     def stop_slowly() -> None:
@@ -138,7 +142,7 @@ def when_left(ranks: Any) -> float:
 
 
 def test_ranks_leave_together(rank_pool: RankPool) -> None:
-    first, second = rank_pool.run(when_left, 2)
+    first, second = rank_pool.run(leave_time, 2)
     assert abs(first - second) < 1
 
 
@@ -147,24 +151,24 @@ def without_gpu(ranks: Any) -> None:
     if ranks.rank == 1:
         time.sleep(1)  # then it is this rank that finds out
     with (
-        patch.object(grid_module, "_backend", lambda device: backend),
+        patch.object(grid_module, "backend_of", lambda device: backend),
         patch.object(dist, "init_process_group", lambda *args, **kwargs: time.sleep(60)),
         rank_grid(ParallelConfig(), ranks),
     ):
         pass
 
 
-def test_a_rank_that_has_lost_its_gpus_ends_the_start(rank_pool: RankPool) -> None:
+def test_a_rank_that_has_lost_its_gpus_fails_startup(rank_pool: RankPool) -> None:
     with pytest.raises(RankError, match=r"rank 1 on \S+ sees no GPU, but rank 0 on \S+ sees a GPU"):
         rank_pool.run(without_gpu, 2)
 
 
 @pytest.mark.slow
-def test_connections_that_never_come_end_the_process() -> None:
+def test_startup_has_a_time_limit() -> None:
     code = """
 import time
 import torch.distributed as dist
-from griffin.launch.ranks import discover
+from griffin.launch.discovery import discover
 from griffin.parallel.world import grid
 from griffin.parallel.config import ParallelConfig
 grid.START_SECONDS = 1.0
@@ -182,3 +186,25 @@ with grid.rank_grid(ParallelConfig(), discover()):
     )
     assert done.returncode == 1
     assert "in never_connected" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("tensor", "given", "connections", "allocator"),
+    [
+        (1, {}, None, "expandable_segments:True"),
+        (2, {}, "1", "expandable_segments:True"),
+        (2, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8", "expandable_segments:True"),
+        (1, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None, "max_split_size_mb:64"),
+        (1, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None, None),
+    ],
+)
+def test_defaults_of_cuda_give_way_to_the_user_s(
+    tensor: int, given: dict[str, str], connections: str | None, allocator: str | None
+) -> None:
+    with patch.dict(os.environ):
+        for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            os.environ.pop(name, None)
+        os.environ.update(given)
+        set_cuda_defaults(ParallelConfig(tensor=tensor))
+        assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == connections
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == allocator

@@ -1,4 +1,4 @@
-"""The same run on every layout: losses, gradients' norms and weights agree with those of one rank."""
+"""The same run on every layout: losses, gradient norms and weights agree with those of one rank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def one_rank(rank_pool: RankPool) -> Any:
-    """Results on one rank, per family and dtype, each computed once."""
+    """Return results on one rank per family and dtype, each computed once."""
     known: dict[Any, dict[str, Any]] = {}
 
     def results(family: str, **settings: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What travels between ranks comes back as it was; what a stranger puts into the store is not believed, or run."""
+"""Messages between ranks are decoded unchanged; what an attacker puts into the store is rejected and never executed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 import torch.distributed as dist
 
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.world.grid import _Sealed, rank_grid
+from griffin.parallel.world.grid import SignedStore, rank_grid
 from griffin.parallel.world.messages import ForgedError, pack, seal, unpack, unseal
 from griffin.parallel.world.ranks import LOOPBACK, Ranks, serve_store
-from griffin.trainer.preflight import meeting
+from griffin.trainer.preflight import agreement
+from griffin.trainer.preflight.agreement import Agreement, PreflightError, RankLocation
 from griffin.trainer.preflight.links import Exchanges, Link
-from griffin.trainer.preflight.meeting import Meeting, Place, PreflightError
 from tests.ranks import RankPool
 from tests.strangers import Bomb, sockets_of
 
@@ -28,13 +28,13 @@ KEY = b"k" * 32
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (Exchanges(links=(Link(pair=(0, 1), seconds=0.5, bandwidth=1.0),), complaints=("a",)), Exchanges),
+        (Exchanges(links=(Link(pair=(0, 1), seconds=0.5, bandwidth=1.0),), failures=("a",)), Exchanges),
         ((Path("a"), None, frozenset({2, 1})), tuple[Path, int | None, frozenset[int]]),
         ([{"a": (True, 2)}], list[dict[str, tuple[bool, int]]]),
         (b"\0\xff", bytes),
     ],
 )
-def test_values_come_back(value: Any, kind: Any) -> None:
+def test_values_are_decoded_unchanged(value: Any, kind: Any) -> None:
     assert unseal(KEY, "name", seal(KEY, "name", value), kind) == value
 
 
@@ -44,7 +44,7 @@ def test_values_come_back(value: Any, kind: Any) -> None:
         (b"1", str),
         (b"true", int),
         (b"[1]", tuple[int, int]),
-        (b"{}", Place),
+        (b"{}", RankLocation),
         (b"[" * 100_000, Any),
         (b"\xff", Any),
         (pickle.dumps(1), Any),
@@ -53,33 +53,35 @@ def test_values_come_back(value: Any, kind: Any) -> None:
         (b"1" * 5000, int),
     ],
 )
-def test_other_kinds_are_refused(text: bytes, kind: Any) -> None:
+def test_other_types_are_refused(text: bytes, kind: Any) -> None:
     with pytest.raises(ForgedError):
         unpack(text, kind)
 
 
 @pytest.mark.parametrize(("key", "name"), [(b"other", "name"), (KEY, "another name")])
-def test_what_was_not_sealed_for_it_is_refused(key: bytes, name: str) -> None:
-    with pytest.raises(ForgedError, match="name: the rendezvous store holds what no rank of this run has written"):
+def test_other_keys_and_names_are_refused(key: bytes, name: str) -> None:
+    with pytest.raises(
+        ForgedError, match="name: the rendezvous store holds a value that no rank of this run has signed"
+    ):
         unseal(KEY, "name", seal(key, name, 1), int)
     with pytest.raises(ForgedError):
         unseal(KEY, "name", pack(1), int)
 
 
-def test_what_gloo_takes_from_the_store_is_signed() -> None:
-    """It would read the address of a peer out of any bytes."""
+def test_values_for_gloo_are_signed() -> None:
+    """Otherwise gloo would parse any bytes as the address of a peer."""
     store = dist.HashStore()
-    groups = dist.PrefixStore("0", _kept := _Sealed(store, KEY))
+    groups = dist.PrefixStore("0", _kept := SignedStore(store, KEY))
     groups.set("address", "of a peer")
     assert groups.get("address") == b"of a peer"
     for forged in (pickle.dumps(1), b"", store.get("0/address")[:-1] + b"?"):
         store.set("0/address", forged)  # type: ignore[arg-type]
-        with pytest.raises(ForgedError, match="0/address: the rendezvous store holds what no rank"):
+        with pytest.raises(ForgedError, match="0/address: the rendezvous store holds a value that no rank"):
             groups.get("address")
 
 
 def listening(inodes: set[str]) -> set[str]:
-    """Addresses, in hexadecimal digits, at which sockets listen."""
+    """Return the addresses, in hexadecimal digits, at which sockets listen."""
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
@@ -89,7 +91,7 @@ def listening(inodes: set[str]) -> set[str]:
     return found
 
 
-def test_a_local_store_listens_on_the_loopback_interface_alone() -> None:
+def test_a_local_store_listens_only_on_loopback() -> None:
     before = sockets_of(os.getpid())
     store = serve_store(LOOPBACK, 0, None)
     assert listening(sockets_of(os.getpid()) - before) == {"0100007F"}
@@ -100,10 +102,10 @@ def test_a_local_store_listens_on_the_loopback_interface_alone() -> None:
 
 
 def meet(ranks: Ranks, bomb: Path) -> tuple[str, set[str]]:
-    """Two ranks agree while a stranger puts a pickle where rank 1's word, or rank 0's answer, is looked for."""
-    with mock.patch.object(meeting, "GRACE_SECONDS", 0.2), rank_grid(ParallelConfig(), ranks) as grid:
+    """Two ranks communicate while an attacker puts a pickle under the key of rank 1's or rank 0's message."""
+    with mock.patch.object(agreement, "GRACE_SECONDS", 0.2), rank_grid(ParallelConfig(), ranks) as grid:
         addresses = listening(sockets_of(os.getpid()))
-        ranks_meet = Meeting(grid, Place(rank=ranks.rank, local_rank=0, host="n0"), 1.0)
+        agreement_of_ranks = Agreement(grid, RankLocation(rank=ranks.rank, local_rank=0, host="n0"), 1.0)
         stranger = dist.TCPStore(LOOPBACK, ranks.port, is_master=False, wait_for_workers=False)
         said = ""
         if ranks.rank == 1:
@@ -112,9 +114,9 @@ def meet(ranks: Ranks, bomb: Path) -> tuple[str, set[str]]:
             stranger.set("griffin/preflight/second", pickle.dumps(Bomb(bomb)))  # type: ignore[arg-type]
         try:
             if ranks.rank == 0:
-                ranks_meet.agree("first", 1, int, sum, int)
+                agreement_of_ranks.agree("first", 1, int, sum, int)
             else:
-                ranks_meet.agree("second", 1, int, sum, int)
+                agreement_of_ranks.agree("second", 1, int, sum, int)
         except PreflightError as error:
             said = str(error)
     return said, addresses
@@ -124,7 +126,9 @@ def test_a_pickle_in_the_store_is_not_run(rank_pool: RankPool, tmp_path: Path) -
     answers = rank_pool.run(meet, 2, tmp_path / "bomb")
     assert not (tmp_path / "bomb").exists()
     for (said, addresses), name in zip(answers, ("first/1", "second"), strict=True):
-        assert f"griffin/preflight/{name}: the rendezvous store holds what no rank of this run has written" in said
+        assert (
+            f"griffin/preflight/{name}: the rendezvous store holds a value that no rank of this run has signed" in said
+        )
         assert addresses
         assert addresses <= {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
     pickle.loads(pickle.dumps(Bomb(tmp_path / "bomb")))

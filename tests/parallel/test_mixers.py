@@ -1,4 +1,4 @@
-"""One more mixer is a module and an entry of the registry: all that there is of the one below stands in this file."""
+"""A new mixer needs only a module and a registry entry, both of which are in this file for the one below."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from griffin.kernels.linear_scan import linear_scan
 from griffin.parallel import sharding
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelConfig
-from griffin.parallel.context import Clock, Context, Documents
+from griffin.parallel.context import Context, DecodePosition, Documents
 from griffin.parallel.cost import block_cost, train_flops_per_token
 from griffin.parallel.decode import Decoder
 from griffin.parallel.linear import column_step, fused_column_linear, row_linear, row_step
@@ -56,7 +56,7 @@ class AverageState:
 
 
 class Average(nn.Module):
-    """`out(average(value(u)) * silu(gate(u)))`, a moving average per channel, of a learnt rate."""
+    """Compute `out(average(value(u)) * silu(gate(u)))`, with a moving average per channel of a learnt rate."""
 
     def __init__(self, name: str, context: Context):
         super().__init__()
@@ -80,7 +80,7 @@ class Average(nn.Module):
     def forward(self, u: Tensor, documents: Documents) -> Tensor:
         return self._mix(u, documents)[0]
 
-    def prefill(self, u: Tensor, documents: Documents, longest: int) -> tuple[Tensor, AverageState]:
+    def prefill(self, u: Tensor, documents: Documents, max_length: int) -> tuple[Tensor, AverageState]:
         mixed, last = self._mix(u, documents)
         return mixed, AverageState(last.t().contiguous())
 
@@ -101,10 +101,10 @@ class AverageStep:
         self._value_gate, self._out = column_step(mixer.value_gate), row_step(mixer.out)
         self._keep = mixer.keep.sigmoid()[:, None]
 
-    def now(self, state: AverageState, clock: Clock) -> None:
+    def prepare(self, state: AverageState, position: DecodePosition) -> None:
         return None
 
-    def __call__(self, u: Tensor, state: AverageState, now: None) -> Tensor:
+    def __call__(self, u: Tensor, state: AverageState, prepared: None) -> Tensor:
         value, gate = self._value_gate(u).chunk(2)
         state.average.mul_(self._keep).add_((1 - self._keep) * value)
         return self._out(state.average.to(u.dtype) * nn.functional.silu(gate))
@@ -158,7 +158,7 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in metrics(run_dir) if "loss" in line]
 
 
-def test_it_trains_alike_on_all_layouts(rank_pool: RankPool, folder: Path, trained: Path) -> None:
+def test_it_trains_the_same_on_all_layouts(rank_pool: RankPool, folder: Path, trained: Path) -> None:
     config = configured(folder)
     assert rank_pool.run(run_registered, 1, config, folder / "one-rank") == [False]
     found = losses(trained)
@@ -172,7 +172,7 @@ def test_it_trains_alike_on_all_layouts(rank_pool: RankPool, folder: Path, train
 
 
 def test_it_is_saved_and_resumed(rank_pool: RankPool, folder: Path, trained: Path) -> None:
-    """From the middle of its run on, to the same bits."""
+    """Resumed from the middle of its run, bitwise."""
     resumed = Path(shutil.copytree(trained, folder / "resumed"))
     shutil.rmtree(resumed / "checkpoints" / step_name(STEPS))
     assert saved_steps(resumed) == [SAVED]
@@ -202,23 +202,23 @@ def test_its_parameters_and_flops_are_counted(folder: Path, trained: Path) -> No
 
 
 def decode_on_two_ranks(ranks: Any, model: ModelConfig) -> None:
-    """Prompts of unlike lengths that go on, against whole sequences."""
-    longest, lengths = 20, (1, 3, 9)
+    """Compare continuations of prompts of different lengths with whole sequences."""
+    max_length, lengths = 20, (1, 3, 9)
     layout = ParallelConfig(tensor=2)
     with mock.patch.dict(MIXERS, {AVERAGE.name: AVERAGE}), rank_grid(layout, ranks) as grid, torch.no_grad():
-        (stage,) = build_stages(model, layout, grid, dtype=torch.float32, sequence=longest)
+        (stage,) = build_stages(model, layout, grid, dtype=torch.float32, sequence=max_length)
         sharding.initialize([stage], grid, seed=3)
         stage.embedding.weight.mul_(4)
-        ids = torch.randint(0, 200, (len(lengths), longest), generator=torch.Generator().manual_seed(2))
-        positions = torch.arange(longest).expand(len(lengths), -1)
+        ids = torch.randint(0, 200, (len(lengths), max_length), generator=torch.Generator().manual_seed(2))
+        positions = torch.arange(max_length).expand(len(lengths), -1)
         whole = stage({"tokens": ids, "positions": positions}).transpose(0, 1)
         decoder = Decoder(stage)
         rows, ends = torch.arange(len(lengths)), torch.tensor(lengths)
         prompts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
-        logits, state = decoder.prefill(prompts, longest)
+        logits, state = decoder.prefill(prompts, max_length)
         size = state.nbytes
         assert any(isinstance(block, AverageState) for block in state.blocks)
-        for step in range(longest - max(lengths)):
+        for step in range(max_length - max(lengths)):
             torch.testing.assert_close(logits, whole[rows, ends - 1 + step], rtol=0, atol=2e-5)  # other sums
             logits = decoder.step(ids[rows, ends + step], state)
         assert state.nbytes == size
@@ -247,8 +247,8 @@ def test_its_widths_must_be_stated(tmp_path: Path) -> None:
         load_config(tmp_path / "config.toml", [])
 
 
-def test_every_entry_is_whole() -> None:
-    """What an entry names there is: its class, with all that the protocol asks for, and settings of a model."""
+def test_every_entry_is_complete() -> None:
+    """An entry's class implements the protocol, and its settings are fields of ModelConfig."""
     settings = ModelConfig.__dataclass_fields__.keys()
     for name, mixer in MIXERS.items():
         assert mixer.name == name

@@ -1,4 +1,4 @@
-"""Nothing that a network peer or a file of somebody else's can give is unpickled."""
+"""Nothing from a network peer or from a foreign file is unpickled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from griffin.parallel.config import ParallelConfig
-from griffin.parallel.sharding import _Described, _read_parts
+from griffin.parallel.sharding import ShardHeader, read_parts
 from griffin.parallel.world.grid import gather_bytes, rank_grid
 from griffin.parallel.world.messages import ForgedError, seal
 from griffin.parallel.world.ranks import Ranks
@@ -42,7 +42,7 @@ ALLOWED = {
 
 
 def unpickling(code: str) -> Iterator[str]:
-    """What in some code unpickles what it is given."""
+    """Return the calls in some code that unpickle their input."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and node.module in PICKLES:
             yield from (f"{node.module}.{each.name}" for each in node.names if each.name in READERS)
@@ -73,11 +73,11 @@ def unpickling(code: str) -> Iterator[str]:
         ("np.load(path, allow_pickle=True)", "np.load(allow_pickle)"),
     ],
 )
-def test_scan_finds_what_unpickles(code: str, found: str) -> None:
+def test_scan_finds_unpickling_calls(code: str, found: str) -> None:
     assert list(unpickling(code)) == [found]
 
 
-def test_our_code_unpickles_only_what_is_its_own() -> None:
+def test_our_code_unpickles_only_its_own_data() -> None:
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     assert len(paths) > 50
     found = {
@@ -86,14 +86,14 @@ def test_our_code_unpickles_only_what_is_its_own() -> None:
     assert found == set(ALLOWED)
 
 
-def gather_from_a_stranger(ranks: Ranks, bomb: Path) -> list[str]:
-    """Rank 1 gives a pickle, then one that is signed, then JSON of another kind, then what rank 0 would sign."""
+def gather_from_an_attacker(ranks: Ranks, bomb: Path) -> list[str]:
+    """Rank 1 sends a pickle, a signed pickle, JSON of another type, and a message signed for rank 0."""
     said = []
     with rank_grid(ParallelConfig(), ranks) as grid:
-        given = pickle.dumps(Bomb(bomb))
-        name = f"word of rank {grid.rank}"
+        pickled = pickle.dumps(Bomb(bomb))
+        name = f"message of rank {grid.rank}"
         signed = seal(grid.key, name, "")[:32]
-        for forged in (given, signed + given, seal(grid.key, name, 1), seal(grid.key, "word of rank 0", "a")):
+        for forged in (pickled, signed + pickled, seal(grid.key, name, 1), seal(grid.key, "message of rank 0", "a")):
             if ranks.rank == 1:
                 gather_bytes(forged, grid.device)
                 continue
@@ -106,9 +106,9 @@ def gather_from_a_stranger(ranks: Ranks, bomb: Path) -> list[str]:
 
 
 def test_a_pickle_of_a_peer_is_not_run(rank_pool: RankPool, tmp_path: Path) -> None:
-    said, _ = rank_pool.run(gather_from_a_stranger, 2, tmp_path / "bomb")
+    said, _ = rank_pool.run(gather_from_an_attacker, 2, tmp_path / "bomb")
     assert not (tmp_path / "bomb").exists()
-    unsigned = "word of rank 1: a peer gave what no rank of this run has written"
+    unsigned = "message of rank 1: a peer sent a value that no rank of this run has signed"
     assert [said[0], said[1], said[3]] == [unsigned] * 3
     assert said[2].startswith("expected str, got b'1'")
 
@@ -122,7 +122,7 @@ def test_a_pickle_of_a_peer_is_not_run(rank_pool: RankPool, tmp_path: Path) -> N
         ((2,), "torch.qint8", 2),
     ],
 )
-def test_bytes_that_are_not_the_described_tensor_are_refused(shape: tuple[int, ...], dtype: str, size: int) -> None:
-    described = _Described(name="a", axis=None, shape=shape, part_shape=shape, dtype=dtype)
-    with pytest.raises(ForgedError, match="a peer gave"):
-        _read_parts([described], bytes(size))
+def test_bytes_that_do_not_match_their_header_are_refused(shape: tuple[int, ...], dtype: str, size: int) -> None:
+    described = ShardHeader(name="a", axis=None, shape=shape, part_shape=shape, dtype=dtype)
+    with pytest.raises(ForgedError, match="a peer sent"):
+        read_parts([described], bytes(size))

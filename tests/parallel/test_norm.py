@@ -1,4 +1,4 @@
-"""RMSNorm against its formula in float64, and which implementation is chosen."""
+"""RMSNorm against its formula in float64, and selection of the implementation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def formula(x: Tensor, w: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def make() -> Iterator[Make]:
-    """Makes a norm with random weights, each time the same."""
+    """Return a function that builds a norm with random weights, the same each time."""
     model = ModelConfig(pattern=(RECURRENT,), width=D, recurrent_width=D, heads=1, head_dim=D)
     layout = ParallelConfig()
     with single_rank_grid() as grid:
@@ -90,7 +90,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
-def test_apex_is_used_where_it_is(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apex_is_used_if_installed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
     def fused(x: Tensor, weight: Tensor, normalized_shape: torch.Size, eps: float) -> Tensor:
@@ -132,7 +132,7 @@ def test_a_foreign_apex_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_apex_built_without_its_extension_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVIDIA's default build is Python only: its functions exist, and fail when first called."""
+    """NVIDIA's default build is Python only: its functions exist but fail when called."""
     pretend_cuda(monkeypatch)
     install_apex(monkeypatch, mixed_dtype_fused_rms_norm_affine=formula)
     monkeypatch.setitem(sys.modules, "fused_layer_norm_cuda", None)  # cannot be imported

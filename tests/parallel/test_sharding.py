@@ -1,4 +1,4 @@
-"""Initial weights, canonical names, loading and gathering: the same on every layout."""
+"""Initial weights, canonical names, loading and gathering are the same on every layout."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ LAYOUTS = {
 
 
 def build(model: ModelConfig, layout: ParallelConfig, grid: Grid, dtype: torch.dtype = torch.float32) -> list[Stage]:
-    """Stages whose every element in memory, padding included, is NaN."""
+    """Build stages filled with NaN, padding included."""
     stages = build_stages(model, layout, grid, dtype=dtype, sequence=16)
     for stage in stages:
         for parameter in stage.parameters():
@@ -102,7 +102,7 @@ def block_part(name: str) -> str:
 
 
 def embedding_rows(stages: list[Stage]) -> list[torch.Tensor]:
-    """What this rank holds of the embedding table, the last stage's copy included, padding included."""
+    """Return this rank's rows of the embedding table, with padding, and of the last stage's copy."""
     return [
         parameter.detach().clone()
         for stage in stages
@@ -156,7 +156,7 @@ def weights(model: ModelConfig, grid: Grid, seed: int = 3, dtype: torch.dtype = 
 
 @pytest.fixture(scope="module")
 def expected(grid: Grid) -> dict[str, torch.Tensor]:
-    """The initial weights on one rank."""
+    """Return the initial weights on one rank."""
     return weights(MODEL, grid)
 
 
@@ -187,7 +187,7 @@ def test_layout_does_not_change_the_initial_weights(
 
 
 def test_weight_decay_exceptions(grid: Grid) -> None:
-    """None on RG-LRU parameters, embedding, norms and biases."""
+    """No weight decay on RG-LRU parameters, embedding, norms and biases."""
     decayed = {
         piece.name
         for piece, parameter in sharding.named_pieces(build(MODEL, ParallelConfig(), grid))
@@ -196,7 +196,7 @@ def test_weight_decay_exceptions(grid: Grid) -> None:
     assert decayed == {name for name in SHAPES if block_part(name) in DECAYED}
 
 
-def test_seed_name_and_atom_each_change_what_is_drawn(expected: dict[str, torch.Tensor], grid: Grid) -> None:
+def test_seed_name_and_atom_each_change_the_values(expected: dict[str, torch.Tensor], grid: Grid) -> None:
     other = weights(MODEL, grid, seed=4)
     for name, value in expected.items():
         zero = not value.any()
@@ -265,7 +265,7 @@ def test_standard_deviations(grid: Grid, init: str) -> None:
 
 
 def decay_places(p: torch.Tensor) -> torch.Tensor:
-    """Where the squares of the decays lie in their range, from 0 to 1, sorted."""
+    """Return the relative positions of the squared decays in their range, from 0 to 1, sorted."""
     a = torch.exp(-torch.nn.functional.softplus(p.double()))
     return (a.square().sort().values - 0.9**2) / (0.999**2 - 0.9**2)
 
@@ -327,7 +327,7 @@ def test_load_rounds_to_the_dtype_of_the_parameters(grid: Grid) -> None:
         assert torch.equal(value, random_tensors()[name].bfloat16()), name
 
 
-def test_load_refuses_what_does_not_fit(grid: Grid) -> None:
+def test_load_refuses_unknown_names_and_other_shapes(grid: Grid) -> None:
     stages = build(MODEL, ParallelConfig(), grid)
     name = "blocks.1.attention.k.weight"
     with pytest.raises(ValueError, match=rf"^{name}: must be a tensor of shape \(8, 32\), found none$"):
@@ -343,7 +343,7 @@ def test_load_refuses_what_does_not_fit(grid: Grid) -> None:
 
 
 def test_axis_atoms() -> None:
-    """A supported tensor size divides the atoms exactly where it divides the axis."""
+    """A supported tensor size divides the number of atoms if and only if it divides the axis."""
     for size in range(1, 1500):
         atoms = axis_atoms(size)
         assert size % atoms == 0

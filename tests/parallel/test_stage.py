@@ -1,4 +1,4 @@
-"""A stage's outputs, its recomputation, and which blocks each pipeline rank holds."""
+"""Outputs of a stage, activation recomputation, and the blocks of each pipeline rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from griffin.parallel import host, sharding
+from griffin.parallel import megatron_device, sharding
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECOMPUTES, RECURRENT, ModelConfig, ParallelConfig
 from griffin.parallel.context import Context, megatron_config
 from griffin.parallel.stage import Stage, build_stages, meta_stage
@@ -85,7 +85,7 @@ def test_outputs_without_and_with_labels(grid: Grid, dtype: torch.dtype) -> None
 
 
 def test_gradients_are_those_of_cross_entropy(grid: Grid) -> None:
-    """The loss written with PyTorch's own function, so that the padding's -inf cannot spoil a gradient unseen."""
+    """Compared with PyTorch's cross entropy, so that the padding's -inf cannot corrupt a gradient unnoticed."""
     stage, expected = make_stage(grid), make_stage(grid)
     stage(batch(labels=True)).sum().backward()
     logits = expected(batch(labels=False))[..., :V]
@@ -127,7 +127,7 @@ def test_embedding_scale_is_rounded_to_bfloat16(grid: Grid, dtype: torch.dtype, 
     assert math.sqrt(40) != SCALE_OF_40
 
 
-def test_bfloat16_trains_as_float32_does(grid: Grid) -> None:
+def test_bfloat16_trains_like_float32(grid: Grid) -> None:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         stage = make_stage(grid, dtype=dtype)
@@ -145,7 +145,7 @@ def test_bfloat16_trains_as_float32_does(grid: Grid) -> None:
 
 
 def run(grid: Grid, recompute: str, *, training: bool = True) -> dict[str, Any]:
-    """One forward and backward pass: loss, gradients, how often each kind of module ran, and bytes kept between."""
+    """Run a forward and a backward pass; return loss, gradients, calls per kind of module, and saved bytes."""
     stage = make_stage(grid, recompute=recompute).train(training)
     calls: Counter[str] = Counter()
     for block in stage.blocks:
@@ -168,22 +168,29 @@ def run(grid: Grid, recompute: str, *, training: bool = True) -> dict[str, Any]:
 PARTS = {"mixer": ("mixer_norm", "mixer"), "mlp": ("mlp_norm", "mlp")}
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTES)
-def test_recomputation_changes_nothing_but_memory(grid: Grid, recompute: str) -> None:
-    kept, again = run(grid, "none"), run(grid, recompute)
+@pytest.fixture(scope="module")
+def passes(grid: Grid) -> dict[str, dict[str, Any]]:
+    """A forward and backward pass of each kind of recomputation."""
+    return {recompute: run(grid, recompute) for recompute in RECOMPUTES}
+
+
+@pytest.mark.parametrize("recompute", [name for name in RECOMPUTES if name != "none"])
+def test_recomputation_changes_only_memory(grid: Grid, passes: dict[str, dict[str, Any]], recompute: str) -> None:
+    kept, again = passes["none"], passes[recompute]
     assert torch.equal(kept["losses"], again["losses"])
     assert kept["gradients"].keys() == again["gradients"].keys()
     for name, gradient in kept["gradients"].items():
         assert torch.equal(gradient, again["gradients"][name]), name
-    twice = {"none": (), "states": (), "block": (*PARTS["mixer"], *PARTS["mlp"]), **PARTS}[recompute]
+    assert set(kept["calls"].values()) == {MODEL.blocks}
+    twice = {"states": (), "block": (*PARTS["mixer"], *PARTS["mlp"]), **PARTS}[recompute]
     assert again["calls"] == {
         name: MODEL.blocks * (2 if name in twice else 1) for part in PARTS.values() for name in part
     }
     assert run(grid, recompute, training=False)["calls"] == kept["calls"], "evaluation keeps nothing to save"
 
 
-def test_recomputation_saves_memory(grid: Grid) -> None:
-    kept = {recompute: run(grid, recompute)["kept"] for recompute in RECOMPUTES}
+def test_recomputation_saves_memory(passes: dict[str, dict[str, Any]]) -> None:
+    kept = {recompute: found["kept"] for recompute, found in passes.items()}
     assert kept["block"] < kept["mixer"] < kept["none"]
     assert kept["block"] < kept["mlp"] < kept["none"]
     recurrences = MODEL.pattern.count("recurrent")
@@ -210,7 +217,7 @@ def tensor_parallel(ranks: Any, tensor: int) -> dict[str, Any]:
         }
 
 
-def test_a_rank_of_nothing_but_padding(rank_pool: RankPool, grid: Grid) -> None:
+def test_a_rank_that_holds_only_padding(rank_pool: RankPool, grid: Grid) -> None:
     answers = rank_pool.run(tensor_parallel, 4, 4)
     stage = make_stage(grid)
     logits = stage(batch(labels=False)).detach()
@@ -259,9 +266,9 @@ def test_stages_of_an_interleaved_pipeline(rank_pool: RankPool) -> None:
     assert [stage["shared"] for stage in (*first, *second)] == [True, False, False, True]
 
 
-def test_meta_stage_takes_no_memory(grid: Grid) -> None:
-    before = [module.torch for module in host._MODULES]
+def test_meta_stage_allocates_no_memory(grid: Grid) -> None:
+    before = [module.torch for module in megatron_device.MODULES]
     stage = meta_stage(replace(MODEL, pattern=MODEL.pattern * 25, width=40_000), grid)
     assert len(stage.blocks) == 100
     assert all(parameter.is_meta for parameter in stage.parameters())
-    assert [module.torch for module in host._MODULES] == before
+    assert [module.torch for module in megatron_device.MODULES] == before

@@ -12,12 +12,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import griffin
 import griffin.kernels.selection
 import griffin.launch.local
-import griffin.tools.commands.convert
 import griffin.tools.commands.train
+import griffin.tools.common.workers
 from griffin.parallel.world.ranks import Ranks
 from griffin.tools.cli import COMMANDS, main, report, split_overrides
 from griffin.trainer.checkpoint.source import InitFrom
@@ -47,7 +48,7 @@ global_batch = 4
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a config and data to train on, under no launcher."""
+    """A working directory with a config and data, and no launcher's environment variables."""
     (tmp_path / "small.toml").write_text(CONFIG)
     (tmp_path / "text.txt").write_text("to be or not to be " * 100)
     monkeypatch.chdir(tmp_path)
@@ -59,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The trainings that were started: (ranks, config, run folder, --init-from); none really runs."""
+    """Records the trainings started, as (ranks, config, run folder, --init-from), without running them."""
     calls: list[tuple[Any, ...]] = []
 
     def run_local(
@@ -107,6 +108,7 @@ def test_settings_may_stand_before_the_config(folder: Path, started: list) -> No
         ([*TRAIN, "--data.eval", "data/absent", "--ranks", "2"], "data/absent"),
         ([*TRAIN, "--ranks", "2", "--train.step", "3"], "train.step: no such setting; did you mean train.steps?"),
         ([*TRAIN, "--ranks", "2", "--model.vocabulary", "256"], "model.vocabulary = 256: the data's tokenizer has 257"),
+        ([*TRAIN, "--data.sequence_length", "100000", "--ranks", "2"], "data.sequence_length = 100000: must be below"),
         ([*TRAIN, "--ranks", "3"], "world size = 3: must be a multiple of"),
         ([*TRAIN, "--ranks", "0"], "--ranks 0: must be at least 1"),
         ([*TRAIN, "--ranks", "2", "--run-dir", "data"], "--run-dir data: exists and is not an empty folder"),
@@ -131,7 +133,7 @@ def test_refused_before_anything_starts(
 def test_kernels_that_cannot_run_are_refused_before_anything_starts(
     folder: Path, started: list, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(griffin.kernels.selection, "_is_interpreted", lambda: False)
+    monkeypatch.setattr(griffin.kernels.selection, "is_interpreted", lambda: False)
     assert main([*TRAIN, "--ranks", "2", "--train.kernels", "triton"]) == 2
     accepted = "accepted on a GPU, or with TRITON_INTERPRET=1"
     assert capsys.readouterr().err == f"griffin: error: train.kernels: 'triton' on cpu; {accepted}\n"
@@ -140,7 +142,7 @@ def test_kernels_that_cannot_run_are_refused_before_anything_starts(
 
 @pytest.fixture
 def checkpoint(folder: Path) -> Path:
-    """A checkpoint of the config's model, but for its initialisation, in the run folder "other"."""
+    """A checkpoint in the run folder "other", of the config's model with another initialization."""
     config = load_config(folder / "small.toml", ["--data.train", "data/bytes", "--model.init", "torch"])
     path = folder / "other/checkpoints/step-00000030"
     make_checkpoint(path, step=30, config=json.loads(json.dumps(dataclasses.asdict(config))))
@@ -158,7 +160,7 @@ def test_init_from(folder: Path, checkpoint: Path, started: list, words: list[st
 def test_init_from_gives_the_model(
     folder: Path, checkpoint: Path, started: list, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A config without [model] has the checkpoint's, also when the run goes on without --init-from."""
+    """A config without [model] takes the checkpoint's, also when the run resumes without --init-from."""
     there = load_config(folder / "small.toml", ["--data.train", "data/bytes", "--model.init", "torch"]).model
     (folder / "tune.toml").write_text(CONFIG.split("head_dim = 16")[1])
     tune = ["train", "tune.toml", "--data.train", "data/bytes", "--ranks", "2", "--run-dir", "run"]
@@ -219,7 +221,7 @@ def test_a_run_that_another_process_writes_is_refused_before_anything_starts(
 def test_more_local_ranks_than_gpus(
     folder: Path, started: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert main([*TRAIN, "--ranks", "4"]) == 2
     assert "--ranks 4: must be at most 3, the number of GPUs" in capsys.readouterr().err
     assert started == []
@@ -246,7 +248,7 @@ class LeftError(Exception):
 
 @pytest.fixture
 def leaving(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaving raises, for a process that runs other tests."""
+    """Make `leave` raise instead of ending this process."""
 
     def leave(code: int) -> None:
         raise LeftError(code)
@@ -351,15 +353,15 @@ def test_system_errors_name_the_file(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_killed_worker_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of any command's pool, such as one of processes or mpi4py's."""
+    """BrokenExecutor of any command's pool: concurrent.futures' or mpi4py's."""
 
-    def fail(args: Any) -> int:
+    def fail(*args: Any) -> int:
         raise BrokenExecutor("A process in the process pool\nwas terminated abruptly")
 
-    monkeypatch.setattr(griffin.tools.commands.convert, "_hf", fail)
+    monkeypatch.setattr(griffin.tools.common.workers, "start_workers", fail)
     assert main(["convert", "hf", str(tmp_path), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert error == "griffin: error: a worker process was killed: out of memory? (--workers takes fewer)\n"
+    assert error == "griffin: error: a worker process was killed: out of memory? (try fewer --workers)\n"
 
 
 def test_other_errors_keep_their_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`griffin launch`: what it writes, submits, starts again, and refuses."""
+"""`griffin launch`: what it writes, submits, restarts and refuses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_job_is_written_beside_its_run(config: Path, capsys: pytest.CaptureFixtu
     assert snapshot(folder).items() > written.items()
     assert f"config={folder}/config-2.toml\n" in (folder / "job-2.sbatch").read_text()
 
-    # The run begins in that folder, as `griffin train` checks it.
+    # `griffin train` accepts the run folder with the job's files.
     RunFolder.check(run_dir, load_config(config))
     assert RunFolder.create(run_dir, load_config(config), {}).attempt == 1
     assert (folder / "job.sbatch").read_text() == script
@@ -78,7 +78,7 @@ def test_run_folders_that_nodes_do_not_share(
     Path("link").symlink_to(local)
     monkeypatch.setattr(griffin.tools.commands.launch, "NODE_LOCAL", (str(local),))
     assert main(["launch", "slurm", str(config), *JOB, "--run-dir", run_dir]) == 0
-    warning = f"warning: --run-dir {config.parent / run_dir}: below {local}, of which every node may have its own"
+    warning = f"warning: --run-dir {config.parent / run_dir}: is below {local}, which may be local to each node"
     assert (warning in capsys.readouterr().err) == warns
 
 
@@ -178,7 +178,7 @@ def test_refused_before_anything_is_written(
 
 
 class Starts:
-    """Pretended trainings: each ends with the next code, after the checkpoints that come with it."""
+    """Stands for trainings: each call writes the next checkpoints and returns the next exit code."""
 
     def __init__(self, checkpoints: Path, plan: list[tuple[int, int | None]]) -> None:
         self.checkpoints, self.plan, self.count = checkpoints, plan, 0
@@ -215,7 +215,7 @@ def test_local_starts_again_while_there_is_progress(
 def test_local_says_that_the_newest_checkpoint_cannot_be_read_back(
     config: Path, rank_pool: RankPool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As the training itself finds out, here of a chunk whose bytes are not what was saved."""
+    """A chunk's bytes differ from what was saved, which the training itself finds out."""
     run_dir = config.parent / "run"
 
     def start(steps: int) -> int:
@@ -269,7 +269,7 @@ def children(process: int) -> list[int]:
 
 @pytest.mark.slow
 def test_local_run_goes_on_after_a_killed_rank(config: Path, tmp_path: Path) -> None:
-    """And SIGTERM to it saves and ends it for good."""
+    """SIGTERM to the launcher saves, and ends it without a restart."""
     run_dir, patience = tmp_path / "run", 120.0  # seconds; it takes 15 on an idle machine
     settings = ["--train.steps=1000", "--train.micro_batch=4", "--checkpoint.interval=10", "--log.interval=1"]
     command = [sys.executable, "-P", "-m", "griffin.tools.cli", "launch", "local", str(config), "--ranks", "2"]

@@ -41,7 +41,7 @@ def grid() -> Iterator[Grid]:
 
 @pytest.mark.slow
 def test_every_preset() -> None:
-    """One run of the command: its rows agree with the published sizes, within seconds."""
+    """One run of the command prints the published sizes, within seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(
         [sys.executable, "-m", "griffin.tools.cli", "model"],
@@ -52,7 +52,7 @@ def test_every_preset() -> None:
         timeout=120,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Processor time, since the machine may be busy: 5 s were seen, nearly all of it imports.
+    # CPU time, since the machine may be busy: 5 s measured, nearly all of it imports.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30
 
     header, *lines = result.stdout.splitlines()
@@ -116,7 +116,7 @@ SUMMARY = """small.toml
 Model: 16,478,656 parameters, 16,384,000 of them embedding (vocabulary 256,000); 1 recurrent, 1 attention
 2 ranks: tensor 2 x pipeline 1 x data 1; blocks per stage 2
 Training: 30 steps of 4 sequences of 64 tokens: 120 sequences, 7,680 tokens
-The data were not read, which may change the vocabulary: """
+The data could not be read, which may change the vocabulary: """
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_config_whose_data_are_elsewhere(folder: Path, capsys: pytest.CaptureFix
 
 
 def test_config_whose_data_are_here(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Settings that follow count, and the vocabulary is that of the data; so does the dry run of a training say."""
+    """Overrides are applied and the vocabulary is that of the data, as in a dry run of the training."""
     prefix = write_prefix(folder / "data", [[1] * 500], vocabulary=100)
     words = ["small.toml", "--data.train", prefix, "--train.steps=5", "--ranks", "4"]
     assert main(["model", *words]) == 0

@@ -1,4 +1,4 @@
-"""`griffin train` that is stopped or killed and started again: signals, exit codes, and what is refused."""
+"""`griffin train` stopped or killed and restarted: signals, exit codes, refusals."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def uninterrupted(config: Config, config_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(config: Config, config_path: Path) -> Path:
-    """A run of bfloat16 that was stopped twice, and asked to stop a third time at its last step."""
+    """A bfloat16 run that was stopped twice, and asked to stop again at its last step."""
     run_dir, folder = config_path.parent / "stopped", config_path.parent / "notes"
     signals = {
         "1": {(1, 2): partial(signal_launcher, os.getpid(), signal.SIGUSR1)},
@@ -137,7 +137,7 @@ def test_another_model_is_refused_before_anything_starts(
 
 
 def session(number: int) -> list[int]:
-    """The living processes of a session: a run's launcher, ranks, saving processes and data loaders."""
+    """Return the live processes of a session: a run's launcher, ranks, saving processes and data loaders."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -151,7 +151,7 @@ def session(number: int) -> list[int]:
 
 @pytest.mark.slow
 def test_killed_twice_and_stopped_once_from_the_command_line(config_path: Path, tmp_path: Path) -> None:
-    """Everything is killed at one moment, then the launcher alone amid a save; then it is stopped by SIGTERM."""
+    """Kill all processes at once; then only the launcher, during a save; then stop with SIGTERM."""
     settings = ["--train.steps=36", "--train.micro_batch=4", "--checkpoint.interval=4", "--log.interval=1"]
     settings += ["--data.workers=1", "--parallel.pipeline=2"]
     patience = 300.0  # seconds; from importing torch to the last step takes 15 on an idle machine

@@ -1,4 +1,4 @@
-"""What a user has who installs a wheel: an environment that the checkout is no part of."""
+"""Install a wheel into a fresh environment without the checkout, and use it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEP = "--parallel.tensor=1 --parallel.pipeline=1 --train.steps=1 --optimizer.wa
 
 
 def run(*words: str | Path, cwd: Path, seconds: float = 120) -> str:
-    """What a command prints, started as if in a fresh shell."""
+    """Run a command without this process's PYTHON* variables and return its output."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -27,7 +27,7 @@ def run(*words: str | Path, cwd: Path, seconds: float = 120) -> str:
 
 @pytest.mark.slow
 def test_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
-    # Not asked of the import system: setuptools takes a search for pip to be pip, and changes what is imported after.
+    # Not with find_spec: setuptools mistakes a search for pip for pip itself, and changes later imports.
     if absent := {"pip", "setuptools"} - {distribution.name for distribution in distributions()}:
         pytest.skip(f"{', '.join(sorted(absent))}: not installed here")
     source, wheels, work = tmp_path / "source", tmp_path / "wheels", tmp_path / "work"
@@ -47,8 +47,8 @@ def test_wheel_in_a_fresh_environment(tmp_path: Path) -> None:
     python, griffin = tmp_path / "env" / "bin" / "python", tmp_path / "env" / "bin" / "griffin"
     run(*pip, "--python", python, "install", *offline, wheel, cwd=work)
     shutil.rmtree(source)
-    # The other packages are those of this interpreter. Python runs no .pth file of a folder that one names, so that
-    # an editable installation there is not seen; nor would it come first.
+    # The other packages are those of this interpreter. Python does not run .pth files of folders named in a .pth file,
+    # so an editable installation there is not found.
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=work).strip())
     others = sorted({sysconfig.get_path(kind) for kind in ("purelib", "platlib")})
     (site / "others.pth").write_text("".join(f"{path}\n" for path in others))

@@ -1,4 +1,4 @@
-"""Evaluations during a training: when they are due, their figures, and several held-out sets in a run."""
+"""Evaluations during training: when they are due, their figures, and several held-out sets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.small_runs import metrics, run, write_config
 
 
 @pytest.mark.parametrize(("every", "due"), [(5, [0, 5, 10, 12]), (4, [0, 4, 8, 12]), (0, [])])
-def test_when_it_is_due(every: int, due: list[int]) -> None:
+def test_is_due(every: int, due: list[int]) -> None:
     evaluation = Evaluation(name="", every=every, run=lambda training: {})
     assert [step for step in range(13) if evaluation.is_due(step, 12)] == due
 

@@ -1,4 +1,4 @@
-"""Training with each implementation of convolution and recurrence: the same losses, in every layout."""
+"""Training with each backend of convolution and recurrence: the same losses in every layout."""
 
 from __future__ import annotations
 

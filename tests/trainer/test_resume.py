@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, damaged and moved, and go on as if nothing had been."""
+"""Runs that are stopped, killed, damaged and moved, and resume exactly."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(path: Path, **settings: Any) -> Config:
-    """12 steps of 2 data-parallel ranks or any other layout, saved every 4, each logged."""
+    """Settings of 12 steps on 2 data-parallel ranks or another layout, saved every 4 steps, all logged."""
     stated: dict[str, Any] = {"checkpoint.interval": 4, "log.interval": 1, "train.eval_interval": STEPS}
     stated |= {name.replace("__", "."): value for name, value in settings.items()}
     return load_config(path, [f"--{name}={value}" for name, value in stated.items()])
@@ -86,7 +86,7 @@ def dies(pool: RankPool, world_size: int, settings: Config, run_dir: Path, **wat
 
 
 def assert_same_end(run_dir: Path, other: Path, step: int = STEPS) -> None:
-    """Two runs end with the same bits: weights, optimizer state and metadata."""
+    """Assert that two runs end with the same bits: weights, optimizer state and metadata."""
     assert saved_files(run_dir, step) == saved_files(other, step)
     verify(run_dir / "checkpoints" / step_name(step))
 
@@ -96,14 +96,14 @@ def text(run_dir: Path) -> str:
 
 
 def arrays(run_dir: Path, step: int) -> dict[str, np.ndarray]:
-    """By stock zarr."""
+    """Read by stock zarr."""
     group = zarr.open_group(run_dir / "checkpoints" / step_name(step), mode="r")
     return {name: np.asarray(array[:]) for name, array in group.arrays()}
 
 
 @pytest.fixture(scope="module")
 def killed(rank_pool: RankPool, config_path: Path, uninterrupted: Path) -> Path:
-    """A run that was killed twice, first between two saves and then amid one; beside it, its state after the first."""
+    """A run that was killed twice, first between two saves and then during one; with its state after the first."""
     run_dir = config_path.parent / "killed"
     settings = config(config_path, checkpoint__keep_last=1, checkpoint__keep_every=8)
     folder = config_path.parent / "killed-notes"
@@ -126,7 +126,7 @@ def killed(rank_pool: RankPool, config_path: Path, uninterrupted: Path) -> Path:
     return run_dir
 
 
-def test_killed_twice_it_ends_as_if_never_killed(killed: Path, uninterrupted: Path) -> None:
+def test_run_killed_twice_ends_with_the_same_bits(killed: Path, uninterrupted: Path) -> None:
     expected = series(uninterrupted, "loss")
     losses = [(line["attempt"], line["step"], line["loss"]) for line in metrics(killed) if "loss" in line]
     steps = [(1, step) for step in range(1, 7)] + [(2, step) for step in range(5, 10)]
@@ -137,7 +137,7 @@ def test_killed_twice_it_ends_as_if_never_killed(killed: Path, uninterrupted: Pa
     assert text(killed).count(f"Weights: step 4 of {killed} (the run's own folder)") == 2
 
 
-def test_killed_twice_it_trains_on_every_sample_once(killed: Path) -> None:
+def test_run_killed_twice_trains_on_every_sample_once(killed: Path) -> None:
     attempts = [notes(killed.parent / "killed-notes" / str(attempt), range(2)) for attempt in (1, 2, 3)]
     assert [list(attempt) for attempt in attempts] == [[*range(1, 7)], [*range(5, 10)], [*range(5, 13)]]
     for attempt in attempts:
@@ -146,10 +146,10 @@ def test_killed_twice_it_trains_on_every_sample_once(killed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_made_longer_it_goes_on_with_the_schedule_that_it_had(
+def test_longer_run_keeps_its_schedule(
     rank_pool: RankPool, config_path: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Ranks other than the first, which have not looked into the folder, follow it."""
+    """Other ranks, which have not read the run folder, follow rank 0."""
     path = tmp_path / "config.toml"
     path.write_text(config_path.read_text().replace("warmup_steps = 2\n", ""))
     assert config(path).optimizer.warmup_steps == 1
@@ -176,7 +176,7 @@ def test_made_longer_it_goes_on_with_the_schedule_that_it_had(
 
 
 def run_of(ranks: Ranks, configs: list[Config], run_dir: Path, at_step: dict[tuple[int, int], Any]) -> bool:
-    """A rank that has a config of its own."""
+    """A rank with its own config."""
     return run(ranks, configs[ranks.rank], run_dir, None, Watch(at_step=at_step))
 
 
@@ -196,7 +196,7 @@ def test_saves_are_logged(uninterrupted: Path) -> None:
     assert all(line["attempt"] == 1 for line in metrics(uninterrupted))
 
 
-def test_curves_are_cut_where_a_run_goes_on(killed: Path) -> None:
+def test_curves_continue_where_an_attempt_resumes(killed: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(RunFolder(killed).events))
@@ -211,7 +211,7 @@ def test_curves_are_cut_where_a_run_goes_on(killed: Path) -> None:
         assert dict(curve) == pytest.approx(series(killed, tag), rel=1e-6), tag
 
 
-def test_it_goes_on_in_another_layout(
+def test_killed_run_resumes_in_another_layout(
     rank_pool: RankPool, config_path: Path, killed: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     run_dir = shutil.copytree(killed.with_name("killed-once"), tmp_path / "run")
@@ -224,7 +224,7 @@ def test_it_goes_on_in_another_layout(
     assert "Changed since then: parallel.tensor 1 -> 2, parallel.pipeline 1 -> 2" in text(run_dir)
 
 
-def test_init_from_all_goes_on_elsewhere(
+def test_init_from_all_continues_in_another_folder(
     rank_pool: RankPool, config_path: Path, killed: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     origin, run_dir, settings = killed.with_name("killed-once"), tmp_path / "run", config(config_path)
@@ -272,10 +272,10 @@ def test_init_from_weights_begins_anew(
             )
 
 
-def test_a_layout_of_other_size_and_other_batches_skips_and_repeats_no_sample(
+def test_other_layouts_and_batches_skip_and_repeat_no_sample(
     rank_pool: RankPool, config_path: Path, tmp_path: Path
 ) -> None:
-    """1 rank killed after step 6, of which 4 are saved; 2 with batches of 16, stopped after step 7; 4 to the end."""
+    """1 rank, killed after step 6 with step 4 saved; 2 ranks with batches of 16, stopped after step 7; 4 to the end."""
     run_dir, settings = tmp_path / "run", partial(config, config_path, train__steps=9)
     for world_size in (1, 2, 4):
         (tmp_path / str(world_size)).mkdir()
@@ -296,7 +296,7 @@ def test_a_layout_of_other_size_and_other_batches_skips_and_repeats_no_sample(
     assert series(run_dir, "tokens")[9] == 96 * 32
 
 
-def test_float32_goes_on_from_the_master_weights_of_bfloat16(
+def test_float32_resumes_from_the_master_weights_of_bfloat16(
     rank_pool: RankPool, config_path: Path, tmp_path: Path
 ) -> None:
     half, full = tmp_path / "half", tmp_path / "full"
@@ -320,7 +320,7 @@ def cut_short(run_dir: Path, origin: Path) -> Path:
     return run_dir / "checkpoints" / step_name(8)
 
 
-def test_a_truncated_chunk_of_the_newest_checkpoint_is_passed_over(
+def test_truncated_chunk_of_the_newest_checkpoint_is_skipped(
     rank_pool: RankPool, config_path: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -330,7 +330,7 @@ def test_a_truncated_chunk_of_the_newest_checkpoint_is_passed_over(
     os.truncate(chunk, size - 1)
     assert go_on(rank_pool, 2, config(config_path), run_dir) == [False, False]
     said = text(run_dir)
-    assert f"DAMAGED CHECKPOINT, passed over: {chunk} has {size - 1:,} bytes instead of {size:,}" in said
+    assert f"DAMAGED CHECKPOINT, skipped: {chunk} has {size - 1:,} bytes instead of {size:,}" in said
     assert f"Weights: step 4 of {run_dir} (the run's own folder)" in said
     assert_same_end(run_dir, uninterrupted, 8)
     assert_same_end(run_dir, uninterrupted, 12)
@@ -357,7 +357,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_stops_the_start(
 def test_arrays_of_another_model_are_refused(
     rank_pool: RankPool, config_path: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """What the checkpoint's own config does not tell."""
+    """Settings that the checkpoint's config does not have."""
     folder = shutil.copytree(uninterrupted / "checkpoints" / step_name(12), tmp_path / "checkpoint")
     stored = read_manifest(folder)
     known = dict(stored.arrays)
@@ -367,7 +367,7 @@ def test_arrays_of_another_model_are_refused(
     (folder / norm.name).rename(folder / other.name)
     files = {path.replace(f"{norm.name}/", f"{other.name}/"): record for path, record in stored.files.items()}
     changed = replace(stored, arrays=known | {array.name: array for array in (wide, other)}, files=files)
-    (folder / manifests.MANIFEST).write_text(manifests._to_text(changed))
+    (folder / manifests.MANIFEST).write_text(manifests.to_text(changed))
     init_from = InitFrom(path=folder, everything=False)
     with pytest.raises(RankError) as error:
         go_on(rank_pool, 1, config(config_path), tmp_path / "run", init_from)
@@ -383,7 +383,7 @@ def test_arrays_of_another_model_are_refused(
 def test_two_runs_on_one_folder(
     rank_pool: RankPool, config_path: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second is refused, and tells whose the folder is; the first notices nothing."""
+    """The second is refused, naming the owner of the folder; the first is not disturbed."""
 
     def contents() -> dict[Path, bytes]:  # the owner touches its lock
         return {path: content for path, (_, content) in snapshot(run_dir).items()}

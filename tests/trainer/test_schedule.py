@@ -1,4 +1,4 @@
-"""The schedule of a run that goes on for longer: what it had, unless told otherwise."""
+"""The schedule of a resumed run, which is kept unless a change is asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from griffin.trainer.optimizer import build_schedule, schedule_end
-from griffin.trainer.schedule import Earlier
+from griffin.trainer.schedule import PreviousRun
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.load import to_toml
 from griffin.trainer.settings.sections import SCHEDULES, Config
@@ -38,20 +38,20 @@ def rates(config: Config) -> list[float]:
     return found
 
 
-def earlier(config: Config, step: int) -> Earlier:
-    return Earlier(config=dataclasses.asdict(config), step=step)
+def previous_run(config: Config, step: int) -> PreviousRun:
+    return PreviousRun(config=dataclasses.asdict(config), step=step)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("from_resolved_file", [False, True])
-def test_more_steps_change_no_step_that_was_planned(path: Path, schedule: str, from_resolved_file: bool) -> None:
-    """At its end and again after that; also with the run's own config.toml, which states every setting."""
+def test_more_steps_change_no_planned_step(path: Path, schedule: str, from_resolved_file: bool) -> None:
+    """Before its end, and again; also with the config.toml of the run, which states every setting."""
     stated = ["--optimizer.schedule", schedule]
     first = load_config(path, stated)
     if from_resolved_file:
         path.write_text(to_toml(first))
-    longer = load_config(path, [*stated, "--train.steps", "250"], earlier=earlier(first, 100))
-    longest = load_config(path, [*stated, "--train.steps", "400"], earlier=earlier(longer, 180))
+    longer = load_config(path, [*stated, "--train.steps", "250"], previous=previous_run(first, 100))
+    longest = load_config(path, [*stated, "--train.steps", "400"], previous=previous_run(longer, 180))
     least = first.optimizer.learning_rate if schedule == "constant" else first.optimizer.min_learning_rate
     assert rates(longest) == pytest.approx([*rates(first), *itertools.repeat(least, 300)])
     assert rates(longest)[:250] == rates(longer)
@@ -61,56 +61,58 @@ def test_more_steps_change_no_step_that_was_planned(path: Path, schedule: str, f
 
 
 def test_a_stable_phase_becomes_longer(path: Path) -> None:
-    """A decay at the end of training that has not begun is still at the end, and as long as it was."""
+    """A decay that has not begun moves to the new end, and keeps its length."""
     first = load_config(path, ["--optimizer.schedule", "wsd"])
     stated = ["--optimizer.schedule", "wsd", "--train.steps", "200"]
     assert (first.optimizer.warmup_steps, first.optimizer.decay_steps) == (10, 20)
     expected = rates(first)[:80] + [first.optimizer.learning_rate] * 100 + rates(first)[80:]
-    assert rates(load_config(path, stated, earlier=earlier(first, 80))) == pytest.approx(expected)
-    ended = load_config(path, stated, earlier=earlier(first, 81))
+    assert rates(load_config(path, stated, previous=previous_run(first, 80))) == pytest.approx(expected)
+    ended = load_config(path, stated, previous=previous_run(first, 81))
     assert rates(ended)[80:] == pytest.approx(rates(first)[80:] + [first.optimizer.min_learning_rate] * 100)
     # Told to, it decays once more.
-    again = load_config(path, [*stated, "--optimizer.decay_steps=20"], earlier=earlier(ended, 100))
+    again = load_config(path, [*stated, "--optimizer.decay_steps=20"], previous=previous_run(ended, 100))
     assert rates(again) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("by", ["command line", "file"])
 @pytest.mark.parametrize(("key", "value"), [("warmup_steps", 10), ("decay_steps", 150), ("warmup_steps", 40)])
-def test_what_is_told_holds(path: Path, by: str, key: str, value: int) -> None:
-    """On the command line also where it is what the run had, or the default for so many steps."""
+def test_requested_changes_of_the_schedule_are_made(path: Path, by: str, key: str, value: int) -> None:
+    """On the command line, also a value that the run had already, or the default for so many steps."""
     first = load_config(path)
     settings = ["--train.steps", "400"]
     if by == "command line":
         settings += [f"--optimizer.{key}={value}"]
     else:
         path.write_text(path.read_text() + f"[optimizer]\n{key} = {value}\n")
-    found = load_config(path, settings, earlier=earlier(first, 100)).optimizer
+    found = load_config(path, settings, previous=previous_run(first, 100)).optimizer
     kept = {"warmup_steps": 10, "decay_steps": 90}
     assert {name: getattr(found, name) for name in kept} == {**kept, key: value}
-    validate(load_config(path, settings, earlier=earlier(first, 100)), 1)
+    validate(load_config(path, settings, previous=previous_run(first, 100)), 1)
 
 
 def test_a_file_that_was_changed_since(path: Path) -> None:
     path.write_text(path.read_text() + "[optimizer]\nwarmup_steps = 5\n")
     first = load_config(path, ["--optimizer.warmup_steps=7"])
-    assert load_config(path, earlier=earlier(first, 50)).optimizer.warmup_steps == 5
-    assert load_config(path, earlier=earlier(load_config(path), 50)).optimizer.warmup_steps == 5
+    assert load_config(path, previous=previous_run(first, 50)).optimizer.warmup_steps == 5
+    assert load_config(path, previous=previous_run(load_config(path), 50)).optimizer.warmup_steps == 5
 
 
 def test_another_schedule_decays_as_if_new(path: Path) -> None:
     first = load_config(path)
-    found = load_config(path, ["--optimizer.schedule=wsd", "--train.steps=400"], earlier=earlier(first, 100)).optimizer
+    found = load_config(
+        path, ["--optimizer.schedule=wsd", "--train.steps=400"], previous=previous_run(first, 100)
+    ).optimizer
     assert (found.warmup_steps, found.decay_steps, found.decay_end) == (10, 80, 0)
 
 
-def test_checkpoints_made_before_a_setting_was_known(path: Path) -> None:
-    """Of other programs too, which know no settings at all."""
+def test_checkpoints_without_a_later_setting(path: Path) -> None:
+    """Also checkpoints of other programs, which have no settings at all."""
     first = dataclasses.asdict(load_config(path, ["--optimizer.schedule=wsd"]))
     del first["optimizer"]["decay_end"]
     settings = ["--optimizer.schedule=wsd", "--train.steps=400"]
-    assert load_config(path, settings, earlier=Earlier(config=first, step=100)).optimizer.decay_end == 100
+    assert load_config(path, settings, previous=PreviousRun(config=first, step=100)).optimizer.decay_end == 100
     first["optimizer"] = {}
-    found = load_config(path, settings, earlier=Earlier(config=first, step=100)).optimizer
+    found = load_config(path, settings, previous=PreviousRun(config=first, step=100)).optimizer
     assert (found.warmup_steps, found.decay_steps, found.decay_end) == (40, 80, 0)
 
 
@@ -124,6 +126,6 @@ def test_checkpoints_made_before_a_setting_was_known(path: Path) -> None:
         ),
     ],
 )
-def test_an_end_that_cannot_be(path: Path, settings: list[str], expected: str) -> None:
+def test_impossible_decay_ends_are_refused(path: Path, settings: list[str], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         validate(load_config(path, settings), 1)

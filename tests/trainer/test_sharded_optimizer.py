@@ -1,4 +1,4 @@
-"""megatron-core's internals: used in one module, which says where in the pinned version each one is."""
+"""megatron-core's internals are used in one module, whose docstring names their lines in the pinned version."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ INTERNALS = listed()
 
 
 @pytest.mark.parametrize(("file", "line", "name"), INTERNALS, ids=[name for *_, name in INTERNALS])
-def test_an_internal_is_where_the_docstring_says(file: str, line: int, name: str) -> None:
+def test_internals_are_at_the_lines_in_the_docstring(file: str, line: int, name: str) -> None:
     spec = find_spec("megatron.core")
     assert spec is not None
     assert spec.origin is not None
@@ -57,7 +57,7 @@ def test_internals_are_used_in_one_module() -> None:
 
 
 def test_no_other_private_name_of_an_optimizer_or_buffer_is_used() -> None:
-    """A private attribute that is neither of `self` nor of this module's own classes is listed."""
+    """Private attributes must be those of `self` or of this module's classes, or be listed."""
     own = {
         node.attr
         for node in ast.walk(ast.parse(MODULE.read_text()))

@@ -1,1 +1,1 @@
-"""Measurements beside peers."""
+"""Benchmarks of `griffin bench`, each beside a peer in the same run."""

@@ -1,4 +1,4 @@
-"""`griffin bench checkpoint`: saving and loading a training's state, beside torch.distributed.checkpoint."""
+"""`griffin bench checkpoint`: save and load a training's state, beside torch.distributed.checkpoint (DCP)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.parallel.world.ranks import Ranks
-from griffin.tools.bench.checkpoint_state import BYTES_PER_PARAMETER, Peer, fill, require_loaded
+from griffin.tools.bench.checkpoint_state import BYTES_PER_PARAMETER, DcpState, fill, require_loaded
 from griffin.trainer.settings.presets import preset
 from griffin.trainer.settings.sections import Config, DataConfig, OptimizerConfig, TrainConfig
 from griffin.trainer.settings.validate import validate
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from griffin.trainer.step import Training
 
 GIB = 2**30
-SPACE = 3  # states that are on the disk at a time: one of each side, and one beside them
+SPACE = 3  # states on the disk at a time: one of each side, and one besides
 TIMEOUT = timedelta(minutes=10)  # of every wait
 PRELOAD = ("griffin.trainer.checkpoint.checkpoints", "torch.distributed.checkpoint", "torch.distributed.tensor")
 
@@ -40,18 +40,22 @@ PRELOAD = ("griffin.trainer.checkpoint.checkpoints", "torch.distributed.checkpoi
 def add_parser(kinds: argparse._SubParsersAction) -> None:
     parser = kinds.add_parser(
         "checkpoint",
-        help="saving and loading a training's state, against torch.distributed.checkpoint",
-        description="The same float32 weights and Adam moments, processes and disk: saved from data-parallel ranks, "
-        "loaded as tensor-parallel ones, and the time for which an asynchronous save keeps the training, against "
-        "torch.distributed.checkpoint (DCP) with its defaults, on CPUs. What each side has loaded is compared with "
-        "what was saved, bit by bit, before any load is timed.",
+        help="saving and loading a training's state, beside torch.distributed.checkpoint",
+        description="Time saving from data-parallel ranks, loading as tensor-parallel ones, and how long an "
+        "asynchronous save stalls the training, beside torch.distributed.checkpoint (DCP) with its defaults, on CPUs. "
+        "Both sides have the same float32 weights and Adam moments, processes and disk. Loaded values are compared "
+        "with saved ones bit by bit before any load is timed.",
     )
     parser.add_argument("--model", default="griffin-100m", metavar="PRESET", help="default: griffin-100m")
     parser.add_argument("--vocabulary", type=int, default=32_000, metavar="N", help="default: 32000")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes of each side (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
     parser.add_argument(
-        "--folder", type=Path, default=Path(), metavar="DIR", help="a folder on the disk to write to (default: here)"
+        "--folder",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="folder on the disk to measure (default: this one)",
     )
     parser.set_defaults(run=run)
 
@@ -62,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{setting} {getattr(args, setting)}: must be at least 1")
     if not args.folder.is_dir():
         raise ValueError(f"--folder {args.folder}: must be a folder")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a comparison on CPUs, also where there are GPUs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # compare on CPUs, even if there are GPUs
     model = dataclasses.replace(preset(args.model), vocabulary=args.vocabulary)
     for tensor in (1, args.ranks):
-        _config(model, args.ranks, ParallelConfig(tensor=tensor))  # refused before any long work
+        bench_config(model, args.ranks, ParallelConfig(tensor=tensor))  # raises before any long work
 
     from griffin.parallel.world.grid import single_rank_grid
     from griffin.trainer.summary import count_parameters
@@ -83,19 +87,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(model: ModelConfig, ranks: int, rounds: int, folder: Path, size: int) -> int:
-    """Run all parts of the benchmark in a new folder below `folder`, and print what they measure.
+    """Run all parts of the benchmark in a new folder below `folder`, and print the results.
 
     Args:
-        model: whose state is saved, of `size` bytes in all.
-        ranks: processes that save, as data-parallel ranks, and that load, as tensor-parallel ones.
-        rounds: that are timed, after one that is not.
+        model: the model whose state is saved.
+        ranks: number of data-parallel ranks that save, and of tensor-parallel ranks that load.
+        rounds: number of timed rounds, after one that is not timed.
+        folder: a folder on the disk to measure.
+        size: bytes of the whole state.
 
     Returns:
-        An exit code: 0, or that of a rank that failed.
+        An exit code: 0, or that of a failed rank.
     """
     from griffin.launch.local import run_local
 
-    parts: list[tuple[Callable[[Ranks, Bench], None], int, ParallelConfig]] = [
+    parts: list[tuple[Callable[[Ranks, BenchSettings], None], int, ParallelConfig]] = [
         (save_rank, ranks, ParallelConfig()),
         (load_rank, ranks, ParallelConfig(tensor=ranks)),
     ]
@@ -103,17 +109,19 @@ def measure(model: ModelConfig, ranks: int, rounds: int, folder: Path, size: int
         parts.append((stall_rank, 1, ParallelConfig()))
     with tempfile.TemporaryDirectory(prefix="griffin-bench-", dir=folder) as scratch:
         for part, world_size, parallel in parts:
-            bench = Bench(config=_config(model, world_size, parallel), rounds=rounds, folder=Path(scratch), size=size)
+            bench = BenchSettings(
+                config=bench_config(model, world_size, parallel), rounds=rounds, folder=Path(scratch), size=size
+            )
             if code := run_local(part, world_size, (bench,), preload=PRELOAD):
                 return code
     return 0
 
 
-def _config(model: ModelConfig, ranks: int, parallel: ParallelConfig) -> Config:
+def bench_config(model: ModelConfig, ranks: int, parallel: ParallelConfig) -> Config:
     config = Config(
         model=model,
         parallel=parallel,
-        data=DataConfig(train=("none",)),  # nothing is trained
+        data=DataConfig(train=("none",)),  # no data are read
         optimizer=OptimizerConfig(schedule="constant", warmup_steps=0),
         train=TrainConfig(global_batch=ranks // parallel.model_ranks, dtype="float32"),
     )
@@ -132,14 +140,14 @@ def _print_heading(args: argparse.Namespace, size: int) -> None:
         f"{args.model}, vocabulary {args.vocabulary}: float32 weights, exp_avg and exp_avg_sq, {size:,} bytes "
         f"({size / GIB:.2f} GiB)\n"
         f"saved from {args.ranks} data-parallel ranks, loaded as {args.ranks} tensor-parallel ones; both sides "
-        "synchronise their files; medians of "
+        "sync their files; medians of "
         f"{args.rounds} rounds after one that is left out",
         flush=True,
     )
 
 
 def disk(folder: Path) -> str:
-    """Type of the file system that a folder lies on, and its device."""
+    """Return the type and the device of the file system that holds a folder."""
     found, longest = "unknown file system", ""
     with suppress(OSError), open("/proc/self/mounts", encoding="utf-8") as mounts:
         for line in mounts:
@@ -150,12 +158,12 @@ def disk(folder: Path) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What the ranks of one part of the benchmark are told."""
+class BenchSettings:
+    """Settings of one part of the benchmark, for its ranks."""
 
     config: Config
     rounds: int
-    folder: Path  # of this benchmark alone
+    folder: Path  # temporary folder of this benchmark
     size: int  # bytes of the whole state
 
     @property
@@ -171,14 +179,14 @@ class Bench:
 
 
 class Stopwatch:
-    """Seconds that each side takes, round by round. All ranks keep the same."""
+    """Collects the seconds of each side, round by round; the same on all ranks."""
 
     def __init__(self, grid: Grid):
         self._grid = grid
         self._seconds: dict[str, list[float]] = {}
 
     def time(self, side: str, work: Callable[[], object]) -> None:
-        """From when every rank has come to when every rank has done its work."""
+        """Time work from a barrier until the slowest rank has finished. A collective."""
         import torch.distributed as dist
 
         dist.barrier()
@@ -187,58 +195,58 @@ class Stopwatch:
         self.add(side, time.perf_counter() - begun)
 
     def add(self, side: str, seconds: float) -> None:
-        """The time of the slowest rank. A collective."""
+        """Add the time of the slowest rank. A collective."""
         self._seconds.setdefault(side, []).append(max(self._grid.all_gather(seconds, float)))
 
-    def report(self, what: str, rate: Callable[[float], str], notes: Mapping[str, str] | None = None) -> None:
-        """Print medians without the first round, and the ratio of each of DCP's to ours, of all and of each round."""
+    def report(self, title: str, rate: Callable[[float], str], notes: Mapping[str, str] | None = None) -> None:
+        """Print medians without the first round, and the ratio of each DCP time to ours: of medians and per round."""
         if not self._grid.is_first_rank:
             return
         rounds = {side: seconds[1:] for side, seconds in self._seconds.items()}
         median = {side: statistics.median(seconds) for side, seconds in rounds.items()}
         for side, seconds in median.items():
             note = f"  {notes[side]}" if notes and side in notes else ""
-            print(f"{what:<14} {side:<20} {1000 * seconds:9.1f} ms {rate(seconds)}{note}")
+            print(f"{title:<14} {side:<20} {1000 * seconds:9.1f} ms {rate(seconds)}{note}")
         for side, theirs in rounds.items():
             if side.startswith("dcp"):
                 ratios = sorted(their / our for our, their in zip(rounds["griffin"], theirs, strict=True))
                 print(
-                    f"{what:<14} ratio of {side:<11} {median[side] / median['griffin']:9.2f}    "
+                    f"{title:<14} ratio of {side:<11} {median[side] / median['griffin']:9.2f}    "
                     f"(rounds: {ratios[0]:.2f} to {ratios[-1]:.2f})",
                     flush=True,
                 )
 
 
-# What the ranks of each part do.
+# Parts of the benchmark, as run by each rank
 
 
-def save_rank(ranks: Ranks, bench: Bench) -> None:
-    """Time saving, leave a checkpoint of each side, and time asynchronous saves."""
+def save_rank(ranks: Ranks, bench: BenchSettings) -> None:
+    """Time saves, leave a checkpoint of each side on the disk, and time asynchronous saves."""
     with _saving(ranks, bench) as (grid, training, state):
         time_saves(grid, bench, training, state)
         time_stalls(grid, bench, training, state)
 
 
-def stall_rank(ranks: Ranks, bench: Bench) -> None:
-    """Time for how long asynchronous saves keep a rank."""
+def stall_rank(ranks: Ranks, bench: BenchSettings) -> None:
+    """Time how long asynchronous saves stall a rank."""
     with _saving(ranks, bench) as (grid, training, state):
         time_stalls(grid, bench, training, state)
 
 
 @contextmanager
-def _saving(ranks: Ranks, bench: Bench) -> Iterator[tuple[Grid, Training, dict[str, Any]]]:
-    """A rank with the drawn state on both sides."""
+def _saving(ranks: Ranks, bench: BenchSettings) -> Iterator[tuple[Grid, Training, dict[str, Any]]]:
+    """Build a training with the random state, and the same state for DCP."""
     from griffin.parallel.world.grid import rank_grid
     from griffin.trainer.step import Training
 
     with rank_grid(bench.config.parallel, ranks, timeout=TIMEOUT) as grid:
         training = Training(bench.config, grid)
         fill(training, grid)
-        yield grid, training, Peer(training, grid, tensor_parallel=False).state()
+        yield grid, training, DcpState(training, grid, tensor_parallel=False).state()
 
 
 @contextmanager
-def _checkpoints(bench: Bench, grid: Grid, training: Training, root: Path) -> Iterator[Checkpoints]:
+def _checkpoints(bench: BenchSettings, grid: Grid, training: Training, root: Path) -> Iterator[Checkpoints]:
     from griffin.trainer.checkpoint.checkpoints import Checkpoints, Outcome
 
     def refuse(outcome: Outcome) -> None:
@@ -250,8 +258,8 @@ def _checkpoints(bench: Bench, grid: Grid, training: Training, root: Path) -> It
         yield checkpoints
 
 
-def time_saves(grid: Grid, bench: Bench, training: Training, state: dict[str, Any]) -> None:
-    """Time saves until they stand on the disk, and for orientation np.save of as many bytes on each rank."""
+def time_saves(grid: Grid, bench: BenchSettings, training: Training, state: dict[str, Any]) -> None:
+    """Time saves until they are on the disk, and, for reference, np.save of as many bytes on each rank."""
     import numpy as np
     import torch.distributed.checkpoint as dcp
 
@@ -278,10 +286,10 @@ def time_saves(grid: Grid, bench: Bench, training: Training, state: dict[str, An
     watch.report("save", bench.rate, {"griffin": _files(bench.ours), "dcp": _files(bench.theirs)})
 
 
-def time_stalls(grid: Grid, bench: Bench, training: Training, state: dict[str, Any]) -> None:
-    """Time how long an asynchronous save takes to return; each has ended before the next begins.
+def time_stalls(grid: Grid, bench: BenchSettings, training: Training, state: dict[str, Any]) -> None:
+    """Time how long an asynchronous save takes to return; each is complete before the next one begins.
 
-    For orientation, also one copy of as many bytes from memory to memory.
+    For reference, also time a memory copy of as many bytes.
     """
     import torch
     import torch.distributed.checkpoint as dcp
@@ -294,7 +302,7 @@ def time_stalls(grid: Grid, bench: Bench, training: Training, state: dict[str, A
     watch = Stopwatch(grid)
     ours, theirs = bench.folder / "griffin-stalls", bench.folder / "dcp-stalls"
     thread, process = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
-    # Keeps its memory from save to save, as ours does; DCP's default is a new copy for each.
+    # Reuses its memory for all saves, as ours does; DCP's default allocates a copy for each.
     stager = DefaultStager(StagingOptions(False, False, False, False))
     peers: dict[str, dict[str, Any]] = {
         "dcp thread": {"async_checkpointer_type": thread},
@@ -325,8 +333,8 @@ def time_stalls(grid: Grid, bench: Bench, training: Training, state: dict[str, A
     watch.report(f"stall, {many}", lambda seconds: f"{seconds / gib:7.3f} s per GiB of a rank")
 
 
-def load_rank(ranks: Ranks, bench: Bench) -> None:
-    """Compare what both sides load, then time it."""
+def load_rank(ranks: Ranks, bench: BenchSettings) -> None:
+    """Check what both sides load, then time loading."""
     import torch.distributed.checkpoint as dcp
 
     from griffin.parallel.world.grid import rank_grid
@@ -338,7 +346,7 @@ def load_rank(ranks: Ranks, bench: Bench) -> None:
     with rank_grid(bench.config.parallel, ranks, timeout=TIMEOUT) as grid:
         training = Training(bench.config, grid)
         state, folder = ShardedState(training, grid), resolve(bench.ours)
-        peer = Peer(training, grid, tensor_parallel=True)
+        peer = DcpState(training, grid, tensor_parallel=True)
         loaded = peer.empty()
 
         def ours() -> None:
@@ -351,18 +359,18 @@ def load_rank(ranks: Ranks, bench: Bench) -> None:
         require_loaded(training, grid)
         theirs()
         peer.require_loaded(loaded)
-        for what, is_cold in (("load, cold", True), ("load, warm", False)):
+        for title, is_cold in (("load, cold", True), ("load, warm", False)):
             watch = Stopwatch(grid)
             for _ in range(bench.rounds + 1):
                 for side, work, files in (("griffin", ours, bench.ours), ("dcp", theirs, bench.theirs)):
                     if is_cold and grid.is_first_rank:
                         evict(files)
                     watch.time(side, work)
-            watch.report(what, bench.rate)
+            watch.report(title, bench.rate)
 
 
 def evict(folder: Path) -> None:
-    """Have the system forget what it keeps of the folder's files in memory."""
+    """Drop a folder's files from the system's page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -378,7 +386,7 @@ def _files(folder: Path) -> str:
 
 
 def _remove(grid: Grid, *folders: Path) -> None:
-    """Remove folders, in time of no side: the disk is at rest on return. A collective."""
+    """Remove folders and sync, so that no side's time includes it. A collective."""
     import torch.distributed as dist
 
     if grid.is_first_rank:

@@ -1,6 +1,6 @@
-"""What `griffin bench checkpoint` saves and loads: in a training, and as DTensors of torch.distributed.checkpoint.
+"""The random state that `griffin bench checkpoint` saves and loads: in a training, and as DTensors for DCP.
 
-It is drawn anew wherever it is needed, so that what was loaded is not compared with what a side has saved.
+It is generated anew wherever it is needed, so that loaded values are never compared with those of the saving side.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BYTES_PER_PARAMETER = 4 * len(KINDS)  # all are float32
 
 
 def draw(kind: str, piece: Piece) -> Tensor:
-    """A whole global tensor: random float32 of the piece's shape, the same on every rank and in every layout."""
+    """Generate a global tensor: random float32 of the piece's shape, the same on every rank and in every layout."""
     import torch
 
     generator = torch.Generator().manual_seed(zlib.crc32(f"{kind}.{piece.name}".encode()))
@@ -30,7 +30,7 @@ def draw(kind: str, piece: Piece) -> Tensor:
 
 
 def drawn(kind: str, parameter: nn.Parameter, grid: Grid) -> Tensor:
-    """What a parameter of this rank holds of the drawn tensors, flat; zeros in the vocabulary's padding."""
+    """Return a parameter's shard of the random tensors on this rank, flat; zeros in the vocabulary's padding."""
     import torch
 
     values = torch.zeros(parameter.shape)
@@ -46,7 +46,7 @@ def drawn(kind: str, parameter: nn.Parameter, grid: Grid) -> Tensor:
 
 
 def fill(training: Training, grid: Grid) -> None:
-    """Give a training the drawn state."""
+    """Set a training's weights and moments to the random state."""
     import torch
 
     with torch.no_grad():
@@ -55,16 +55,16 @@ def fill(training: Training, grid: Grid) -> None:
             if stop > start:
                 weights, *moments = (drawn(kind, parameter, grid)[start:stop] for kind in KINDS)
                 training.optimizer.set_shard_state(parameter, weights, torch.stack(moments))
-        training.optimizer.spread_weights()
+        training.optimizer.gather_weights()
     training.continue_after(1, 1)
 
 
 def require_loaded(training: Training, grid: Grid) -> None:
-    """RuntimeError unless a training holds the drawn state bit by bit, in its model and in its optimizer."""
+    """Raise RuntimeError unless a training's model and optimizer hold the random state bit by bit."""
     for parameter in _parameters(training):
         start, stop = training.optimizer.shard_range(parameter)
         held = training.optimizer.shard_state(parameter)
-        assert held is not None, "every tensor-parallel rank updates all that it holds"
+        assert held is not None, "without data parallelism a rank updates all of its parameters"
         names = ", ".join(piece.name for piece in parameter.pieces)  # type: ignore[attr-defined]
         for kind, value in zip(KINDS, held, strict=True):
             expected = drawn(kind, parameter, grid)
@@ -73,19 +73,19 @@ def require_loaded(training: Training, grid: Grid) -> None:
                 require_same(f"griffin: {names} of the model", parameter.detach().flatten(), expected)
 
 
-def require_same(what: str, value: Tensor | None, expected: Tensor) -> None:
+def require_same(name: str, value: Tensor | None, expected: Tensor) -> None:
     import torch
 
     if value is None or not torch.equal(value.view(torch.int32), expected.view(torch.int32)):
-        raise RuntimeError(f"{what} was not loaded as it was saved; no load was timed")
+        raise RuntimeError(f"{name} was not loaded as it was saved; no load was timed")
 
 
 def _parameters(training: Training) -> Iterable[nn.Parameter]:
     return (parameter for stage in training.stages for parameter in stage.parameters())
 
 
-class Peer:
-    """The same global tensors as DTensors over all ranks: cut along dimension 0, or as tensor parallelism cuts them."""
+class DcpState:
+    """The same global tensors as DTensors over all ranks: sharded along dimension 0, or as for tensor parallelism."""
 
     def __init__(self, training: Training, grid: Grid, *, tensor_parallel: bool):
         from torch.distributed.device_mesh import init_device_mesh
@@ -101,11 +101,11 @@ class Peer:
         }
 
     def state(self) -> dict[str, Any]:
-        """The drawn state."""
+        """Return the random state."""
         return {f"{kind}.{piece.name}": self._drawn(kind, piece) for kind in KINDS for piece in self._pieces}
 
     def empty(self) -> dict[str, Any]:
-        """A state of NaNs, to load into."""
+        """Return a state of NaNs to load into."""
         from torch.distributed.tensor import full
 
         return {
@@ -117,7 +117,7 @@ class Peer:
         }
 
     def require_loaded(self, state: Mapping[str, Any]) -> None:
-        """RuntimeError unless a state is the drawn one bit by bit."""
+        """Raise RuntimeError unless a state equals the random one bit by bit."""
         for kind in KINDS:
             for piece in self._pieces:
                 name = f"{kind}.{piece.name}"

@@ -1,4 +1,4 @@
-"""`griffin bench convert`: weights into a checkpoint and out again, beside a plain copy of the file."""
+"""`griffin bench convert`: convert weights to a checkpoint and export them, beside a plain copy of the file."""
 
 from __future__ import annotations
 
@@ -27,23 +27,27 @@ from griffin.trainer.checkpoint.arrays import CHUNK_BYTES
 from griffin.trainer.settings.presets import preset
 
 GB = 10**9
-SPACE = 4  # models that are on the disk at a time: the source, a checkpoint, an export and a copy
+SPACE = 4  # models on the disk at a time: the source, a checkpoint, an export and a copy
 
 
 def add_parser(kinds: argparse._SubParsersAction) -> None:
     parser = kinds.add_parser(
         "convert",
-        help="weights of transformers into a checkpoint and back, against a plain copy",
-        description="A model of random bfloat16 bits as transformers saves it: `griffin convert hf`, `griffin export "
-        "hf`, and a copy of its file, in turn, on one disk; all are synchronised. Every tensor that comes back is "
-        "compared with the one that went in, bit by bit, before anything is timed.",
+        help="converting and exporting weights of transformers, beside a plain copy",
+        description="Time `griffin convert hf`, `griffin export hf` and a copy of the file, in turn, on one disk, for "
+        "a model of random bfloat16 bits in transformers' format; all sync their files. Every exported tensor is "
+        "compared with the original bit by bit before anything is timed.",
     )
     parser.add_argument("--model", default="recurrentgemma-2b", metavar="PRESET", help="default: recurrentgemma-2b")
-    parser.add_argument("--blocks", type=int, default=5, metavar="N", help="of which so many blocks (default: 5)")
+    parser.add_argument("--blocks", type=int, default=5, metavar="N", help="number of its blocks to use (default: 5)")
     parser.add_argument("--vocabulary", type=int, default=32_000, metavar="N", help="default: 32000")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
     parser.add_argument(
-        "--folder", type=Path, default=Path(), metavar="DIR", help="a folder on the disk to write to (default: here)"
+        "--folder",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="folder on the disk to measure (default: this one)",
     )
     add_workers(parser)
     parser.set_defaults(run=run)
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.blocks > model.blocks:
         raise ValueError(f"--blocks {args.blocks}: must be at most the {model.blocks} of {args.model}")
     model = dataclasses.replace(model, pattern=model.pattern[: args.blocks], vocabulary=args.vocabulary)
-    transformers_settings(model)  # refused before any long work
+    transformers_settings(model)  # raises before any long work
     size = 2 * sum(tensor.elements for tensor in model_tensors(model))
     free = shutil.disk_usage(args.folder).free
     if free < SPACE * size:
@@ -85,14 +89,14 @@ def _print_heading(args: argparse.Namespace, size: int) -> None:
         f"{time.strftime('%Y-%m-%d')}; {processor()}, {cores()} cores, load average {os.getloadavg()[0]:.1f}; "
         f"{disk(args.folder)}; python {platform.python_version()}, numpy {version('numpy')}\n"
         f"{args.blocks} blocks of {args.model}, vocabulary {args.vocabulary}: bfloat16, {size:,} bytes "
-        f"({size / GB:.2f} GB); {workers} worker{'s' * (workers > 1)}, whose start is part of the time\n"
-        f"what is read was written just before; medians of {args.rounds} rounds after one that is left out",
+        f"({size / GB:.2f} GB); {workers} worker{'s' * (workers > 1)}, whose start is included in the time\n"
+        f"files that are read were written just before; medians of {args.rounds} rounds after one that is left out",
         flush=True,
     )
 
 
 def measure(model: ModelConfig, folder: Path, size: int, rounds: int, workers: int | None) -> None:
-    """Compare a round trip's result with its source in `folder`, time each way and a copy, and print."""
+    """Check a round trip in `folder` against its source, then time each direction and a copy, and print."""
     from griffin.tools.common.workers import start_workers
     from griffin.tools.weights.hf.folder import WEIGHTS
     from griffin.tools.weights.hf.read import convert_transformers
@@ -151,8 +155,8 @@ def _report(size: int, seconds: dict[str, list[float]]) -> None:
 
 
 def write_source(folder: Path, model: ModelConfig) -> None:
-    """A transformers folder of random bits."""
-    from griffin.tools.checkpoints.carried import CONFIG
+    """Write a transformers folder of random bits."""
+    from griffin.tools.checkpoints.auxiliary_files import CONFIG
     from griffin.tools.weights.hf.config import MODEL_TYPE
     from griffin.tools.weights.hf.folder import WEIGHTS
     from griffin.tools.weights.hf.names import transformers_axes, transformers_name, transformers_settings
@@ -174,18 +178,18 @@ def write_source(folder: Path, model: ModelConfig) -> None:
 
 
 def require_equal(a: Path, b: Path) -> None:
-    """Nothing is timed that loses a bit: raise RuntimeError unless two files hold the same tensors."""
-    mine, others = safetensors_files.read_entries(a), safetensors_files.read_entries(b)
-    equal = mine.keys() == others.keys()
-    for name, entry in mine.items():
+    """Raise RuntimeError unless two files hold the same tensors bit by bit."""
+    entries, others = safetensors_files.read_entries(a), safetensors_files.read_entries(b)
+    equal = entries.keys() == others.keys()
+    for name, entry in entries.items():
         other = others.get(name, entry)
         equal &= (entry.dtype, entry.shape) == (other.dtype, other.shape)
         for first in range(0, entry.nbytes if equal else 0, CHUNK_BYTES):
             count = min(CHUNK_BYTES, entry.nbytes - first)
-            mine_part = safetensors_files.read_bytes(a, entry.offset + first, count)
-            equal &= np.array_equal(mine_part, safetensors_files.read_bytes(b, other.offset + first, count))
+            values = safetensors_files.read_bytes(a, entry.offset + first, count)
+            equal &= np.array_equal(values, safetensors_files.read_bytes(b, other.offset + first, count))
     if not equal:
-        raise RuntimeError("what came back differs from what went in; nothing was timed")
+        raise RuntimeError("the exported tensors differ from the converted ones; nothing was timed")
 
 
 def _remove(path: Path) -> None:

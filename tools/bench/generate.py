@@ -1,4 +1,4 @@
-"""`griffin bench generate`: tokens per second beside transformers' RecurrentGemma."""
+"""`griffin bench generate`: generated tokens per second, beside transformers' RecurrentGemma."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelConfig
 
 if TYPE_CHECKING:
-    from griffin.tools.inference.model import Model
+    from griffin.tools.inference.model import LoadedModel
 
 HEAD_DIM = 64
 
@@ -19,17 +19,18 @@ HEAD_DIM = 64
 def add_parser(kinds: argparse._SubParsersAction) -> None:
     parser = kinds.add_parser(
         "generate",
-        help="generation against transformers' RecurrentGemma",
-        description="One process, the same weights and prompts, float32, greedy: prompts are taken in and continued by "
-        "--tokens, against transformers' `generate`, on CPUs. The tokens are compared before anything is timed.",
+        help="generation, beside transformers' RecurrentGemma",
+        description="Time processing prompts and generating --tokens tokens, beside transformers' `generate`: one "
+        "process on CPUs, the same weights and prompts, float32, greedy. The generated tokens are compared before "
+        "anything is timed.",
     )
     parser.add_argument("--width", type=int, default=256, metavar="D", help="model and recurrent width (default: 256)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="B", help="default: 1 16")
     parser.add_argument("--prompt", type=int, default=64, metavar="T", help="tokens of each prompt (default: 64)")
     parser.add_argument("--tokens", type=int, default=512, metavar="N", help="new tokens of each (default: 512)")
-    parser.add_argument("--window", type=int, default=1024, metavar="W", help="of attention (default: 1024)")
+    parser.add_argument("--window", type=int, default=1024, metavar="W", help="attention window (default: 1024)")
     parser.add_argument(
-        "--compile", action="store_true", help="as of `griffin generate`, whose compilation is not timed"
+        "--compile", action="store_true", help="as for `griffin generate`; the compilation itself is not timed"
     )
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="timed rounds (default: 9)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="default: all cores")
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError(f"--{setting} {value}: must be at least 1")
     if args.width % HEAD_DIM:
         raise ValueError(f"--width {args.width}: must be a multiple of {HEAD_DIM}, the width of a head")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a comparison on CPUs, also where there are GPUs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # compare on CPUs, even if there are GPUs
     try:
         import transformers
     except ImportError:
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from griffin.parallel.stage import build_stages
     from griffin.parallel.world.grid import single_rank_grid
     from griffin.tools.bench.machine import versions
-    from griffin.tools.inference.model import Model, check_compiled
+    from griffin.tools.inference.model import LoadedModel, check_compiled
 
     if args.compile:
         check_compiled(1)
@@ -82,15 +83,15 @@ def run(args: argparse.Namespace) -> int:
     with single_rank_grid() as grid:
         stages = build_stages(config, ParallelConfig(), grid, dtype=torch.float32, sequence=args.prompt)
         initialize(stages, grid, seed=0)
-        model = Model(stages[0].eval().requires_grad_(False), grid, config, args.compile)
+        model = LoadedModel(stages[0].eval().requires_grad_(False), grid, config, args.compile)
         peer = _peer(model)
         for batch in args.batch:
             _compare(model, peer, batch, args)
     return 0
 
 
-def _peer(model: Model) -> Any:
-    """transformers' model of the same weights, of which no token ends an answer."""
+def _peer(model: LoadedModel) -> Any:
+    """Build transformers' model with the same weights and no end-of-sequence token."""
     from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
     from griffin.parallel.sharding import gather
@@ -106,8 +107,8 @@ def _peer(model: Model) -> Any:
     return peer
 
 
-def _compare(model: Model, peer: Any, batch: int, args: argparse.Namespace) -> None:
-    """Time both in alternation, so that a change of the machine's speed meets both, and print medians."""
+def _compare(model: LoadedModel, peer: Any, batch: int, args: argparse.Namespace) -> None:
+    """Time both in alternation, so that changes of the machine's speed affect both, and print medians."""
     import torch
 
     from griffin.tools.inference.sampling import Sampling, generate

@@ -1,4 +1,4 @@
-"""`griffin bench kernels`: the Triton programs on a GPU, beside the bytes they must move and beside peers."""
+"""`griffin bench kernels`: the Triton kernels on a GPU, beside their memory traffic bound and beside peers."""
 
 from __future__ import annotations
 
@@ -14,40 +14,41 @@ from typing import TYPE_CHECKING
 from griffin.tools.bench import kernels_plot
 from griffin.tools.bench.kernels_rows import PeerRow, Row
 from griffin.tools.common.arguments import add_dtype
+from griffin.tools.common.plots import require_new_plot
 
 if TYPE_CHECKING:
     import torch
 
+    from griffin.tools.bench.kernels_operations import Clock, Operation, Shape, Times
     from griffin.tools.bench.kernels_peers import Peer
-    from griffin.tools.bench.kernels_work import Clock, Operation, Shape, Times
 
 DTYPES = ("bfloat16", "float32")
 COPY_BYTES = 2**30
 GIB = 2**30
-GOALS = ((32768, 1.25), (4096, 1.6))  # from B R on: the time over the byte floor, RG-LRU without branch
+GOALS = ((32768, 1.25), (4096, 1.6))  # (least B R, most time over the byte floor) of the RG-LRU without branch
 COLUMNS = f"{'':<16}{'path':<22}{'forward':>12}{'backward':>12}{'GB/s':>8}{'of copy':>9}{'over floor':>12}"
 
 
 def add_parser(kinds: argparse._SubParsersAction) -> None:
     parser = kinds.add_parser(
         "kernels",
-        help="the kernels on a GPU, against the bytes they must move and against other scans",
-        description="The RG-LRU, with its branch too, and the convolution, forward and backward on one GPU: times, the "
-        "bandwidth they reach, its share of that of a copy measured in the same run, and the RG-LRU against "
-        "accelerated-scan, flash-linear-attention, transformers and torch's associative_scan, where they are "
-        "installed. Every result and gradient is compared with float64 before anything is timed.",
+        help="the kernels on a GPU, beside a copy's bandwidth and other scans",
+        description="Time the RG-LRU, with and without its branch, and the convolution, forward and backward on one "
+        "GPU. Print the bandwidth they reach and its share of a copy's, measured in the same run. Time the RG-LRU "
+        "beside accelerated-scan, flash-linear-attention, transformers and torch's associative_scan, if installed. "
+        "Every result and gradient is compared with float64 before anything is timed.",
     )
     widths = "512,1024,2048,4096,8192"
     parser.add_argument("--widths", default=widths, metavar="R,...", help=f"channels (default: {widths})")
     parser.add_argument("--lengths", default="2048,8192,32768", metavar="T,...", help="default: 2048,8192,32768")
     parser.add_argument("--batches", default="1,8", metavar="B,...", help="sequences (default: 1,8)")
-    add_dtype(parser, "of the inputs (default: bfloat16)", "bfloat16")
+    add_dtype(parser, "dtype of the inputs (default: bfloat16)", "bfloat16")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed rounds (default: 20)")
     parser.add_argument(
-        "--chunk", type=int, metavar="N", help="steps of a chunk, 0 for a sequential scan (default: chosen by shape)"
+        "--chunk", type=int, metavar="N", help="steps per chunk, 0 for a sequential scan (default: chosen by shape)"
     )
-    parser.add_argument("--no-peers", action="store_true", help="measure this package only")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw shares of the bandwidth into a new file")
+    parser.add_argument("--no-peers", action="store_true", help="measure only this project's kernels")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot shares of the bandwidth to a new file")
     parser.set_defaults(run=run)
 
 
@@ -63,7 +64,7 @@ class Settings:
     copy_bytes: int = COPY_BYTES
 
     def shapes(self) -> list[Shape]:
-        from griffin.tools.bench.kernels_work import Shape
+        from griffin.tools.bench.kernels_operations import Shape
 
         return [Shape(R, T, B) for R in self.widths for T in self.lengths for B in self.batches]
 
@@ -71,7 +72,7 @@ class Settings:
 def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     if args.plot is not None:
-        kernels_plot.require_new(args.plot)
+        require_new_plot("--plot", args.plot, (".png",))
 
     import torch
 
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     import triton
 
     if triton.knobs.runtime.interpret:
-        raise ValueError("bench kernels: TRITON_INTERPRET=1 runs the programs in Python; it must not be set")
+        raise ValueError("bench kernels: TRITON_INTERPRET=1 runs the kernels in Python; it must not be set")
     device = torch.device("cuda", torch.cuda.current_device())
     title = f"{torch.cuda.get_device_name(device)}, {settings.dtype}"
     print(
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """The settings of the command line; ValueError for those that cannot be."""
+    """Return the settings of the command line. Raises ValueError for invalid ones."""
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype {args.dtype}: accepted: {', '.join(DTYPES)}")
     if args.repeats < 1:
@@ -127,10 +128,10 @@ def _numbers(setting: str, text: str) -> tuple[int, ...]:
 
 
 def measure(settings: Settings, device: torch.device, clock: Clock | None = None) -> tuple[list[Row], list[PeerRow]]:
-    """Check and time everything that was asked for, and print it as it is known."""
+    """Check and time everything that the settings select, and print results as they come."""
     import torch
 
-    from griffin.tools.bench.kernels_work import CHANNELS, TOLERANCE, Clock, copy_bandwidth
+    from griffin.tools.bench.kernels_operations import CHANNELS, TOLERANCE, Clock, copy_bandwidth
 
     dtype = getattr(torch, settings.dtype)
     clock = clock or Clock(device)
@@ -148,7 +149,7 @@ def measure(settings: Settings, device: torch.device, clock: Clock | None = None
         f"{CHANNELS} channels: to {TOLERANCE[dtype]:.0e} of its largest value",
         flush=True,
     )
-    rows = _measure_ours(settings, device, clock, bandwidth)
+    rows = measure_ours(settings, device, clock, bandwidth)
     measured = {row.shape for row in rows if row.operation == "rglru"}
     peer_rows: list[PeerRow] = []
     if settings.peers:
@@ -157,10 +158,10 @@ def measure(settings: Settings, device: torch.device, clock: Clock | None = None
     return rows, peer_rows
 
 
-def _measure_ours(settings: Settings, device: torch.device, clock: Clock, bandwidth: float) -> list[Row]:
-    from griffin.kernels.launch import multiprocessors
+def measure_ours(settings: Settings, device: torch.device, clock: Clock, bandwidth: float) -> list[Row]:
     from griffin.kernels.recurrence.plan import select_plan
-    from griffin.tools.bench.kernels_work import OPERATIONS
+    from griffin.kernels.triton_launch import multiprocessors
+    from griffin.tools.bench.kernels_operations import OPERATIONS
 
     rows = []
     for shape in settings.shapes():
@@ -168,7 +169,7 @@ def _measure_ours(settings: Settings, device: torch.device, clock: Clock, bandwi
         print(f"\n{shape}: {plan.reason}\n{COLUMNS}", flush=True)
         path = "sequential" if plan.chunks == 1 else f"{plan.chunks} chunks of {plan.chunk}"
         for operation in OPERATIONS:
-            times = _when_it_fits(operation, shape, settings, device, clock)
+            times = _time_if_it_fits(operation, shape, settings, device, clock)
             if times is None:
                 continue
             floor_bytes = operation.floor_bytes(shape, _element_size(settings))
@@ -178,23 +179,23 @@ def _measure_ours(settings: Settings, device: torch.device, clock: Clock, bandwi
     return rows
 
 
-def _when_it_fits(
+def _time_if_it_fits(
     operation: Operation, shape: Shape, settings: Settings, device: torch.device, clock: Clock
 ) -> Times | None:
-    """Times of an operation that has passed its check; None, said in a line, where the device's memory is short."""
+    """Check and time an operation. Prints a line and returns None if the device has too little memory."""
     import torch
 
-    from griffin.tools.bench import kernels_work as work
+    from griffin.tools.bench import kernels_operations as operations
 
-    needed, free = operation.memory(shape, _element_size(settings)), work.free_bytes(device)
+    needed, free = operation.memory(shape, _element_size(settings)), operations.free_bytes(device)
     if needed > free:
         print(f"{operation.name:<16}skipped: needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free")
         return None
     try:
-        sets = work.make_inputs(operation, shape, getattr(torch, settings.dtype), device)
-        side = work.our_side(operation, sets, settings.chunk)
-        work.check(f"{operation.name}, {shape}", side, operation, sets[0])
-        return work.time_sides(clock, {"ours": side}, settings.repeats)["ours"]
+        sets = operations.make_inputs(operation, shape, getattr(torch, settings.dtype), device)
+        side = operations.our_implementation(operation, sets, settings.chunk)
+        operations.check(f"{operation.name}, {shape}", side, operation, sets[0])
+        return operations.time_implementations(clock, {"ours": side}, settings.repeats)["ours"]
     except torch.OutOfMemoryError:
         print(f"{operation.name:<16}skipped: {free / GIB:.1f} GiB of free memory are not enough")
         return None
@@ -207,11 +208,11 @@ def _element_size(settings: Settings) -> int:
 def _measure_peers(
     settings: Settings, device: torch.device, clock: Clock, shapes: Sequence[Shape], rows: list[PeerRow]
 ) -> None:
-    """Add what peers take to `rows`."""
+    """Time the peers and append to `rows`."""
     from griffin.tools.bench.kernels_peers import load_peers
 
     peers, reasons = load_peers(min(settings.lengths))
-    print("\nrglru from a zero state beside peers, each side with inputs in its own layout: forward, backward, both")
+    print("\nrglru from a zero state beside peers, each with inputs in its own layout: forward, backward, both")
     for name, reason in reasons.items():
         print(f"{name}: skipped ({reason})")
     for shape in shapes:
@@ -228,22 +229,22 @@ def _measure_beside(
     clock: Clock,
     rows: list[PeerRow],
 ) -> bool:
-    """Measure all peers in one shape; false where the device has been broken.
+    """Measure all peers for one shape; returns False if the device no longer works.
 
-    Whatever a peer does wrong ends that peer's measurement and no other.
+    A failure of a peer ends only the measurement of that peer.
     """
     import torch
 
-    from griffin.tools.bench import kernels_work as work
+    from griffin.tools.bench import kernels_operations as operations
     from griffin.tools.bench.kernels_peers import describe, time_peer
 
-    operation = work.RGLRU_FROM_ZERO
+    operation = operations.RGLRU_FROM_ZERO
     torch.compiler.reset()  # a function compiled for too many shapes would run uncompiled
-    work.free_bytes(device)
+    operations.free_bytes(device)
     try:
-        sets = work.make_inputs(operation, shape, getattr(torch, settings.dtype), device)
-        ours = work.our_side(operation, sets, settings.chunk)
-        work.check(f"rglru from a zero state, {shape}", ours, operation, sets[0])
+        sets = operations.make_inputs(operation, shape, getattr(torch, settings.dtype), device)
+        ours = operations.our_implementation(operation, sets, settings.chunk)
+        operations.check(f"rglru from a zero state, {shape}", ours, operation, sets[0])
     except torch.OutOfMemoryError as error:
         print(f"  skipped ({describe(error)})")
         return True
@@ -258,17 +259,17 @@ def _measure_beside(
             except Exception as error:
                 refusal = describe(error)
         print(f"  {peer.name}: skipped ({refusal})", flush=True)
-        if not _answers(device):
-            print(f"the device does not answer any more after {peer.name}: no other peer is measured")
+        if not device_works(device):
+            print(f"the device no longer works after {peer.name}: no other peer is measured")
             return False
     return True
 
 
-def _answers(device: torch.device) -> bool:
-    """Whether a device still works, its memory given back: an access out of bounds breaks it for good."""
+def device_works(device: torch.device) -> bool:
+    """Whether a device still works, after freeing memory: an access out of bounds makes it unusable."""
     import torch
 
-    from griffin.tools.bench.kernels_work import free_bytes
+    from griffin.tools.bench.kernels_operations import free_bytes
 
     try:
         free_bytes(device)
@@ -279,17 +280,17 @@ def _answers(device: torch.device) -> bool:
 
 
 def summary(rows: Sequence[Row], peer_rows: Sequence[PeerRow], dtype: str) -> list[str]:
-    """Lines with what was measured beside the goals."""
+    """Return lines that compare the measurements with the goals."""
     lines = [f"\nrglru, forward and backward, {dtype}; the goals are for bfloat16 on an H200"]
     for least, goal in GOALS:
         over = sorted(
             (1 / row.share, str(row.shape)) for row in rows if row.operation == "rglru" and _is_as_wide(row, least)
         )
-        what = f"time over the byte floor, B R >= {least}:"
+        title = f"time over the byte floor, B R >= {least}:"
         lines.append(
-            f"{what} {over[0][0]:.2f} ({over[0][1]}) to {over[-1][0]:.2f} ({over[-1][1]}); goal: at most {goal:.2f}"
+            f"{title} {over[0][0]:.2f} ({over[0][1]}) to {over[-1][0]:.2f} ({over[-1][1]}); goal: at most {goal:.2f}"
             if over
-            else f"{what} not measured; goal: at most {goal:.2f}"
+            else f"{title} not measured; goal: at most {goal:.2f}"
         )
     if peer_rows:
         least_ratio = min(peer_rows, key=lambda row: row.ratio)

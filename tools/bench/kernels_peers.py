@@ -1,7 +1,7 @@
-"""What `griffin bench kernels` compares the RG-LRU with: scans of others behind its gates in PyTorch.
+"""Peers of the RG-LRU for `griffin bench kernels`: other projects' scans, with the gates in PyTorch.
 
-Each peer gets x, both gates and the decay, in the layout that it is made for, computes decays and inputs of the
-recurrence eagerly or by torch.compile, and differentiates all of it. Whoever imports this has imported torch.
+Each peer gets x, both gates and the decay in the layout that it is made for. It computes decays and inputs of the
+recurrence eagerly or with torch.compile, and differentiates all of it. This module imports torch.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.kernels.rglru.reference import GATE_SCALE
-from griffin.tools.bench.kernels_work import (
+from griffin.tools.bench.kernels_operations import (
     RGLRU_FROM_ZERO,
     Clock,
+    Implementation,
     Inputs,
     Shape,
-    Side,
     Tensors,
     Times,
     check,
-    time_sides,
+    time_implementations,
 )
 
-BATCH_TIME_CHANNELS = (1, 0, 2)  # places among our axes [T, B, R]
+BATCH_TIME_CHANNELS = (1, 0, 2)  # permutations of our axes [T, B, R]
 BATCH_CHANNELS_TIME = (1, 2, 0)
-PACKAGES = {  # by the names to install them by, the packages that hold what is needed
+PACKAGES = {  # by name to install: the packages, any of which provides the peer
     "accelerated-scan": ("accelerated-scan",),
     "flash-linear-attention": ("flash-linear-attention", "fla-core"),
     "transformers": ("transformers",),
@@ -46,28 +46,28 @@ class Peer:
     name: str
     order: tuple[int, int, int]
     forward: Forward
-    refuses: Callable[[Shape], str | None] = lambda shape: None  # why it cannot run a shape
-    repeats: int | None = None  # where it is too slow for those asked for
+    refuses: Callable[[Shape], str | None] = lambda shape: None  # returns why it cannot run a shape
+    repeats: int | None = None  # most timed rounds of a slow peer
 
-    def side(self, sets: list[Inputs]) -> Side:
-        """The same inputs in the peer's layout."""
+    def implementation(self, sets: list[Inputs]) -> Implementation:
+        """Return the peer with the same inputs in its layout."""
 
         def forward(leaves: Tensors) -> Tensors:
             return {"y": self.forward(**leaves)}
 
-        def there(tensor: Tensor) -> Tensor:
+        def to_layout(tensor: Tensor) -> Tensor:
             tensor = tensor.detach()
             return tensor.permute(self.order).contiguous() if tensor.ndim == 3 else tensor.clone()
 
         moved = [
-            Inputs({name: there(leaf).requires_grad_() for name, leaf in one.leaves.items()}, there(one.grad_y))
+            Inputs({name: to_layout(leaf).requires_grad_() for name, leaf in one.leaves.items()}, to_layout(one.grad_y))
             for one in sets
         ]
-        return Side(forward, moved, self.order)
+        return Implementation(forward, moved, self.order)
 
 
 def installed() -> dict[str, str | None]:
-    """Versions of the packages that peers come from; None for those that are not installed."""
+    """Return the versions of the peers' packages; None for those not installed."""
     found: dict[str, str | None] = {}
     for name, packages in PACKAGES.items():
         found[name] = None
@@ -80,13 +80,13 @@ def installed() -> dict[str, str | None]:
 
 
 def log_decay_and_term(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    """log a and sqrt(1 - a^2) i x in float32; `decay` broadcasts over x."""
+    """Return log a and sqrt(1 - a^2) i x in float32; `decay` broadcasts over x."""
     log_a = -GATE_SCALE * recurrence_gate.float().sigmoid() * F.softplus(decay)
     return log_a, torch.sqrt(-torch.expm1(2 * log_a)) * (input_gate.float().sigmoid() * x.float())
 
 
 def decay_and_term(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    """a and sqrt(1 - a^2) i x in float32: in bfloat16 a decay near 1 is 1, and results are as large as their errors."""
+    """Return a and sqrt(1 - a^2) i x in float32: bfloat16 rounds decays near 1 to 1, which makes results useless."""
     log_a, term = log_decay_and_term(x, input_gate, recurrence_gate, decay)
     return log_a.exp(), term
 
@@ -94,13 +94,15 @@ def decay_and_term(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, decay
 def rounded_log_decay_and_term(
     x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """log a and sqrt(1 - a^2) i x in the dtype of x, which is exact enough for log a."""
+    """Return log a and sqrt(1 - a^2) i x in the dtype of x, which is precise enough for log a."""
     log_a, term = log_decay_and_term(x, input_gate, recurrence_gate, decay)
     return log_a.to(x.dtype), term.to(x.dtype)
 
 
-def _both(name: str, order: tuple[int, int, int], terms: Callable, scan: Callable, refuses: Callable) -> list[Peer]:
-    """A peer with its gates eager, and with them compiled. `scan` takes the terms and the dtype of y."""
+def _both_ways(
+    name: str, order: tuple[int, int, int], terms: Callable, scan: Callable, refuses: Callable
+) -> list[Peer]:
+    """Return a peer with eager gates and one with compiled gates. `scan` takes the terms and the dtype of y."""
 
     def forward(terms: Callable, x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, decay: Tensor) -> Tensor:
         rate = decay[:, None] if order == BATCH_CHANNELS_TIME else decay
@@ -120,12 +122,12 @@ def _accelerated_scan(module: str) -> list[Peer]:
 
     def refuses(shape: Shape) -> str | None:
         if module == "warp" and shape.steps not in [2**power for power in range(5, 17)]:
-            return f"T {shape.steps} is no power of two from 32 to 65536"
+            return f"T {shape.steps} is not a power of two from 32 to 65536"
         if shape.elements > 2**31 - 1:
-            return f"{shape.elements} elements, of which it cannot count more than 2^31 - 1"
+            return f"{shape.elements} elements are more than its 32-bit index can address"
         return None
 
-    return _both(f"accelerated-scan {module}", BATCH_CHANNELS_TIME, decay_and_term, forward, refuses)
+    return _both_ways(f"accelerated-scan {module}", BATCH_CHANNELS_TIME, decay_and_term, forward, refuses)
 
 
 def _flash_linear_attention(function: str) -> list[Peer]:
@@ -134,17 +136,17 @@ def _flash_linear_attention(function: str) -> list[Peer]:
     def forward(log_a: Tensor, term: Tensor, dtype: torch.dtype) -> Tensor:
         return scan(term, log_a)[0]
 
-    return _both(f"fla {function}", BATCH_TIME_CHANNELS, rounded_log_decay_and_term, forward, lambda shape: None)
+    return _both_ways(f"fla {function}", BATCH_TIME_CHANNELS, rounded_log_decay_and_term, forward, lambda shape: None)
 
 
 def _transformers(steps: int) -> list[Peer]:
-    """RecurrentGemma's loop over time, for shapes of so many steps only."""
+    """Return RecurrentGemma's loop over time, for shapes of `steps` steps only."""
     from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
 
     def forward(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, decay: Tensor) -> Tensor:
         a, term = decay_and_term(x, input_gate, recurrence_gate, decay)
         never = torch.zeros(*x.shape[:2], 1, dtype=torch.bool, device=x.device)
-        # The method uses nothing of its object.
+        # The method does not use `self`.
         return RecurrentGemmaRglru._rnn_scan(None, term.to(x.dtype), a, never, None)[0]
 
     def refuses(shape: Shape) -> str | None:
@@ -154,7 +156,7 @@ def _transformers(steps: int) -> list[Peer]:
 
 
 def _associative_scan() -> list[Peer]:
-    """PyTorch's own scan, gates and all in one compiled function."""
+    """Return PyTorch's own scan, compiled in one function with the gates."""
     from torch._higher_order_ops.associative_scan import associative_scan
 
     def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -169,7 +171,7 @@ def _associative_scan() -> list[Peer]:
 
 
 def load_peers(steps: int) -> tuple[list[Peer], dict[str, str]]:
-    """Peers that can be imported, and why others cannot. A loop in Python is for shapes of so many steps only."""
+    """Return the peers that can be imported, and why others cannot. Python loops are timed at `steps` steps only."""
     loaders: dict[str, Callable[[], list[Peer]]] = {
         "accelerated-scan warp": partial(_accelerated_scan, "warp"),
         "accelerated-scan scalar": partial(_accelerated_scan, "scalar"),
@@ -182,27 +184,31 @@ def load_peers(steps: int) -> tuple[list[Peer], dict[str, str]]:
     for name, load in loaders.items():
         try:
             peers += load()
-        except Exception as error:  # importing may compile, and fail in any way
+        except Exception as error:  # importing may compile code and fail in any way
             reasons[name] = describe(error)
     return peers, reasons
 
 
-def time_peer(peer: Peer, shape: Shape, clock: Clock, ours: Side, repeats: int) -> tuple[Times, Times]:
-    """Check a peer, then time ourselves and it in turn: our times and the peer's.
+def time_peer(peer: Peer, shape: Shape, clock: Clock, ours: Implementation, repeats: int) -> tuple[Times, Times]:
+    """Check a peer, then time ours and it in turn; returns our times and the peer's.
 
     Args:
-        ours: RGLRU_FROM_ZERO, checked.
+        peer: the peer to time.
+        shape: the shape of the inputs.
+        clock: the clock of the device.
+        ours: RGLRU_FROM_ZERO, already checked.
+        repeats: number of timed rounds.
 
     Raises:
-        Exception: anything that a peer raises, or RuntimeError where its results are not ours.
+        Exception: anything that a peer raises, or RuntimeError if its results differ from ours.
     """
-    theirs = peer.side(ours.sets)
+    theirs = peer.implementation(ours.sets)
     check(f"{peer.name}, {shape}", theirs, RGLRU_FROM_ZERO, ours.sets[0])
-    times = time_sides(clock, {"ours": ours, "theirs": theirs}, min(repeats, peer.repeats or repeats))
+    times = time_implementations(clock, {"ours": ours, "theirs": theirs}, min(repeats, peer.repeats or repeats))
     return times["ours"], times["theirs"]
 
 
 def describe(error: Exception) -> str:
-    """The kind of an error and its first line, for a line of print."""
+    """Return the type of an error and its first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,20 +10,8 @@ if TYPE_CHECKING:
     from griffin.tools.bench.kernels_rows import Row
 
 
-def require_new(path: Path) -> None:
-    """Refuse a plot that could not be written later."""
-    if path.suffix != ".png":
-        raise ValueError(f"--plot {path}: must end in .png")
-    if path.exists():
-        raise ValueError(f"--plot {path}: exists already; must be a new file")
-    if not path.parent.is_dir():
-        raise ValueError(f"--plot {path}: {path.parent} must be a folder")
-    if find_spec("matplotlib") is None:
-        raise ValueError(f"--plot {path}: needs matplotlib; pip install 'griffin-megatron[bench]'")
-
-
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw the share of the copy's bandwidth over R into a new PNG: a panel an operation, a line for each T and B."""
+    """Plot the share of the copy's bandwidth over R to a new PNG: a panel per operation, a line per T and B."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from griffin.tools.bench.kernels_work import Shape, Times
+    from griffin.tools.bench.kernels_operations import Shape, Times
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of an operation and a shape."""
+    """The measurement of one operation and shape."""
 
     operation: str
     shape: Shape
@@ -22,11 +22,12 @@ class Row:
 
     @property
     def rate(self) -> float:
-        """Bytes per second: those that cannot but be moved, in the time that forward and backward took."""
+        """Bytes per second: the least traffic over the time of forward and backward."""
         return self.floor_bytes / (self.times.total / 1000)
 
     @property
     def share(self) -> float:
+        """Share of the copy's bandwidth."""
         return self.rate / self.bandwidth
 
     def __str__(self) -> str:
@@ -38,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class PeerRow:
-    """A peer's time for forward and backward beside ours, of the same rounds."""
+    """A peer's times for forward and backward beside ours, from the same rounds."""
 
     peer: str
     shape: Shape

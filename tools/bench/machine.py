@@ -1,4 +1,4 @@
-"""The machine and the versions that figures were measured with."""
+"""Describe the machine and the versions that a benchmark ran with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 
 def versions(threads: int) -> str:
-    """Date, machine and versions of a comparison with transformers."""
+    """Return date, machine and versions of a comparison with transformers."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
     return (
         f"{time.strftime('%Y-%m-%d')}; {processor()}, {threads} threads; python {platform.python_version()}, {packages}"
@@ -17,6 +17,7 @@ def versions(threads: int) -> str:
 
 
 def processor() -> str:
+    """Return the name of the CPU."""
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         for line in file:
             if line.startswith("model name"):

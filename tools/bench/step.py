@@ -1,4 +1,4 @@
-"""`griffin bench step`: a training step and the recurrent mixer beside transformers' RecurrentGemma."""
+"""`griffin bench step`: a training step and the recurrent mixer, beside transformers' RecurrentGemma."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 def add_parser(kinds: argparse._SubParsersAction) -> None:
     parser = kinds.add_parser(
         "step",
-        help="a training step and the recurrent mixer against transformers' RecurrentGemma",
-        description="One process, the same weights and tokens, float32: a training step (forward, backward, clipping, "
-        "AdamW) and the recurrent mixer alone (forward and backward), against transformers' RecurrentGemma, on CPUs. "
-        "The step's loss and the mixer's output and input gradient are compared before anything is timed.",
+        help="a training step and the recurrent mixer, beside transformers' RecurrentGemma",
+        description="Time a training step (forward, backward, clipping, AdamW) and the recurrent mixer alone (forward "
+        "and backward), beside transformers' RecurrentGemma: one process on CPUs, the same weights and tokens, "
+        "float32. The step's loss and the mixer's output and input gradient are compared before anything is timed.",
     )
     parser.add_argument("--sequence", type=int, default=1024, metavar="T", help="tokens per sequence (default: 1024)")
     parser.add_argument("--width", type=int, default=256, metavar="D", help="model and recurrent width (default: 256)")
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     for setting in ("sequence", "width", "repeats", "threads"):
         if getattr(args, setting) < 1:
             raise ValueError(f"--{setting} {getattr(args, setting)}: must be at least 1")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a comparison on CPUs, also where there are GPUs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # compare on CPUs, even if there are GPUs
     if args.width % 64:
         raise ValueError(f"--width {args.width}: must be a multiple of 64, the width of a head")
     try:
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(what: str, ours: Callable[[], object], theirs: Callable[[], object], args: argparse.Namespace) -> None:
-    """Time both in alternation, so that a change of the machine's speed meets both, and print medians."""
+def _compare(title: str, ours: Callable[[], object], theirs: Callable[[], object], args: argparse.Namespace) -> None:
+    """Time both in alternation, so that changes of the machine's speed affect both, and print medians."""
     seconds: dict[str, list[float]] = {"griffin": [], "transformers": []}
     for _ in range(args.repeats + 2):  # two rounds to warm up
         for name, function in (("griffin", ours), ("transformers", theirs)):
@@ -85,16 +85,16 @@ def _compare(what: str, ours: Callable[[], object], theirs: Callable[[], object]
             seconds[name].append(time.perf_counter() - begun)
     median = {name: statistics.median(values[2:]) for name, values in seconds.items()}
     for name, value in median.items():
-        print(f"{what:<16} {name:<13} {1000 * value:8.1f} ms {args.sequence / value:10,.0f} tokens/s")
+        print(f"{title:<16} {name:<13} {1000 * value:8.1f} ms {args.sequence / value:10,.0f} tokens/s")
     ratios = sorted(theirs / ours for ours, theirs in zip(*(values[2:] for values in seconds.values()), strict=True))
     print(
-        f"{what:<16} ratio         {median['transformers'] / median['griffin']:8.2f}     "
+        f"{title:<16} ratio         {median['transformers'] / median['griffin']:8.2f}     "
         f"(rounds: {ratios[0]:.2f} to {ratios[-1]:.2f})"
     )
 
 
 def _steps(model: ModelConfig, grid: Grid, sequence: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """A training step of ours and of transformers, from the same weights on the same tokens."""
+    """Build a training step of ours and one of transformers, with the same weights and tokens."""
     import torch
     from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
@@ -142,12 +142,12 @@ def _steps(model: ModelConfig, grid: Grid, sequence: int) -> tuple[Callable[[], 
         adam.step()
         return loss.item()
 
-    _require_equal("loss", torch.tensor(ours()), torch.tensor(theirs()))
+    require_equal("loss", torch.tensor(ours()), torch.tensor(theirs()))
     return ours, theirs
 
 
 def _mixers(model: ModelConfig, grid: Grid, sequence: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The recurrent mixer of ours and of transformers, forward and backward, from the same weights and input."""
+    """Build our recurrent mixer and transformers', forward and backward, with the same weights and input."""
     import torch
     from transformers import RecurrentGemmaConfig
     from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
@@ -176,7 +176,7 @@ def _mixers(model: ModelConfig, grid: Grid, sequence: int) -> tuple[Callable[[],
         x = x.requires_grad_()
         x.grad = None
         output = module(x, *args)
-        output = output[0] if isinstance(output, tuple) else output  # transformers' has no attention weights beside it
+        output = output[0] if isinstance(output, tuple) else output  # transformers' also returns None
         output.backward(gradient)
         return output.detach()
 
@@ -188,15 +188,15 @@ def _mixers(model: ModelConfig, grid: Grid, sequence: int) -> tuple[Callable[[],
     def theirs() -> torch.Tensor:
         return run(peer, x_BTD, gradient_BTD, positions, torch.ones(1, sequence), False)
 
-    _require_equal("mixer's output", ours().transpose(0, 1), theirs())
+    require_equal("mixer's output", ours().transpose(0, 1), theirs())
     assert x.grad is not None
     assert x_BTD.grad is not None
-    _require_equal("mixer's input gradient", x.grad.transpose(0, 1), x_BTD.grad)
+    require_equal("mixer's input gradient", x.grad.transpose(0, 1), x_BTD.grad)
     return ours, theirs
 
 
-def _require_equal(what: str, ours: Tensor, theirs: Tensor) -> None:
-    """Nothing is timed that does not compute the same: float32 sums in another order stay far below 1e-4."""
+def require_equal(name: str, ours: Tensor, theirs: Tensor) -> None:
+    """Raise RuntimeError unless both results agree to 1e-4; float32 sums in another order stay far below."""
     difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     if not difference < 1e-4:
-        raise RuntimeError(f"the {what} differs from transformers' by {difference:.1e} of its size; nothing was timed")
+        raise RuntimeError(f"the {name} differs from transformers' by {difference:.1e} of its size; nothing was timed")

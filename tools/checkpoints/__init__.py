@@ -1,1 +1,1 @@
-"""Checkpoints for people: report, plan, reshard, average."""
+"""Inspect, compare, plan, reshard and average checkpoints."""

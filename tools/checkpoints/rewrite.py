@@ -1,4 +1,4 @@
-"""Checkpoints made from others: for another layout, in another dtype, or as the mean of several."""
+"""Make checkpoints from others: reshard for another layout, change the dtype, or average several."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from griffin.parallel.config import ParallelConfig
 from griffin.tools.checkpoints import rank_files
-from griffin.tools.checkpoints.carried import carried_files
-from griffin.tools.checkpoints.stored import Source, StoredArray, open_step
-from griffin.tools.checkpoints.write import Made, check_files, refuse_target, write_ranks, write_step
+from griffin.tools.checkpoints.auxiliary_files import checkpoint_auxiliary_files
+from griffin.tools.checkpoints.sources import SourceCheckpoint, StoredArray, open_step
+from griffin.tools.checkpoints.write import OutputArray, check_files, refuse_target, write_ranks, write_step
 from griffin.tools.common.workers import Workers
 from griffin.trainer.checkpoint.arrays import (
     EXP_AVG,
@@ -25,6 +25,7 @@ from griffin.trainer.checkpoint.arrays import (
     chunk_shape,
     default_cuts,
 )
+from griffin.trainer.checkpoint.header import Header
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.checkpoint.steps import resolve
 
@@ -40,22 +41,22 @@ def reshard(
     from_ranks: bool = False,
     to_ranks: bool = False,
 ) -> None:
-    """Write the checkpoint at `path` to the new folder `target`, for a layout (None: the chunks that training saves).
+    """Write the checkpoint at `path` to the new folder `target`, chunked for a layout (None: as training saves).
 
-    `from_ranks` and `to_ranks`: the one is read, the other written as a file per (tensor, pipeline) rank. `dtype` is
-    the model's in the result; its weights are rounded from the master weights where there are any. Raises ValueError,
-    and CheckpointError naming the file for what is damaged; then nothing is left at `target`.
+    `from_ranks` reads, and `to_ranks` writes, one file per (tensor, pipeline) rank. `dtype` is that of the model's
+    weights in the result; they are rounded from the master weights if there are any. Raises ValueError, and
+    CheckpointError naming a damaged file; nothing is left at `target` then.
     """
     refuse_target(target)
     if from_ranks:
         source, files = rank_files.open_rank_folder(path)
     elif (path / rank_files.INDEX).exists():
-        raise ValueError(f"{path}: holds files per rank, which --from-ranks reads")
+        raise ValueError(f"{path}: holds one file per rank; add --from-ranks to read them")
     else:
         source, files = open_step(resolve(path)), []
     manifest = source.manifest
     if dtype == "float16" and not weights_only and manifest.optimizer is not None:
-        raise ValueError("--dtype fp16: needs --weights-only; training goes on in bfloat16 or float32")
+        raise ValueError("--dtype fp16: needs --weights-only; training resumes in bfloat16 or float32 only")
     check_layout(manifest, layout)
     if files:
         check_files(path, files, workers)
@@ -63,27 +64,26 @@ def reshard(
         layout = layout or ParallelConfig()
     tensors = _tensors(manifest)
     cuts = layout.tensor if layout else default_cuts(tensors)
-    # For a stated layout tensors of any size are cut: a rank is to read nothing that it does not hold.
+    # For a stated layout, tensors of any size are cut, so that a rank reads only what it holds.
     whole_bytes = 0 if layout else None
     chunks = {tensor.name: chunk_shape(tensor, cuts, whole_bytes=whole_bytes) for tensor in tensors}
-    made = _converted(source, chunks, dtype, weights_only)
-    manifest = _described(manifest, made, weights_only)
+    outputs = _output_arrays(source, chunks, dtype, weights_only)
+    header = _output_header(manifest, weights_only)
     if layout:
-        cut = {name: getattr(layout, name) for name in ("tensor", "pipeline", "virtual_pipeline")}
-        manifest = replace(manifest, layout=cut | {"sequence_parallel": False, "data": 1})
+        header = replace(header, layout=layout.record(layout.model_ranks))
     if to_ranks:
         assert layout is not None
-        write_ranks(target, manifest, made, layout, workers)
+        write_ranks(target, header, outputs, layout, workers)
     else:
-        write_step(target, manifest, made, workers, carried_files(source.path))
+        write_step(target, header, outputs, workers, checkpoint_auxiliary_files(source.path))
 
 
 def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str | None = None) -> None:
     """Write the mean of the weights of several checkpoints of one model to the new folder `target`.
 
-    Means are taken in float64, of the master weights where there are any, and rounded to float32, then to `dtype` (by
-    default that of the newest of them). The result has weights only; all else it has from the newest, and in `sources`
-    what it was made from. Raises as `reshard` does.
+    Means are computed in float64, from the master weights if there are any, and rounded to float32, then to `dtype`
+    (default: that of the newest checkpoint). The result holds only weights. Its other metadata are those of the newest
+    checkpoint; `sources` lists all of them. Raises as `reshard` does.
     """
     refuse_target(target)
     if len(paths) < 2:
@@ -92,25 +92,25 @@ def average(paths: Sequence[Path], target: Path, workers: Workers, *, dtype: str
     newest = max(sources, key=lambda source: source.manifest.step)
     for source in sources:
         _refuse_other_model(source, newest)
-    made = [
-        Made(
+    outputs = [
+        OutputArray(
             replace(newest.manifest.arrays[name], dtype=dtype or newest.manifest.arrays[name].dtype),
             tuple(best_weights(source)[name] for source in sources),
         )
         for name in newest.arrays
         if newest.manifest.arrays[name].kind == MODEL
     ]
-    manifest = _described(newest.manifest, made, weights_only=True)
-    manifest = replace(manifest, sources=tuple(str(source.path) for source in sources))
-    write_step(target, manifest, made, workers, carried_files(newest.path))
+    header = _output_header(newest.manifest, weights_only=True)
+    header = replace(header, sources=tuple(str(source.path) for source in sources))
+    write_step(target, header, outputs, workers, checkpoint_auxiliary_files(newest.path))
 
 
 def _tensors(manifest: Manifest) -> list[GlobalTensor]:
     return [spec.tensor for spec in manifest.arrays.values() if spec.kind == MODEL]
 
 
-def best_weights(source: Source) -> dict[str, StoredArray]:
-    """The weights in the best precision that there is, by the model's arrays' names."""
+def best_weights(source: SourceCheckpoint) -> dict[str, StoredArray]:
+    """Return the weights in the best available precision, by the names of the model's arrays."""
     best = {}
     for tensor in _tensors(source.manifest):
         master = source.arrays.get(f"{MASTER}.{tensor.name}")
@@ -118,11 +118,11 @@ def best_weights(source: Source) -> dict[str, StoredArray]:
     return best
 
 
-def _converted(
-    source: Source, chunks: Mapping[str, tuple[int, ...]], dtype: str | None, weights_only: bool
-) -> list[Made]:
-    """The arrays of the result: those of the source, with master weights where the model's are not float32."""
-    best, made = best_weights(source), []
+def _output_arrays(
+    source: SourceCheckpoint, chunks: Mapping[str, tuple[int, ...]], dtype: str | None, weights_only: bool
+) -> list[OutputArray]:
+    """Plan the output arrays: the source's, with master weights unless the model's weights are float32."""
+    best, outputs = best_weights(source), []
     for tensor in _tensors(source.manifest):
         model = source.arrays[f"{MODEL}.{tensor.name}"]
         wanted = dtype or model.spec.dtype
@@ -136,22 +136,18 @@ def _converted(
             if kind in origins:
                 kept = wanted if kind == MODEL else "float32"
                 spec = ArraySpec(kind=kind, tensor=tensor, dtype=kept, chunks=chunks[tensor.name])
-                made.append(Made(spec, (origins[kind],)))
-    return made
+                outputs.append(OutputArray(spec, (origins[kind],)))
+    return outputs
 
 
-def _described(manifest: Manifest, made: Sequence[Made], weights_only: bool) -> Manifest:
-    manifest = replace(
-        manifest,
-        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        arrays={one.spec.name: one.spec for one in made},
-        files={},
-    )
-    return replace(manifest, optimizer=None, random={}, spikes=None) if weights_only else manifest
+def _output_header(source: Header, weights_only: bool) -> Header:
+    """Return the header of a checkpoint made from another. `extras` are kept: only their writer can interpret them."""
+    header = replace(source, created=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    return replace(header, optimizer=None, random={}, spikes=None) if weights_only else header
 
 
 def check_layout(manifest: Manifest, layout: ParallelConfig | None) -> None:
-    """Raise ValueError where a checkpoint's model cannot be cut for a layout; names the option."""
+    """Raise ValueError naming the option if a checkpoint's model cannot be sharded for a layout."""
     if layout is None:
         return
     sharded = [tensor for tensor in _tensors(manifest) if tensor.axis is not None]
@@ -166,18 +162,18 @@ def check_layout(manifest: Manifest, layout: ParallelConfig | None) -> None:
     rank_files.stage_blocks(manifest, layout)
 
 
-def _refuse_other_model(source: Source, newest: Source) -> None:
-    mine, others = source.manifest.config["model"], newest.manifest.config["model"]
+def _refuse_other_model(source: SourceCheckpoint, newest: SourceCheckpoint) -> None:
+    found, expected = source.manifest.config["model"], newest.manifest.config["model"]
     differences = [
-        f"model.{key} is {mine.get(key)!r} there, {others.get(key)!r} in {newest.path}"
-        for key in sorted(mine.keys() | others.keys())
-        if mine.get(key) != others.get(key)
+        f"model.{key} is {found.get(key)!r} there, {expected.get(key)!r} in {newest.path}"
+        for key in sorted(found.keys() | expected.keys())
+        if found.get(key) != expected.get(key)
     ]
-    mine, others = ({tensor.name: tensor.shape for tensor in _tensors(one.manifest)} for one in (source, newest))
+    found, expected = ({tensor.name: tensor.shape for tensor in _tensors(one.manifest)} for one in (source, newest))
     differences += [
-        f"{name} is {mine.get(name, 'missing')} there, {others.get(name, 'missing')} in {newest.path}"
-        for name in sorted(mine.keys() | others.keys())
-        if mine.get(name) != others.get(name)
+        f"{name} is {found.get(name, 'missing')} there, {expected.get(name, 'missing')} in {newest.path}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
     ]
     if differences:
-        raise ValueError(f"{source.path}: of another model: {'; '.join(differences[:10])}")
+        raise ValueError(f"{source.path}: holds another model: {'; '.join(differences[:10])}")

@@ -1,20 +1,18 @@
-"""`griffin checkpoint plan`: what saving a training would write, stage and exchange, found without memory or GPUs.
+"""Plan what saving a training's checkpoint would write, stage and exchange, without running it.
 
-The stages of every pipeline rank are built of meta tensors in a world of ranks that are not there, and cut into shards
-by megatron-core's own code; the plan is the one that the ranks themselves would make of them.
+The stages of every pipeline rank are built from meta tensors in a world without other ranks, and cut into shards by
+megatron-core's own code. The plan is the same that the ranks would make.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from griffin.parallel.world.axes import Axes
 from griffin.trainer.checkpoint.arrays import (
@@ -28,7 +26,6 @@ from griffin.trainer.checkpoint.arrays import (
     state_arrays,
 )
 from griffin.trainer.checkpoint.plan import ChunkPlan, Member, Parameter, Shard, plan_chunks
-from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.sections import Config
 from griffin.trainer.settings.validate import validate
 
@@ -36,36 +33,20 @@ if TYPE_CHECKING:
     from griffin.parallel.world.grid import Grid
 
 FLOAT32_BYTES = 4
-SIZE_CLASSES = (2**16, 2**20, 2**22, 2**24, 2**25, 2**26)  # bytes of values in a file: upper bounds
+SIZE_CLASSES = (2**16, 2**20, 2**22, 2**24, 2**25, 2**26)  # upper bounds of the bytes of values in a file
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "plan",
-        help="print what saving a training would write, without running it",
-        description="Print the files that a checkpoint of the training of CONFIG.toml on N ranks consists of, and what "
-        "each rank stages, writes and exchanges for it. Nothing is allocated, no GPU is used, and of the data only the "
-        "tokenizer's vocabulary is read, where the config does not state one. Any setting can follow as "
-        "--section.key value.",
-    )
-    parser.add_argument("config", metavar="CONFIG.toml", type=Path)
-    parser.add_argument("--ranks", type=int, metavar="N", required=True, help="ranks of the training")
-    parser.set_defaults(run=run, overrides=[])
-
-
-def run(args: argparse.Namespace) -> int:
+def print_plan(config: Config, world_size: int) -> None:
+    """Plan the checkpoint of a training on `world_size` ranks, and print the figures. Raises ValueError."""
     begun = time.perf_counter()
-    config = load_config(args.config, args.overrides)
-    validate(config, args.ranks)
-    plan = plan_checkpoint(config, args.ranks)
-    print(describe(config, args.ranks, plan))
+    validate(config, world_size)
+    print(describe(config, world_size, plan_checkpoint(config, world_size)))
     print(f"planned in {time.perf_counter() - begun:.1f} s")
-    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """The ranks that hold the same pipeline stages, and all chunks that they save together."""
+    """The ranks that hold the same pipeline stages, and the chunks that they save together."""
 
     members: tuple[Member, ...]  # by rank
     chunks: tuple[ChunkPlan, ...]
@@ -73,7 +54,7 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPlan:
-    """What all ranks save."""
+    """All arrays of a checkpoint, and the chunks that each pipeline rank's stages save."""
 
     arrays: tuple[ArraySpec, ...]
     stages: tuple[StagePlan, ...]  # by pipeline rank
@@ -81,49 +62,43 @@ class CheckpointPlan:
 
 @dataclass(kw_only=True)
 class RankLoad:
-    """What one rank does for one checkpoint, in bytes but for `files`."""
+    """What one rank does for one checkpoint: bytes, and a number of files."""
 
-    staged: int  # of its state, in the memory that it shares with its saving process
+    staged: int  # its state, copied to the memory shared with its saving process
     files: int = 0
     written: int = 0
     received: int = 0
     sent: int = 0
-    largest: int = 0  # float32 chunk that it writes or has a part of
+    largest: int = 0  # largest float32 chunk that it writes or holds a part of
 
     @property
     def peak(self) -> int:
-        """What its saving process holds at its peak, besides Python and libraries: what is staged, and chunks."""
+        """Peak memory of its saving process, without Python and libraries: the staged state and chunks."""
         from griffin.trainer.checkpoint.saving.share import WRITERS
 
-        # Those being written; one being put together, with what was received of it; and what is being sent.
+        # Chunks being written; one being assembled, and what was received of it; and one being sent.
         return self.staged + (WRITERS + 3) * self.largest
 
 
 def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
-    """The plan that `world_size` ranks make together when they train `config`, which is valid for as many.
+    """Make the plan of `world_size` ranks that train `config`, which must be valid for that many.
 
-    Where `train.overlap` is "auto" they are taken to have GPUs: their communication overlaps, which decides on the
-    size of megatron-core's buckets and so on the shards.
+    With `train.overlap` "auto", ranks are assumed to have GPUs. Communication then overlaps with computation, which
+    determines the size of megatron-core's buckets and so the shards.
     """
-    from griffin.parallel.world.grid import absent_grid
+    from griffin.parallel.world.grid import fake_grid
     from griffin.trainer.checkpoint.state import in_model_order
 
     parallel = config.parallel
-    axes = Axes.of(tensor=parallel.tensor, data=world_size // parallel.model_ranks, pipeline=parallel.pipeline)
+    axes = Axes.of_layout(parallel, world_size)
     stages: list[tuple[list[Parameter], list[Member]]] = []
     placed_in: list[tuple[tuple[int, int], GlobalTensor]] = []
     for pipeline_rank in range(parallel.pipeline):
-        first_rank = axes.rank(pipeline=pipeline_rank)
-        with absent_grid(config.parallel, world_size, first_rank) as grid:
+        ranks = axes.ranks(pipeline=pipeline_rank)
+        with fake_grid(config.parallel, world_size, ranks[0]) as grid:
             numbers, layouts, shards = _shards(config, grid)
-        # Tensor ranks hold parameters of equal shapes, and so equal shards.
-        members = [
-            Member(
-                axes.rank(pipeline=pipeline_rank, data=data_rank, tensor=tensor_rank), tensor_rank, shards[data_rank]
-            )
-            for data_rank in range(axes.size("data"))
-            for tensor_rank in range(axes.size("tensor"))
-        ]
+        # Tensor ranks hold parameters of equal shapes, so their shards are equal.
+        members = [Member(rank, axes.coordinate(rank, "tensor"), shards[axes.replica(rank)]) for rank in ranks]
         stages.append((layouts, members))
         placed_in += [
             ((number, pipeline_rank), placed.tensor)
@@ -146,16 +121,15 @@ def plan_checkpoint(config: Config, world_size: int) -> CheckpointPlan:
 
 
 def _shards(config: Config, grid: Grid) -> tuple[list[int], list[Parameter], list[tuple[Shard, ...]]]:
-    """The parameters that the ranks of this rank's stages save: each one's stage among them, its layout, and every
-    data-parallel rank's shards."""
+    """Return, for the parameters that this rank's stages save, their stages and layouts, and all replicas' shards."""
     import torch
 
-    from griffin.parallel import host
+    from griffin.parallel import megatron_device
     from griffin.parallel.stage import build_stages
     from griffin.trainer.checkpoint.state import parameter_layout, shards_in_a_row
-    from griffin.trainer.sharded_optimizer import in_buffers, overlaps, shard_ranges
+    from griffin.trainer.sharded_optimizer import overlaps_communication, shard_ranges, wrap_in_ddp
 
-    with host.on_meta():
+    with megatron_device.on_meta():
         stages = build_stages(
             config.model,
             config.parallel,
@@ -163,7 +137,7 @@ def _shards(config: Config, grid: Grid) -> tuple[list[int], list[Parameter], lis
             dtype=getattr(torch, config.train.dtype),
             sequence=config.data.sequence_length,
         )
-        chunks = in_buffers(stages, overlaps(config, grid.data_size, on_gpu=True))
+        chunks = wrap_in_ddp(stages, overlaps_communication(config, grid.axes.replicas, on_gpu=True))
     saved = [
         (number, parameter)
         for number, stage in enumerate(stages)
@@ -171,24 +145,24 @@ def _shards(config: Config, grid: Grid) -> tuple[list[int], list[Parameter], lis
         if not getattr(parameter, "shared", False)  # the second copy of the tied embedding
     ]
     shards = []
-    for data_rank in range(grid.data_size):
-        ranges = shard_ranges(chunks, data_rank, grid.data_size)
+    for replica in range(grid.axes.replicas):
+        ranges = shard_ranges(chunks, replica, grid.axes.replicas)
         shards.append(shards_in_a_row(ranges.get(parameter, (0, 0)) for _, parameter in saved))
     return [number for number, _ in saved], [parameter_layout(parameter) for _, parameter in saved], shards
 
 
 def file_bytes(array: ArraySpec) -> int:
-    """Size of each file of an array: those at its end are filled up with zeros."""
+    """Return the size of each file of an array; chunks at its edge are padded with zeros."""
     from griffin.trainer.checkpoint.zarr_io import CRC_BYTES
 
     return math.prod(array.chunks) * numpy_dtype(array.dtype).itemsize + CRC_BYTES
 
 
 def rank_loads(plan: CheckpointPlan) -> list[list[RankLoad]]:
-    """What every rank does, by pipeline rank and then by rank."""
+    """Return what every rank does, by pipeline rank, then by rank."""
     from griffin.trainer.checkpoint.saving.protocol import ROWS
 
-    sizes: dict[str, list[int]] = {}  # of the files that a chunk of a tensor becomes
+    sizes: dict[str, list[int]] = {}  # by tensor: sizes of the files that one of its chunks is written to
     for array in plan.arrays:
         sizes.setdefault(array.tensor.name, []).append(file_bytes(array))
     loads = {
@@ -210,7 +184,7 @@ def rank_loads(plan: CheckpointPlan) -> list[list[RankLoad]]:
 
 
 def cut_tensors(arrays: Sequence[ArraySpec], tensor_size: int) -> list[str]:
-    """Names of the tensors of several chunks of which some tensor rank holds a chunk in part."""
+    """Return the names of tensors of several chunks some of which are split between tensor ranks."""
     names = []
     for array in arrays:
         axis = array.tensor.axis
@@ -224,35 +198,36 @@ def cut_tensors(arrays: Sequence[ArraySpec], tensor_size: int) -> list[str]:
 
 
 def describe(config: Config, world_size: int, plan: CheckpointPlan) -> str:
-    """The figures, in lines."""
-    from griffin.trainer.sharded_optimizer import overlaps
+    """Format the figures of a plan."""
+    from griffin.trainer.sharded_optimizer import overlaps_communication
 
     parallel = config.parallel
-    data_size = world_size // parallel.model_ranks
+    axes = Axes.of_layout(parallel, world_size)
     weights = sum(array.tensor.elements for array in plan.arrays if array.kind == MODEL)
-    overlap = "with" if overlaps(config, data_size, on_gpu=True) else "without"
-    supposed = " (train.overlap = 'auto': on GPUs)" if config.train.overlap == "auto" and overlap == "with" else ""
+    overlap = "with" if overlaps_communication(config, axes.replicas, on_gpu=True) else "without"
+    assumed = " (train.overlap = 'auto': on GPUs)" if config.train.overlap == "auto" and overlap == "with" else ""
+    sizes = " x ".join(f"{axis} {size}" for axis, size in parallel.model_axes.items())
     virtual = f" ({parallel.virtual_pipeline} stages each)" if parallel.virtual_pipeline > 1 else ""
     cut = cut_tensors(plan.arrays, parallel.tensor)
-    whole = "a tensor rank reads whole chunks only, but for sharded tensors that are one chunk"
+    reads = "a tensor rank reads whole chunks only, except of sharded tensors that are one chunk"
     if cut:
         names = f"{', '.join(cut[:8])}{', ...' if len(cut) > 8 else ''}"
-        whole = f"tensor ranks read parts of the chunks of {len(cut)} tensors: {names}"
+        reads = f"tensor ranks read parts of the chunks of {len(cut)} tensors: {names}"
     return "\n".join(
         [
-            f"{world_size} ranks: tensor {parallel.tensor} x pipeline {parallel.pipeline}{virtual} x data {data_size}",
-            f"{weights:,} weights, {config.train.dtype}; sharded for training {overlap} overlap{supposed}",
+            f"{world_size} ranks: {sizes}{virtual} x data {axes.size('data')}",
+            f"{weights:,} weights, {config.train.dtype}; sharded for training {overlap} overlap{assumed}",
             "",
-            *_files(plan.arrays),
+            *_file_lines(plan.arrays),
             "",
-            *_ranks(plan),
+            *_rank_lines(plan),
             "",
-            f"tensor-parallel size {parallel.tensor}: {whole}",
+            f"tensor-parallel size {parallel.tensor}: {reads}",
         ]
     )
 
 
-def _files(arrays: Sequence[ArraySpec]) -> Iterator[str]:
+def _file_lines(arrays: Sequence[ArraySpec]) -> Iterator[str]:
     from griffin.trainer.checkpoint.zarr_io import CRC_BYTES
 
     columns = ("total", "smallest", "median", "mean", "largest")
@@ -260,7 +235,7 @@ def _files(arrays: Sequence[ArraySpec]) -> Iterator[str]:
     sizes: list[int] = []
     for kind in (*KINDS, "all"):
         chosen = [array for array in arrays if kind in (array.kind, "all")]
-        if not chosen:  # the master weights of a float32 training are the model's
+        if not chosen:  # a float32 training has no master weights
             continue
         sizes = [file_bytes(array) for array in chosen for _ in array.indices()]
         figures = (sum(sizes), min(sizes), statistics.median(sizes), statistics.mean(sizes), max(sizes))
@@ -272,10 +247,10 @@ def _files(arrays: Sequence[ArraySpec]) -> Iterator[str]:
         if count := sum(above < size - CRC_BYTES <= bound for size in sizes):
             counts.append(f"{count:,} {f'up to {_short(bound)}' if bound < math.inf else 'larger'}")
     yield f"sizes: {', '.join(counts)}"
-    yield f"and {len(arrays) + 2:,} files of metadata: a zarr.json of each array and of all, and manifest.json"
+    yield f"and {len(arrays) + 2:,} metadata files: zarr.json of each array and of the group, and manifest.json"
 
 
-def _ranks(plan: CheckpointPlan) -> Iterator[str]:
+def _rank_lines(plan: CheckpointPlan) -> Iterator[str]:
     loads = rank_loads(plan)
     everyone = [load for stage in loads for load in stage]
     yield f"{'each rank':<30} {'least':>9} {'mean':>9} {'most':>9} {'most / mean':>12}"
@@ -291,7 +266,7 @@ def _ranks(plan: CheckpointPlan) -> Iterator[str]:
 
 
 def balance(values: Sequence[int]) -> float:
-    """The largest over the mean; 1 where all are 0."""
+    """Return the largest over the mean; 1 if all are 0."""
     return max(values) / statistics.mean(values) if any(values) else 1.0
 
 
@@ -301,7 +276,7 @@ def _row(name: str, values: Sequence[int], text: Callable[[float], str]) -> str:
 
 
 def _short(size: float) -> str:
-    """Bytes with three to four digits and a binary unit."""
+    """Format bytes with three to four digits and a binary unit."""
     unit = next((unit for unit in range(4) if size < 1000 * 1024**unit), 4)
     number = size / 1024**unit
     return f"{number:.{0 if unit == 0 or number >= 100 else 1}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

@@ -1,1 +1,1 @@
-"""A file per sub-command of `griffin`: arguments in, one call out."""
+"""The sub-commands of `griffin`, one file each: parse arguments and call one function."""

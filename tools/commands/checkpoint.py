@@ -1,4 +1,4 @@
-"""`griffin checkpoint`: look into checkpoints, check and compare them, and make new ones from them."""
+"""`griffin checkpoint`: list, inspect, verify, compare, reshard, average and plan checkpoints."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.checkpoints import save_plan as checkpoint_plan
-from griffin.tools.common.arguments import NEWEST_HELP, add_dtype
+from griffin.tools.common.arguments import NEWEST_HELP, add_command, add_dtype
 
-PATH_HELP = "folder of a step, or of steps (a run, its checkpoints)"
+PATH_HELP = "step folder, or a run's folder (or its checkpoints folder) for all of its steps"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,81 +17,90 @@ def add_parser(subparsers: Any) -> None:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = _add(commands, "list", _list, "print a line for each step, and whether it is complete or why not")
+    command = add_command(commands, "list", _list, "print size, date, layout and state of each step")
     command.add_argument("paths", metavar="PATH", nargs="+", type=Path, help=PATH_HELP)
 
-    command = _add(commands, "inspect", _inspect, "print step, config and arrays")
+    command = add_command(commands, "inspect", _inspect, "print step, config and arrays, or a single array")
     command.add_argument("path", metavar="PATH", type=Path, help=NEWEST_HELP)
-    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument(
+        "--array",
+        metavar="NAME",
+        help="print one array instead: shape, dtype, sharded axis, mean, std, min, max, zeros, corners; such as "
+        "model.embedding.weight",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
 
-    command = _add(
+    command = add_command(
         commands,
         "verify",
         _verify,
-        "read every chunk of every step and compare its checksum; exit code 1 names the damaged files",
+        "read every chunk of every step and compare its checksum; names damaged files, with exit code 1",
     )
     command.add_argument("paths", metavar="PATH", nargs="+", type=Path, help=PATH_HELP)
     command.add_argument("--workers", type=int, metavar="N", help="threads (default: one per core)")
 
-    command = _add(
+    command = add_command(
         commands,
         "diff",
         _diff,
         "compare step, settings and every array; exit code 0 if all are equal, 1 if not",
     )
     command.add_argument("a", metavar="A", type=Path, help=NEWEST_HELP)
-    command.add_argument("b", metavar="B", type=Path, help="the same")
-    command.add_argument("--weights-only", action="store_true", help="compare the model's weights, and nothing else")
+    command.add_argument("b", metavar="B", type=Path, help="likewise")
+    command.add_argument("--weights-only", action="store_true", help="compare only the model's weights")
     _add_workers(command)
 
-    command = _add(
+    command = add_command(
         commands,
         "reshard",
         _reshard,
-        "write a checkpoint for a layout, so that each rank reads whole chunks only, or as a file per rank",
+        "write a checkpoint chunked for a layout, so that each rank reads whole chunks only, or as one file per rank",
     )
     command.add_argument("source", metavar="SRC", type=Path, help=NEWEST_HELP)
-    command.add_argument("target", metavar="DST", type=Path, help="step folder to make; must not exist")
+    command.add_argument("target", metavar="DST", type=Path, help="step folder to create; must not exist")
     command.add_argument(
         "--tensor",
         type=int,
         metavar="T",
-        help="tensor-parallel size: every tensor that is sharded is cut in T parts (with no layout stated: chunks as "
-        "training saves)",
+        help="tensor-parallel size: every sharded tensor is cut into T parts (default, with no other size given: the "
+        "chunks that training saves)",
     )
     command.add_argument(
         "--pipeline",
         type=int,
         metavar="P",
-        help="pipeline-parallel size, which matters for --rank-files; else it is only recorded: each array is of one "
-        "block, so that stages cut none",
+        help="pipeline-parallel size, for --rank-files; otherwise only recorded, since stages cut no array",
     )
-    command.add_argument("--virtual", type=int, metavar="V", help="stages of each pipeline rank; as --pipeline")
-    command.add_argument("--weights-only", action="store_true", help="leave the optimizer's state out")
-    add_dtype(command, "of the weights, rounded from the master weights where there are any")
+    command.add_argument("--virtual", type=int, metavar="V", help="stages per pipeline rank; as --pipeline")
+    command.add_argument("--weights-only", action="store_true", help="leave out the optimizer state")
+    add_dtype(command, "dtype of the weights, rounded from the master weights if there are any (default: as stored)")
     command.add_argument(
         "--rank-files",
         action="store_true",
-        help="write DST as one safetensors file per (tensor, pipeline) rank, and index.json",
+        help="write DST as one safetensors file per (tensor, pipeline) rank, with an index.json",
     )
-    command.add_argument("--from-ranks", action="store_true", help="SRC is a folder that --rank-files wrote")
+    command.add_argument("--from-ranks", action="store_true", help="SRC is a folder written with --rank-files")
     _add_workers(command)
 
-    command = _add(
+    command = add_command(
         commands, "average", _average, "write the mean of the weights of several checkpoints, without optimizer state"
     )
     command.add_argument("sources", metavar="SRC", nargs="+", type=Path, help=NEWEST_HELP)
-    command.add_argument("target", metavar="DST", type=Path, help="step folder to make; must not exist")
-    add_dtype(command, "of the result (default: that of the newest SRC)")
+    command.add_argument("target", metavar="DST", type=Path, help="step folder to create; must not exist")
+    add_dtype(command, "dtype of the result (default: that of the newest SRC)")
     _add_workers(command)
 
-    checkpoint_plan.add_parser(commands)
-
-
-def _add(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.set_defaults(run=run)
-    return command
+    command = commands.add_parser(
+        "plan",
+        help="print what saving a training would write, without running it",
+        description="Print the files that a checkpoint of the training of CONFIG.toml on N ranks consists of, and what "
+        "each rank stages, writes and exchanges for it. Nothing is allocated and no GPU is used. Of the data, only the "
+        "tokenizer's vocabulary is read, if the config does not state one. Any setting can follow as --section.key "
+        "value.",
+    )
+    command.add_argument("config", metavar="CONFIG.toml", type=Path)
+    command.add_argument("--ranks", type=int, metavar="N", required=True, help="ranks of the training")
+    command.set_defaults(run=_plan, overrides=[])
 
 
 def _add_workers(command: argparse.ArgumentParser) -> None:
@@ -100,30 +108,33 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="processes (default: one per core; under mpiexec, its ranks)",
+        help="worker processes (default: one per core; under mpiexec, its ranks)",
     )
 
 
 def _list(args: argparse.Namespace) -> None:
-    from griffin.tools.checkpoints.report import show_list
+    from griffin.tools.checkpoints.inspection import print_list
 
-    show_list(args.paths)
+    print_list(args.paths)
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from griffin.tools.checkpoints.report import show
+    from griffin.tools.checkpoints.inspection import print_array, print_checkpoint
 
-    show(args.path, args.json)
+    if args.array is None:
+        print_checkpoint(args.path, args.json)
+    else:
+        print_array(args.path, args.array, args.json)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from griffin.tools.checkpoints.report import verify_all
+    from griffin.tools.checkpoints.inspection import verify_steps
 
-    return verify_all(args.paths, args.workers)
+    return verify_steps(args.paths, args.workers)
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from griffin.tools.checkpoints.report import diff
+    from griffin.tools.checkpoints.comparison import diff
     from griffin.tools.common.workers import start_workers
 
     with start_workers(args.workers) as workers:
@@ -161,3 +172,10 @@ def _average(args: argparse.Namespace) -> None:
     with start_workers(args.workers) as workers:
         if workers:
             average(args.sources, args.target, workers, dtype=args.dtype)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from griffin.tools.checkpoints.save_plan import print_plan
+    from griffin.trainer.settings.complete import load_config
+
+    print_plan(load_config(args.config, args.overrides), args.ranks)

@@ -1,4 +1,4 @@
-"""`griffin data`: build data sets from text and look into them."""
+"""`griffin data`: build data sets from text, verify and inspect them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INSPECTED_TOKENS = 64
 
 
 def add_parser(subparsers) -> None:
-    """Registers `data` with its sub-commands `build`, `verify` and `inspect`."""
+    """Register `data` with its sub-commands `build`, `verify` and `inspect`."""
     parser = subparsers.add_parser("data", help="build data sets from text, verify and inspect them")
     parser.set_defaults(run=run)
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
@@ -39,7 +39,7 @@ def add_parser(subparsers) -> None:
         action="append",
         metavar="PATTERN",
         dest="globs",
-        help="files to take from folders, by name, or by relative path where the pattern has a slash; repeatable "
+        help="files to take from folders, by name, or by relative path if the pattern has a slash; repeatable "
         "(default: *.txt *.md *.rst *.py *.jsonl *.jsonl.gz *.jsonl.zst)",
     )
     build.add_argument(
@@ -55,20 +55,20 @@ def add_parser(subparsers) -> None:
         type=float,
         default=0.0,
         metavar="FRACTION",
-        help="set this fraction of the documents aside, chosen by a hash of each one's relative path (and line)",
+        help="hold out this fraction of the documents, selected by a hash of the relative path (and line)",
     )
-    build.add_argument("--hold-out-prefix", metavar="PREFIX", help="where to write the documents set aside")
+    build.add_argument("--hold-out-prefix", metavar="PREFIX", help="where to write the held-out documents")
 
-    verify = commands.add_parser("verify", help="compare all of a data set's files with what was built")
+    verify = commands.add_parser("verify", help="compare all files of a data set with their checksums")
     verify.add_argument("prefix", metavar="PREFIX", help="as given to `griffin data build`")
 
-    inspect = commands.add_parser("inspect", help="print what a data set holds")
+    inspect = commands.add_parser("inspect", help="print sizes, tokenizer, inputs and first tokens of a data set")
     inspect.add_argument("prefix", metavar="PREFIX", help="as given to `griffin data build`")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the sub-command. Raises ValueError for what the user can put right."""
-    warnings.filterwarnings("ignore", module=r"megatron\.core")  # of packages that data do not need
+    """Run the sub-command. Raises ValueError for mistakes of the user."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")  # about packages that data sets do not need
     {"build": _build, "inspect": _inspect, "verify": _verify}[args.data_command](args)
 
 
@@ -103,7 +103,7 @@ def _verify(args: argparse.Namespace) -> None:
         raise ValueError("\n".join(problems))
     print(f"{args.prefix}.bin: as built")
     if info.checksums is None:
-        print(f"{args.prefix}.idx: cannot be compared, {args.prefix}.json has no checksums of blocks")
+        print(f"{args.prefix}.idx: not compared; {args.prefix}.json has no checksums of blocks")
     else:
         print(f"{args.prefix}.idx: as built")
 
@@ -114,7 +114,7 @@ def _inspect(args: argparse.Namespace) -> None:
     from griffin.trainer.data.prefix import check_ids, read_info
 
     info = read_info(args.prefix)
-    dataset = IndexedDataset(args.prefix)  # what it returns is a view of its memory map, and dies with it
+    dataset = IndexedDataset(args.prefix)  # kept: what `get` returns is a view of its memory map
     ids = dataset.get(0)[:INSPECTED_TOKENS].tolist()
     check_ids(min(ids), max(ids), info.vocabulary, f"{args.prefix}.bin is damaged")
     print(f"documents  {info.documents:,}")

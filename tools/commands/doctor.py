@@ -1,4 +1,4 @@
-"""`griffin doctor`: the checks of a run's start on this machine, and what one wants to know of an installation."""
+"""`griffin doctor`: the preflight checks of a training, and checks of the installation."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from griffin.launch.ranks import discover, leave
+from griffin.launch.discovery import discover, leave
 from griffin.parallel.world.ranks import Ranks
-from griffin.tools.runs.findings import FAILED, OK, WARNING, Finding, has_failed, report
+from griffin.tools.runs.check_results import FAILED, OK, WARNING, CheckResult, has_failed, print_results
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.sections import Config
 
 PRELOAD = ("griffin.trainer.preflight.check",)
-REPORT_SECONDS = 10.0  # patience with rank 0, which may still be told by others that they know of a failure
+REPORT_SECONDS = 10.0  # wait for rank 0 to report, to which other ranks may still be passing a failure on
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,17 +29,17 @@ def add_parser(subparsers: Any) -> None:
         "doctor",
         help="check this installation, this machine and the links of its ranks",
         description="Check, as a training does before its first step, that ranks agree, that their devices and links "
-        "are healthy and that they share DIR; then the installation. Under torchrun, srun or mpiexec this process is "
-        "one of their ranks; otherwise it starts --ranks processes here. One line for each check; exit code 1 where "
-        "one failed. With CONFIG.toml, whose settings can follow as --section.key value, sizes are checked as well: "
-        "that of its checkpoints and of what its data loaders share.",
+        "are healthy and that they share DIR; then check the installation. Under torchrun, srun or mpiexec this "
+        "process is one of their ranks; otherwise it starts --ranks processes here. Prints one line per check; exit "
+        "code 1 if one failed. With CONFIG.toml, whose settings can follow as --section.key value, the disk space for "
+        "its checkpoints and the shared memory of its data loaders are checked too.",
     )
     parser.add_argument("config", metavar="CONFIG.toml", type=Path, nargs="?")
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="processes to start on this machine (default: one per GPU, else 2)"
     )
     parser.add_argument(
-        "--dir", type=Path, default=Path(), metavar="DIR", help="folder in which runs are to be (default: this one)"
+        "--dir", type=Path, default=Path(), metavar="DIR", help="folder for runs (default: the current one)"
     )
     parser.set_defaults(run=run, overrides=[])
 
@@ -64,34 +64,34 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _as_rank(ranks: Ranks, config: Config | None, folder: Path) -> int:
-    """One of a launcher's ranks; rank 0 reports."""
+    """Check as one of a launcher's ranks; rank 0 reports."""
     try:
-        findings = check_rank(ranks, config, folder)
+        results = check_rank(ranks, config, folder)
         if ranks.rank == 0:
-            report(findings)
-        if has_failed(findings):
-            _leave_after_report(ranks, findings)
+            print_results(results)
+        if has_failed(results):
+            _leave_after_report(ranks, results)
         if ranks.rank == 0:
             from griffin.tools.runs.installation import examine_installation
 
             more = examine_installation(folder)
-            report(more)
-            findings += more
+            print_results(more)
+            results += more
     except (Exception, KeyboardInterrupt):
         traceback.print_exc()
         leave(1)
-    if has_failed(findings):
+    if has_failed(results):
         leave(1)
     return 0
 
 
-def _leave_after_report(ranks: Ranks, findings: Sequence[Finding]) -> NoReturn:
-    """End this rank once rank 0 has reported: a launcher ends all when one leaves. If it never does, others report."""
+def _leave_after_report(ranks: Ranks, results: Sequence[CheckResult]) -> NoReturn:
+    """Exit once rank 0 has reported, since a launcher ends all ranks when one exits. If rank 0 never does, report."""
     import torch.distributed as dist
 
-    from griffin.trainer.preflight.meeting import HEARING_SECONDS
+    from griffin.trainer.preflight.agreement import HEARING_SECONDS
 
-    with suppress(dist.DistNetworkError):  # rank 0 is gone, and the store that it served
+    with suppress(dist.DistNetworkError):  # rank 0, which serves the store, is gone
         store = ranks.another_connection(timedelta(seconds=REPORT_SECONDS))
         if ranks.rank == 0:
             store.set("griffin/doctor/reported", "")
@@ -100,12 +100,12 @@ def _leave_after_report(ranks: Ranks, findings: Sequence[Finding]) -> NoReturn:
         try:
             store.wait(["griffin/doctor/reported"], timedelta(seconds=REPORT_SECONDS))
         except dist.DistStoreError:
-            report(findings)
+            print_results(results)
     leave(1)
 
 
 def _with_local_ranks(wanted: int | None, config: Config | None, folder: Path) -> int:
-    """Ranks of this machine, started here; this process reports."""
+    """Start ranks on this machine, and report in this process."""
     import torch
 
     from griffin.launch.local import run_local
@@ -114,46 +114,46 @@ def _with_local_ranks(wanted: int | None, config: Config | None, folder: Path) -
     if wanted is not None and gpus and wanted > gpus:
         raise ValueError(f"--ranks {wanted}: must be at most {gpus}, the number of GPUs of this machine")
     world_size = wanted or gpus or 2
-    findings: list[Finding] = []
+    results: list[CheckResult] = []
     with tempfile.TemporaryDirectory() as name:
-        found = Path(name) / "findings.json"
-        code = run_local(_local_rank, world_size, (config, folder, found), preload=PRELOAD)
+        found = Path(name) / "results.json"
+        code = run_local(check_local_rank, world_size, (config, folder, found), preload=PRELOAD)
         if found.exists():
-            findings += [(state, text) for state, text in json.loads(found.read_text(encoding="utf-8"))]
-    if code and not has_failed(findings):
-        findings.append((FAILED, f"ranks: {world_size} on this machine ended with exit code {code}"))
-    report(findings)
-    # Only now: it uses a GPU, which the ranks must find free.
+            results += [(state, text) for state, text in json.loads(found.read_text(encoding="utf-8"))]
+    if code and not has_failed(results):
+        results.append((FAILED, f"ranks: {world_size} on this machine ended with exit code {code}"))
+    print_results(results)
+    # After the ranks have ended: it uses a GPU, which they must find free.
     from griffin.tools.runs.installation import examine_installation
 
     more = examine_installation(folder)
-    report(more)
-    return int(has_failed(findings + more))
+    print_results(more)
+    return int(has_failed(results + more))
 
 
-def _local_rank(ranks: Ranks, config: Config | None, folder: Path, found: Path) -> None:
-    findings = check_rank(ranks, config, folder)
-    if ranks.rank == 0 or has_failed(findings):  # rank 0 may be the one that hangs
+def check_local_rank(ranks: Ranks, config: Config | None, folder: Path, found: Path) -> None:
+    results = check_rank(ranks, config, folder)
+    if ranks.rank == 0 or has_failed(results):  # rank 0 may be the one that hangs
         beside = found.with_name(f"rank-{ranks.rank}")
-        beside.write_text(json.dumps(findings), encoding="utf-8")
+        beside.write_text(json.dumps(results), encoding="utf-8")
         os.replace(beside, found)
-    if has_failed(findings):  # so that ranks that hang are ended
+    if has_failed(results):  # so that hanging ranks are ended too
         leave(1)
 
 
-def check_rank(ranks: Ranks, config: Config | None, folder: Path) -> list[Finding]:
-    """What preflight finds with the world's other ranks, of which each is a data-parallel one."""
+def check_rank(ranks: Ranks, config: Config | None, folder: Path) -> list[CheckResult]:
+    """Run preflight with all ranks as data-parallel ones and return its results."""
     from griffin.parallel.config import ParallelConfig
     from griffin.parallel.world.grid import rank_grid
+    from griffin.trainer.preflight.agreement import PreflightError
     from griffin.trainer.preflight.check import preflight
-    from griffin.trainer.preflight.meeting import PreflightError
 
     failures: tuple[str, ...] = ()
     try:
         with rank_grid(ParallelConfig(), ranks) as grid:
             found = preflight(config, ranks, grid, folder, say=lambda text: None)
             lines, warnings = found.lines, found.warnings
-    except PreflightError as error:  # caught out here: the grid's end would wait for a rank that hangs
+    except PreflightError as error:  # caught outside of the grid, whose exit would wait for a hanging rank
         lines, warnings, failures = error.lines, error.warnings, error.failures
     return [
         *((OK, text) for text in lines),

@@ -1,4 +1,4 @@
-"""`griffin export`: a checkpoint's weights for other programs."""
+"""`griffin export`: export a checkpoint's weights for other programs."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Any
 from griffin.tools.common.arguments import (
     MOST_WORKERS,
     NEWEST_HELP,
+    add_command,
     add_dtype,
-    add_format,
     add_target,
     add_workers,
 )
 
-GB = 10**9  # as transformers counts
+GB = 10**9  # as in transformers
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("export", help="write a checkpoint's weights for other programs")
+    parser = subparsers.add_parser("export", help="export a checkpoint's weights for other programs")
     commands = parser.add_subparsers(required=True, metavar="FORMAT")
-    text = "write a folder that transformers loads as RecurrentGemma: config.json, safetensors, and the tokenizer"
-    command = add_format(commands, "hf", _hf, text)
+    text = "export a folder that transformers loads as RecurrentGemma: config.json, safetensors and tokenizer"
+    command = add_command(commands, "hf", _hf, text)
     command.add_argument("source", metavar="SRC", type=Path, help=NEWEST_HELP)
-    add_target(command, "folder to make; must not exist")
-    command.add_argument("--shard-size", type=float, default=5, metavar="GB", help="largest file (default: 5)")
-    add_dtype(command, "of all weights, rounded from the master weights where there are any (default: as stored)")
+    add_target(command, "folder to create; must not exist")
+    command.add_argument("--shard-size", type=float, default=5, metavar="GB", help="largest file size (default: 5)")
+    add_dtype(command, "dtype of all weights, rounded from the master weights if there are any (default: as stored)")
     command.add_argument(
         "--tokenizer",
         type=Path,
         metavar="FOLDER",
-        help="take tokenizer files and generation_config.json from there, and token ids from its config.json (default: "
-        "those that SRC was converted with, or the tokenizer of the data that it was trained on)",
+        help="take tokenizer files, generation_config.json, and the token ids in config.json from FOLDER (default: the "
+        "files that SRC was converted with, or the tokenizer of its training data)",
     )
     add_workers(command)
 

@@ -1,4 +1,4 @@
-"""`griffin launch`: the job that trains until the run is complete, for SLURM or on this machine."""
+"""`griffin launch`: train as a SLURM job or on this machine, restarting until the run is complete."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from griffin.trainer.settings.complete import read_data
 from griffin.trainer.settings.load import to_toml
 from griffin.trainer.settings.sections import Config
 
-# What `griffin launch slurm` writes for a job: NAME, NAME-2 and so on.
+# Files that `griffin launch slurm` writes for a job: NAME, NAME-2 and so on.
 FILES = (("job", ".sbatch"), ("config", ".toml"), ("setup", ".sh"), ("code", ".json"), ("code", ".diff"), ("code", ""))
-# Folders of which every node has its own, as a rule.
+# Folders that are usually local to each node.
 NODE_LOCAL = ("/tmp", "/dev/shm", "/run")
-# Exit codes after which a training on this machine is not started again: complete, or stopped by a person.
+# Exit codes after which a training on this machine is not restarted: complete, or stopped by a person.
 ENDS = (0, STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "launch",
-        help="start training as a job that goes on after failures",
-        description="Train as `griffin train` does, and start again after failures, until the run is complete.",
+        help="start a training that is restarted after failures",
+        description="Train as `griffin train` does, and restart after failures until the run is complete.",
     )
     where = parser.add_subparsers(required=True, metavar="WHERE")
     _add_slurm(where)
@@ -45,36 +45,38 @@ def add_parser(subparsers: Any) -> None:
 def _add_slurm(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "slurm",
-        help="a batch script for SLURM",
-        description="Check everything, write a batch script with all that it needs to RUN/launch, and print or submit "
-        "it. One rank per GPU. Any setting can follow as --section.key value.",
+        help="write or submit a batch script for SLURM",
+        description="Check everything, write a batch script and all files that it needs to RUN/launch, and print or "
+        "submit it. One rank per GPU. Any setting can follow as --section.key value.",
     )
     parser.add_argument("config", metavar="CONFIG.toml", type=Path)
     parser.add_argument("--run-dir", type=Path, metavar="RUN", help="run folder (default: log.run_root/NAME-TIME)")
     add_init_arguments(parser)
     parser.add_argument("--nodes", type=int, required=True, metavar="N")
     parser.add_argument("--gpus-per-node", required=True, metavar="[TYPE:]N", help="such as h100:8; 0 trains on CPUs")
-    parser.add_argument("--gres", action="store_true", help="ask for GPUs by --gres=gpu:...")
+    parser.add_argument("--gres", action="store_true", help="request GPUs with --gres=gpu:...")
     parser.add_argument("--no-exclusive", action="store_true", help="share nodes with other jobs")
-    parser.add_argument("--mem", default="", metavar="SIZE", help="memory of a node (default: all of a whole node)")
+    parser.add_argument("--mem", default="", metavar="SIZE", help="memory per node (default: all of an unshared node)")
     parser.add_argument(
-        "--cpu-bind", default="", metavar="HOW", help="srun's, such as cores or ldoms (default: near its GPU)"
+        "--cpu-bind", default="", metavar="HOW", help="as for srun, such as cores or ldoms (default: near its GPU)"
     )
     parser.add_argument("--tasks-per-node", type=int, default=0, metavar="N", help="ranks per node without GPUs")
-    parser.add_argument("--time", required=True, metavar="TIME", help="limit of a job, such as 24:00:00 or 2-00:00:00")
-    parser.add_argument("--cpus-per-task", type=int, default=0, metavar="N", help="default: a node's ranks share them")
+    parser.add_argument("--time", required=True, metavar="TIME", help="time limit of a job: 24:00:00 or 2-00:00:00")
+    parser.add_argument("--cpus-per-task", type=int, default=0, metavar="N", help="default: a node's cores / ranks")
     parser.add_argument("--partition", default="")
     parser.add_argument("--account", default="")
     parser.add_argument("--qos", default="")
     parser.add_argument(
-        "--job-name", metavar="NAME", help="default: griffin-RUN-HASH of its path; jobs of a name run one after another"
+        "--job-name",
+        metavar="NAME",
+        help="default: griffin-RUN-HASH of its path; jobs of one name run in turn",
     )
     parser.add_argument(
         "--sbatch-option",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a further option of sbatch, or one in the place of what the script states",
+        help="an additional option of sbatch, or one that replaces the script's",
     )
     parser.add_argument(
         "--container",
@@ -83,21 +85,21 @@ def _add_slurm(subparsers: Any) -> None:
         help="a .sif file for Apptainer, or a .sqsh file or an image's name for pyxis",
     )
     parser.add_argument(
-        "--mount", type=Path, action="append", default=[], metavar="DIR", help="a further folder for the container"
+        "--mount", type=Path, action="append", default=[], metavar="DIR", help="an additional folder for the container"
     )
-    parser.add_argument("--setup", type=Path, metavar="FILE", help="shell commands that come first in the job")
+    parser.add_argument("--setup", type=Path, metavar="FILE", help="shell commands to run first in the job")
     parser.add_argument(
         "--python", metavar="PATH", help="interpreter of the ranks (default: this one; python3 in a container)"
     )
     parser.add_argument(
-        "--snapshot", action="store_true", help="run a copy of the code, which later edits of the checkout leave alone"
+        "--snapshot", action="store_true", help="run a copy of the code, unaffected by later edits of the checkout"
     )
     parser.add_argument(
         "--signal-seconds",
         type=int,
         default=SlurmJob.signal_seconds,
         metavar="S",
-        help="time left for saving before the limit (default: %(default)s)",
+        help="seconds left for saving before the time limit (default: %(default)s)",
     )
     _add_max_restarts(parser)
     parser.add_argument("--chain", type=int, default=1, metavar="N", help="submit N jobs, one after the other")
@@ -108,9 +110,9 @@ def _add_slurm(subparsers: Any) -> None:
 def _add_local(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "local",
-        help="on this machine",
-        description="What `griffin launch slurm` is on a cluster, for a machine without a scheduler: `griffin train "
-        "--ranks N`, started again after failures. Any setting can follow as --section.key value.",
+        help="train on this machine, with restarts",
+        description="For a machine without a scheduler: run `griffin train --ranks N`, and restart it after failures. "
+        "Any setting can follow as --section.key value.",
     )
     parser.add_argument("config", metavar="CONFIG.toml", type=Path)
     parser.add_argument("--run-dir", type=Path, metavar="RUN", help="run folder (default: log.run_root/NAME-TIME)")
@@ -126,7 +128,7 @@ def _add_max_restarts(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=SlurmJob.max_restarts,
         metavar="N",
-        help="failures without a newer checkpoint in between after which it is started again (default: %(default)s)",
+        help="consecutive restarts without a newer checkpoint in between (default: %(default)s)",
     )
 
 
@@ -135,7 +137,7 @@ def run_slurm(args: argparse.Namespace) -> int:
     if args.chain < 1:
         raise ValueError(f"--chain {args.chain}: must be at least 1")
     if args.submit and shutil.which("sbatch") is None:
-        raise ValueError("--submit: there is no sbatch on this machine; without --submit, the script is written only")
+        raise ValueError("--submit: there is no sbatch on this machine; without --submit, the script is only written")
     if args.setup is not None and not args.setup.is_file():
         raise ValueError(f"--setup {args.setup}: no such file")
     for folder in args.mount:
@@ -176,9 +178,9 @@ def run_slurm(args: argparse.Namespace) -> int:
         name=args.job_name or f"griffin-{run_dir.name}-{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6]}",
         mounts=tuple(dict.fromkeys(mounts + [Path(path) for path in init[1:2]])) if args.container else (),
     )
-    # Absolute, but for links: a virtual environment's interpreter is one.
+    # Absolute, but with links kept: the interpreter of a virtual environment is one.
     python = args.python or ("python3" if args.container else sys.executable)
-    if args.container:  # of which nothing can be asked here
+    if args.container:  # the interpreter in it cannot be asked from here
         python_path: tuple[str, ...] = ()
     else:
         python = os.path.abspath(python) if os.sep in python else python
@@ -205,11 +207,11 @@ def run_slurm(args: argparse.Namespace) -> int:
     script = render(job, files)
     for local in NODE_LOCAL:
         if run_dir.is_relative_to(local) or run_dir.resolve().is_relative_to(local):
-            _say(f"warning: --run-dir {run_dir}: below {local}, of which every node may have its own")
+            _say(f"warning: --run-dir {run_dir}: is below {local}, which may be local to each node")
             break
 
     folder.mkdir(parents=True, exist_ok=True)
-    if args.container and config.data.cache:  # what is mounted must be there
+    if args.container and config.data.cache:  # mounted folders must exist
         Path(config.data.cache).mkdir(parents=True, exist_ok=True)
     if args.snapshot:
         code.write_snapshot(folder / f"code{number}")
@@ -230,13 +232,13 @@ def run_slurm(args: argparse.Namespace) -> int:
 
 
 def _data_folders(config: Config) -> list[Path]:
-    """Where the data are, and the caches of their indexes."""
+    """Return the folders of the data, and of the cache of their indexes."""
     folders = [Path(info.prefix).absolute().parent for info in read_data(config.data)]
     return folders + ([Path(config.data.cache).absolute()] if config.data.cache else [])
 
 
 def _next_number(folder: Path) -> str:
-    """What tells the files of a further job in the same folder from those that are there: "", "-2", "-3" and so on."""
+    """Return the first suffix, "", "-2", "-3" and so on, with which a job's files have new names in the folder."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     number, suffix = 1, ""
     while there & {f"{name}{suffix}{kind}" for name, kind in FILES}:
@@ -251,7 +253,7 @@ def _write_new(path: Path, text: str) -> None:
 
 
 def _submit(script: Path) -> str:
-    """The new job's number. ValueError with SLURM's words where it refuses the job."""
+    """Submit a script and return the job's number. Raises ValueError with SLURM's message if it refuses the job."""
     done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
     if done.returncode != 0:
         raise ValueError(f"sbatch {script}: {done.stderr.strip()}")
@@ -259,12 +261,12 @@ def _submit(script: Path) -> str:
 
 
 def run_local(args: argparse.Namespace) -> int:
-    """Train on this machine, again after failures; the last exit code."""
+    """Train on this machine, restart after failures, and return the last exit code."""
     if args.max_restarts < 0:
         raise ValueError(f"--max-restarts {args.max_restarts}: must be at least 0")
     if discover_ranks(args.ranks) is not None:
         raise ValueError("griffin launch local starts ranks itself: start it without torchrun, srun or mpiexec")
-    if args.run_dir is None:  # the same for all starts
+    if args.run_dir is None:  # the same one for all starts
         args.run_dir = default_run_folder(args.config, load_run_config(args))
     from griffin.trainer.checkpoint.unreadable import why_unreadable
 
@@ -276,7 +278,7 @@ def run_local(args: argparse.Namespace) -> int:
         if exit_code in ENDS:
             return exit_code
         newest, folder = _newest(checkpoints)
-        is_newer = newest is not None and (best is None or newest > best)  # a run can go back, and set one aside
+        is_newer = newest is not None and (best is None or newest > best)  # a run can go back to an earlier one
         failures, best = (1, newest) if is_newer else (failures + 1, best)
         at = "no checkpoint" if newest is None else f"the checkpoint of step {newest}"
         if folder is not None and (why := why_unreadable(args.run_dir, folder)):

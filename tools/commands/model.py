@@ -1,4 +1,4 @@
-"""`griffin model`: block pattern and exact parameter counts of presets, and what the trainings of configs are."""
+"""`griffin model`: block pattern and exact parameter counts of presets; for configs, also layout and tokens."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "model",
         help="print a model's blocks and its exact parameter counts",
         description="Print the block pattern and the exact parameter counts of a model, from meta tensors: no memory "
-        "is allocated, whatever the size. Of a config, also the layout and the tokens of its training; its data need "
-        "not be there. Any setting of configs can follow as --section.key value.",
+        "is allocated, whatever the size. For a config, also print the layout and the tokens of its training; its data "
+        "need not exist. Any setting of configs can follow as --section.key value.",
     )
     parser.add_argument(
         "models", metavar="MODEL", nargs="*", help="presets, or configs: files or packaged ones (default: all presets)"
     )
-    parser.add_argument("--ranks", type=int, metavar="N", help="ranks of the configs' trainings (default: the fewest)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks of the trainings (default: the fewest possible)")
     parser.set_defaults(run=run, overrides=[])
 
 
 def run(args: argparse.Namespace) -> int:
-    # All names are checked before any model is counted.
+    # Check all names before counting any model.
     models: dict[str, ModelConfig] = {}
     configs: dict[str, tuple[Config, int]] = {}
     for name in args.models or PRESETS:
@@ -65,12 +65,12 @@ def run(args: argparse.Namespace) -> int:
             try:
                 read_data(config.data)
             except (ValueError, OSError) as error:
-                print(f"The data were not read, which may change the vocabulary: {error}")
+                print(f"The data could not be read, which may change the vocabulary: {error}")
     return 0
 
 
 def _load(name: str, overrides: Sequence[str]) -> Config:
-    """A config whose data need not be there: the vocabulary is the presets' then, where none is stated."""
+    """Load a config. If its data cannot be read and it states no vocabulary, take that of the presets."""
     config = read_settings(name, overrides)
     try:
         return complete(config)
@@ -79,7 +79,7 @@ def _load(name: str, overrides: Sequence[str]) -> Config:
 
 
 def _is_config(name: str) -> bool:
-    """A file comes first, then a preset, then a packaged config; what only looks like a file is one that is absent."""
+    """Whether a name is a config: a file, or a packaged one. Files take precedence over presets, presets over those."""
     if Path(name).is_file() or name.endswith(".toml"):
         return True
     try:

@@ -1,4 +1,4 @@
-"""`griffin monitor`: the state of runs, live in a terminal, from what their folders hold."""
+"""`griffin monitor`: show the state of runs, live in a terminal, from their run folders."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
     from griffin.tools.runs.state import RunReader
 
-WIDTH = 120  # where there is no terminal
+WIDTH = 120  # without a terminal
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "monitor",
         help="watch runs in a terminal",
-        description="Shows the state of a run, or of several with a line for each, until Ctrl-C. Reads nothing but the "
-        "run folders, from any machine that sees them. Where the output is no terminal, shows it once.",
+        description="Show the state of a run, or of several runs with a line each, until Ctrl-C. Only run folders are "
+        "read, from any machine that sees them. If the output is not a terminal, show it once.",
     )
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folder")
-    parser.add_argument("--once", action="store_true", help="show it once")
-    parser.add_argument("--interval", metavar="SECONDS", type=float, default=2.0, help="between readings (default: 2)")
+    parser.add_argument("--once", action="store_true", help="print the state once")
+    parser.add_argument("--interval", metavar="SECONDS", type=float, default=2.0, help="between updates (default: 2)")
     parser.set_defaults(run=run)
 
 
@@ -49,15 +49,15 @@ def run(args: argparse.Namespace) -> int:
             while True:
                 time.sleep(args.interval)
                 live.update(show(readers, console), refresh=True)
-    except KeyboardInterrupt:  # how a person leaves it
+    except KeyboardInterrupt:  # the way to leave it
         return 0
 
 
 def show(readers: Sequence[RunReader], console: Console) -> RenderableType:
-    """One run in full, or a line for each of several, as the console can show it."""
-    from griffin.tools.runs.view import one_run, several_runs
+    """Render one run in full, or several with a line each, for the console's width and encoding."""
+    from griffin.tools.runs.monitor_view import render_run, render_runs
 
     states = [reader.read() for reader in readers]
     if len(states) > 1:
-        return several_runs(states)
-    return one_run(states[0], blocks=console.encoding.startswith("utf"), width=console.width)
+        return render_runs(states)
+    return render_run(states[0], blocks=console.encoding.startswith("utf"), width=console.width)

@@ -1,4 +1,4 @@
-"""`griffin train`: check everything that can be checked, then train on local ranks or as one rank of a launcher's."""
+"""`griffin train`: check all settings and files, then train on local ranks or as one of a launcher's ranks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from griffin.kernels.backends import AUTO
 from griffin.launch import code
-from griffin.launch.ranks import discover, failure_text, leave, slurm_tasks_unused
+from griffin.launch.discovery import discover, failure_text, leave, slurm_tasks_unused
 from griffin.parallel.config import ModelConfig
 from griffin.parallel.world.ranks import STOPPED, Ranks
 from griffin.tools.common.errors import USER_ERRORS, report
 from griffin.trainer.run.folder import RunFolder, default_run_folder
-from griffin.trainer.schedule import Earlier
+from griffin.trainer.schedule import PreviousRun
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.load import read_settings, to_toml
 from griffin.trainer.settings.sections import Config
@@ -27,9 +27,9 @@ from griffin.trainer.settings.validate import validate, validate_data
 if TYPE_CHECKING:
     from griffin.trainer.checkpoint.source import InitFrom
 
-# Imported once for all local ranks.
+# Modules imported once for all local ranks.
 PRELOAD = ("griffin.trainer.loop",)
-# After SIGTERM, for local ranks to end their step and save it. A scheduler that allows less kills them by itself.
+# Time after SIGTERM for local ranks to finish their step and save. A scheduler that allows less kills them itself.
 SAVE_SECONDS = 15 * 60.0
 
 
@@ -41,21 +41,19 @@ def add_parser(subparsers: Any) -> None:
         'prints them all); --data.train "0.7 a" "0.3 b" blends data, --data.eval none evaluates nothing, '
         "--data.eval.NAME c adds a held-out set with figures of its own. Under torchrun, "
         "srun or mpiexec this process is one of their ranks; otherwise it starts --ranks processes here. A run folder "
-        f"that has checkpoints is continued. SIGTERM or SIGUSR1 saves and stops, with exit code {STOPPED}.",
+        f"that has checkpoints is resumed. SIGTERM or SIGUSR1 saves and stops, with exit code {STOPPED}.",
     )
-    parser.add_argument("config", metavar="CONFIG.toml", type=Path, help="a file, or a packaged one's name: demo")
+    parser.add_argument("config", metavar="CONFIG.toml", type=Path, help="a file, or the name of a packaged one: demo")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder (default: log.run_root/NAME-TIME)")
     parser.add_argument("--ranks", type=int, metavar="N", help="processes to start on this machine (default: 1)")
     add_init_arguments(parser)
     parser.add_argument(
-        "--code", type=Path, metavar="DIR", help="refuse to run unless this is the folder that griffin is imported from"
+        "--code", type=Path, metavar="DIR", help="exit with an error unless griffin is imported from DIR"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything for --ranks ranks, of any launcher, and start none"
+        "--dry-run", action="store_true", help="check everything for --ranks ranks of any launcher, and start none"
     )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print every setting as resolved, as TOML, and start nothing"
-    )
+    parser.add_argument("--print-config", action="store_true", help="print all resolved settings as TOML, and exit")
     parser.add_argument(
         "--help-settings", action=PrintSettings, nargs=0, help="print every setting, its default and meaning, and exit"
     )
@@ -63,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 class PrintSettings(argparse.Action):
-    """Prints the table of all settings and exits, as --help does, whatever other arguments there are."""
+    """Print the table of all settings and exit, as --help does, whatever the other arguments are."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from griffin.trainer.settings.reference import settings_reference
@@ -77,19 +75,19 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
         "--init-from",
         type=Path,
         metavar="CHECKPOINT",
-        help="start a new run from the step folder, or the newest step of the run folder, CHECKPOINT; a run that has "
-        "checkpoints of its own goes on from those. CONFIG.toml may leave out [model]: it is the checkpoint's",
+        help="start a new run from CHECKPOINT, a step folder, or a run folder for its newest step; a run that has "
+        "checkpoints of its own resumes from those. CONFIG.toml may leave out [model]: it is the checkpoint's",
     )
     parser.add_argument(
         "--init-what",
         choices=("weights", "all"),
-        help="what --init-from takes over: weights (default), or all: optimizer state, step and place in the data too",
+        help="what --init-from loads: weights (default), or all: also optimizer state, step and position in the data",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code of the training. What a user can put right is refused before any process or folder exists."""
-    # A warning ahead of a stop must not end a rank that is just starting: it has nothing to save yet.
+    """Train and return the exit code. Mistakes of the user are refused before any process or folder is created."""
+    # An early warning of a stop must not end a rank that is just starting: it has nothing to save yet.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if args.code is not None:
         try:
@@ -116,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         train_rank(ranks, config, run_dir, init_from)
     except SystemExit as stop:
-        if ranks.source != "slurm":  # srun takes the code of a rank that leaves late, and that it ends, for the step's
+        if ranks.source != "slurm":  # srun would report the exit code of a rank that it had to kill
             raise
         leave(stop.code if isinstance(stop.code, int) else 1)
     except (Exception, KeyboardInterrupt) as error:
@@ -141,7 +139,11 @@ def check(
     starts_here: bool = True,
     reads_data: bool = True,
 ) -> tuple[Config, Path, InitFrom | None]:
-    """The config, the run folder and --init-from, found fit to start with; not here, but on other machines perhaps."""
+    """Check everything that can be checked before ranks start; return the config, the run folder and --init-from.
+
+    `makes_folder`: also check the run folder and what the run starts from. `starts_here`: also check that this machine
+    has the kernels. `reads_data`: also check the data's contents. Raises ValueError.
+    """
     from griffin.tools.weights.hf.names import differences
     from griffin.trainer.checkpoint.source import InitFrom, find_source, refuse_other_model
 
@@ -154,13 +156,13 @@ def check(
         _check_kernels(config)
     run_dir = args.run_dir or default_run_folder(args.config, config)
     init_from = InitFrom(path=args.init_from, everything=args.init_what == "all") if args.init_from else None
-    if makes_folder:  # other ranks may look when it has been made
+    if makes_folder:  # other ranks may come after it was created
         RunFolder.check(run_dir, config)
         source = find_source(run_dir, init_from)
         if source.path and source.config:
             refuse_other_model(config.model, source.config["model"], source.path)
         if source.everything and source.config:
-            earlier = Earlier(config=source.config, step=source.step)
+            earlier = PreviousRun(config=source.config, step=source.step)
             config = load_run_config(args, earlier)
             validate(config, world_size)
     if makes_folder and (found := differences(config.model)):
@@ -169,9 +171,9 @@ def check(
     return config, run_dir, init_from
 
 
-def load_run_config(args: argparse.Namespace, earlier: Earlier | None = None) -> Config:
-    """The config of a training. A model that it does not state is that of its run folder, else of --init-from; the
-    schedule is that of the `earlier` config where the run goes on."""
+def load_run_config(args: argparse.Namespace, earlier: PreviousRun | None = None) -> Config:
+    """Load the config of a training. A missing [model] is that of the run folder, else that of --init-from; `earlier`
+    gives the schedule of a run that is continued."""
     from griffin.trainer.checkpoint.manifest import check as check_step
     from griffin.trainer.checkpoint.steps import resolve
 
@@ -180,11 +182,11 @@ def load_run_config(args: argparse.Namespace, earlier: Earlier | None = None) ->
             return read_settings(RunFolder(args.run_dir).config).model
         return check_step(resolve(args.init_from)).model if args.init_from else None
 
-    return load_config(args.config, args.overrides, find_model=find_model, earlier=earlier)
+    return load_config(args.config, args.overrides, find_model=find_model, previous=earlier)
 
 
 def _check_kernels(config: Config) -> None:
-    """ValueError where this machine cannot run what computes the recurrence."""
+    """Raise ValueError if this machine cannot run the chosen kernels."""
     if config.train.kernels != AUTO:
         import torch
 
@@ -195,7 +197,7 @@ def _check_kernels(config: Config) -> None:
 
 
 def train_rank(ranks: Ranks, config: Config, run_dir: Path, init_from: InitFrom | None) -> None:
-    """What each rank does. SystemExit with STOPPED where the training was asked to stop, and was saved."""
+    """Train as one rank. Raises SystemExit with STOPPED if the training was asked to stop, and saved."""
     from griffin.trainer.loop import train
 
     if train(config, ranks, run_dir, init_from):
@@ -203,7 +205,7 @@ def train_rank(ranks: Ranks, config: Config, run_dir: Path, init_from: InitFrom 
 
 
 def discover_ranks(local_ranks: int | None) -> Ranks | None:
-    """The launcher's ranks, or None where this process starts its own."""
+    """Return the launcher's ranks, or None if this process is to start its own."""
     _check_ranks(local_ranks)
     ranks = discover()
     tasks, nodes = slurm_tasks_unused(), int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
@@ -221,7 +223,7 @@ def discover_ranks(local_ranks: int | None) -> Ranks | None:
             "leave --ranks out"
         )
     else:
-        ranks = None  # an interactive shell that srun started is a world of one
+        ranks = None  # an interactive shell started by srun is a world of one rank
     return ranks
 
 
@@ -231,7 +233,7 @@ def _check_ranks(ranks: int | None) -> None:
 
 
 def start_local(args: argparse.Namespace) -> Callable[[], int]:
-    """What starts --ranks ranks on this machine and returns their exit code, everything having been checked."""
+    """Check everything, and return a function that starts --ranks ranks on this machine and returns the exit code."""
     world_size = args.ranks or 1
     config, run_dir, init_from = check(args, world_size)
 

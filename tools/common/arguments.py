@@ -1,4 +1,4 @@
-"""Arguments that several commands have, alike in each."""
+"""Command-line arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from griffin.trainer.dtypes import ALIASES, canonical_dtype
 
-NEWEST_HELP = "folder of a step; of a run or its checkpoints, the newest complete one is taken"
-MOST_WORKERS = 4  # by default: each has a chunk or two in memory
+NEWEST_HELP = "step folder, or a run's folder (or its checkpoints folder) for the newest complete step"
+MOST_WORKERS = 4  # default limit: each holds a chunk or two in memory
 
 
 def add_dtype(command: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
-    """--dtype, under any of its names; the arguments have the canonical one, such as "bfloat16"."""
+    """Add --dtype. Any alias is accepted; `args.dtype` is the canonical name, such as "bfloat16"."""
     shown = ", ".join(f"{name} ({aliases[0]})" for name, aliases in ALIASES.items())
-    command.add_argument("--dtype", type=_dtype, default=default, metavar="DTYPE", help=f"{text}: {shown}")
+    command.add_argument("--dtype", type=_dtype, default=default, metavar="DTYPE", help=f"{text}; accepted: {shown}")
 
 
 def _dtype(text: str) -> str:
@@ -26,7 +26,8 @@ def _dtype(text: str) -> str:
     return name
 
 
-def add_format(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    """Add a sub-command that calls `run`; `text` is its help and, as a sentence, its description."""
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.set_defaults(run=run)
     return command

@@ -1,7 +1,7 @@
-"""Files of the safetensors format: laid out, and written and read a part at a time, without that library.
+"""Lay out, write and read safetensors files a part at a time. The safetensors library reads and writes whole tensors.
 
-A file is the length of its header, 8 bytes; the header, JSON with dtype, shape and place of each tensor; and the
-tensors' values, little endian and row-major, one after the other.
+A file consists of the length of its header (8 bytes), the header (JSON with dtype, shape and offsets of each tensor),
+and the tensors' values, little endian and row-major, without gaps.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from griffin.trainer.checkpoint.zarr_io import CheckpointError, naming
 from griffin.trainer.files import is_integer, open_regular, parse_json
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-READ_BYTES = 16 * 2**20  # read at once where only some columns of many rows are wanted
+READ_BYTES = 16 * 2**20  # read at once where only some columns of many rows are needed
 _NAMES = {short: name for name, short in DTYPES.items()}
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
-_MOST_HEADER_BYTES = 100_000_000  # what other readers accept
+_MOST_HEADER_BYTES = 100_000_000  # limit of other readers
 _MOST_DIMENSIONS = 32
 _MOST_INTEGER = 2**62
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor, from byte `offset` of its file on."""
+    """A tensor stored from byte `offset` of its file on."""
 
     name: str
     dtype: str  # a key of DTYPES
@@ -49,9 +49,9 @@ class Entry:
 
 
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[Entry]]:
-    """A file's header as bytes, and its entries, for (name, dtype, shape) of each tensor in the order of their values.
+    """Return a file's header as bytes and its entries, for (name, dtype, shape) of each tensor in storage order.
 
-    All values are aligned where larger dtypes come first.
+    All values are aligned if larger dtypes come first.
     """
     described: dict[str, Any] = {_METADATA: {"format": "pt"}}
     placed, end = [], 0
@@ -67,7 +67,7 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes,
 
 
 def create_file(path: Path, header: bytes, size: int) -> None:
-    """A file with its header, and the size that it will have."""
+    """Create a file of its final size with its header."""
     with open(path, "xb") as stream:
         stream.write(header)
         stream.truncate(size)
@@ -76,7 +76,7 @@ def create_file(path: Path, header: bytes, size: int) -> None:
 
 
 def write_values(path: Path, values: Sequence[tuple[int, np.ndarray]], *, durable: bool = True) -> None:
-    """Write arrays at their offsets into a file. If not `durable`, they are so after `synchronise` on this machine."""
+    """Write arrays at their offsets into a file. Unless `durable`, the caller must `synchronise` it on this machine."""
     with open(path, "r+b", buffering=0) as stream:
         for offset, array in values:
             stream.seek(offset)
@@ -85,30 +85,30 @@ def write_values(path: Path, values: Sequence[tuple[int, np.ndarray]], *, durabl
                 rest = rest[stream.write(rest) :]
         if durable:
             os.fsync(stream.fileno())
-        else:  # what Linux is told not to keep, it begins to write at once
+        else:  # Linux starts to write back at once what it is told not to cache
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
-    """`count` bytes of a file, uint8. Raises CheckpointError where they are not there."""
+    """Read `count` bytes of a file as uint8. Raises CheckpointError if the file is missing or too short."""
     with naming(path), open_regular(path, buffering=0) as file:
         missing = offset + count - os.fstat(file.fileno()).st_size
         if missing > 0:
-            raise CheckpointError(f"{path} ends {missing:,} bytes too early")
+            raise CheckpointError(f"{path} is {missing:,} bytes too short")
         return np.fromfile(file, np.uint8, count, offset=offset)
 
 
 def require_written(path: Path, offset: int, values: np.ndarray) -> None:
     """Raise CheckpointError unless the file holds `values` at `offset`."""
-    meant = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
-    if not np.array_equal(read_bytes(path, offset, values.nbytes), meant):
+    expected = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
+    if not np.array_equal(read_bytes(path, offset, values.nbytes), expected):
         raise CheckpointError(f"{path} does not hold what was written to it")
 
 
 def read_box(path: Path, entry: Entry, box: Box) -> np.ndarray:
-    """A box of a tensor, [box's shape] of its dtype, with READ_BYTES besides it in memory.
+    """Read a box of a tensor: [box's shape] of its dtype, with READ_BYTES besides it in memory.
 
-    Raises CheckpointError where the file is missing or too short.
+    Raises CheckpointError if the file is missing or too short.
     """
     values = np.empty(shape_of(box), numpy_dtype(entry.dtype))
     _read_box(path, entry, box, values)
@@ -131,16 +131,16 @@ def _read_box(path: Path, entry: Entry, box: Box, out: np.ndarray) -> None:
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
-    """The tensors of a file by name; their values are not looked at.
+    """Read the header of a file: its tensors by name. Values are not read.
 
-    Raises CheckpointError naming the file where its header is damaged, where the file is not as long as its header
-    says, or where a tensor is of a dtype that is none of DTYPES.
+    Raises CheckpointError naming the file if its header is damaged, its size is not what the header says, or a tensor's
+    dtype is not in DTYPES.
     """
     with naming(path):
         size = path.stat().st_size
     length = int.from_bytes(read_bytes(path, 0, _LENGTH_BYTES).tobytes(), "little")
     if not 0 < length <= _MOST_HEADER_BYTES:
-        raise CheckpointError(f"{path}: is no safetensors file, or is damaged: its header would have {length:,} bytes")
+        raise CheckpointError(f"{path}: is not a safetensors file, or is damaged: its header has {length:,} bytes")
     text = read_bytes(path, _LENGTH_BYTES, length).tobytes()
     begin = _LENGTH_BYTES + length
     try:
@@ -150,7 +150,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path}: is damaged: its header is none of a safetensors file") from None
+        raise CheckpointError(f"{path}: is damaged: its header is not that of a safetensors file") from None
     end = begin
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != end:

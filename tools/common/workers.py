@@ -1,4 +1,4 @@
-"""Tasks spread over processes of this machine, or over those that mpiexec started."""
+"""Run tasks on worker processes of this machine, or on the ranks that mpiexec started."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from griffin.launch.discovery import mpi_world
 from griffin.launch.local import cores
-from griffin.launch.ranks import mpi_world
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-TASKS_PER_WORKER = 2  # submitted at once: keeps workers busy, bounds memory
+TASKS_PER_WORKER = 2  # submitted ahead: keeps workers busy and bounds memory
 
 
 class Workers:
-    """`count` processes that run functions of modules on tasks; both travel by pickle.
+    """`count` processes that run module-level functions on tasks; functions and tasks are pickled.
 
-    `executor` is a concurrent.futures.Executor, or what mpi4py has in its place: then they may be `elsewhere`, on other
-    machines, whose files only they themselves can make durable.
+    `executor` is a concurrent.futures.Executor or mpi4py's equivalent. Workers of the latter are `remote`: they may be
+    on other machines, and must sync the files that they write themselves.
     """
 
-    def __init__(self, executor: Any, count: int, *, elsewhere: bool = False) -> None:
+    def __init__(self, executor: Any, count: int, *, remote: bool = False) -> None:
         self._executor = executor
         self._count = count
-        self.elsewhere = elsewhere
+        self.remote = remote
 
     def run(self, function: Callable[[Task], Result], tasks: Iterable[Task], done: Callable[[Result], object]) -> None:
-        """Call `done` with each task's result, in the order in which they end.
+        """Call `done` with each task's result, in order of completion.
 
-        The first failure, of a task or of `done`, is raised when no task is under way any more. Raises
-        BrokenExecutor where a worker was killed.
+        The first exception of a task or of `done` is raised once no task is running any more. Raises BrokenExecutor
+        if a worker was killed.
         """
         pending: set[Future[Result]] = set()
 
@@ -61,7 +61,7 @@ class Workers:
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Within it, SIGTERM ends this process as an exception does: what is under way is cleaned up."""
+    """Within this context SIGTERM raises SystemExit, so that unfinished output is cleaned up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -74,12 +74,10 @@ def ended_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def start_workers(count: int | None, most: int | None = None) -> Iterator[Workers | None]:
-    """`count` workers, or the other ranks where mpiexec started this process with several.
+    """Start `count` workers (default: one per core, at most `most`), or use the other ranks under mpiexec.
 
-    The default is one per core, but no more than `most`.
-
-    There, rank 0 is given the workers; the others are those workers until rank 0 leaves the context, and are given
-    None: nothing is left for them to do. Raises ValueError for a count below 1, or one stated under mpiexec.
+    Under mpiexec rank 0 gets the workers. The other ranks serve as workers until rank 0 leaves the context, and then
+    get None: nothing is left for them to do. Raises ValueError for a count below 1, or for any count under mpiexec.
     """
     world = _mpi_world()
     if world is not None:
@@ -88,23 +86,23 @@ def start_workers(count: int | None, most: int | None = None) -> Iterator[Worker
         from mpi4py.futures import MPICommExecutor
 
         with MPICommExecutor(world, root=0) as executor:
-            yield None if executor is None else Workers(executor, world.size - 1, elsewhere=True)
+            yield None if executor is None else Workers(executor, world.size - 1, remote=True)
         return
     if count is not None and count < 1:
         raise ValueError(f"--workers {count}: must be at least 1")
     count = count or min(cores(), most or cores())
     if count == 1:
         with ended_by_sigterm():
-            yield Workers(_Here(), 1)
+            yield Workers(_InlineExecutor(), 1)
         return
-    # Not forked: this process may hold threads.
+    # Not forked: this process may have threads.
     context = multiprocessing.get_context("spawn")
     with ended_by_sigterm(), ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker) as pool:
         yield Workers(pool, count)
 
 
-class _Here(Executor):
-    """Runs each task in this process, at once."""
+class _InlineExecutor(Executor):
+    """Runs each task immediately in this process."""
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -116,11 +114,11 @@ class _Here(Executor):
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's, which ends its workers in order
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers in order
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -128,7 +126,7 @@ def _end_with_parent() -> None:
 
 
 def _mpi_world() -> Any:
-    """mpi4py's communicator of the processes that mpiexec started together with this one; None where it is alone."""
+    """Return mpi4py's communicator of all ranks that mpiexec started; None if this process is alone."""
     if not any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
         return None
     world = mpi_world(os.environ)

@@ -1,8 +1,7 @@
-"""A checkpoint's model as tools run it: checked, started on tensor-parallel ranks, and loaded there."""
+"""Load a checkpoint's model for inference, on tensor-parallel ranks."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import traceback
@@ -17,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from griffin.launch.discovery import discover, leave
 from griffin.launch.local import run_local
-from griffin.launch.ranks import discover, leave
 from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.parallel.decode import Decoder
 from griffin.parallel.stage import Stage, build_stages
@@ -31,13 +30,13 @@ from griffin.trainer.checkpoint.manifest import Manifest, check
 from griffin.trainer.checkpoint.steps import resolve
 from griffin.trainer.checkpoint.weights import load_weights
 
-COMPILERS = ("g++", "clang++")  # that torch.compile looks for
+COMPILERS = ("g++", "clang++")  # those that torch.compile looks for
 PRELOAD = ("griffin.tools.inference.sampling",)
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A complete step that is to be run on `tensor` ranks in `dtype`. Travels by pickle."""
+class InferenceCheckpoint:
+    """A complete step to load on `tensor` ranks, and the compute dtype. Pickled to the ranks."""
 
     folder: Path
     manifest: Manifest
@@ -45,35 +44,34 @@ class Checkpoint:
     dtype: str  # "float32", "float16" or "bfloat16"
 
     @classmethod
-    def find(cls, args: argparse.Namespace) -> Checkpoint:
-        """What the arguments `checkpoint`, `tensor` and `dtype` say.
+    def find(cls, path: Path, tensor: int, dtype: str | None) -> InferenceCheckpoint:
+        """Find the step at `path`, or the newest complete one of the run there. `dtype` None is that of its weights.
 
-        Raises CheckpointError where it is not complete, and ValueError where the model cannot be cut so.
+        Raises CheckpointError if it is not complete, and ValueError if the model cannot be sharded over `tensor` ranks.
         """
-        folder = resolve(args.checkpoint)
+        folder = resolve(path)
         manifest = check(folder)
-        if args.tensor < 1:
-            raise ValueError(f"--tensor {args.tensor}: must be at least 1")
-        check_layout(manifest, ParallelConfig(tensor=args.tensor))
-        dtype = args.dtype or manifest.arrays[f"{MODEL}.embedding.weight"].dtype
-        return cls(folder, manifest, args.tensor, dtype)
+        if tensor < 1:
+            raise ValueError(f"--tensor {tensor}: must be at least 1")
+        check_layout(manifest, ParallelConfig(tensor=tensor))
+        return cls(folder, manifest, tensor, dtype or manifest.arrays[f"{MODEL}.embedding.weight"].dtype)
 
 
 @dataclass(frozen=True)
-class Model:
-    """A loaded model, of which this rank holds its part."""
+class LoadedModel:
+    """A loaded model, of which this rank holds its shard."""
 
     stage: Stage
     grid: Grid
     config: ModelConfig
-    compiled: bool = False  # a token's step, see `Decoder`
+    compiled: bool = False  # whether the decoding step is compiled, see `Decoder`
 
     @cached_property
     def decoder(self) -> Decoder:
         return Decoder(self.stage, compiled=self.compiled)
 
-    def gathered(self, logits: Tensor) -> Tensor:
-        """All logits [..., vocabulary] of this rank's part of them. A collective of tensor ranks."""
+    def all_gather_logits(self, logits: Tensor) -> Tensor:
+        """Gather this rank's shard of the logits to [..., vocabulary]. A collective of tensor ranks."""
         if self.grid.tensor_size > 1:
             parts = [torch.empty_like(logits) for _ in range(self.grid.tensor_size)]
             dist.all_gather(parts, logits.contiguous(), group=self.grid.tensor_group)
@@ -82,30 +80,32 @@ class Model:
 
 
 @contextmanager
-def loaded(checkpoint: Checkpoint, ranks: Ranks | None, *, compiled: bool = False) -> Iterator[Model]:
-    """The model on this rank; `ranks` as `run_on_ranks` gives it."""
+def open_model(
+    checkpoint: InferenceCheckpoint, ranks: Ranks | None, *, compiled: bool = False
+) -> Iterator[LoadedModel]:
+    """Load the model on this rank. `ranks` is what `run_on_ranks` passes."""
     layout = ParallelConfig(tensor=checkpoint.tensor)
     config = checkpoint.manifest.model
     with single_rank_grid() if ranks is None else rank_grid(layout, ranks) as grid:
         stages = build_stages(config, layout, grid, dtype=getattr(torch, checkpoint.dtype), sequence=1)
         load_weights(stages, grid, checkpoint.folder, checkpoint.manifest)
-        yield Model(stages[0].eval().requires_grad_(False), grid, config, compiled)
+        yield LoadedModel(stages[0].eval().requires_grad_(False), grid, config, compiled)
 
 
 def check_compiled(tensor: int) -> None:
-    """ValueError where `Decoder(compiled=True)` cannot work."""
+    """Raise ValueError if `Decoder(compiled=True)` cannot work."""
     if tensor > 1:
-        raise ValueError(f"--compile: must be left out with --tensor {tensor}: what ranks exchange is not compiled")
+        raise ValueError(f"--compile: must be left out with --tensor {tensor}: collectives are not compiled")
     named = os.environ.get("CXX")
     if not torch.cuda.is_available() and not any(map(shutil.which, [named] if named else COMPILERS)):
         raise ValueError(f"--compile: needs a C++ compiler on CPUs; found no {named or ', '.join(COMPILERS)}")
 
 
 def run_on_ranks(function: Callable[..., None], tensor: int, args: Sequence[Any]) -> int:
-    """Call `function(ranks, *args)` on so many ranks: a launcher's, or processes started here.
+    """Call `function(ranks, *args)` on `tensor` ranks: a launcher's, or processes started here.
 
-    `ranks` is None where there is only this process. Returns the exit code. Raises ValueError where the launcher has
-    started another number of ranks, or this machine has too few GPUs.
+    `ranks` is None if there is only this process. Returns the exit code. Raises ValueError if the launcher has started
+    another number of ranks, or if this machine has too few GPUs.
     """
     ranks = discover()
     if ranks is not None and ranks.world_size > 1:

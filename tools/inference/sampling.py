@@ -1,4 +1,4 @@
-"""Text goes on: prompts of token ids in, sampled token ids out."""
+"""Generate: prompts of token ids in, sampled token ids out."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from griffin.tools.inference.model import Model
+from griffin.tools.inference.model import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: the likeliest one at temperature 0, else drawn from softmax(logits / temperature).
+    """How the next token is chosen: greedy at temperature 0, else sampled from softmax(logits / temperature).
 
-    It is drawn from the `top_k` likeliest tokens, and of what they leave from the fewest likeliest ones whose
-    probabilities come to `top_p`. Raises ValueError for a value that makes no sense.
+    Sampling is restricted to the `top_k` likeliest tokens, and among those to the fewest likeliest ones whose
+    probabilities sum to `top_p`. Raises ValueError for a value out of range.
     """
 
     temperature: float = 0.0
@@ -37,23 +37,23 @@ class Sampling:
                 raise ValueError(f"--{option} {value}: must be {accepted}")
 
 
-class Draws:
-    """Uniform draws in [0, 1), one after the other for each of some prompts: the same in whatever batch they are."""
+class PromptGenerators:
+    """One random generator per prompt, seeded by sampling seed and prompt number, so that batches do not matter."""
 
     def __init__(self, seed: int, prompts: Sequence[int], device: torch.device) -> None:
         self._generators = [np.random.default_rng((seed, prompt)) for prompt in prompts]
         self._device = device
 
-    def next(self) -> Tensor:
-        """float64 [prompts]."""
+    def uniform(self) -> Tensor:
+        """Draw a number in [0, 1) for each prompt: float64 [prompts]."""
         draws = [generator.random() for generator in self._generators]
         return torch.tensor(draws, dtype=torch.float64, device=self._device)
 
 
 def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
-    """The next tokens, int64 [B], of logits [B, V]: those at which the cumulative probability passes draws [B].
+    """Return the next tokens, int64 [B]: where the cumulative probability of logits [B, V] exceeds draws [B].
 
-    Raises ValueError where a row has no largest logit that is finite.
+    Raises ValueError if the largest logit of a row is not finite.
     """
     largest, likeliest = logits.max(-1, keepdim=True)
     if not largest.isfinite().all():
@@ -63,16 +63,16 @@ def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     probabilities = ((logits.double() - largest) / sampling.temperature).softmax(-1)
     if sampling.top_k is not None or sampling.top_p < 1:
         probabilities = _truncated(probabilities, sampling)
-    # In the order of the vocabulary: where two tokens are almost as likely, rounding does not change what is drawn.
+    # In vocabulary order, so that rounding does not change the result where two tokens are almost equally likely.
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
     place = torch.searchsorted(cumulative, draws[:, None] * total, right=True)
-    last = (cumulative < total).sum(-1, keepdim=True)  # that can be drawn: a product may round up to the total
+    last = (cumulative < total).sum(-1, keepdim=True)  # last token with a probability: draws * total may round up
     return torch.minimum(place, last).squeeze(-1)
 
 
 def _truncated(probabilities: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities [B, V] with 0 for tokens that are not to be drawn."""
+    """Return probabilities [B, V] with 0 for tokens outside of top-k and top-p."""
     size = probabilities.shape[-1]
     sizes, order = probabilities.topk(min(sampling.top_k or size, size))  # the likeliest first
     likelier = sizes.cumsum(-1) - sizes
@@ -81,7 +81,7 @@ def _truncated(probabilities: Tensor, sampling: Sampling) -> Tensor:
 
 
 def generate(
-    model: Model,
+    model: LoadedModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
@@ -89,35 +89,38 @@ def generate(
     sampling: Sampling,
     first: int = 0,
 ) -> list[list[int]]:
-    """What follows each prompt, as a batch; a collective of tensor ranks, the same on each.
+    """Continue a batch of prompts. A collective of tensor ranks, with the same result on each.
 
     Args:
+        model: the model, loaded on all tensor ranks.
         prompts: token ids, at least one each.
-        max_tokens: that a prompt is continued by, unless one of `stops` ends it, which is the last one then.
-        first: number of the first prompt, as they are counted for what is drawn.
+        max_tokens: most tokens per answer.
+        stops: tokens that end an answer; the one that does is its last token.
+        sampling: how tokens are chosen.
+        first: number of the first prompt, which the sampling seed is combined with.
 
-    Raises ValueError where logits are not finite.
+    Raises ValueError if logits are not finite.
     """
-    draws = Draws(sampling.seed, range(first, first + len(prompts)), model.grid.device)
+    generators = PromptGenerators(sampling.seed, range(first, first + len(prompts)), model.grid.device)
     tensors = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
     logits, state = model.decoder.prefill(tensors, max(map(len, prompts)) + max_tokens)
-    found: list[list[int]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
+    answers: list[list[int]] = [[] for _ in prompts]
+    unfinished = set(range(len(prompts)))
     for step in range(max_tokens):
-        tokens = sample(model.gathered(logits), draws.next(), sampling)
+        tokens = sample(model.all_gather_logits(logits), generators.uniform(), sampling)
         for place, token in enumerate(tokens.tolist()):
-            if place in going:
-                found[place].append(token)
+            if place in unfinished:
+                answers[place].append(token)
                 if token in stops:
-                    going.remove(place)
-        if not going or step == max_tokens - 1:
+                    unfinished.remove(place)
+        if not unfinished or step == max_tokens - 1:
             break
-        logits = model.decoder.step(tokens, state)  # of those that have ended too
-    return found
+        logits = model.decoder.step(tokens, state)  # finished ones too
+    return answers
 
 
 def generate_all(
-    model: Model,
+    model: LoadedModel,
     prompts: Sequence[Sequence[int]],
     *,
     batch: int,

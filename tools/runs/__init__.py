@@ -1,1 +1,1 @@
-"""The state of runs and installations, as people see it."""
+"""Inspect runs (`griffin monitor`) and installations (`griffin doctor`)."""

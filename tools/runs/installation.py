@@ -1,4 +1,4 @@
-"""What `griffin doctor` finds out about an installation without other ranks; one finding for each check."""
+"""Checks of an installation for `griffin doctor`, each on this process alone."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from griffin.kernels.rglru import rglru
 from griffin.kernels.selection import HAS_TRITON
 from griffin.launch.local import cores
 from griffin.parallel.norm import apex_rms_norm
-from griffin.tools.runs.findings import FAILED, OK, WARNING, Finding
+from griffin.tools.runs.check_results import FAILED, OK, WARNING, CheckResult
 from griffin.trainer.checkpoint.saving.memory import memory_left
 
 SLURM = ("srun", "sbatch", "scancel", "scontrol", "squeue", "sinfo")
-FILES = 1024  # open at a time: rank 0 holds a connection to every rank, and a rank's checkpoint many files
-SYNCED = 5  # small files, to time the file system
-SYNC_SECONDS = 0.1  # for one: a checkpoint syncs thousands
-TOLERANCE = 1e-4  # of float32 recurrences with values about 1
+OPEN_FILES = 1024  # expected limit: rank 0 holds a connection to every rank, and a checkpoint has many files
+SYNCED_FILES = 5  # small files written to time the file system
+SYNC_SECONDS = 0.1  # expected for one: a checkpoint syncs thousands
+TOLERANCE = 1e-4  # of float32 recurrences with values of about 1
 MPI_CODE = "from mpi4py import rc; rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
 GIB = 2**30
 
 
-def examine_installation(folder: Path) -> list[Finding]:
-    """All findings, in order; a check that raises is a failed one."""
-    checks: list[Callable[[Path], Iterator[Finding]]] = [
+def examine_installation(folder: Path) -> list[CheckResult]:
+    """Run all checks and return their results in order; a check that raises has failed."""
+    checks: list[Callable[[Path], Iterator[CheckResult]]] = [
         _python,
         _torch,
         _megatron,
@@ -48,23 +48,23 @@ def examine_installation(folder: Path) -> list[Finding]:
         _machine,
         _file_system,
     ]
-    findings: list[Finding] = []
+    results: list[CheckResult] = []
     for check in checks:
         try:
-            findings += check(folder)
+            results += check(folder)
         except Exception as error:
-            findings.append((FAILED, f"{check.__name__.strip('_')}: {type(error).__name__}: {error}"))
-    return findings
+            results.append((FAILED, f"{check.__name__.strip('_')}: {type(error).__name__}: {error}"))
+    return results
 
 
-def _python(folder: Path) -> Iterator[Finding]:
+def _python(folder: Path) -> Iterator[CheckResult]:
     yield OK, f"Python: {platform.python_version()}, {sys.executable}"
 
 
-def _torch(folder: Path) -> Iterator[Finding]:
+def _torch(folder: Path) -> Iterator[CheckResult]:
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        yield OK if torch.version.cuda is None else WARNING, f"torch: {torch.__version__}, {built}; no GPU is seen"
+        yield OK if torch.version.cuda is None else WARNING, f"torch: {torch.__version__}, {built}; no GPU is visible"
         return
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     yield OK, f"torch: {torch.__version__}, CUDA {torch.version.cuda}, NCCL {nccl}"
@@ -77,7 +77,7 @@ def _torch(folder: Path) -> Iterator[Finding]:
         yield (OK, text) if fits else (WARNING, f"{text}; this torch was built for {', '.join(supported)}")
 
 
-def _megatron(folder: Path) -> Iterator[Finding]:
+def _megatron(folder: Path) -> Iterator[CheckResult]:
     required = [text for text in importlib.metadata.requires("griffin-megatron") or [] if "megatron-core" in text]
     version = _version("megatron-core")
     fits = not required or f"megatron-core=={version}" in required
@@ -88,42 +88,42 @@ def _megatron(folder: Path) -> Iterator[Finding]:
     )
 
 
-def _triton(folder: Path) -> Iterator[Finding]:
+def _triton(folder: Path) -> Iterator[CheckResult]:
     if HAS_TRITON:
         yield OK, f"triton: {_version('triton')}"
     elif torch.cuda.is_available():
         yield WARNING, "triton: absent; recurrence and convolution run many times slower without it"
     else:
-        yield OK, "triton: absent, of use on GPUs only"
+        yield OK, "triton: absent, needed on GPUs only"
 
 
-def _apex(folder: Path) -> Iterator[Finding]:
+def _apex(folder: Path) -> Iterator[CheckResult]:
     if apex_rms_norm() is not None:
-        yield OK, "apex: NVIDIA's, with its fused norms"
+        yield OK, "apex: NVIDIA's, with fused norms"
     elif importlib.util.find_spec("apex") is None:
         yield OK, "apex: absent; torch computes norms and the optimizer"
     elif importlib.util.find_spec("apex.normalization") is None:
-        yield WARNING, "apex: a package of that name that is not NVIDIA's, such as PyPI's; uninstall it"
+        yield WARNING, "apex: another package than NVIDIA's, such as PyPI's; uninstall it"
     elif torch.cuda.is_available():
         yield WARNING, "apex: NVIDIA's, but without its compiled extensions; torch computes norms"
     else:
-        yield OK, "apex: NVIDIA's, of use on GPUs only"
+        yield OK, "apex: NVIDIA's, used on GPUs only"
 
 
-def _kernels(folder: Path) -> Iterator[Finding]:
-    """The recurrence as it runs on this machine, forward and backward, against its definition."""
+def _kernels(folder: Path) -> Iterator[CheckResult]:
+    """Compare the recurrence's kernels of this machine, forward and backward, with the reference."""
     on_gpu = torch.cuda.is_available()
     device, backend = torch.device("cuda" if on_gpu else "cpu"), "triton" if on_gpu and HAS_TRITON else "cpu"
     begun = time.perf_counter()
-    mine, theirs = (_recurrence(name, device) for name in (backend, "reference"))
+    found, expected = (_recurrence(name, device) for name in (backend, "reference"))
     seconds = time.perf_counter() - begun
-    error = max(float((a - b).abs().max()) for a, b in zip(mine, theirs, strict=True))
-    text = f"kernels: {backend} on {device.type}, forward and backward, differs by {error:.1e} from the definition"
-    yield (OK, f"{text}, {seconds:.1f} s") if error < TOLERANCE else (FAILED, f"{text}, at most {TOLERANCE:g}")
+    error = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+    text = f"kernels: {backend} on {device.type}, forward and backward, differs by {error:.1e} from the reference"
+    yield (OK, f"{text}, {seconds:.1f} s") if error < TOLERANCE else (FAILED, f"{text}, must be below {TOLERANCE:g}")
 
 
 def _recurrence(backend: str, device: torch.device) -> list[torch.Tensor]:
-    """The RG-LRU's result and gradients for fixed random inputs."""
+    """Compute the RG-LRU's outputs and gradients for fixed random inputs."""
     generator = torch.Generator().manual_seed(0)
     x, input_gate, recurrence_gate = (
         torch.randn(100, 2, 48, generator=generator).to(device).requires_grad_() for _ in range(3)
@@ -135,11 +135,11 @@ def _recurrence(backend: str, device: torch.device) -> list[torch.Tensor]:
     return [y.detach(), state.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
-def _mpi(folder: Path) -> Iterator[Finding]:
+def _mpi(folder: Path) -> Iterator[CheckResult]:
     if importlib.util.find_spec("mpi4py") is None:
         yield OK, "mpi4py: absent, needed under mpiexec only"
         return
-    # In a process of its own: a library that does not fit may end it.
+    # In a separate process: an incompatible library may abort it.
     result = subprocess.run([sys.executable, "-c", MPI_CODE], capture_output=True, text=True, timeout=60)
     if result.returncode == 0 and result.stdout.strip():
         yield OK, f"mpi4py: {_version('mpi4py')} with {result.stdout.strip().splitlines()[0].strip()}"
@@ -147,42 +147,42 @@ def _mpi(folder: Path) -> Iterator[Finding]:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         yield (
             WARNING,
-            f"mpi4py: {_version('mpi4py')} finds no MPI that it can use ({reason}); needed under mpiexec only",
+            f"mpi4py: {_version('mpi4py')} finds no usable MPI ({reason}); needed under mpiexec only",
         )
 
 
-def _slurm(folder: Path) -> Iterator[Finding]:
+def _slurm(folder: Path) -> Iterator[CheckResult]:
     found = [name for name in SLURM if shutil.which(name)]
     if not found:
-        yield OK, "SLURM: no commands of it here"
+        yield OK, "SLURM: not installed here"
     elif missing := [name for name in SLURM if name not in found]:
         yield WARNING, f"SLURM: {', '.join(found)}, but no {', '.join(missing)}"
     else:
         yield OK, f"SLURM: {', '.join(found)}"
 
 
-def _machine(folder: Path) -> Iterator[Finding]:
+def _machine(folder: Path) -> Iterator[CheckResult]:
     memory = min(memory_left().values(), default=0)
-    yield OK, f"machine: {cores()} cores, {memory / GIB:.1f} GiB of memory left"
+    yield OK, f"machine: {cores()} cores, {memory / GIB:.1f} GiB of memory free"
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    text = f"open files: at most {'any number' if soft == resource.RLIM_INFINITY else soft}"
-    if soft != resource.RLIM_INFINITY and soft < FILES:
-        yield WARNING, f"{text}, at least {FILES} are expected: ulimit -n"
+    text = f"open files: limit {'none' if soft == resource.RLIM_INFINITY else soft}"
+    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
+        yield WARNING, f"{text}, at least {OPEN_FILES} expected: ulimit -n"
     else:
         yield OK, text
 
 
-def _file_system(folder: Path) -> Iterator[Finding]:
+def _file_system(folder: Path) -> Iterator[CheckResult]:
     kind, free = _mounted(folder), shutil.disk_usage(folder).free
     where = f"folder {folder.absolute()}: {kind}, {free / GIB:.1f} GiB free"
     place = folder / f".doctor-{secrets.token_hex(8)}"
     try:
         place.mkdir()
-        seconds = [_sync(place / str(number)) for number in range(SYNCED)]
+        seconds = [_sync(place / str(number)) for number in range(SYNCED_FILES)]
         (place / "0").rename(place / "renamed")
         os.replace(place / "1", place / "renamed")
         if (place / "renamed").read_bytes() != b"1" * 4096:
-            yield FAILED, f"{where}; a file that was renamed over another has not its content"
+            yield FAILED, f"{where}; a file renamed over another does not have its content"
             return
     except OSError as error:
         yield FAILED, f"{where}; cannot be written: {error.strerror}"
@@ -190,9 +190,9 @@ def _file_system(folder: Path) -> Iterator[Finding]:
     finally:
         shutil.rmtree(place, ignore_errors=True)
     typical = statistics.median(seconds)
-    text = f"{where}, renames, a small file is on disk after {typical * 1e3:.2g} ms"
+    text = f"{where}, renames work, a small file is on disk after {typical * 1e3:.2g} ms"
     if typical > SYNC_SECONDS:
-        yield WARNING, f"{text}, at most {SYNC_SECONDS * 1e3:g} ms are expected: checkpoints will be slow"
+        yield WARNING, f"{text}, at most {SYNC_SECONDS * 1e3:g} ms expected: checkpoints will be slow"
     else:
         yield OK, text
 
@@ -207,7 +207,7 @@ def _sync(path: Path) -> float:
 
 
 def _mounted(folder: Path) -> str:
-    """The kind of file system that `folder` is on; "unknown file system" where this system does not list them."""
+    """Return the type of the file system that holds `folder`; "unknown file system" if mounts cannot be read."""
     try:
         lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

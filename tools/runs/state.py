@@ -1,4 +1,4 @@
-"""The state of a run as its folder shows it, to a process on any machine; reads only."""
+"""Read the state of a run from its folder, on any machine that sees it. Nothing is written."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.json_lines import Follower
 from griffin.trainer.run.lock import PATIENCE_SECONDS, Owner
 
-HISTORY = 400  # logged losses that are kept
-SILENT_SECONDS = 60.0  # a run that has said nothing for so long is called silent, unless its steps take longer
-EVENTS = 5  # of the ledger and of hangs, the newest
-HEAD_BYTES = 2**16  # of a report, of which the first lines are shown
+HISTORY = 400  # number of logged losses kept
+SILENT_SECONDS = 60.0  # a run without news for this long is silent, unless its steps take longer
+EVENTS = 5  # number of newest events kept
+HEAD_BYTES = 2**16  # read of a report, whose first lines are shown
 
 RUNNING, SILENT, GONE = "running", "silent", "gone"
 EMPTY = "not started"
@@ -30,23 +30,23 @@ EMPTY = "not started"
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """What is known of a run at one moment. Figures are by their names in metrics.jsonl, the newest of each."""
+    """A run's state at one moment. `figures` are the newest values by their names in metrics.jsonl."""
 
     path: Path
     status: str
-    detail: str  # of the status, in a few words
+    detail: str  # a few words on the status
     attempt: int
     step: int
     steps: int
-    figures: Mapping[str, float]  # None where it was not finite
+    figures: Mapping[str, float]  # None if not finite
     losses: Sequence[tuple[int, float]]  # (step, loss) of logged steps, the newest last
     evaluation: int | None  # step of the newest evaluation
-    checkpoint: tuple[int, float] | None  # newest complete one: step, seconds since it was written
+    checkpoint: tuple[int, float] | None  # newest complete one: step, and seconds since it was written
     events: Sequence[Mapping[str, Any]]  # newest lines of the ledger
-    hangs: Sequence[str]  # how many there were: a name each, the newest last
-    hang: Sequence[str]  # what the newest one's report begins with
+    hangs: Sequence[str]  # names of all hang reports, the newest last
+    hang: Sequence[str]  # first lines of the newest one
     stragglers: Mapping[str, Any]
-    said: str  # last line of the console
+    last_line: str  # of the console
 
     @property
     def seconds_left(self) -> float | None:
@@ -54,16 +54,22 @@ class RunState:
         return None if seconds is None else seconds * max(0, self.steps - self.step)
 
 
+def open_run_folder(path: Path) -> RunFolder:
+    """Return what names the files of a run; ValueError where `path` is no run folder."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such run folder")
+    folder = RunFolder(path)
+    if not (folder.config.exists() or folder.lock.exists()):
+        raise ValueError(f"{path}: not a run folder; it has no {folder.config.name}")
+    return folder
+
+
 class RunReader:
-    """Reads a run folder again and again: of its growing files what is new, whatever their size."""
+    """Reads a run folder repeatedly; of growing files only what is new."""
 
     def __init__(self, path: Path):
-        """ValueError where `path` is no run's folder."""
-        if not path.is_dir():
-            raise ValueError(f"{path}: no such run folder")
-        folder = RunFolder(path)
-        if not (folder.config.exists() or folder.lock.exists()):
-            raise ValueError(f"{path}: not a run folder; it has no {folder.config.name}")
+        """Raises ValueError if `path` is not a run folder."""
+        folder = open_run_folder(path)
         self._folder = folder
         self._metrics = Follower(folder.metrics)
         self._ledger = Follower(folder.ledger, 2**16)
@@ -74,8 +80,9 @@ class RunReader:
         self._step, self._time = 0, 0.0
 
     def read(self) -> RunState:
+        """Read what is new and return the current state."""
         for line in self._metrics.read():
-            self._take(line)
+            self._add_metrics(line)
         self._events.extend(self._ledger.read())
         folder = RunFolder(self._folder.path, _attempt(self._folder.path))
         config = _config(folder.config)
@@ -83,9 +90,9 @@ class RunReader:
         steps: int = stated if is_integer(stated, 0, MOST_STEPS) else 0
         checkpoint = _newest_checkpoint(folder.checkpoints)
         step = max(self._step, checkpoint[0] if checkpoint else 0) if not self._figures else self._step
-        said = _last_lines(folder.console)
+        console = _last_lines(folder.console)
         hangs = _names(folder.hangs)
-        status, detail = self._status(folder, config, step, steps, said)
+        status, detail = self._status(folder, config, step, steps, console)
         return RunState(
             path=folder.path,
             status=status,
@@ -101,16 +108,16 @@ class RunReader:
             hangs=hangs,
             hang=_head(folder.hangs / hangs[-1] / "report.txt") if hangs else [],
             stragglers=_json(folder.stragglers),
-            said=said[-1] if said else "",
+            last_line=console[-1] if console else "",
         )
 
-    def _take(self, line: dict[str, Any]) -> None:
+    def _add_metrics(self, line: dict[str, Any]) -> None:
         step = line.pop("step", None)
         if not is_integer(step, 0, MOST_STEPS):
             return
-        line = {key: value for key, value in line.items() if value is None or _is_figure(value)}
+        line = {key: value for key, value in line.items() if value is None or is_figure(value)}
         if "loss" in line:
-            while self._losses and self._losses[-1][0] >= step:  # the run has gone back
+            while self._losses and self._losses[-1][0] >= step:  # the run went back to an earlier step
                 self._losses.pop()
             if line["loss"] is not None and is_predicted("loss", line):
                 self._losses.append((step, line["loss"]))
@@ -122,13 +129,12 @@ class RunReader:
         self._figures.update(line)
 
     def _status(
-        self, folder: RunFolder, config: Mapping[str, Any], step: int, steps: int, said: Sequence[str]
+        self, folder: RunFolder, config: Mapping[str, Any], step: int, steps: int, console: Sequence[str]
     ) -> tuple[str, str]:
+        """Return the status and its detail."""
         if not folder.path.is_dir():
             return EMPTY, "its folder is gone"
-        hung = any(
-            name.endswith(f"-attempt-{folder.attempt}") for name in _names(folder.hangs)
-        )  # which ends an attempt
+        hung = any(name.endswith(f"-attempt-{folder.attempt}") for name in _names(folder.hangs))  # ends an attempt
         end = read_end(folder)
         hung = hung or (end is not None and end.why == HUNG)
         try:
@@ -136,18 +142,18 @@ class RunReader:
         except OSError:
             if end is not None:
                 return _ended(end)
-            return (HUNG, "") if hung else _without_lock(folder, step, steps, said)
+            return (HUNG, "") if hung else _guess_status(folder, step, steps, console)
         now = time.time()
         owner = Owner.parse(text)
-        who = "a run that does not name itself" if owner is None else f"{owner.user} on {owner.host}"
+        who = "an unnamed owner" if owner is None else f"{owner.user} on {owner.host}"
         if owner is not None and owner.job:
             who += f", job {owner.job.strip('/')}"
         age = max(0.0, now - touched)  # another machine's clock may be ahead
         ended = None if owner is None else owner.has_ended(Owner.current())
         if ended or (ended is None and age > PATIENCE_SECONDS):
             return HUNG if hung else GONE, f"{who}; last sign of life {duration(age)} ago, its lock was left behind"
-        heard = max(self._time, _changed(folder.console), _changed(folder.config))
-        quiet = max(0.0, now - heard)
+        last_news = max(self._time, _changed(folder.console), _changed(folder.config))
+        quiet = max(0.0, now - last_news)
         expected = self._figures.get("step_seconds") or 0.0
         interval = config.get("log", {}).get("interval")
         expected *= interval if is_integer(interval, 1, MOST_STEPS) else 1
@@ -157,12 +163,12 @@ class RunReader:
         return (SILENT if quiet > max(SILENT_SECONDS, 3 * expected) else RUNNING), detail
 
 
-def _is_figure(value: Any) -> bool:
+def is_figure(value: Any) -> bool:
     return is_integer(value, -(2**63), 2**63) or (isinstance(value, float) and math.isfinite(value))
 
 
 def duration(seconds: float) -> str:
-    """Such as "3 d 4 h": the two largest units."""
+    """Format a duration in its two largest units, such as "3 d 4 h"."""
     parts: list[str] = []
     left = int(seconds)
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
@@ -179,12 +185,12 @@ def _ended(end: End) -> tuple[str, str]:
     return end.why, detail + (f": {end.error.splitlines()[0]}" if end.error.strip() else "")
 
 
-def _without_lock(folder: RunFolder, step: int, steps: int, said: Sequence[str]) -> tuple[str, str]:
-    """The state of an attempt that has not said how it ended, guessed from its console."""
-    if not said:
+def _guess_status(folder: RunFolder, step: int, steps: int, console: Sequence[str]) -> tuple[str, str]:
+    """Guess from its console the status of an attempt without a lock whose end was not recorded."""
+    if not console:
         return EMPTY, ""
-    begins = [place for place, line in enumerate(said) if line.startswith("Run folder: ")]  # an attempt, or ends it
-    if any(line.startswith("Traceback ") for line in said[begins[-1] if begins else 0 :]):
+    starts = [place for place, line in enumerate(console) if line.startswith("Run folder: ")]  # of attempts
+    if any(line.startswith("Traceback ") for line in console[starts[-1] if starts else 0 :]):
         return FAILED, ""
     if steps and step >= steps:
         return FINISHED, f"{duration(max(0.0, time.time() - _changed(folder.console)))} ago"
@@ -200,11 +206,11 @@ def _attempt(path: Path) -> int:
 
 
 def _config(path: Path) -> dict[str, dict[str, Any]]:
-    """Its sections."""
+    """Read the sections of a config."""
     try:
         values = parse_toml(read_regular(path, SETTINGS_BYTES).decode())
         return {name: section for name, section in values.items() if isinstance(section, dict)}
-    except (OSError, ValueError):  # it is just being written
+    except (OSError, ValueError):  # such as one that is being written
         return {}
 
 
@@ -234,7 +240,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _head(report: Path) -> list[str]:
-    """Its lines before the first empty one."""
+    """Return a report's first lines, up to an empty one."""
     try:
         with open_regular(report) as file:
             lines = file.read(HEAD_BYTES).decode(errors="replace").split("\n\n", 1)[0].splitlines()

@@ -1,1 +1,1 @@
-"""Weights of other systems: conversion and export."""
+"""Convert weights of transformers and DeepMind to checkpoints, and export checkpoints to transformers."""

@@ -1,4 +1,4 @@
-"""Checkpoints made of weights in other formats: what they must hold, writing them, and what to train them with."""
+"""Write checkpoints of imported weights: check that all tensors are there, write them, print the [model] section."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 
 import tomli_w
 
-from griffin.parallel.config import ModelConfig
-from griffin.tools.checkpoints.carried import tokenizer_text
-from griffin.tools.checkpoints.stored import StoredArray
-from griffin.tools.checkpoints.write import Made, write_step
+from griffin.parallel.config import ModelConfig, ParallelConfig
+from griffin.tools.checkpoints.auxiliary_files import tokenizer_text
+from griffin.tools.checkpoints.sources import StoredArray
+from griffin.tools.checkpoints.write import OutputArray, write_step
 from griffin.tools.common.workers import Workers
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec, GlobalTensor, chunk_shape, default_cuts
-from griffin.trainer.checkpoint.manifest import Manifest
+from griffin.trainer.checkpoint.header import Header
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 from griffin.trainer.settings.presets import PRESETS
 from griffin.trainer.settings.sections import Config
 
-SHOWN = 10  # tensors that a message lists
+MOST_LISTED = 10  # tensors that a message lists
 
 
 def model_tensors(model: ModelConfig) -> list[GlobalTensor]:
-    """The tensors of a model, in its order, as training saves them."""
+    """Return a model's tensors in model order, as training saves them."""
     from griffin.parallel.sharding import named_pieces
     from griffin.parallel.stage import meta_stage
     from griffin.parallel.world.grid import single_rank_grid
@@ -36,17 +36,17 @@ def model_tensors(model: ModelConfig) -> list[GlobalTensor]:
 
 
 def require_tensors(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless a file has exactly the tensors, by name and shape, that its model is made of."""
+    """Raise CheckpointError unless a file has exactly the expected tensors, by name and shape."""
     differences = [f"{name} is missing" for name in expected if name not in found]
-    differences += [f"{name} is none of this model's tensors" for name in found if name not in expected]
+    differences += [f"{name} is not a tensor of this model" for name in found if name not in expected]
     differences += [
         f"{name} is {list(found[name])}, must be {list(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
     if differences:
-        more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
-        raise CheckpointError(f"{path}: {'; '.join(differences[:SHOWN])}{more}")
+        more = f"; and {len(differences) - MOST_LISTED} more" if len(differences) > MOST_LISTED else ""
+        raise CheckpointError(f"{path}: {'; '.join(differences[:MOST_LISTED])}{more}")
 
 
 def write_imported(
@@ -57,48 +57,46 @@ def write_imported(
     workers: Workers,
     *,
     dtype: str | None,
-    carried: Mapping[str, Path],
+    auxiliary: Mapping[str, Path],
 ) -> None:
-    """Write a checkpoint of weights only to the new folder `target`, and print what was made.
+    """Write a checkpoint of weights only to the new folder `target`, and print a summary.
 
     Args:
-        source: what the weights are taken from.
-        arrays: the weights by canonical name, in the model's order; each stays in its dtype unless `dtype` is given.
-        carried: files to take along, by the names that they get.
+        source: where the weights come from; recorded in the manifest.
+        arrays: the weights by canonical name, in model order. Each keeps its dtype unless `dtype` is given.
+        auxiliary: files to copy into the checkpoint, by their names there.
 
-    Raises CheckpointError where a file cannot be read or written, and ValueError for a value that does not fit
-    `dtype`; then nothing is left.
+    Raises CheckpointError if a file cannot be read or written, and ValueError for a value that overflows `dtype`;
+    nothing is left then.
     """
     cuts = default_cuts([array.spec.tensor for array in arrays.values()])
-    made = []
+    outputs = []
     for array in arrays.values():
         tensor = array.spec.tensor
         spec = ArraySpec(kind=MODEL, tensor=tensor, dtype=dtype or array.spec.dtype, chunks=chunk_shape(tensor, cuts))
-        made.append(Made(spec, (array,)))
-    manifest = Manifest(
+        outputs.append(OutputArray(spec, (array,)))
+    header = Header(
         step=0,
         samples=0,
         attempt=1,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         config=json.loads(json.dumps(dataclasses.asdict(Config(model=model)))),
-        layout={"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "sequence_parallel": False, "data": 1},
+        layout=ParallelConfig().record(1),
         optimizer=None,
         random={},
         sources=(str(source.absolute()),),
-        arrays={one.spec.name: one.spec for one in made},
-        files={},
     )
-    write_step(target, manifest, made, workers, carried)
-    print(f"{sum(array.spec.tensor.elements for array in arrays.values()):,} parameters; {tokenizer_text(carried)}")
+    write_step(target, header, outputs, workers, auxiliary)
+    print(f"{sum(array.spec.tensor.elements for array in arrays.values()):,} parameters; {tokenizer_text(auxiliary)}")
     print(f"To train it, a config needs:\n\n{model_section(model)}")
 
 
 def model_section(model: ModelConfig) -> str:
-    """The section of a config that describes a model: of a preset's, only what is stated beside the preset."""
-    mine = dataclasses.asdict(model)
+    """Return the [model] section of a config for a model: a preset's name and its changes if one is close enough."""
+    settings = dataclasses.asdict(model)
     for name, preset in PRESETS.items():
-        changed = {key: mine[key] for key, value in dataclasses.asdict(preset).items() if mine[key] != value}
+        changed = {key: settings[key] for key, value in dataclasses.asdict(preset).items() if settings[key] != value}
         if not changed.keys() - {"vocabulary", "window", "logit_soft_cap"}:
-            # Stated even if it is the preset's: otherwise the data decide.
+            # The vocabulary is stated even if it is the preset's: otherwise the data would set it.
             return tomli_w.dumps({"model": {"preset": name} | changed | {"vocabulary": model.vocabulary}})
-    return tomli_w.dumps({"model": mine})
+    return tomli_w.dumps({"model": settings})

@@ -1,4 +1,4 @@
-"""What goes along with exported weights: the tokenizer, token ids, and other settings of where they come from."""
+"""Find what is exported beside the weights: the tokenizer, token ids, and other keys of the source's config.json."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.checkpoints.carried import (
+from griffin.tools.checkpoints.auxiliary_files import (
     CONFIG,
-    SOURCE,
+    SOURCE_FOLDER,
     TOKENIZER_FILES,
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
-    files_of,
+    find_files,
     read_object,
     tokenizer_text,
 )
-from griffin.tools.checkpoints.stored import Source
+from griffin.tools.checkpoints.sources import SourceCheckpoint
 from griffin.trainer.data.prefix import parse_blend, read_description
 from griffin.trainer.data.tokenizer import BYTES, MOST_FILE_BYTES, Tokenizer
 from griffin.trainer.files import read_regular
@@ -28,39 +28,39 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
-class Companions:
-    """Files beside the weights, and what config.json has besides the model's own settings."""
+class AuxiliaryFiles:
+    """Files to export beside the weights, and keys of config.json besides the model's own settings."""
 
     config: Mapping[str, Any]
-    text: str  # what was found, for people
-    files: Mapping[str, Path] = field(default_factory=dict)  # to copy, by the names that they get
-    written: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # to write as JSON, by their names
+    summary: str  # what was found, for a message
+    files: Mapping[str, Path] = field(default_factory=dict)  # to copy, by their new names
+    json_files: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # to write, by name
 
 
-def find_companions(source: Source, tokenizer: Path | None) -> Companions:
-    """Of a checkpoint: those of `tokenizer`, a folder; or its own; or its training data's tokenizer.
+def find_auxiliary_files(source: SourceCheckpoint, tokenizer: Path | None) -> AuxiliaryFiles:
+    """Find the files to export with a checkpoint: from the folder `tokenizer`, else the checkpoint, else its data.
 
-    Raises ValueError where `tokenizer` holds none.
+    Raises ValueError if the folder `tokenizer` has no tokenizer file.
     """
-    carried = source.path / SOURCE
-    files = files_of(tokenizer or carried)
+    own_folder = source.path / SOURCE_FOLDER
+    files = find_files(tokenizer or own_folder)
     if tokenizer is not None and not any(name in TOKENIZER_FILES for name in files):
         raise ValueError(f"--tokenizer {tokenizer}: must be a folder with one of {', '.join(TOKENIZER_FILES)}")
-    if tokenizer is None and not carried.is_dir():
-        return _of_training(source)
-    config: dict[str, Any] = read_object(carried / CONFIG) if (carried / CONFIG).is_file() else {}
-    config |= dict.fromkeys(_IDS)  # those of the tokenizer, whose folder it may be that says them
+    if tokenizer is None and not own_folder.is_dir():
+        return _files_of_training_data(source)
+    config: dict[str, Any] = read_object(own_folder / CONFIG) if (own_folder / CONFIG).is_file() else {}
+    config |= dict.fromkeys(_IDS)  # token ids come from the tokenizer's folder, which may be another one
     if CONFIG in files:
-        theirs = read_object(files[CONFIG])
-        config |= {key: theirs[key] for key in _IDS if key in theirs}
+        tokenizer_config = read_object(files[CONFIG])
+        config |= {key: tokenizer_config[key] for key in _IDS if key in tokenizer_config}
     elif TOKENIZER_MODEL in files:
         config |= sentencepiece_ids(files[TOKENIZER_MODEL])
     files.pop(CONFIG, None)
-    return Companions(config, tokenizer_text(files), files)
+    return AuxiliaryFiles(config, tokenizer_text(files), files)
 
 
 def sentencepiece_ids(path: Path) -> dict[str, int | None]:
-    """The token ids that a SentencePiece model has of its own. Raises ValueError where it is none."""
+    """Return the token ids that a SentencePiece model defines. Raises ValueError if the file is not one."""
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -71,35 +71,35 @@ def sentencepiece_ids(path: Path) -> dict[str, int | None]:
     return {name: number if number >= 0 else None for name, number in ids.items()}
 
 
-def _of_training(source: Source) -> Companions:
-    """Of the data that the checkpoint was trained on, or of the copy in its run's folder, as far as they are there."""
+def _files_of_training_data(source: SourceCheckpoint) -> AuxiliaryFiles:
+    """Find the tokenizer of the data that a checkpoint was trained on, or its copy in the run folder."""
     ids: dict[str, Any] = dict.fromkeys(_IDS)
     entries = source.manifest.config["data"]["train"]
     if not entries:
-        return Companions(ids, "no tokenizer: none is known of this checkpoint")
+        return AuxiliaryFiles(ids, "no tokenizer: this checkpoint names none")
     try:
         tokenizer = find_tokenizer(source.path, entries)
     except ValueError as error:
-        with suppress(ValueError):  # the data may know the id without the file
+        with suppress(ValueError):  # the data set may state the id without the file
             ids["eos_token_id"] = read_description(parse_blend(entries)[0][1]).eod
-        return Companions(ids, f"no tokenizer: {error}")
+        return AuxiliaryFiles(ids, f"no tokenizer: {error}")
     ids["eos_token_id"] = tokenizer.eod
     if tokenizer.spec == BYTES:
-        return Companions(ids, "no tokenizer: the model was trained on bytes")
-    return _of_file(tokenizer, ids)
+        return AuxiliaryFiles(ids, "no tokenizer: the model was trained on bytes")
+    return _tokenizer_file(tokenizer, ids)
 
 
-def _of_file(tokenizer: Tokenizer, ids: dict[str, Any]) -> Companions:
-    """The file of a data set's tokenizer."""
+def _tokenizer_file(tokenizer: Tokenizer, ids: dict[str, Any]) -> AuxiliaryFiles:
+    """Return the file of a data set's tokenizer, with a tokenizer_config.json where transformers needs one."""
     path = Path(tokenizer.spec)
     if path.suffix == ".model":
-        return Companions(ids, f"tokenizer files: {TOKENIZER_MODEL} ({path})", files={TOKENIZER_MODEL: path})
+        return AuxiliaryFiles(ids, f"tokenizer files: {TOKENIZER_MODEL} ({path})", files={TOKENIZER_MODEL: path})
     from tokenizers import Tokenizer as Backend
 
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": Backend.from_file(str(path)).id_to_token(tokenizer.eod),
     }
-    written = {"tokenizer_config.json": described}
-    text = f"tokenizer files: {TOKENIZER_JSON} ({path}), {', '.join(written)}"
-    return Companions(ids, text, files={TOKENIZER_JSON: path}, written=written)
+    json_files = {"tokenizer_config.json": described}
+    summary = f"tokenizer files: {TOKENIZER_JSON} ({path}), {', '.join(json_files)}"
+    return AuxiliaryFiles(ids, summary, files={TOKENIZER_JSON: path}, json_files=json_files)

@@ -1,1 +1,1 @@
-"""Sharded Zarr checkpoints that no parallel layout shows in."""
+"""Layout-independent sharded Zarr checkpoints: the format, saving and loading them, and the steps of a run."""

@@ -1,6 +1,6 @@
-"""What a checkpoint consists of: one Zarr array per global tensor, cut into chunks by the model and not by its layout.
+"""The arrays of a checkpoint: one per kind and global tensor, in chunks that depend on the model, not on its layout.
 
-Nothing here needs torch: the saving processes and the tools start without it.
+Does not import torch: the saving processes and the tools start without it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KINDS = (MODEL, MASTER, EXP_AVG, EXP_AVG_SQ)
 
 CHUNK_BYTES = 64 * 2**20  # largest chunk, of float32
 WHOLE_BYTES = 16 * 2**20  # a float32 tensor up to this size is one chunk: many small files cost more than they save
-COVERED_TENSOR_SIZE = 8  # tensor-parallel sizes up to this one hold whole chunks
+COVERED_TENSOR_SIZE = 8  # up to this tensor-parallel size, a rank's part of an array is whole chunks
 
 Box = tuple[slice, ...]
 
@@ -36,16 +36,13 @@ def numpy_dtype(name: str) -> np.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalTensor:
-    """One canonical tensor: `axis` is cut into `atoms` equal parts over tensor ranks, None is replicated over them.
-
-    `padded` is the size of the axis in memory where it is larger than in `shape` (the vocabulary).
-    """
+    """A tensor of the whole model, under its canonical name."""
 
     name: str
     shape: tuple[int, ...]
-    axis: int | None = None
-    atoms: int = 1
-    padded: int | None = None
+    axis: int | None = None  # dimension that is sharded over tensor ranks; None: replicated over them
+    atoms: int = 1  # equal parts of the axis that may be distributed; every tensor-parallel size divides it
+    padded: int | None = None  # size of the axis in memory, where larger than in `shape` (the vocabulary)
 
     @property
     def elements(self) -> int:
@@ -57,7 +54,7 @@ class GlobalTensor:
         return self.padded or self.shape[self.axis]
 
     def part(self, tensor_rank: int, tensor_size: int) -> Box:
-        """The box of the global tensor that a tensor rank holds; empty where it holds padding only."""
+        """The box of the global tensor that a tensor rank holds; empty if it holds padding only."""
         box = [slice(0, size) for size in self.shape]
         if self.axis is not None:
             assert self.atoms % tensor_size == 0, (self.name, self.atoms, tensor_size)
@@ -67,19 +64,19 @@ class GlobalTensor:
 
 
 def default_cuts(tensors: Iterable[GlobalTensor]) -> int:
-    """Parts that sharded axes are cut into, so that tensor ranks hold whole parts at any size that fits the model.
+    """Number of parts to cut sharded axes into: each tensor-parallel size that fits the model divides it.
 
-    Sizes above COVERED_TENSOR_SIZE are left to `griffin checkpoint reshard`.
+    Only sizes up to COVERED_TENSOR_SIZE count; `griffin checkpoint reshard` makes chunks for larger ones.
     """
     atoms = math.gcd(*(tensor.atoms for tensor in tensors if tensor.axis is not None))
     return math.lcm(*(size for size in range(1, COVERED_TENSOR_SIZE + 1) if atoms % size == 0))
 
 
 def chunk_shape(tensor: GlobalTensor, cuts: int, *, whole_bytes: int | None = None) -> tuple[int, ...]:
-    """Shape of a tensor's chunks: its axis in `cuts` parts, further cut by rows (of dimension 0) to CHUNK_BYTES.
+    """Shape of a tensor's chunks: its axis in `cuts` parts, cut further along dimension 0 to at most CHUNK_BYTES.
 
-    Tensors up to `whole_bytes` (default: WHOLE_BYTES) are one chunk. Bytes are those of float32, so that all arrays of
-    a tensor have the same chunks.
+    Tensors up to `whole_bytes` (default: WHOLE_BYTES) are one chunk. Bytes are counted in float32, so that all arrays
+    of a tensor have the same chunks.
     """
     chunk = list(tensor.shape)
     if tensor.elements * 4 <= (WHOLE_BYTES if whole_bytes is None else whole_bytes):
@@ -89,7 +86,7 @@ def chunk_shape(tensor: GlobalTensor, cuts: int, *, whole_bytes: int | None = No
         chunk[tensor.axis] = tensor.axis_size // cuts
     rows, most = chunk[0], max(1, CHUNK_BYTES // (4 * math.prod(chunk[1:])))
     parts = -(-rows // most)
-    if tensor.axis == 0:  # a tensor rank's rows are whole chunks only if the parts are equal
+    if tensor.axis == 0:  # only equal parts make whole chunks of a tensor rank's rows
         parts = next(count for count in range(parts, rows + 1) if rows % count == 0)
     chunk[0] = -(-rows // parts)
     return tuple(chunk)
@@ -101,7 +98,7 @@ class ArraySpec:
 
     kind: str
     tensor: GlobalTensor
-    dtype: str  # "float32", "float16" or "bfloat16", which Zarr holds as uint16
+    dtype: str  # "float32", "float16" or "bfloat16", which Zarr stores as uint16
     chunks: tuple[int, ...]
 
     @property
@@ -122,11 +119,11 @@ class ArraySpec:
         return tuple(-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True))
 
     def indices(self) -> Iterator[tuple[int, ...]]:
-        """Every chunk's place in the grid, row-major."""
+        """The index of every chunk in the chunk grid, row-major."""
         return itertools.product(*(range(count) for count in self.grid))
 
     def box(self, index: tuple[int, ...]) -> Box:
-        """The part of the array that a chunk holds."""
+        """The part of the array in a chunk."""
         return tuple(
             slice(place * chunk, min((place + 1) * chunk, size))
             for place, chunk, size in zip(index, self.chunks, self.shape, strict=True)
@@ -169,7 +166,7 @@ class ArraySpec:
 
 
 def state_arrays(tensors: Iterable[GlobalTensor], dtype: str, cuts: int) -> list[ArraySpec]:
-    """The arrays of a training's state whose model has weights of `dtype`; the state itself is float32."""
+    """The arrays of a training's state: the model's weights in `dtype`, the optimizer's state in float32."""
     dtypes = {MODEL: dtype, MASTER: "float32", EXP_AVG: "float32", EXP_AVG_SQ: "float32"}
     if dtype == "float32":  # the model's weights are the optimizer's
         del dtypes[MASTER]
@@ -185,7 +182,7 @@ def shape_of(box: Sequence[slice]) -> tuple[int, ...]:
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """The box that is all of an array."""
+    """The box that covers a whole array."""
     return tuple(slice(0, size) for size in shape)
 
 
@@ -194,5 +191,5 @@ def intersection(a: Box, b: Box) -> Box:
 
 
 def within(box: Box, outer: Box) -> Box:
-    """A box's place in an outer one."""
+    """A box relative to the start of an outer box."""
     return tuple(slice(x.start - y.start, x.stop - y.start) for x, y in zip(box, outer, strict=True))

@@ -1,7 +1,7 @@
-"""A step of a checkpoints folder: begun aside, committed whole with a manifest, and checked.
+"""A step of a checkpoints folder: written under a temporary name, committed with a manifest, and checked.
 
-A step is a folder `step-00000100` that is a Zarr v3 group with a `manifest.json`: every scalar of the training's state,
-and the size and checksum of every file. Nothing that is not complete ever carries such a name.
+A step is a folder `step-00000100`: a Zarr v3 group with a `manifest.json` that holds all other state of the training
+and the size and checksum of every file. A folder gets its step's name only once it is complete.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from griffin.parallel.config import ModelConfig
 from griffin.trainer.checkpoint.arrays import ArraySpec
-from griffin.trainer.checkpoint.manifest_check import array_spec, check_description, check_files, model_of
+from griffin.trainer.checkpoint.header import Header, header_fields, header_to_json, parse_header
+from griffin.trainer.checkpoint.manifest_check import array_spec, check_files
 from griffin.trainer.checkpoint.zarr_io import (
     Array,
     CheckpointError,
@@ -39,29 +39,16 @@ _SHOWN = 10  # damaged files that a message lists
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a step holds besides its arrays, and what its files must be."""
+class Manifest(Header):
+    """A step's header, its arrays, and the record of each of its files."""
 
-    step: int
-    samples: int  # training samples consumed
-    attempt: int  # of the run, counted from its first start
-    created: str  # ISO 8601
-    config: dict[str, Any]  # dataclasses.asdict of the run's; config["model"] is the architecture
-    layout: dict[str, Any]  # that it was saved from; nothing depends on it
-    optimizer: dict[str, Any] | None  # its scalars; None for weights only
-    random: dict[str, str]  # states of generators, base64
-    spikes: dict[str, Any] | None = None  # what `trainer.health.spikes` goes on from, where it judged steps
-    sources: tuple[str, ...] = ()  # what weights were made from: checkpoints that they are the mean of, or other files
-    arrays: dict[str, ArraySpec]  # by their names
-    files: dict[str, FileRecord]  # by their paths in the step's folder
+    arrays: dict[str, ArraySpec]  # by name
+    files: dict[str, FileRecord]  # by path in the step's folder
 
-    @property
-    def model(self) -> ModelConfig:
-        """The architecture. CheckpointError where the manifest does not say it, or not one that can be computed."""
-        try:
-            return model_of(self.config)
-        except ValueError as error:
-            raise CheckpointError(f"the manifest of step {self.step}: {error}") from None
+    @classmethod
+    def of(cls, header: Header, arrays: Iterable[ArraySpec], files: Mapping[str, FileRecord]) -> Manifest:
+        """A manifest with this header (or that of another manifest), and these arrays and files."""
+        return cls(**header_fields(header), arrays={array.name: array for array in arrays}, files=dict(files))
 
     def chunk_files(self) -> Iterator[str]:
         """The path of every chunk of every array."""
@@ -85,7 +72,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _record(path: Path) -> FileRecord:
-    """The record of a small file, which is read whole."""
+    """The record of a small file, by reading all of it."""
     with naming(path):
         content = read_regular(path)
     return FileRecord(len(content), f"sha256:{hashlib.sha256(content).hexdigest()}")
@@ -101,12 +88,12 @@ def _refuse(problems: list[str]) -> None:
 
 
 def begin(root: Path, step: int, owner: str = "") -> Path:
-    """Create the folder in which a step is written, `root/step-00000100.OWNER.tmp`; a leftover of that name is removed.
+    """Create the folder to write a step in, `root/step-00000100.OWNER.tmp`, in place of a leftover of that name.
 
     Args:
-        root: the checkpoints folder; created if missing, in a folder that is there.
-        owner: hexadecimal, of the run that writes: one that has lost the run folder, and does not know it yet, then
-            writes to another folder than the one that has taken it over. "" makes it `root/step-00000100.tmp`.
+        root: the checkpoints folder; created if missing, but not its parents.
+        owner: hexadecimal digits of the run that writes. A run that has lost its run folder to another, and does not
+            know it yet, so writes to a folder of its own. With "", the folder is `root/step-00000100.tmp`.
     """
     folder = root / ".".join(part for part in (step_name(step), owner, "tmp") if part)
     with naming(folder):
@@ -120,25 +107,25 @@ def begin(root: Path, step: int, owner: str = "") -> Path:
 
 
 def commit(tmp: Path, manifest: Manifest, final: Path | None = None) -> Path:
-    """Give a written step its name, once all of it is on disk.
+    """Write the metadata and the manifest of a step, and rename its folder to the step's name.
 
-    A folder that has the name already (one that was found damaged and passed over) is kept as `step-....damaged-1`.
+    A folder that already has the name (a damaged one that was skipped) is kept as `step-....damaged-1`.
 
     Args:
-        tmp: the folder beside it in which every array was created, every chunk was written, and both synchronised.
-        manifest: `files` holds one record of every chunk; those of the zarr.json files are added here.
-        final: the step's folder; by default `tmp` without its suffix.
+        tmp: the folder in which every array was created and every chunk written, all synchronised to disk.
+        manifest: `files` holds a record of every chunk; those of the zarr.json files are added here.
+        final: the step's folder, beside `tmp`; by default `tmp` without its suffix.
 
     Returns:
         The step's folder.
 
     Raises:
-        CheckpointError: a file is not there or has another size than recorded, or the step cannot be written.
+        CheckpointError: a file is missing or has another size than recorded, or the step cannot be written.
     """
     expected = list(manifest.chunk_files())
     assert len(expected) == len(set(expected)), "two chunks with one file"
     assert manifest.files.keys() == set(expected), sorted(manifest.files.keys() ^ set(expected))[:_SHOWN]
-    # A copy of the arrays' metadata, as zarr-python consolidates it: opening the group reads one file, not thousands.
+    # Consolidated metadata as zarr-python writes it: opening the group reads one file, not thousands.
     for array in manifest.arrays.values():
         open_array(tmp, array)
     consolidated = {array.name: _read_json(tmp / array.metadata_file) for array in manifest.arrays.values()}
@@ -152,7 +139,7 @@ def commit(tmp: Path, manifest: Manifest, final: Path | None = None) -> Path:
     metadata = {name: _record(tmp / name) for name in manifest.metadata_files()}
     manifest = replace(manifest, files=metadata | manifest.files)
     _refuse(_mismatches(tmp, manifest))
-    _write(tmp / MANIFEST, _to_text(manifest))
+    _write(tmp / MANIFEST, to_text(manifest))
 
     final = final or tmp.with_name(tmp.name.removesuffix(".tmp"))
     with naming(final):
@@ -165,7 +152,7 @@ def commit(tmp: Path, manifest: Manifest, final: Path | None = None) -> Path:
 
 
 def set_aside(folder: Path, why: str) -> Path:
-    """Rename a step to `step-....WHY-1` or so, which is no step's name; returns where it is kept."""
+    """Rename a step to `step-....WHY-N` for the first free N, so that it is no longer a step. Returns its path."""
     names = (folder.with_name(f"{folder.name}.{why}-{count}") for count in itertools.count(1))
     kept = next(path for path in names if not path.exists())
     with naming(folder):
@@ -175,14 +162,14 @@ def set_aside(folder: Path, why: str) -> Path:
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
-    """Of the content, in its order but whatever the spaces between."""
+    """SHA-256 of the values in their order, whatever the white space in the file."""
     return hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
 
 
-def _to_text(manifest: Manifest) -> str:
-    """JSON with one array and one file on each line, for people and grep."""
+def to_text(manifest: Manifest) -> str:
+    """The manifest as JSON, with each array and each file on a line of its own."""
     values: dict[str, Any] = {"format": FORMAT}
-    values |= {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
+    values |= header_to_json(manifest)
     values["arrays"] = {name: array.to_json() for name, array in manifest.arrays.items()}
     values["files"] = {name: vars(record) for name, record in sorted(manifest.files.items())}
     entries = []
@@ -199,30 +186,24 @@ def _to_text(manifest: Manifest) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a step's folder; of its files nothing is looked at.
+    """Read and check the manifest of a step's folder, but not the files that it lists.
 
     Raises:
-        CheckpointError: it is missing, cannot be read, was edited or is of another format.
+        CheckpointError: it is missing, cannot be read, was edited or has another format.
     """
     path = folder / MANIFEST
     values = read_checked(path, _checksum, FORMAT)
     with refusing(path):
-        arrays, records = parse_arrays(values), values.get("files")
-        check_files(arrays, records, GROUP)
-        check_description(values, *MANIFEST_KEYS)
+        arrays = parse_arrays(values)
+        check_files(arrays, values.get("files"), GROUP)
+        header = parse_header(values, besides=("arrays", "files"))
     files = {name: FileRecord(**record) for name, record in values["files"].items()}
-    return Manifest(**values | {"sources": tuple(values.get("sources", ())), "arrays": arrays, "files": files})
-
-
-MANIFEST_KEYS = (
-    tuple(field.name for field in fields(Manifest)),
-    tuple(field.name for field in fields(Manifest) if field.default is MISSING),
-)
+    return Manifest.of(header, arrays.values(), files)
 
 
 @contextmanager
 def refusing(path: Path) -> Iterator[None]:
-    """What is wrong with the content of a file becomes a CheckpointError that names it."""
+    """Turn a ValueError about the content of a file into a CheckpointError that names the file."""
     try:
         yield
     except ValueError as error:
@@ -230,7 +211,7 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 def read_checked(path: Path, checksum_of: Callable[[Mapping[str, Any]], str], version: int) -> dict[str, Any]:
-    """What a JSON object of a file says besides its checksum and format. CheckpointError where those do not fit."""
+    """The JSON object in a file, without its checksum and format. CheckpointError if either does not match."""
     with naming(path):
         text = read_regular(path)
     try:
@@ -247,7 +228,7 @@ def read_checked(path: Path, checksum_of: Callable[[Mapping[str, Any]], str], ve
 
 
 def parse_arrays(values: Mapping[str, Any]) -> dict[str, ArraySpec]:
-    """The arrays of a manifest. ValueError for what they cannot be."""
+    """Check and build the arrays of a manifest. ValueError naming what is not accepted."""
     arrays = values.get("arrays")
     if not isinstance(arrays, Mapping):
         raise ValueError("must have arrays by their names")
@@ -255,7 +236,7 @@ def parse_arrays(values: Mapping[str, Any]) -> dict[str, ArraySpec]:
 
 
 def _mismatches(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the presence and the sizes of a step's files. Files without a record do not matter."""
+    """Messages about files of a step that are missing or have another size. Ignores files without a record."""
     expected: dict[str, dict[str, int]] = {}
     for path, record in manifest.files.items():
         where, _, name = path.rpartition("/")
@@ -277,10 +258,10 @@ def _mismatches(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def check(folder: Path) -> Manifest:
-    """Check that a step is complete: its manifest, and the presence and the size of every file. Reads no arrays.
+    """Check that a step is complete: its manifest, and the presence and size of every file. Reads no arrays.
 
     Raises:
-        CheckpointError: it is not; the message names the first files that are missing or of another size.
+        CheckpointError: it is not complete; the message names the first files that are missing or have another size.
     """
     manifest = read_manifest(folder)
     problems = _mismatches(folder, manifest)
@@ -291,11 +272,11 @@ def check(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, progress: Callable[[int], object] | None = None, workers: int = 4) -> Manifest:
-    """Read a whole step: `check`, and every file's checksum, of its content and against the manifest.
+    """Check a whole step: as `check`, and the content of every file against its checksum and the manifest.
 
     Args:
-        progress: called with a number of bytes that have just been read; they add up to the sizes of all files.
-        workers: threads, each with a chunk in memory.
+        progress: called with the number of bytes just read; the numbers add up to the size of all files.
+        workers: number of threads, each with one chunk in memory.
 
     Raises:
         CheckpointError: the message names the damaged files.

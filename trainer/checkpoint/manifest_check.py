@@ -1,7 +1,7 @@
-"""What a manifest says, checked before anything is made of it: types, bounds, and names that stay in their folder.
+"""Checks of a manifest's content before it is used: types, bounds, and names that stay within the step's folder.
 
-Whoever made a checkpoint wrote its manifest and the checksum in it. Arrays' names become paths, of what is read and of
-what is written from it; sizes become memory.
+The checksum is no protection against whoever made a checkpoint. Array names become paths that are read and written,
+and sizes become allocations.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from griffin.parallel.config import ModelConfig
+from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.trainer.checkpoint.arrays import DTYPES, KINDS, ArraySpec
 from griffin.trainer.files import is_integer
 from griffin.trainer.settings.load import typed
 from griffin.trainer.settings.sections import SECTIONS, SETTINGS
 from griffin.trainer.settings.validate import validate_model
 
-MOST_INTEGER = 2**62  # of counts: steps, samples, bytes
+MOST_INTEGER = 2**62  # for counts of steps, samples and bytes
 MOST_DIMENSIONS = 8
 MOST_NAME = 200  # characters: file systems allow 255
 
-# Of a tensor: words of letters, digits and "_" between dots, so that it is one component of a path, and no "..".
+# Name of a tensor: words of letters, digits and "_" joined by dots, so that it is one path component and never "..".
 _TENSOR = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _CHECKSUM = re.compile(r"(crc32c:[0-9a-f]{8}|sha256:[0-9a-f]{64})")
 
 
 def array_spec(name: str, values: Any) -> ArraySpec:
-    """An array of a manifest. ValueError naming what it cannot be."""
+    """Check and build an array of a manifest. ValueError naming what is not accepted."""
     kind = next((kind for kind in KINDS if name.startswith(f"{kind}.")), None)
     tensor = name.removeprefix(f"{kind}.")
     if kind is None or len(name) > MOST_NAME or not _TENSOR.fullmatch(tensor):
@@ -61,10 +61,10 @@ def array_spec(name: str, values: Any) -> ArraySpec:
     return ArraySpec.from_json(name, values)
 
 
-def check_description(values: Mapping[str, Any], known: Iterable[str], required: Iterable[str]) -> None:
-    """Refuse what a manifest says besides its arrays and files: ValueError naming the key.
+def check_header(values: Mapping[str, Any], known: Iterable[str], required: Iterable[str]) -> None:
+    """Check the values of a manifest's header. ValueError naming the key that is not accepted.
 
-    `known` are the keys that there may be, `required` those that there must be.
+    `known` are all keys that `values` may have, `required` those that it must have.
     """
     if missing := sorted(set(required) - values.keys()):
         raise ValueError(f"lacks {', '.join(missing)}")
@@ -81,14 +81,16 @@ def check_description(values: Mapping[str, Any], known: Iterable[str], required:
     _require(_is_mapping_to(values["random"], _is_text), "random", values["random"], "an object of strings")
     sources = values.get("sources", [])
     _require(isinstance(sources, list) and all(map(_is_text, sources)), "sources", sources, "a list of strings")
+    extras = values.get("extras", {})
+    _require(isinstance(extras, Mapping), "extras", extras, "an object")
     _check_layout(values["layout"])
     _check_config(values["config"])
 
 
 def check_files(arrays: Mapping[str, ArraySpec], records: Any, group: str) -> None:
-    """Refuse records of other files than those that the arrays have, and the group's metadata."""
+    """Check that there is one valid record for each file of the arrays and for `group`, the group's metadata."""
     _require(isinstance(records, Mapping), "files", records, "an object")
-    # Counted before they are named: there may be any number of chunks.
+    # Compare counts before listing names: a manifest may claim any number of chunks.
     chunks = sum(math.prod(array.grid) for array in arrays.values())
     if chunks + len(arrays) + 1 != len(records):
         raise ValueError(f"has records of {len(records):,} files; its arrays have {chunks + len(arrays) + 1:,}")
@@ -110,7 +112,7 @@ def check_files(arrays: Mapping[str, ArraySpec], records: Any, group: str) -> No
 
 
 def _check_config(config: Any) -> None:
-    """The settings that it was saved with. Those of another version may lack some, and have others."""
+    """Check the settings of the run. Another version may lack some and have others, but not in the model's section."""
     _require(isinstance(config, Mapping), "config", config, "an object")
     for section in SECTIONS:
         stated = config.get(section, {})
@@ -124,7 +126,7 @@ def _check_config(config: Any) -> None:
 
 
 def model_of(config: Mapping[str, Any]) -> ModelConfig:
-    """The architecture in a manifest's config, which has been checked. ValueError where it is not all there."""
+    """The architecture in the checked config of a manifest. ValueError if it is incomplete."""
     needed: dict[str, tuple[str, ...]] = {
         "model": ("pattern", "width", "recurrent_width", "heads", "head_dim", "vocabulary")
     }
@@ -141,7 +143,7 @@ def model_of(config: Mapping[str, Any]) -> ModelConfig:
 
 def _check_layout(layout: Any) -> None:
     _require(isinstance(layout, Mapping), "layout", layout, "an object")
-    for key in ("tensor", "pipeline", "virtual_pipeline"):
+    for key in (*ParallelConfig().model_axes, "virtual_pipeline"):
         if key in layout:
             most = _most(f"parallel.{key}")
             _require(is_integer(layout[key], 1, most), f"layout.{key}", layout[key], f"an integer from 1 to {most}")
@@ -154,7 +156,7 @@ def _most(setting: str) -> int:
 
 
 def _check_spikes(spikes: Mapping[str, Any]) -> None:
-    """As `trainer.spikes.SpikeDetector.state` has it."""
+    """Check the state that `trainer.health.spikes.SpikeDetector.state` returns."""
     for key in ("losses", "log_grad_norms"):
         values = spikes.get(key, [])
         fits = isinstance(values, list) and all(type(value) in (int, float) for value in values)

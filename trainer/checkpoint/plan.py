@@ -1,8 +1,8 @@
-"""Which ranks hold the elements of each chunk of a checkpoint, and who writes it.
+"""Plan which ranks hold the elements of each chunk of a checkpoint, and which rank writes it.
 
-The distributed optimizer cuts its float32 state by flat ranges that know nothing of tensors or chunks. The plan finds
-every range's part of every chunk, and names one owner per chunk, who writes it on saving with what the others send it.
-On loading, each rank reads the chunks that it holds a part of.
+The distributed optimizer shards its float32 state by flat ranges, whose boundaries fall anywhere in tensors and chunks.
+The plan maps every range to its parts of chunks, and picks one owner per chunk. To save, the owner writes the chunk
+with the parts that other ranks send. To load, each rank reads the chunks that it holds a part of.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box, GlobalTensor
 from griffin.trainer.checkpoint.regions import Region
 
-FILE_COST = 2**18  # elements whose writing takes about as long as making a file does
+FILE_COST = 2**18  # elements that take about as long to write as a file takes to create
 
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """A rank's part of a global tensor as it lies in a parameter: from `start` on along dimension `dim`."""
+    """The place of a rank's part of a global tensor in a parameter: from `start` on along dimension `dim`."""
 
     tensor: GlobalTensor
     dim: int
@@ -29,7 +29,7 @@ class PlacedTensor:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter as each tensor rank holds it: its local shape, and the global tensors that it fuses."""
+    """A parameter on each tensor rank: its local shape, and the global tensors fused in it."""
 
     shape: tuple[int, ...]
     tensors: tuple[PlacedTensor, ...]
@@ -37,9 +37,9 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Shard:
-    """Elements [start, stop) of one flattened parameter, which one rank's optimizer updates.
+    """Elements [start, stop) of a flattened parameter, which one rank's optimizer updates.
 
-    They lie from `offset` on in the rank's staged state.
+    In the rank's staged state they start at `offset`.
     """
 
     start: int
@@ -49,7 +49,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Member:
-    """One of the ranks that hold the same pipeline stages, with its shard of each of their parameters."""
+    """A rank, with its shard of each parameter of its pipeline stages."""
 
     rank: int
     tensor_rank: int
@@ -58,9 +58,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Segment:
-    """Elements of a chunk that a rank holds: [first, last) of two regions of equally many elements.
+    """Elements of a chunk that a rank holds: elements [first, last) of two regions of the same size.
 
-    `local` lies in the rank's flattened parameter number `parameter`, `chunk` in the flattened chunk.
+    `local` is a region of the rank's flattened parameter number `parameter`, `chunk` one of the flattened chunk.
     """
 
     rank: int
@@ -77,7 +77,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """One chunk of every array of a tensor: whose it is, and where its elements are."""
+    """A chunk, the same for every array of a tensor: its owner, and which rank holds which elements."""
 
     tensor: GlobalTensor
     chunks: tuple[int, ...]  # shape of the tensor's chunks
@@ -92,7 +92,7 @@ class ChunkPlan:
 
 @dataclass(frozen=True)
 class ChunkPart:
-    """What one rank holds of a chunk, in memory that is all of one parameter."""
+    """The elements of a chunk that one rank holds in one parameter."""
 
     tensor: GlobalTensor
     index: tuple[int, ...]
@@ -101,13 +101,13 @@ class ChunkPart:
 
 @dataclass(frozen=True, kw_only=True)
 class SavePlan:
-    """One rank's part in every save."""
+    """One rank's part in every save of a run."""
 
     rank: int
     dtype: str  # of the model's weights
     shards: tuple[Shard, ...]  # this rank's, by parameter
     elements: int  # of each row of the staged state, float32 [master | exp_avg | exp_avg_sq, elements]
-    chunks: tuple[ChunkPlan, ...]  # those that involve this rank, in the order of all ranks
+    chunks: tuple[ChunkPlan, ...]  # those that involve this rank, in the same order on every rank
     arrays: tuple[ArraySpec, ...]  # of the whole checkpoint, on rank 0; () on the others
 
 
@@ -117,10 +117,10 @@ def plan_chunks(
     tensor_size: int,
     chunk_shapes: Mapping[str, tuple[int, ...]],
 ) -> list[ChunkPlan]:
-    """To save: the chunks of all tensors in `parameters`, the same list on every rank with the same arguments.
+    """The chunks of all tensors in `parameters`, for saving. Deterministic: every rank gets the same list.
 
-    `chunk_shapes` are those of the tensors, by name. Each element of a chunk is in exactly one segment: of tensors that
-    every tensor rank holds, that of one, in turns.
+    `chunk_shapes` has each tensor's chunk shape by name. Each element of a chunk is in exactly one segment. Of a tensor
+    that is replicated over tensor ranks, one tensor rank's copy is used; they take turns.
     """
     load = {member.rank: 0 for member in members}
     plans = []
@@ -160,7 +160,7 @@ def plan_parts(
     tensor_size: int,
     chunk_shapes: Mapping[str, tuple[int, ...]],
 ) -> list[ChunkPart]:
-    """To load: what a rank holds of the chunks of the tensors in its parameter number `number`."""
+    """The parts of chunks that a rank holds in its parameter number `number`, for loading."""
     holders = _holders([member], number, member.tensor_rank)
     parts = []
     for placed in parameter.tensors:
@@ -175,7 +175,7 @@ def plan_parts(
 
 @dataclass(frozen=True)
 class _Holders:
-    """The shards of one parameter on one tensor rank's data-parallel ranks, ascending, without empty ones."""
+    """The non-empty shards of one parameter on the data-parallel ranks of one tensor rank, ascending."""
 
     ranks: list[int]
     starts: list[int]
@@ -200,7 +200,7 @@ def _segments(
     tensor_size: int,
     holders: _Holders,
 ) -> Iterator[Segment]:
-    """What the ranks of one tensor rank hold of a chunk."""
+    """The segments of a chunk that the data-parallel ranks of one tensor rank hold."""
     part = placed.tensor.part(tensor_rank, tensor_size)
     common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(part, chunk, strict=True)]
     if any(extent.stop <= extent.start for extent in common):
@@ -228,8 +228,10 @@ def _elements(box: Box) -> int:
 
 
 def _owner(segments: Sequence[Segment], size: int, load: dict[int, int]) -> int:
-    """The rank among those that hold elements for which the chunk costs least: what it has to move (its writes so far,
-    this chunk's, and what it is sent of it). Counts the choice in `load`."""
+    """The rank with elements of the chunk for which writing it costs least; adds the cost to its `load`.
+
+    The cost is the elements that the rank moves: writes so far, this chunk, and what other ranks send of it.
+    """
     held: dict[int, int] = {}
     for segment in segments:
         held[segment.rank] = held.get(segment.rank, 0) + segment.count

@@ -1,4 +1,4 @@
-"""Boxes of row-major tensors as runs of their flat memory: what a rank's flat shard has of a chunk, and where."""
+"""Boxes of row-major tensors as strided regions of flat memory, and copies between such regions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Region:
-    """Elements of a flat buffer, in order: `rows` runs of `length` elements whose starts, from `base`, lie `stride`
-    apart. Addresses ascend, so that the elements within an address range are consecutive ones of the region."""
+    """Elements of a flat buffer: `rows` runs of `length` elements, which start at `base` and every `stride` from there.
+
+    Addresses ascend, so that the elements within an address range are consecutive elements of the region.
+    """
 
     base: int
     rows: int
@@ -25,9 +27,9 @@ class Region:
 
     @staticmethod
     def box(shape: Sequence[int], box: Sequence[slice]) -> Region:
-        """The elements of a box of a row-major tensor, in the box's own row-major order.
+        """The elements of a box of a row-major tensor, in the row-major order of the box.
 
-        Only the first and the last dimension may be cut (as chunks and shards do): between them, all is whole.
+        Only the first and the last dimension may be cut, as chunks and shards are; the box spans all others.
         """
         starts, sizes = [part.start for part in box], [part.stop - part.start for part in box]
         if len(shape) == 1:
@@ -40,7 +42,7 @@ class Region:
         return Region(base, rows, sizes[-1], shape[-1])
 
     def before(self, address: int) -> int:
-        """How many of its elements lie below an address."""
+        """The number of elements below an address."""
         if address <= self.base or self.count == 0:
             return 0
         row, column = divmod(address - self.base, self.stride)
@@ -48,9 +50,9 @@ class Region:
 
 
 def take(buffer: np.ndarray, region: Region, first: int, last: int, origin: int = 0) -> np.ndarray:
-    """Elements [first, last) of a region of `buffer` [n], which holds the addresses from `origin` on.
+    """Elements [first, last) of a region of `buffer` [n], whose first element has address `origin`.
 
-    A view where they are contiguous, else a copy.
+    A view if they are contiguous, else a copy.
     """
     if region.rows == 1:
         return buffer[region.base + first - origin : region.base + last - origin]
@@ -61,7 +63,7 @@ def take(buffer: np.ndarray, region: Region, first: int, last: int, origin: int 
 
 
 def put(buffer: np.ndarray, region: Region, first: int, last: int, values: np.ndarray, origin: int = 0) -> None:
-    """Write `values` [last - first] to elements [first, last) of a region of `buffer` [n], the inverse of `take`."""
+    """Write `values` [last - first] to elements [first, last) of a region of `buffer` [n]; the inverse of `take`."""
     for part, place in _parts(buffer, region, first, last, origin):
         part[...] = values[place : place + part.size].reshape(part.shape)
 
@@ -69,12 +71,12 @@ def put(buffer: np.ndarray, region: Region, first: int, last: int, values: np.nd
 def move(
     source: np.ndarray, inside: Region, target: np.ndarray, local: Region, first: int, last: int, origin: int
 ) -> None:
-    """Copy elements [first, last) of a region of `source` [n] to those of a region of `target` [m] of as many elements.
+    """Copy elements [first, last) of region `inside` of `source` [n] to those of region `local` of `target` [m].
 
-    `target` holds the addresses from `origin` on.
+    Both regions have the same size; the first element of `target` has address `origin`.
     """
     for part, place in _parts(source, inside, first, last, 0):
-        if local.rows == 1:  # rows that lie one after the other in the target: no copy between
+        if local.rows == 1:  # contiguous in the target: no copy in between
             at = local.base + first + place - origin
             target[at : at + part.size].reshape(part.shape)[...] = part
         else:
@@ -82,9 +84,9 @@ def move(
 
 
 def _parts(buffer: np.ndarray, region: Region, first: int, last: int, origin: int) -> list[tuple[np.ndarray, int]]:
-    """Views of `buffer` that are the elements [first, last) in order, each with its place among them.
+    """Views of `buffer` that make up the elements [first, last), each with its offset among them.
 
-    At most three: the rest of a row, whole rows, the beginning of a row.
+    At most three: the end of a row, whole rows, the beginning of a row.
     """
     length, stride, parts = region.length, region.stride, []
     at = first

@@ -1,4 +1,4 @@
-"""What a training starts from: its own newest checkpoint, another one that it is told of, or nothing."""
+"""Find what a training starts from: its own newest checkpoint, one given by --init-from, or initial weights."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ OWN, INIT_FROM, FRESH = "own", "init-from", "fresh"  # rules, in this order of p
 
 @dataclass(frozen=True, kw_only=True)
 class InitFrom:
-    """A checkpoint to start from, as --init-from and --init-what give it."""
+    """The checkpoint to start from that --init-from and --init-what give."""
 
     path: Path  # of a step, a checkpoints folder or a run folder
-    everything: bool  # optimizer state, step and position in the data as well; otherwise weights only
+    everything: bool  # with optimizer state, step and position in the data; otherwise weights only
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is loaded. `text` says so in one line."""
+    """What is loaded."""
 
     rule: str  # OWN, INIT_FROM or FRESH
     path: Path | None  # the step's folder; None for FRESH
-    everything: bool  # optimizer state, step and position in the data as well as weights
-    step: int  # optimizer steps that are done at the start
-    config: Mapping[str, Any] | None  # that the checkpoint was saved with, as its manifest holds it
-    skipped: tuple[str, ...]  # newer checkpoints of the run that are damaged: which file, and what is wrong with it
-    text: str
+    everything: bool  # with optimizer state, step and position in the data; otherwise weights only
+    step: int  # optimizer steps done at the start
+    config: Mapping[str, Any] | None  # of the checkpoint's manifest
+    skipped: tuple[str, ...]  # a message for each newer checkpoint of the run, which is damaged
+    text: str  # what is loaded, in one line
 
 
 def find_source(run_dir: Path, init_from: InitFrom | None) -> Source:
-    """What the run of `run_dir` starts from, found complete by its manifest and the sizes of all files.
+    """Find what the run of `run_dir` starts from: a checkpoint that passes `manifest.check`, or initial weights.
 
-    The newest complete checkpoint of the run itself comes first, then `init_from`, then weights that are drawn.
+    In order of precedence: the newest complete checkpoint of the run itself, `init_from`, initial weights.
 
     Raises:
-        CheckpointError: something of `init_from`, or of every checkpoint that the run has, is missing or damaged; the
-            message names the file.
-        ValueError: the checkpoint holds weights only where more is asked for.
+        CheckpointError: `init_from`, or every checkpoint that the run has, is incomplete or damaged; the message names
+            the file.
+        ValueError: the checkpoint holds weights only, but everything is to be loaded.
     """
     root = RunFolder(run_dir).checkpoints
     own, damaged = newest_complete(root)
@@ -66,9 +66,9 @@ def find_source(run_dir: Path, init_from: InitFrom | None) -> Source:
 
 
 def refuse_other_model(model: ModelConfig, there: Mapping[str, Any], where: Path | str = "the checkpoint") -> None:
-    """ValueError with the settings in which `model` differs from a manifest's `config["model"]`, that of `where`.
+    """Raise ValueError naming the settings in which `model` differs from `there`, the `config["model"]` of a manifest.
 
-    `init` may differ: it is about drawing weights.
+    `init` may differ: it only concerns initial weights.
     """
     differing = model_differences(model, {**there, "init": model.init})
     if differing:

@@ -1,4 +1,4 @@
-"""A rank's part of a training's state: the flat float32 shards that its optimizer updates, out of and into place."""
+"""Stage and load a rank's part of a training's state: the flat float32 shards that its optimizer updates."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from griffin.trainer.checkpoint.regions import move
 from griffin.trainer.checkpoint.zarr_io import Array, open_array
 from griffin.trainer.step import Training
 
-READERS = 4  # chunks that a rank reads at a time, where it has as many cores
+READERS = 4  # chunks that a rank reads at a time, if it has as many cores
 
 
 class ShardedState:
-    """What one rank holds of master weights and Adam moments, and how it is saved and loaded. Made by all ranks."""
+    """One rank's part of master weights and Adam moments, to save and to load. The constructor is a collective."""
 
     def __init__(self, training: Training, grid: Grid):
         self._training, self._grid = training, grid
         self._parameters = [parameter for stage in training.stages for parameter in stage.parameters()]
-        # A second copy of the tied embedding is loaded, but saved by the stage that owns the first.
+        # The second copy of the tied embedding is loaded, but the stage that owns the first one saves it.
         self._is_owned = [not getattr(parameter, "shared", False) for parameter in self._parameters]
         self._layouts = [parameter_layout(parameter) for parameter in self._parameters]
         ranges = [training.optimizer.shard_range(parameter) for parameter in self._parameters]
@@ -58,7 +58,7 @@ class ShardedState:
             ((number, grid.pipeline_rank), placed.tensor)
             for number, layout, is_owned in zip(virtual, self._layouts, self._is_owned, strict=True)
             for placed in layout.tensors
-            if is_owned and grid.data_rank == 0 and grid.tensor_rank == 0
+            if is_owned and grid.is_first_replica and grid.tensor_rank == 0
         ]
         kind = tuple[int, int, list[tuple[int, int]], list[tuple[tuple[int, int], GlobalTensor]]]
         everyone = grid.all_gather((grid.pipeline_rank, grid.tensor_rank, ranges, owned), kind)
@@ -71,7 +71,7 @@ class ShardedState:
         assert len({tensor.name for tensor in self.tensors}) == len(self.tensors), "two stages own one tensor"
 
     def save_plan(self) -> SavePlan:
-        """This rank's part in saving: the chunks it writes and those it has a part of."""
+        """This rank's part in every save: the chunks that it writes, and those that it holds a part of."""
         cuts = default_cuts(self.tensors)
         dtype = str(self._training.dtype).removeprefix("torch.")
         layouts = [layout for layout, owned in zip(self._layouts, self._is_owned, strict=True) if owned]
@@ -101,7 +101,7 @@ class ShardedState:
             master, exp_avg, exp_avg_sq = values
             size = master.numel()
             for row, value in zip(out[:, offset : offset + size], (master, exp_avg, exp_avg_sq), strict=True):
-                if value is None:  # Adam makes its moments at the first step
+                if value is None:  # Adam creates its moments in the first step
                     row.zero_()
                 else:
                     row.copy_(value, non_blocking=True)
@@ -112,17 +112,20 @@ class ShardedState:
 
     @torch.no_grad()
     def load(self, folder: Path, manifest: Manifest, *, everything: bool) -> None:
-        """Fill in the weights, and with `everything` Adam's state, from a checkpoint of any layout. A collective.
+        """Load the weights, and with `everything` Adam's state, from a checkpoint of any layout. A collective.
 
-        Each rank reads the chunks that it holds a part of; the weights then reach all data-parallel ranks as they do
-        after an optimizer step. Raises ValueError where the checkpoint is of another model, before anything is
-        changed, and CheckpointError naming the file where a chunk is damaged.
+        Each rank reads the chunks that it holds a part of. The weights are then gathered over data-parallel ranks as
+        after an optimizer step.
+
+        Raises:
+            ValueError: the checkpoint is of another model; nothing was changed.
+            CheckpointError: a chunk is damaged; the message names the file.
         """
         kinds = [MASTER if f"{MASTER}.{self.tensors[0].name}" in manifest.arrays else MODEL]
         kinds += [EXP_AVG, EXP_AVG_SQ] if everything else []
         self._refuse_other_tensors(manifest, kinds)
         member = self._member(self._members([True] * len(self._parameters)))
-        # One buffer for all parameters: its memory is made once, and is but a small part of the state.
+        # One buffer, reused for all parameters: a small part of the state.
         buffer = np.empty(
             (len(kinds), max((shard.stop - shard.start for shard in member.shards), default=0)), np.float32
         )
@@ -138,7 +141,7 @@ class ShardedState:
                 self._read(pool, buffers, folder, manifest, kinds, number, member, rows)
                 master, moments = torch.from_numpy(rows[0]), torch.from_numpy(rows[1:]) if everything else None
                 self._training.optimizer.set_shard_state(parameter, master, moments)
-        self._training.optimizer.spread_weights()
+        self._training.optimizer.gather_weights()
         if everything:
             assert manifest.optimizer is not None, "checked: the checkpoint holds more than weights"
             self._training.continue_after(manifest.step, manifest.optimizer["step"])
@@ -154,7 +157,7 @@ class ShardedState:
         member: Member,
         rows: np.ndarray,
     ) -> None:
-        """Read this rank's shard of a parameter: float32 [kinds, elements]."""
+        """Read this rank's shard of parameter `number` into `rows`: float32 [kinds, elements]."""
         layout, start = self._layouts[number], member.shards[number].start
 
         def read(row: np.ndarray, opened: Future[Array], part: ChunkPart) -> None:
@@ -173,13 +176,13 @@ class ShardedState:
         for row, kind in zip(rows, kinds, strict=True):
             specs = {placed.tensor.name: manifest.arrays[f"{kind}.{placed.tensor.name}"] for placed in layout.tensors}
             shapes = {name: spec.chunks for name, spec in specs.items()}
-            if shapes != planned:  # mostly, they are the same for all kinds
+            if shapes != planned:  # mostly the same for all kinds
                 parts = plan_parts(layout, number, member, self._grid.tensor_size, shapes)
                 planned = shapes
             if sum(segment.count for part in parts for segment in part.segments) < row.size:
                 assert any(spec.tensor.padded is not None for spec in specs.values()), f"{list(specs)} are not whole"
                 row[:] = 0  # the vocabulary's padding is in no chunk
-            # Before what reads them: a thread that waits for one waits for another thread.
+            # Submitted before the reads, which wait for them in threads of the same pool.
             arrays = {
                 name: pool.submit(open_array, folder, specs[name]) for name in {part.tensor.name for part in parts}
             }
@@ -188,7 +191,7 @@ class ShardedState:
             future.result()
 
     def _members(self, chosen: Sequence[bool]) -> list[Member]:
-        """The ranks of this rank's stages with their shards of the chosen parameters."""
+        """The ranks with the same pipeline stages as this one, with their shards of the chosen parameters."""
         return [
             Member(rank, tensor_rank, shards_in_a_row(itertools.compress(ranges, chosen)))
             for rank, tensor_rank, ranges in self._stage_ranks
@@ -218,17 +221,17 @@ class ShardedState:
 
 
 def in_model_order(tensors: Iterable[tuple[tuple[int, int], GlobalTensor]]) -> list[GlobalTensor]:
-    """Tensors by (a stage's number on its rank, pipeline rank), so that a checkpoint is the same from any layout."""
+    """Sort tensors by (virtual stage, pipeline rank), so that a checkpoint is the same from any layout."""
     return [tensor for _, tensor in sorted(tensors, key=itemgetter(0))]
 
 
 def parameter_layout(parameter: nn.Parameter) -> Parameter:
-    """How the global tensors of a parameter lie in it."""
+    """The local shape of a parameter, and the place of each global tensor in it."""
     return Parameter(tuple(parameter.shape), tuple(_placed(piece) for piece in parameter.pieces))  # type: ignore[attr-defined]
 
 
 def shards_in_a_row(ranges: Iterable[tuple[int, int]]) -> tuple[Shard, ...]:
-    """Shards of consecutive parameters, staged one after the other."""
+    """The shards of parameters that are staged one after the other."""
     shards, offset = [], 0
     for start, stop in ranges:
         shards.append(Shard(start, stop, offset))
@@ -237,7 +240,7 @@ def shards_in_a_row(ranges: Iterable[tuple[int, int]]) -> tuple[Shard, ...]:
 
 
 def global_tensor(piece: Piece) -> GlobalTensor:
-    """The tensor that a piece is, whatever parameter it lies in."""
+    """The global tensor of a piece of a parameter."""
     return GlobalTensor(name=piece.name, shape=piece.shape, axis=piece.axis, atoms=piece.atoms, padded=piece.padded)
 
 

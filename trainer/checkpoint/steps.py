@@ -1,4 +1,4 @@
-"""The steps of a checkpoints folder: found, resolved, retained, and cleaned of what was left over."""
+"""The steps of a checkpoints folder: find, resolve, retain and clean them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEFTOVER = re.compile(r"step-\d{8,}(\.[0-9a-f]+)?\.(tmp|deleted)")
 
 
 def steps(root: Path) -> list[tuple[int, Path]]:
-    """The steps in a checkpoints folder by their names, ascending; none if there is no such folder."""
+    """The steps of a checkpoints folder by their folders' names, ascending; none if the folder does not exist."""
     with naming(root):
         try:
             found = [(match, entry) for entry in root.iterdir() if (match := _STEP.fullmatch(entry.name))]
@@ -25,7 +25,7 @@ def steps(root: Path) -> list[tuple[int, Path]]:
 
 
 def newest_complete(root: Path, before: int | None = None) -> tuple[Path | None, list[CheckpointError]]:
-    """The newest step (`before` that one, if given) that passes `check`, and what is wrong with the newer ones."""
+    """The newest step (below `before`, if given) that passes `check`, and the errors of the newer ones."""
     damaged = []
     for step, folder in reversed(steps(root)):
         if before is not None and step >= before:
@@ -40,9 +40,9 @@ def newest_complete(root: Path, before: int | None = None) -> tuple[Path | None,
 
 
 def resolve(path: Path) -> Path:
-    """The step's folder that a user means by a step's folder, a checkpoints folder or a run's folder.
+    """The step's folder that a user means by the path of a step, a checkpoints folder or a run folder.
 
-    Of a folder of steps it is the newest complete one. A step's folder is not looked into.
+    Of a checkpoints or run folder it is the newest complete step. The path of a step is returned unchecked.
 
     Raises:
         CheckpointError: there is no checkpoint, or none is complete.
@@ -61,20 +61,20 @@ def resolve(path: Path) -> Path:
 
 
 def retain(root: Path, keep_last: int, keep_every: int, newest: int) -> list[Path]:
-    """Remove steps before `newest`, which has just been committed, and return their former folders.
+    """Remove steps before `newest`, which has just been committed. Returns the removed folders.
 
-    Only what a training can go on from is counted and removed: complete steps with an optimizer's state. Nothing is
-    removed if `newest` itself is not one. Later steps, as of an attempt before, are left alone.
+    Only steps that a training can resume from count and are removed: complete ones with optimizer state. Nothing is
+    removed if `newest` is not such a step. Later steps, as of an earlier attempt, are left alone.
 
     Args:
-        keep_last: number of steps to keep, `newest` among them; 0 keeps all.
-        keep_every: steps that are multiples of it are kept; 0 keeps none.
+        keep_last: number of steps to keep, including `newest`; 0 keeps all.
+        keep_every: multiples of this step are kept as well; 0 adds none.
     """
-    if keep_last == 0 or not _can_go_on_from(root / step_name(newest)):
+    if keep_last == 0 or not _is_resumable(root / step_name(newest)):
         return []
     kept, removed = 1, []
     for step, folder in reversed(steps(root)):
-        if step >= newest or not _can_go_on_from(folder):
+        if step >= newest or not _is_resumable(folder):
             continue
         if kept < keep_last:
             kept += 1
@@ -84,7 +84,7 @@ def retain(root: Path, keep_last: int, keep_every: int, newest: int) -> list[Pat
     return removed
 
 
-def _can_go_on_from(folder: Path) -> bool:
+def _is_resumable(folder: Path) -> bool:
     try:
         return check(folder).optimizer is not None
     except CheckpointError:
@@ -92,19 +92,20 @@ def _can_go_on_from(folder: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    doomed = folder.with_name(f"{folder.name}.deleted")
+    deleted = folder.with_name(f"{folder.name}.deleted")
     with naming(folder):
-        if doomed.exists():
-            shutil.rmtree(doomed)
-        folder.rename(doomed)  # at once: a step that is half removed must not carry a step's name
+        if deleted.exists():
+            shutil.rmtree(deleted)
+        folder.rename(deleted)  # first: a partly removed step must not have a step's name
         synchronise(folder.parent)
-        shutil.rmtree(doomed)
+        shutil.rmtree(deleted)
 
 
 def clean(root: Path) -> list[Path]:
-    """Remove what writes and removals that were interrupted left; for the only writer of the folder, while idle.
+    """Remove the leftovers of interrupted writes and removals, and return their paths.
 
-    What cannot be removed stays: no name of it is that of a step.
+    To be called by the only writer of the folder, while no save is in progress. What cannot be removed stays: it does
+    not have a step's name.
     """
     with naming(root):
         try:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run its last start could not read back: a file in the run folder, for what starts it again."""
+"""A file in the run folder that lists the checkpoints which the last start could not read, for the next start."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from griffin.trainer.checkpoint.source import OWN, Source
 from griffin.trainer.checkpoint.steps import steps
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
-NAME = "unreadable-checkpoints"  # a line for each: its folder's name, and what is wrong; job.sbatch reads it too
+NAME = "unreadable-checkpoints"  # a line each: the folder's name, and what is wrong; job.sbatch reads it too
 
 
-def note_skipped(run_dir: Path, checkpoints: Path, source: Source) -> None:
-    """Begin the file anew with the checkpoints that were passed over; there is none where none were."""
+def record_skipped(run_dir: Path, checkpoints: Path, source: Source) -> None:
+    """Start the file anew with the checkpoints that `source` skipped; remove it if there are none."""
     newer = [folder.name for step, folder in reversed(steps(checkpoints)) if step > source.step]
     with suppress(OSError):  # a full disk: nothing depends on the file
         (run_dir / NAME).unlink(missing_ok=True)
@@ -23,8 +23,8 @@ def note_skipped(run_dir: Path, checkpoints: Path, source: Source) -> None:
 
 
 @contextmanager
-def noting(run_dir: Path, source: Source) -> Iterator[None]:
-    """Add the run's own checkpoint `source` to the file where it cannot be loaded."""
+def recording_failure(run_dir: Path, source: Source) -> Iterator[None]:
+    """Add `source` to the file, if it is a checkpoint of the run and loading it fails."""
     try:
         yield
     except CheckpointError as error:
@@ -35,7 +35,7 @@ def noting(run_dir: Path, source: Source) -> Iterator[None]:
 
 
 def why_unreadable(run_dir: Path, folder: Path) -> str:
-    """What the last start found wrong with a step's folder; "" for nothing, or where it was saved anew since."""
+    """What the last start found wrong with a step's folder; "" if nothing, or if it was saved again since."""
     try:
         if folder.stat().st_mtime > (run_dir / NAME).stat().st_mtime:
             return ""

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint in a model that is not trained: for generation and evaluation."""
+"""Load the weights of a checkpoint into a model without an optimizer, for generation and evaluation."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.checkpoint.state import global_tensor
 from griffin.trainer.checkpoint.zarr_io import open_array
 
-READERS = 4  # tensors that a rank reads at a time, each with a chunk besides it in memory
+READERS = 4  # tensors that a rank reads at a time, each with one chunk more in memory
 
 
 def load_weights(stages: Sequence[Stage], grid: Grid, folder: Path, manifest: Manifest) -> None:
-    """Fill in this rank's parameters from a step's model arrays, rounded to the parameters' dtype.
+    """Load this rank's parameters from the model arrays of a step, rounded to the parameters' dtype.
 
-    Raises CheckpointError naming the file where a chunk is missing or damaged.
+    Raises CheckpointError naming the file if a chunk is missing or damaged.
     """
     parts = [
         (piece, piece.view(parameter, grid.tensor_size))
@@ -33,13 +33,13 @@ def load_weights(stages: Sequence[Stage], grid: Grid, folder: Path, manifest: Ma
         for piece in parameter.pieces  # type: ignore[attr-defined]
     ]
 
-    @torch.no_grad()  # in each thread
+    @torch.no_grad()  # grad mode is per thread
     def fill(part: tuple[Piece, Tensor]) -> None:
         piece, out = part
         spec = manifest.arrays[f"{MODEL}.{piece.name}"]
         assert spec.shape == piece.shape, (piece.name, spec.shape, piece.shape)
         box = global_tensor(piece).part(grid.tensor_rank, grid.tensor_size)
-        if 0 not in shape_of(box):  # else padding of the vocabulary only
+        if 0 not in shape_of(box):  # otherwise padding of the vocabulary only
             records = {index: manifest.files[spec.file(index)] for index in spec.indices()}
             values = open_array(folder, spec).read(box, records)
             out[tuple(slice(size) for size in shape_of(box))].copy_(_tensor(values, spec.dtype))
@@ -53,7 +53,7 @@ def load_weights(stages: Sequence[Stage], grid: Grid, folder: Path, manifest: Ma
 
 
 def _tensor(values: np.ndarray, dtype: str) -> Tensor:
-    """The same memory; torch knows nothing of numpy's bfloat16."""
+    """A tensor that shares the memory of `values`. torch does not take numpy's bfloat16."""
     if dtype == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)

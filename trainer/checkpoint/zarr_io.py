@@ -1,7 +1,7 @@
-"""Reading and writing the Zarr v3 arrays of a checkpoint, chunk by chunk.
+"""Read and write the Zarr v3 arrays of a checkpoint, chunk by chunk.
 
-A chunk's file is its values, little endian and row-major, and their crc32c: Zarr's codecs `bytes` and `crc32c`. Chunks
-at an array's edge are filled up with zeros.
+A chunk's file holds its values, little endian and row-major, and their crc32c: Zarr's codecs `bytes` and `crc32c`.
+Chunks at the edge of an array are padded with zeros.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from griffin.trainer.files import open_regular, parse_json, read_regular
 
 assert sys.byteorder == "little", "values are stored as they lie in memory"
 
-SYNCS = 16  # files that one process makes durable at a time: file systems do many together in few writes of their own
-BLOCK_BYTES = 2**20  # read or written, and added to the checksum, while it is in the processor's cache
-CRC_BYTES = 4  # a chunk's file ends with the crc32c of what precedes it, little endian
+SYNCS = 16  # files that a process synchronises at a time: file systems commit many together in few writes
+BLOCK_BYTES = 2**20  # read or written and checksummed at a time, so that it stays in the CPU's cache
+CRC_BYTES = 4  # at the end of a chunk's file: the crc32c of what precedes it, little endian
 
 
 class CheckpointError(RunError, ValueError):
@@ -38,9 +38,9 @@ class CheckpointError(RunError, ValueError):
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file of a checkpoint must be: its size in bytes and "algorithm:hex", a checksum of its content.
+    """The size in bytes of a file of a checkpoint, and a checksum of its content as "algorithm:hex".
 
-    A chunk's is the crc32c that its file ends with ("crc32c:1a2b3c4d"), that of other files "sha256:...".
+    For a chunk this is the crc32c at the end of its file ("crc32c:1a2b3c4d"), for other files "sha256:...".
     """
 
     size: int
@@ -62,7 +62,7 @@ def _metadata(spec: ArraySpec) -> dict[str, Any]:
         "zarr_format": 3,
         "node_type": "array",
         "shape": list(spec.shape),
-        # Stock Zarr readers know no bfloat16: array[:].view(ml_dtypes.bfloat16).
+        # Zarr has no bfloat16; readers use array[:].view(ml_dtypes.bfloat16).
         "data_type": "uint16" if spec.dtype == "bfloat16" else spec.dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.chunks)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
@@ -73,18 +73,18 @@ def _metadata(spec: ArraySpec) -> dict[str, Any]:
 
 
 def create_array(folder: Path, spec: ArraySpec) -> Array:
-    """Create an array in a step's folder, or open it; several processes may do so at once.
+    """Create an array in a step's folder, or open it if it exists; several processes may do so at once.
 
-    What this machine has made of it is durable after `Array.synchronise`.
+    `Array.synchronise` makes it durable.
 
     Raises:
-        CheckpointError: it cannot be written, or is there with other metadata.
+        CheckpointError: it cannot be written, or exists with other metadata.
     """
     path = folder / spec.metadata_file
     with naming(path):
         path.parent.mkdir(exist_ok=True)
         if not path.exists():
-            # Whoever finds the file finds all of it; who else creates it has the same content.
+            # Renamed once complete. Other processes that create it write the same content.
             aside = path.with_name(f"zarr.json.{secrets.token_hex(8)}")
             with open(aside, "x", encoding="utf-8") as file:
                 json.dump(_metadata(spec), file, sort_keys=True, separators=(",", ":"))
@@ -97,7 +97,7 @@ def open_array(folder: Path, spec: ArraySpec) -> Array:
     """Open an array of a step's folder.
 
     Raises:
-        CheckpointError: its zarr.json is missing or is not that of `spec`.
+        CheckpointError: its zarr.json is missing or does not match `spec`.
     """
     path = folder / spec.metadata_file
     with naming(path):
@@ -123,7 +123,7 @@ class Array:
         self.spec = spec
 
     def synchronise(self) -> None:
-        """Make its metadata and its folder's entries durable, as far as this machine has written them.
+        """Synchronise its metadata and its folder's entries to disk, as far as this machine has written them.
 
         Raises:
             CheckpointError: they could not be written.
@@ -134,14 +134,14 @@ class Array:
             synchronise(path.parent)
 
     def write(self, index: tuple[int, ...], values: np.ndarray) -> Write:
-        """Write the whole chunk at `index` of the grid, which has not been written yet.
+        """Start to write a chunk that has not been written yet; `Write.result` waits for it.
 
         Args:
-            index: the chunk's place in the grid.
-            values: of `spec.dtype` and the shape of `spec.box(index)`.
+            index: the chunk's index in the chunk grid.
+            values: [shape of `spec.box(index)`] of `spec.dtype`.
 
         Raises:
-            CheckpointError: it cannot be written (the disk is full, the folder is gone, ...) or is there already.
+            CheckpointError: it cannot be written (the disk is full, the folder is gone, ...) or exists.
         """
         spec = self.spec
         shape = shape_of(spec.box(index))
@@ -172,16 +172,15 @@ class Array:
     def read_chunk(
         self, index: tuple[int, ...], record: FileRecord | None = None, *, buffer: np.ndarray | None = None
     ) -> np.ndarray:
-        """The chunk at `index` of the grid, [shape of `spec.box(index)`] of `spec.dtype`.
+        """Read a chunk: [shape of `spec.box(index)`] of `spec.dtype`.
 
         Args:
-            index: the chunk's place in the grid.
-            record: what its file must be.
-            buffer: uint8 [at least `file_bytes`], whose memory the result takes; a new one by default.
+            index: the chunk's index in the chunk grid.
+            record: that of its file in the manifest, to compare with.
+            buffer: uint8 [at least `file_bytes`], memory for the result; a new buffer by default.
 
         Raises:
-            CheckpointError: it is missing, is not of its size, does not match its checksum, or is not the file that
-                `record` is of.
+            CheckpointError: it is missing, has another size, or does not match its checksum or `record`.
         """
         spec = self.spec
         path = self.folder / spec.file(index)
@@ -206,11 +205,11 @@ class Array:
         return values[tuple(slice(size) for size in shape_of(spec.box(index)))]
 
     def read(self, box: Box, records: Mapping[tuple[int, ...], FileRecord] | None = None) -> np.ndarray:
-        """A box of the array, [box's shape] of `spec.dtype` (a new array), with one chunk besides it in memory.
+        """Read a box of the array: [box's shape] of `spec.dtype`. Holds one chunk more in memory.
 
         Raises:
-            CheckpointError: a chunk in the box is missing, is not of its size, does not match its checksum, or is not
-                the one that `records` has at its place in the grid.
+            CheckpointError: a chunk in the box is missing, has another size, or does not match its checksum or its
+                record in `records` (by index in the chunk grid).
         """
         places = [
             range(part.start // chunk, -(-part.stop // chunk))
@@ -231,14 +230,14 @@ class Array:
 
 
 class Write:
-    """A chunk that the system is writing. Wait for many of them together: for each alone, it takes far longer."""
+    """A chunk whose write is in progress. Start many before waiting: waiting for each in turn takes far longer."""
 
     def __init__(self, path: Path, file: BinaryIO, record: FileRecord) -> None:
         self.size = record.size
         self._path, self._file, self._record = path, file, record
 
     def result(self) -> FileRecord:
-        """Wait until the chunk's file is on disk, synchronised. To be called once.
+        """Wait until the chunk's file is synchronised to disk, and return its record. To be called once.
 
         Raises:
             CheckpointError: it could not be written (the disk is full, the folder is gone, ...).
@@ -248,13 +247,13 @@ class Write:
         return self._record
 
     def close(self) -> None:
-        """Do without the result: what is on disk is not waited for."""
+        """Close the file without waiting for the disk."""
         with suppress(OSError):
             self._file.close()
 
 
 def synchronise(path: Path) -> None:
-    """Make a file's content, or a folder's entries, durable."""
+    """Synchronise a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -267,9 +266,9 @@ def _record(content: int, crc: int) -> FileRecord:
 
 
 def _start_writing(file: IO[Any]) -> None:
-    """Have the system write a file to the disk from now on, so that little is left to wait for in the end.
+    """Have the system start to write a file to disk, so that the final fsync has little left to wait for.
 
-    What Linux is told not to keep, it begins to write at once.
+    Linux starts the write-back of pages that it is told are no longer needed.
     """
     file.flush()
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -280,14 +279,14 @@ def _blocks(data: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _crc32c(crc: int, data: np.ndarray) -> int:
-    """The checksum of what `crc` is the checksum of, and `data` after it."""
+    """The crc32c `crc` of earlier data, extended by `data`."""
     view = data.view()
-    view.flags.writeable = False  # the library takes nothing else
+    view.flags.writeable = False  # the library accepts only read-only buffers
     return google_crc32c.extend(crc, view)
 
 
 def _fill(file: Any, data: np.ndarray, path: Path) -> None:
-    """Read as many bytes as `data` takes; one call to the system may read less."""
+    """Fill `data` from a file; a single read may return fewer bytes."""
     view = memoryview(data)  # type: ignore[arg-type]
     while view:
         count = file.readinto(view)

@@ -1,1 +1,1 @@
-"""Text to tokens to batches: prefixes are built (`build`), read (`prefix`), sampled (`dataset`), batched (`loader`)."""
+"""From text to batches: data sets are built (`build`), read (`prefix`), sampled (`dataset`) and batched (`loader`)."""

@@ -1,4 +1,4 @@
-"""Building data prefixes from text, in parallel processes."""
+"""Building data sets from text, in parallel processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from griffin.trainer.data.documents import (
 from griffin.trainer.data.prefix import DataInfo, PrefixWriter, require_new
 from griffin.trainer.data.tokenizer import load_tokenizer
 
-TASKS_PER_WORKER = 3  # under way at once: keeps workers busy, bounds memory
+TASKS_PER_WORKER = 3  # pending at a time: keeps workers busy and bounds memory
 
 
 def build(
@@ -39,15 +39,15 @@ def build(
     hold_out: float = 0.0,
     hold_out_prefix: str | None = None,
 ) -> list[DataInfo]:
-    """Writes PREFIX.bin, .idx and .json from the documents of `inputs`; the end-of-document token follows each.
+    """Write PREFIX.bin, .idx and .json from the documents of `inputs`, each followed by the end-of-document token.
 
-    A text file is one document, a line of .jsonl, .jsonl.gz or .jsonl.zst is one. The result does not depend on
-    `workers`. A fraction `hold_out` of the documents, chosen by a hash of each one's relative path (and line), goes to
-    `hold_out_prefix` instead. Documents without a token are left out and counted, and so are files that are not UTF-8
-    unless named themselves.
+    A text file is a document, and so is each line of a .jsonl, .jsonl.gz or .jsonl.zst file. The result does not depend
+    on `workers`. A fraction `hold_out` of the documents, chosen by a hash of their relative path (and line), goes to
+    `hold_out_prefix` instead. Documents without a token are skipped and counted, and so are files that are not UTF-8,
+    unless `inputs` names them.
 
-    Returns what was written: one data set, or two with a hold-out. Raises ValueError, leaving nothing that looks like a
-    data set, for existing output, missing or unreadable input, bad JSON, or no documents.
+    Returns the written data sets: one, or two with a hold-out. Raises ValueError for existing output, missing or
+    unreadable input, invalid JSON, or no documents; nothing that looks like a data set is left then.
     """
     if workers < 1:
         raise ValueError(f"--workers {workers}: expected at least 1")
@@ -74,7 +74,7 @@ def build(
             writers.append(PrefixWriter(one, loaded.describe(), loaded.spec, eod))
             stack.callback(writers[-1].discard)
         bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc=prefix, disable=None))
-        for encoded in _encode_in_order(cut_into_tasks(sources), options, workers):
+        for encoded in encode_in_order(cut_into_tasks(sources), options, workers):
             documents = np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1]) if encoded.lengths.size else []
             for ids, text_bytes, held_out in zip(documents, encoded.text_bytes, encoded.held_out, strict=True):
                 writers[int(held_out)].add(ids, int(text_bytes))
@@ -85,21 +85,21 @@ def build(
             if not writer.documents:
                 raise ValueError(
                     f"{writer.prefix}: no documents ({sum(w.documents for w in writers)} read in all, "
-                    f"{empty} without text and {undecodable} files that are not UTF-8 left out)"
+                    f"{empty} without text and {undecodable} files that are not UTF-8 skipped)"
                 )
         infos = [writer.finish(inputs, empty=empty, undecodable=undecodable) for writer in writers]
-        for writer in reversed(writers):  # PREFIX.json itself comes last
+        for writer in reversed(writers):  # the training set's PREFIX.json comes last
             writer.publish()
     return infos
 
 
-def _encode_in_order(tasks: Iterator, options: EncodeOptions, workers: int) -> Iterator[Encoded]:
-    """Encodes tasks in worker processes, a bounded number at a time, and yields results in the order of the tasks."""
+def encode_in_order(tasks: Iterator, options: EncodeOptions, workers: int) -> Iterator[Encoded]:
+    """Encode tasks in worker processes, a bounded number at a time. Yields results in the order of the tasks."""
     if workers == 1:
         for task in tasks:
             yield encode(task, options)
         return
-    # Not forked: this process may hold threads.
+    # Spawned, not forked: this process may have threads.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         pending: deque[Future[Encoded]] = deque()

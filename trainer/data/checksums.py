@@ -1,4 +1,4 @@
-"""Checksums of the blocks of a data set's files: what shows that they hold what was built, and where they do not."""
+"""Checksums of blocks of a data set's files, which locate damage."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import google_crc32c
 
 BLOCK_BYTES = 2**22
-SAMPLED_BLOCKS = 64  # of a file too large to be compared wholly at every start
-DIGITS = 8  # hexadecimal, of one checksum
+SAMPLED_BLOCKS = 64  # verified at every start, of a file that is too large to be verified completely
+DIGITS = 8  # hexadecimal digits of a checksum
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checksums:
-    """crc32c of each `block_bytes` bytes of PREFIX.bin and of PREFIX.idx: eight hexadecimal digits a block."""
+    """crc32c of each block of `block_bytes` bytes of PREFIX.bin and PREFIX.idx: eight hexadecimal digits per block."""
 
     block_bytes: int
     bin: str
@@ -26,11 +26,11 @@ class Checksums:
             raise ValueError(f"block_bytes {self.block_bytes!r}: expected a positive integer")
         for digits in (self.bin, self.idx):
             if type(digits) is not str or len(digits) % DIGITS or set(digits) - set("0123456789abcdef"):
-                raise ValueError(f"checksums: expected {DIGITS} hexadecimal digits a block")
+                raise ValueError(f"checksums: expected {DIGITS} hexadecimal digits per block")
 
 
 class BlockChecksums:
-    """Checksums of a file's blocks as its bytes come."""
+    """Computes the checksums of a file's blocks incrementally."""
 
     def __init__(self) -> None:
         self._done: list[str] = []
@@ -47,7 +47,7 @@ class BlockChecksums:
                 self._end_block()
 
     def hexdigits(self) -> str:
-        """Of all blocks; the last may be short. Nothing may follow."""
+        """The checksums of all blocks; the last block may be short. Call it once, at the end."""
         if self._filled:
             self._end_block()
         return "".join(self._done)
@@ -58,7 +58,7 @@ class BlockChecksums:
 
 
 def checksums_of_file(path: str) -> str:
-    """What `BlockChecksums.hexdigits` returns for the bytes of a file."""
+    """The block checksums of a file, as `BlockChecksums.hexdigits` returns them."""
     checksums = BlockChecksums()
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
@@ -67,7 +67,7 @@ def checksums_of_file(path: str) -> str:
 
 
 def sampled(blocks: int, seed: int) -> list[int]:
-    """Numbers of up to `SAMPLED_BLOCKS` of a file's blocks, its first and last among them; the same for one seed."""
+    """Random numbers of up to `SAMPLED_BLOCKS` blocks, including the first and the last; the same for the same seed."""
     if blocks <= SAMPLED_BLOCKS:
         return list(range(blocks))
     inner = random.Random(seed).sample(range(1, blocks - 1), SAMPLED_BLOCKS - 2)
@@ -75,7 +75,7 @@ def sampled(blocks: int, seed: int) -> list[int]:
 
 
 def differences(path: str, digits: str, block_bytes: int, numbers: Iterable[int]) -> Iterator[str]:
-    """What is wrong with each of the blocks of these numbers that is not as built."""
+    """A message for each of the blocks `numbers` that differs from its checksum."""
     with open(path, "rb") as file:
         for number in numbers:
             start = number * block_bytes

@@ -1,16 +1,16 @@
 """Training samples: sample n of a blend of data prefixes, for any n, from megatron-core's GPTDataset.
 
-Sample n depends on the data, the blend, the sequence length, the seed and n. GPTDataset's shuffle depends on the number
-of samples asked for, so each epoch of a prefix is a GPTDataset of its own, of exactly one epoch, seeded with
+Sample n depends only on the data, the blend, the sequence length, the seed and n. Since GPTDataset's shuffle depends on
+the number of samples requested, each epoch of a prefix is a GPTDataset of its own, of exactly one epoch, with the seed
 seed + epoch.
 
-An epoch lays the documents of a prefix end to end in a shuffled order and cuts them into pieces of `sequence_length`
-input tokens; each piece's labels are its tokens shifted by one. The 1 to `sequence_length` tokens left at the end are
-no input (the first of them is a label); other documents land there in the next epoch.
+An epoch concatenates the documents of a prefix in shuffled order and cuts them into pieces of `sequence_length` input
+tokens; the labels of a piece are its tokens shifted by one. The last 1 to `sequence_length` tokens are not used as
+input (the first of them is a label); they are of other documents in the next epoch.
 
-No collective of torch.distributed is used. `build_index` writes the index files of all the epochs that a run needs, in
-one process; whoever calls it makes the other ranks wait before they draw samples. An epoch without index files is built
-in memory, with the same result.
+No collective of torch.distributed is used. `build_index` writes the index files of all epochs that a run needs, in one
+process; its caller makes the other ranks wait before they read samples. An epoch without index files is built in
+memory, with the same result.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from griffin.trainer.data.prefix import LAST_SEED, DataInfo, check_ids, read_ble
 
 logger = logging.getLogger(__name__)
 
-# Samples in one period of a blend, which then starts over: the blend index stays small and needs no length.
+# Samples in one period of a blend, which then repeats: the blend index stays small, and has no length limit.
 BLEND_PERIOD = 2**20
-# Documents plus samples from which an epoch's index is kept in files; a smaller one is built in memory in a few ms.
+# Documents plus samples from which an epoch's index is stored in files; a smaller index is built in memory in a few ms.
 INDEX_FILES_FROM = 2**14
 OPEN_EPOCHS = 2
 
@@ -48,20 +48,18 @@ OPEN_EPOCHS = 2
 def build_index(
     entries: Sequence[str], *, sequence_length: int, seed: int, samples: int, cache: str | None = None
 ) -> None:
-    """Writes the index files that samples 0 ... samples - 1 need; those already there are kept, and
-    damaged ones written again.
+    """Write the index files that samples 0 ... samples - 1 need. Existing ones are kept; damaged ones are replaced.
 
-    To be called by one rank, which must be rank 0 where torch.distributed is initialised. Files go to PREFIX.cache/, or
-    to the folder `cache`. Each epoch's folder appears under its name once it is complete. Where PREFIX.cache/ cannot be
-    written the index is left to be built in memory. Raises ValueError as `open_samples`, or if `cache` cannot be
-    written.
+    Only one rank may call it, rank 0 if torch.distributed is initialized. Files go to PREFIX.cache/, or to the folder
+    `cache`. Each epoch's folder is renamed to its final name when it is complete. If PREFIX.cache/ cannot be written,
+    each process builds the index in memory. Raises ValueError like `open_samples`, and if `cache` cannot be written.
     """
     opened = open_samples(entries, sequence_length=sequence_length, seed=seed, cache=cache)
-    for part, drawn in zip(opened._parts, opened._drawn(samples), strict=True):
+    for part, count in zip(opened._parts, opened._samples_per_part(samples), strict=True):
         if not part.uses_files:
             continue
         try:
-            for epoch in range(-(-drawn // part.samples_per_epoch)):
+            for epoch in range(-(-count // part.samples_per_epoch)):
                 part.write_index(epoch)
         except OSError as error:
             if cache is not None:
@@ -70,7 +68,7 @@ def build_index(
 
 
 def open_samples(entries: Sequence[str], *, sequence_length: int, seed: int, cache: str | None = None) -> Samples:
-    """Samples of a blend: `entries` are "PREFIX" or "WEIGHT PREFIX", weights by default proportional to tokens.
+    """Open the samples of a blend of "PREFIX" or "WEIGHT PREFIX"; default weights are proportional to tokens.
 
     Raises ValueError for bad entries, missing or damaged files, different tokenizers, or a prefix with fewer than
     `sequence_length` + 1 tokens.
@@ -79,14 +77,14 @@ def open_samples(entries: Sequence[str], *, sequence_length: int, seed: int, cac
 
 
 class Samples(torch.utils.data.Dataset):
-    """Endless samples of a blend. Pickles small, so that it can be sent to the workers of a DataLoader.
+    """The endless samples of a blend. It pickles to a small size, to be sent to the workers of a DataLoader.
 
     samples[n], for n >= 0, is a dict of CPU tensors of length T = sequence_length: `tokens` and `labels` int64,
-    `loss_mask` float32 (0 where the input token ends a document, as its label starts another), `positions` int64
+    `loss_mask` float32 (0 where the input token ends a document, since its label starts another), `positions` int64
     (from 0 at the start of the sample and of each document). Raises ValueError for a token id outside the vocabulary.
 
-    A blend follows megatron-core's greedy blending, which takes each sample from the prefix furthest behind its share.
-    It starts over every `BLEND_PERIOD` samples; a period has at least one sample of each prefix.
+    The blend is that of megatron-core, which takes each sample from the prefix that is furthest behind its share. It
+    repeats every `BLEND_PERIOD` samples; a period has at least one sample of each prefix.
     """
 
     def __init__(
@@ -102,7 +100,7 @@ class Samples(torch.utils.data.Dataset):
         self._source, self._place = _blend_index([weight for weight, _ in blend])
         self._per_period = np.bincount(self._source, minlength=len(blend)).tolist()
         self.tokens = sum(info.tokens for _, info in blend)
-        # One pass over every prefix, where the weights are proportional to tokens.
+        # One pass over every prefix, if the weights are proportional to tokens.
         self.samples_per_epoch = sum(part.samples_per_epoch for part in self._parts)
         self.sequence_length = sequence_length
 
@@ -119,20 +117,20 @@ class Samples(torch.utils.data.Dataset):
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text of a predicted token, in the mean over the blend; None where not known of every prefix."""
+        """Mean bytes of text per predicted token over the blend; None if unknown for any prefix."""
         blend, *_ = self._arguments
         known = [(weight, info.bytes_per_token) for weight, info in blend]
         return None if any(size is None for _, size in known) else sum(weight * (size or 0.0) for weight, size in known)
 
-    def _drawn(self, samples: int) -> list[int]:
-        """How many of the first `samples` samples come from each part."""
+    def _samples_per_part(self, samples: int) -> list[int]:
+        """The number of the first `samples` samples that come from each part."""
         periods, rest = divmod(samples, len(self._source))
         counts = np.bincount(self._source[:rest], minlength=len(self._parts)).tolist()
         return [periods * full + count for full, count in zip(self._per_period, counts, strict=True)]
 
 
 def _blend_index(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """For each place of a period: the part to draw from (int16), and how many it gave before in this period (int64)."""
+    """For each position in a period: the part of its sample (int16), and that part's samples before it (int64)."""
     period = BLEND_PERIOD if len(weights) > 1 else 1
     source, place = np.zeros(period, dtype=np.int16), np.zeros(period, dtype=np.int64)
     helpers.build_blending_indices(source, place, np.array(weights, dtype=np.float64), len(weights), period, False)
@@ -140,7 +138,7 @@ def _blend_index(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Part:
-    """Endless samples of one prefix."""
+    """The endless samples of one prefix."""
 
     def __init__(self, info: DataInfo, sequence_length: int, seed: int, cache: str | None) -> None:
         self.info = info
@@ -172,7 +170,7 @@ class _Part:
         return {"tokens": tokens, "labels": labels, "loss_mask": sample["loss_mask"], "positions": positions}
 
     def write_index(self, epoch: int) -> None:
-        """Writes the index files of an epoch, if they are not there, or are damaged.
+        """Write the index files of an epoch if they are missing or damaged.
 
         Raises ValueError if they are damaged and cannot be replaced.
         """
@@ -193,12 +191,12 @@ class _Part:
                 os.rename(folder, aside)
             os.rename(unfinished, folder)
         except OSError as error:
-            # Another run may have been first, with the same content.
+            # Another run may have written them meanwhile, with the same content.
             left = self._damage(folder)
             if left:
                 raise ValueError(
-                    f"index cache {folder} is damaged ({left}) and cannot be replaced ({error}): remove it, or state "
-                    "another folder as data.cache"
+                    f"index cache {folder} is damaged ({left}) and cannot be replaced ({error}): remove it, or set "
+                    "data.cache to another folder"
                 ) from error
             if left is not None:
                 raise
@@ -207,7 +205,7 @@ class _Part:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _damage(self, folder: Path) -> str | None:
-        """What is wrong with index files; "" where there are none, None where they are whole."""
+        """The damage of index files; "" if there are none, None if they are intact."""
         try:
             self._read_index(folder, ranges=True)
         except FileNotFoundError:
@@ -244,7 +242,7 @@ class _Part:
             raise ValueError(f"index cache {folder} is damaged ({error}): remove it") from error
 
     def _dataset(self, epoch: int, index: Index | None = None) -> GPTDataset:
-        """Exactly one epoch, with the index given, or one built in memory."""
+        """A dataset of exactly one epoch, with the given index, or with one built in memory."""
         seed = self.seed + epoch
         if seed > LAST_SEED:
             raise ValueError(f"seed {self.seed} and epoch {epoch} of {self.info.prefix} add up past {LAST_SEED}")
@@ -260,7 +258,7 @@ class _Part:
             create_attention_mask=False,
         )
         documents = np.arange(self.info.documents, dtype=np.int32)
-        # The content stands for the path: a prefix may be moved, or rebuilt with other content.
+        # Identified by content instead of path: a prefix may be moved, or rebuilt with other content.
         with _without_cache_warning():
             dataset = _Epoch(index, self._documents, self.info.sha256, documents, None, Split.train, config)
         assert len(dataset) == self.samples_per_epoch, (len(dataset), self.samples_per_epoch)
@@ -268,7 +266,7 @@ class _Part:
 
 
 class _Epoch(GPTDataset):
-    """GPTDataset with an index that was read before: its own reader runs what a pickle says."""
+    """GPTDataset with an index that was read already: its own reader would load pickles."""
 
     def __init__(self, index: Index | None, *args) -> None:
         self._index = index
@@ -279,9 +277,9 @@ class _Epoch(GPTDataset):
 
 
 class _DatasetTokenizer:
-    """What GPTDataset asks of a tokenizer."""
+    """The attributes of a tokenizer that GPTDataset uses."""
 
-    # GPTDataset silently replaces and masks the padding id, -1 by default, which damaged data may contain.
+    # GPTDataset silently replaces and masks the padding id. The default, -1, may occur in damaged data.
     pad = -(2**62)
 
     def __init__(self, info: DataInfo) -> None:
@@ -292,7 +290,7 @@ class _DatasetTokenizer:
 
 @contextmanager
 def _without_cache_warning() -> Iterator[None]:
-    """Keeps GPTDataset from warning, at every epoch, that an index built in memory is not saved."""
+    """Suppress the warning of GPTDataset, in every epoch, that an index built in memory is not saved."""
     megatron_logger = logging.getLogger("megatron.core.datasets.gpt_dataset")
 
     def keep(record: logging.LogRecord) -> bool:

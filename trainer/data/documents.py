@@ -1,7 +1,7 @@
-"""Finding, reading and encoding documents: what the worker processes of a build run.
+"""Finding, reading and encoding documents, in the worker processes of a build.
 
-Imports neither torch nor megatron-core, so that a worker starts quickly. Work is cut into tasks of about `TASK_BYTES`,
-so that memory stays bounded by a few tasks (a text file is one document and must itself fit in memory).
+This module imports neither torch nor megatron-core, so that workers start quickly. Work is split into tasks of about
+`TASK_BYTES`, so that memory is bounded by a few tasks. A text file is one document, and must fit in memory.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ import zstandard
 from griffin.trainer.data.tokenizer import load_tokenizer
 
 TASK_BYTES = 2**20
-ZSTD_READ_BYTES = 2**14  # compressed; bounds what one call can expand to
+ZSTD_READ_BYTES = 2**14  # compressed bytes per call, which bounds the decompressed size
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-NOT_READ = {".parquet": "Parquet", ".arrow": "Arrow", ".feather": "Feather"}
+UNSUPPORTED = {".parquet": "Parquet", ".arrow": "Arrow", ".feather": "Feather"}
 DEFAULT_GLOBS = ("*.txt", "*.md", "*.rst", "*.py", *(f"*{suffix}" for suffix in JSON_LINES))
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file. `key` is its path inside the walked folder, or its name when it was named itself."""
+    """An input file. `key` is its path relative to the input folder, or its name if it is an input itself."""
 
     path: Path
     key: str
-    named: bool
+    named: bool  # whether it is an input itself
 
     @property
     def json_lines(self) -> bool:
@@ -47,24 +47,24 @@ class Source:
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What turns a task into tokens."""
+    """Options of encoding a task."""
 
     tokenizer: str
     eod: str | None
     text_key: str
-    hold_out: float  # fraction of documents set aside
+    hold_out: float  # fraction of held-out documents
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of one task, in order. Each ends in the end-of-document token."""
+    """The encoded documents of one task, in order. Each ends with the end-of-document token."""
 
     tokens: np.ndarray  # int32 [tokens]
     lengths: np.ndarray  # int64 [documents]
-    text_bytes: np.ndarray  # int64 [documents]: of UTF-8
+    text_bytes: np.ndarray  # int64 [documents], in UTF-8
     held_out: np.ndarray  # bool [documents]
-    empty: int  # documents without a token, left out
-    undecodable: int  # files met while walking a folder that are not UTF-8, left out
+    empty: int  # documents without a token, skipped
+    undecodable: int  # files of an input folder that are not UTF-8, skipped
     progress: int  # bytes of input read
 
 
@@ -76,7 +76,7 @@ class Files:
     progress: int
 
     def texts(self, text_key: str) -> Iterator[tuple[str, str | None]]:
-        """(key, text) of each document; None for a file met while walking that is not UTF-8."""
+        """(key, text) of each document. The text of a file of an input folder that is not UTF-8 is None."""
         for source in self.sources:
             try:
                 yield source.key, source.path.read_bytes().decode("utf-8")
@@ -98,18 +98,18 @@ class Lines:
     progress: int
 
     def texts(self, text_key: str) -> Iterator[tuple[str, str | None]]:
-        """(key, text) of each document; blank lines are none."""
+        """(key, text) of each document. Blank lines are skipped."""
         for number, line in enumerate(self.lines, start=self.first):
             if line.strip():
                 yield f"{self.source.key}:{number}", _text_of(line, text_key, f"{self.source.path}, line {number}")
 
 
 def find_sources(inputs: Sequence[str], globs: Sequence[str], exclude: Sequence[str]) -> list[Source]:
-    """Every input file in a fixed order: inputs as given, a folder's files by their relative path.
+    """All input files in a fixed order: inputs as given, the files of a folder by relative path.
 
-    Folders are walked recursively; hidden files and folders and links to folders are passed over. `globs` pick files by
-    name, or by relative path where they contain a slash; `exclude` drops files and whole folders by the same rule.
-    Raises ValueError for an input that does not exist, or is of a format that is not read.
+    Folders are walked recursively; hidden files, hidden folders and links to folders are skipped. `globs` select files
+    by name, or by relative path if they contain a slash; `exclude` removes files and whole folders by the same rule.
+    Raises ValueError for an input that does not exist or has an unsupported format.
     """
     sources = []
     for name in inputs:
@@ -118,10 +118,10 @@ def find_sources(inputs: Sequence[str], globs: Sequence[str], exclude: Sequence[
             keys = sorted(_walk(path, exclude))
             found = [Source(path / key, key, named=False) for key in keys if _matches(key, globs)]
             for source in found or [Source(path / key, key, named=False) for key in keys]:
-                _refuse_other_formats(source.path, is_taken=bool(found))
+                _refuse_unsupported(source.path, is_selected=bool(found))
             sources += found
         elif path.is_file():
-            _refuse_other_formats(path)
+            _refuse_unsupported(path)
             sources.append(Source(path, path.name, named=True))
         else:
             raise ValueError(f"input {name!r}: no such file or folder")
@@ -129,7 +129,7 @@ def find_sources(inputs: Sequence[str], globs: Sequence[str], exclude: Sequence[
 
 
 def cut_into_tasks(sources: Sequence[Source]) -> Iterator[Files | Lines]:
-    """Tasks in the order of their documents."""
+    """Split the sources into tasks, in order."""
     files: list[Source] = []
     size = 0
     for source in sources:
@@ -146,7 +146,7 @@ def cut_into_tasks(sources: Sequence[Source]) -> Iterator[Files | Lines]:
 
 
 def encode(task: Files | Lines, options: EncodeOptions) -> Encoded:
-    """Tokens of a task's documents. Raises ValueError naming the file, and the line where it has lines."""
+    """Encode the documents of a task. Raises ValueError naming the file, and the line if it has lines."""
     tokenizer = _tokenizer(options.tokenizer, options.eod)
     end = np.array([tokenizer.eod], dtype=np.int32)
     parts: list[np.ndarray] = [np.empty(0, dtype=np.int32)]
@@ -178,16 +178,16 @@ def encode(task: Files | Lines, options: EncodeOptions) -> Encoded:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether the document of this key is set aside: a hash of the key alone decides."""
+    """Whether the document with this key is held out. It depends on a hash of the key only."""
     digest = hashlib.blake2b(os.fsencode(key), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)  # once a process, not once a task
+_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)  # once per process, not per task
 
 
 def _walk(folder: Path, exclude: Sequence[str]) -> Iterator[str]:
-    """Paths of the files under `folder`, relative to it, with forward slashes."""
+    """Paths of the files in `folder`, relative to it, with forward slashes."""
 
     def unreadable(error: OSError) -> None:
         raise ValueError(f"input {folder}: cannot be read ({error})") from error
@@ -202,15 +202,15 @@ def _walk(folder: Path, exclude: Sequence[str]) -> Iterator[str]:
         yield from (str(inside / name) for name in filter(kept, files) if Path(root, name).is_file())
 
 
-def _refuse_other_formats(path: Path, *, is_taken: bool = True) -> None:
-    """ValueError for Parquet and the like, and for an array in a .json file, which is a data set, not a document."""
+def _refuse_unsupported(path: Path, *, is_selected: bool = True) -> None:
+    """Raise ValueError for Parquet and the like, and for a .json file with an array: a data set, not a document."""
     suffix = path.suffix.lower()
-    if suffix in NOT_READ:
+    if suffix in UNSUPPORTED:
         raise ValueError(
-            f"{path}: {NOT_READ[suffix]} is not read; write its rows as JSON Lines, for instance with "
+            f"{path}: {UNSUPPORTED[suffix]} is not supported; write its rows as JSON Lines, for instance with "
             f"pandas: DataFrame.to_json('data.jsonl', orient='records', lines=True)"
         )
-    if suffix == ".json" and is_taken:
+    if suffix == ".json" and is_selected:
         try:
             with path.open("rb") as file:
                 is_array = _first_byte(file) == b"["
@@ -219,12 +219,12 @@ def _refuse_other_formats(path: Path, *, is_taken: bool = True) -> None:
         if is_array:
             raise ValueError(
                 f"{path}: a JSON array is a data set, not one document; write its elements as lines, for instance with "
-                f"jq -c '.[]' {path} > {path}l, or leave it out with --exclude"
+                f"jq -c '.[]' {path} > {path}l, or skip it with --exclude"
             )
 
 
 def _first_byte(file: BinaryIO) -> bytes:
-    """The first byte of a text that is no white space and no byte-order mark."""
+    """The first byte of a text after white space and byte-order marks."""
     while block := file.read(2**16):
         if rest := block.removeprefix(b"\xef\xbb\xbf").lstrip():
             return rest[:1]
@@ -261,7 +261,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> Iterator[io.BufferedIOBase]:
 class _ZstdStream(io.RawIOBase):
     """Decompressed bytes of one or more zstd frames.
 
-    zstandard's own reader takes a file cut short for a whole one; this raises EOFError.
+    zstandard's own reader does not notice a truncated file; this raises EOFError.
     """
 
     def __init__(self, raw: BinaryIO) -> None:
@@ -283,7 +283,7 @@ class _ZstdStream(io.RawIOBase):
         return count
 
     def _advance(self) -> bool:
-        """Decompresses some more; False at the end of the last frame."""
+        """Decompress some more bytes. Returns False at the end of the last frame."""
         compressed = self._compressed or self._raw.read(ZSTD_READ_BYTES)
         self._compressed = b""
         if not compressed:
@@ -302,7 +302,7 @@ class _ZstdStream(io.RawIOBase):
 def _text_of(line: bytes, text_key: str, where: str) -> str:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # of the JSON, its encoding or its depth
+    except (ValueError, RecursionError) as error:  # invalid JSON, encoding, or nested too deeply
         raise ValueError(f"{where}: not a JSON object ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: not a JSON object, but {type(record).__name__}")

@@ -1,7 +1,4 @@
-"""The files of an epoch's index. They may lie in a folder that others can write: what they hold is checked.
-
-No pickle is ever read from them.
-"""
+"""The index files of an epoch. Others may be able to write them, so their content is checked, and no pickle is read."""
 
 from __future__ import annotations
 
@@ -9,26 +6,26 @@ from pathlib import Path
 
 import numpy as np
 
-# What GPTDataset builds, in its order: each file, and the types of its numbers.
+# The index that GPTDataset builds, in its order: files, and the dtypes of their numbers.
 NAMES = {
     "document_index": (np.int32,),  # [documents]: their order
-    "sample_index": (np.int32, np.int64),  # [samples + 1, 2]: place in that order and offset where a sample begins
+    "sample_index": (np.int32, np.int64),  # [samples + 1, 2]: position in that order, and offset, where a sample begins
     "shuffle_index": (np.uint32, np.int64),  # [samples]: their order
 }
-FOLDER_MODE, FILE_MODE = 0o755, 0o644  # others may read the index, and only its owner may write it
+FOLDER_MODE, FILE_MODE = 0o755, 0o644  # all may read the index; only its owner may write it
 
 Index = tuple[np.ndarray, ...]
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder, and those above it, that only its owner may write; leaves one that exists as it is."""
+    """Create a folder, and its parents, that only its owner may write. An existing one is left as it is."""
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(FOLDER_MODE)
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Writes an epoch's index to a new folder."""
+    """Write the index of an epoch to a new folder."""
     make_folder(folder)
     for name, array in zip(NAMES, index, strict=True):
         path = folder / f"{name}.npy"
@@ -37,9 +34,9 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 def read_index(folder: Path, *, documents: int, samples: int, ranges: bool) -> Index:
-    """The index that `write_index` wrote, memory-mapped. With `ranges` all its numbers are read and checked.
+    """Memory-map the index that `write_index` wrote. With `ranges`, all its numbers are read and checked.
 
-    Raises FileNotFoundError where there is no folder, and ValueError for files that are missing or are no such index.
+    Raises FileNotFoundError if there is no folder, and ValueError if files are missing or not such an index.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")

@@ -1,4 +1,4 @@
-"""Batches: which samples each data-parallel rank takes at each step, drawn ahead in worker processes."""
+"""Batches: the samples that each data-parallel rank takes in each step, prefetched by worker processes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch.utils.data import DataLoader
 from griffin.parallel.world.ranks import RunError
 from griffin.trainer.data.dataset import Samples
 
-# What PyTorch's errors begin with where a worker process has ended, and where it has raised one itself.
+# The beginnings of PyTorch's errors if a worker process has died, and if it has raised an error itself.
 ENDED, RAISED = "DataLoader worker (pid", "Caught RuntimeError in DataLoader worker process"
-NO_ROOM = "shared memory"  # is in what it raises where that is full
+NO_ROOM = "shared memory"  # part of the error that it raises if shared memory is full
 
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 
 
 class WorkerError(RunError):
-    """A worker process that draws batches cannot be started, has ended, or found no shared memory for what it drew."""
+    """A data loader process could not be started, has died, or had no shared memory for its batch."""
 
     def __init__(self, workers: int, said: str) -> None:
         super().__init__(
-            f"data.workers = {workers}: a process that draws batches was killed, or had not enough memory, or room in "
+            f"data.workers = {workers}: a data loader process was killed, or lacked memory or room in "
             f"/dev/shm{_free_memory()}: give the machine or container more, or set fewer data.workers, 0 for none "
             f"({said})"
         )
@@ -35,9 +35,9 @@ class WorkerError(RunError):
 
 @contextmanager
 def watching_workers(workers: int) -> Iterator[None]:
-    """Raise WorkerError for a death of one of `workers` processes of loaders.
+    """Raise WorkerError if one of `workers` data loader processes dies.
 
-    PyTorch raises it wherever this process is then, not only while a batch is waited for.
+    PyTorch raises its own error wherever this process is at the time, not only while it waits for a batch.
     """
     try:
         yield
@@ -60,10 +60,10 @@ def _free_memory() -> str:
 def sample_numbers(
     first_sample: int, *, global_batch: int, micro_batch: int, data_rank: int, data_size: int
 ) -> list[list[int]]:
-    """Samples of each micro-batch that data-parallel rank `data_rank` of `data_size` takes at one step.
+    """The sample numbers of each micro-batch of data-parallel rank `data_rank` of `data_size` in one step.
 
-    The step takes `global_batch` samples from `first_sample` on, whatever the other arguments. Micro-batch m of rank d
-    takes `micro_batch` consecutive ones from (m * data_size + d) * micro_batch of them.
+    The step takes `global_batch` samples from `first_sample` on, in every layout. Micro-batch m of rank d takes
+    `micro_batch` consecutive ones, from first_sample + (m * data_size + d) * micro_batch on.
     """
     first = first_sample + data_rank * micro_batch
     starts = range(first, first_sample + global_batch, data_size * micro_batch)
@@ -80,12 +80,13 @@ def batches(
     data_size: int,
     workers: int = 0,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless micro-batches of steps that take the samples from number `first_sample` on in turn.
+    """Endless micro-batches of this rank, in steps that take the samples from `first_sample` on in order.
 
-    There are global_batch / (micro_batch * data_size) a step. Each is a dict of the tensors of `Samples` with a leading
-    axis: [micro_batch, T], in pinned memory where there is a CUDA device. `workers` processes, forked from this one,
-    draw ahead; 0 draws in this process. They heed no signals but those of this process. Raises ValueError if the batch
-    sizes do not fit, WorkerError where the processes cannot be started.
+    There are global_batch / (micro_batch * data_size) micro-batches per step. Each is a dict of the tensors of
+    `Samples` with a leading axis, [micro_batch, T], in pinned memory if there is a CUDA device. `workers` processes,
+    forked from this one, prefetch; 0 loads in this process. They ignore signals except SIGTERM from this process.
+
+    Raises ValueError if the batch sizes do not fit, and WorkerError if the processes cannot be started.
     """
     if min(global_batch, micro_batch, data_size) < 1 or global_batch % (micro_batch * data_size):
         raise ValueError(
@@ -107,28 +108,28 @@ def batches(
         samples,
         batch_sampler=numbers(),
         num_workers=workers,
-        # Stated: the default of a rank that a fork server started is to start a server of its own, which imports
+        # Explicit: a rank that was started by a fork server would by default start a server of its own, which imports
         # everything again.
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=_shield_from_signals,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else the loader draws from, and so changes, torch's default generator
+        generator=torch.Generator(),  # otherwise the loader would advance torch's default generator
     )
-    # Blocked around the fork: the workers, and every thread of theirs, begin with these signals blocked.
+    # Block these signals around the fork, so that workers and all their threads start with them blocked.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         return iter(loader)
-    except OSError as error:  # of a process, or of a semaphore, which lies in /dev/shm
+    except OSError as error:  # from starting a process, or from a semaphore, which is in /dev/shm
         raise WorkerError(workers, str(error)) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _shield_from_signals(worker: int) -> None:
-    """In a worker, where `_SIGNALS` are blocked: obey none but SIGTERM of the rank that it was forked from.
+    """In a worker, where `_SIGNALS` are blocked: end on SIGTERM from the rank that it was forked from only.
 
-    Launchers and terminals send theirs to whole process groups. A rank that is told to stop still needs its workers to
-    come to the next step, and takes the death of one for a failure.
+    Launchers and terminals send signals to whole process groups. A rank that is asked to stop still needs its workers
+    to reach the next step, and treats the death of one as a failure.
     """
     threading.Thread(target=_end_with_sigterm_of, args=(os.getppid(),), daemon=True).start()
 

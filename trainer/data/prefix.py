@@ -1,6 +1,6 @@
-"""What lies at a data prefix: PREFIX.bin and PREFIX.idx (megatron's indexed dataset) and PREFIX.json; blends of them.
+"""The files of a data prefix, PREFIX.bin and PREFIX.idx (megatron's indexed dataset) and PREFIX.json; and blends.
 
-PREFIX.json is written last, so a prefix without it is the leftover of an interrupted build.
+PREFIX.json is written last: a prefix without it is left by an interrupted build.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "griffin-data-1"
 SUFFIXES = (".bin", ".idx", ".json")
-LAST_SEED = 2**32 - 1  # of numpy's RandomState, which shuffles
-# The index of megatron-core's indexed dataset, read here without its import, which takes seconds.
+LAST_SEED = 2**32 - 1  # the largest seed of numpy's RandomState, which shuffles
+# The index format of megatron-core's indexed dataset. It is read here, since importing megatron-core takes seconds.
 _DTYPE_CODES: dict[type[np.number], int] = {np.uint16: 8, np.int32: 4}
 _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
-_CHECKED_AT_ONCE = 2**20  # documents
+_CHECKED_AT_ONCE = 2**20  # documents or tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataInfo:
-    """A built data set: what PREFIX.json says."""
+    """A data set, as PREFIX.json describes it."""
 
     prefix: str
     tokenizer: dict[str, Any]  # as `Tokenizer.describe`
-    tokenizer_spec: str  # "bytes", or where the tokenizer's file was when the prefix was built
+    tokenizer_spec: str  # "bytes", or the path of the tokenizer's file at the time of the build
     eod_token: str | None  # --eod of the build
     documents: int
     tokens: int  # end-of-document tokens included
     sha256: str  # of PREFIX.bin
     inputs: tuple[str, ...]
-    empty: int = 0  # documents without a token that were left out
-    undecodable: int = 0  # files that are not UTF-8 that were left out
-    checksums: Checksums | None = None  # None: built before there were any
-    text_bytes: int | None = None  # of the documents, as UTF-8; None: built before they were counted
+    empty: int = 0  # skipped documents, without a token
+    undecodable: int = 0  # skipped files, not UTF-8
+    checksums: Checksums | None = None  # None if built by a version without checksums
+    text_bytes: int | None = None  # of all documents, in UTF-8; None if built by a version that did not count them
 
     @property
     def vocabulary(self) -> int:
@@ -70,15 +70,15 @@ class DataInfo:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text of a token, end-of-document tokens left out; None where they were not counted.
+        """Mean bytes of text per token, without end-of-document tokens; None if they were not counted.
 
-        A document has as many predicted tokens as it has tokens of text: not its first one, but its end.
+        A document has as many predicted tokens as tokens of text: its end is predicted, but not its first token.
         """
         text_tokens = self.tokens - self.documents
         return self.text_bytes / text_tokens if self.text_bytes and text_tokens else None
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer of this data set. Raises ValueError if its file is gone or is another one now."""
+        """Load the tokenizer of this data set. Raises ValueError if its file is gone or has changed."""
         tokenizer = load_tokenizer(self.tokenizer_spec, self.eod_token)
         if tokenizer.describe() != self.tokenizer:
             raise ValueError(f"{self.tokenizer_spec} is not the tokenizer that {self.prefix} was built with")
@@ -86,17 +86,17 @@ class DataInfo:
 
     @property
     def dtype(self) -> type[np.number]:
-        """Type of the token ids in PREFIX.bin."""
+        """The dtype of the token ids in PREFIX.bin."""
         return token_dtype(self.vocabulary)
 
 
 def token_dtype(vocabulary: int) -> type[np.number]:
-    """Type that a vocabulary's token ids are stored in: megatron-core's `DType.optimal_dtype`."""
+    """The dtype in which token ids are stored: megatron-core's `DType.optimal_dtype`."""
     return np.uint16 if vocabulary < 65_500 else np.int32
 
 
 def require_new(prefix: str) -> None:
-    """Raises ValueError if any file of `prefix` exists, so that no data set is ever overwritten."""
+    """Raise ValueError if any file of `prefix` exists, so that no data set is ever overwritten."""
     if prefix.endswith(os.sep) or not Path(prefix).name:
         raise ValueError(f"data prefix {prefix!r}: expected a path that ends in a name, such as data/train")
     for suffix in SUFFIXES:
@@ -105,9 +105,9 @@ def require_new(prefix: str) -> None:
 
 
 class PrefixWriter:
-    """Writes one prefix under a temporary name; `publish` gives the files their own names.
+    """Writes one prefix under a temporary name; `publish` renames the files.
 
-    `tokenizer` is a `Tokenizer.describe()`. A killed process leaves hidden files named *.unfinished.* at most.
+    `tokenizer` is a `Tokenizer.describe()`. A killed process leaves at most hidden files named *.unfinished.*.
     Raises ValueError if any file of `prefix` exists.
     """
 
@@ -127,10 +127,10 @@ class PrefixWriter:
         self._builder = IndexedDatasetBuilder(self._temporary + ".bin", self._dtype)
 
     def add(self, ids: np.ndarray, text_bytes: int | None = None) -> None:
-        """Appends one document, integer [tokens], that ends in the end-of-document token.
+        """Append one document, integer [tokens], that ends with the end-of-document token.
 
-        `text_bytes` are those of its text; where they are not known of one document, they are not of all.
-        Raises ValueError for an id outside the vocabulary.
+        `text_bytes` is the size of its text; if it is None for one document, it is unknown for the data set. Raises
+        ValueError for an id outside the vocabulary.
         """
         name = f"{self.prefix}: document {self.documents} (counted from 0)"
         if ids.size > np.iinfo(np.int32).max:
@@ -147,13 +147,13 @@ class PrefixWriter:
             self._text_bytes = None if text_bytes is None else self._text_bytes + text_bytes
 
     def discard(self) -> None:
-        """Removes whatever is still under a temporary name."""
+        """Remove files that still have a temporary name."""
         self._builder.data_file.close()
         for suffix in SUFFIXES:
             Path(self._temporary + suffix).unlink(missing_ok=True)
 
     def finish(self, inputs: Iterable[str], *, empty: int = 0, undecodable: int = 0) -> DataInfo:
-        """Completes the files, still under their temporary names."""
+        """Complete the files, still under their temporary names."""
         self._builder.finalize(self._temporary + ".idx")
         checksums = Checksums(
             block_bytes=BLOCK_BYTES,
@@ -180,17 +180,17 @@ class PrefixWriter:
         return info
 
     def publish(self) -> None:
-        """Renames the finished files, PREFIX.json last. Raises ValueError if one came to exist meanwhile."""
+        """Rename the finished files, PREFIX.json last. Raises ValueError if one of them exists by now."""
         require_new(self.prefix)
         for suffix in SUFFIXES:
             os.rename(self._temporary + suffix, self.prefix + suffix)
 
 
 def read_info(prefix: str) -> DataInfo:
-    """The data set at `prefix`, checked.
+    """Read the description of the data set at `prefix`, and check its structure.
 
-    Raises ValueError if a file is missing, empty, cut short or damaged, or the files disagree. The token ids themselves
-    are checked as samples are drawn.
+    Raises ValueError if a file is missing, empty, truncated or damaged, or if the files disagree. Token ids are checked
+    when samples are read.
     """
     _require_files(prefix)
     info = read_description(prefix)
@@ -199,7 +199,7 @@ def read_info(prefix: str) -> DataInfo:
 
 
 def read_description(prefix: str) -> DataInfo:
-    """What PREFIX.json alone says, whether or not the data are there. Raises ValueError if it is missing or damaged."""
+    """Read PREFIX.json only, whether or not the data exist. Raises ValueError if it is missing or damaged."""
     if not Path(prefix + ".json").is_file():
         raise ValueError(f"data prefix {prefix!r}: {prefix}.json is missing (build it with `griffin data build`)")
     try:
@@ -213,23 +213,21 @@ def read_description(prefix: str) -> DataInfo:
         if not all(type(number) is int for number in numbers) or min(numbers[:3]) < 1:
             raise ValueError("documents, tokens, vocabulary and eod must be positive integers")
         if info.text_bytes is not None and not is_integer(info.text_bytes, 0, 2**63):
-            raise ValueError("text_bytes must be an integer from 0 on, or absent")
+            raise ValueError("text_bytes must be a non-negative integer, or absent")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{prefix}.json is damaged: {error!r}") from error
     return info
 
 
 def check_contents(info: DataInfo, *, whole: bool, seed: int) -> None:
-    """Compares PREFIX.bin and PREFIX.idx with what was built: all of them, or some blocks that `seed` chooses.
+    """Verify PREFIX.bin and PREFIX.idx against their checksums: `whole`, or some blocks that `seed` selects.
 
-    Raises ValueError naming the file and the bytes of the first block that differs. Of a prefix built before there were
-    checksums of blocks, a whole PREFIX.bin is compared by its sha256; a warning says what is not compared.
+    Raises ValueError naming the file and the bytes of the first block that differs. For a prefix that was built without
+    block checksums, a whole PREFIX.bin is verified by its SHA-256, and a warning says what is not verified.
     """
     if info.checksums is None:
         where = f"{info.prefix}.idx" if whole else f"{info.prefix}.bin and {info.prefix}.idx"
-        logger.warning(
-            "%s.json has no checksums of blocks: %s cannot be compared with what was built", info.prefix, where
-        )
+        logger.warning("%s.json has no checksums of blocks: %s cannot be verified", info.prefix, where)
         if whole:
             _check_sha256(info)
         return
@@ -238,7 +236,7 @@ def check_contents(info: DataInfo, *, whole: bool, seed: int) -> None:
 
 
 def verify(info: DataInfo) -> list[str]:
-    """What is wrong with PREFIX.bin and PREFIX.idx, block by block, all of them having been read."""
+    """Verify PREFIX.bin and PREFIX.idx completely. Returns a message for each damaged block."""
     if info.checksums is not None:
         return list(_problems(info, None))
     try:
@@ -249,7 +247,7 @@ def verify(info: DataInfo) -> list[str]:
 
 
 def _problems(info: DataInfo, seed: int | None) -> Iterator[str]:
-    """What is wrong with the blocks that `seed` chooses, or with all of them."""
+    """A message for each damaged block among those that `seed` selects, or among all."""
     assert info.checksums is not None
     block_bytes = info.checksums.block_bytes
     for suffix, digits in ((".idx", info.checksums.idx), (".bin", info.checksums.bin)):
@@ -272,7 +270,7 @@ def _check_sha256(info: DataInfo) -> None:
 
 
 def check_tokens(info: DataInfo) -> None:
-    """Raises ValueError for a token id outside the vocabulary. Reads all of PREFIX.bin."""
+    """Raise ValueError for a token id outside the vocabulary. Reads all of PREFIX.bin."""
     ids = np.memmap(info.prefix + ".bin", info.dtype, "r")
     for start in range(0, ids.size, _CHECKED_AT_ONCE):
         part = ids[start : start + _CHECKED_AT_ONCE]
@@ -280,10 +278,10 @@ def check_tokens(info: DataInfo) -> None:
 
 
 def parse_blend(entries: Sequence[str]) -> list[tuple[float | None, str]]:
-    """(weight, prefix) of each entry, "PREFIX" or "WEIGHT PREFIX". Weights are None where no entry has one.
+    """(weight, prefix) of each entry, "PREFIX" or "WEIGHT PREFIX". Weights are None if no entry has one.
 
-    Raises ValueError for no entries, a weight that is not positive and finite, weights whose sum overflows, weights on
-    some entries only, or a prefix given twice, by whatever path.
+    Raises ValueError for no entries, a weight that is not positive and finite, weights whose sum overflows, weights for
+    some entries only, or the same prefix twice, even by different paths.
     """
     blend: list[tuple[float | None, str]] = []
     for entry in entries:
@@ -305,9 +303,9 @@ def parse_blend(entries: Sequence[str]) -> list[tuple[float | None, str]]:
 
 
 def read_blend(entries: Sequence[str]) -> list[tuple[float, DataInfo]]:
-    """(weight, data set) of each entry of a blend, weights adding up to 1, by default proportional to tokens.
+    """(weight, data set) of each entry of a blend. Weights add up to 1; by default they are proportional to tokens.
 
-    Raises ValueError as `parse_blend` and `read_info`, and if the tokenizers differ.
+    Raises ValueError like `parse_blend` and `read_info`, and if the tokenizers differ.
     """
     blend = [(weight, read_info(prefix)) for weight, prefix in parse_blend(entries)]
     first = blend[0][1]
@@ -322,7 +320,7 @@ def read_blend(entries: Sequence[str]) -> list[tuple[float, DataInfo]]:
 
 
 def check_ids(smallest: int, largest: int, vocabulary: int, where: str) -> None:
-    """Raises ValueError if token ids reach outside [0, vocabulary)."""
+    """Raise ValueError if token ids lie outside [0, vocabulary)."""
     if smallest < 0 or largest >= vocabulary:
         wrong = smallest if smallest < 0 else largest
         raise ValueError(f"{where}: token id {wrong} is outside the tokenizer's vocabulary of {vocabulary}")
@@ -345,7 +343,7 @@ def _require_files(prefix: str) -> None:
 
 
 def _check_index(info: DataInfo) -> None:
-    """Checks .idx against .json and .bin before megatron-core maps them, which trusts what they say."""
+    """Check .idx against .json and .bin, since megatron-core trusts them when it maps them."""
     bin_path, idx_path = info.prefix + ".bin", info.prefix + ".idx"
     item = np.dtype(info.dtype).itemsize
     with open(idx_path, "rb") as file:
@@ -353,7 +351,7 @@ def _check_index(info: DataInfo) -> None:
     wanted = (_INDEX_MAGIC, 1, _DTYPE_CODES[info.dtype], info.documents, info.documents + 1)
     if len(header) < _INDEX_HEADER.size or _INDEX_HEADER.unpack(header) != wanted:
         raise ValueError(f"{idx_path} is damaged: its header does not agree with {info.prefix}.json")
-    # int32 length and int64 offset of every document, int64 end of every document and of none
+    # int32 length and int64 offset of every document; int64 index of every document, and their number
     idx_size = _INDEX_HEADER.size + info.documents * (4 + 8) + (info.documents + 1) * 8
     for path, size in ((idx_path, idx_size), (bin_path, info.tokens * item)):
         if os.path.getsize(path) != size:
@@ -373,6 +371,6 @@ def _check_index(info: DataInfo) -> None:
     for start in range(0, info.documents + 1, _CHECKED_AT_ONCE):
         part = numbers[start : start + _CHECKED_AT_ONCE]
         if not np.array_equal(part, np.arange(start, start + part.size)):
-            raise ValueError(f"{idx_path} is damaged: its numbers of documents are not in turn")
+            raise ValueError(f"{idx_path} is damaged: its document numbers are not consecutive")
     if end != info.tokens * item:
         raise ValueError(f"{idx_path} is damaged: its documents do not add up to {bin_path}")

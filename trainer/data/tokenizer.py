@@ -16,7 +16,7 @@ from griffin.trainer.files import read_regular
 
 BYTES = "bytes"
 MOST_FILE_BYTES = 2**28
-# Names that published tokenizers give to the token that ends a document, tried in this order.
+# Names of the end-of-document token in published tokenizers, tried in this order.
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 
 
@@ -27,23 +27,23 @@ class Tokenizer(ABC):
     spec: str  # "bytes", or the absolute path of the tokenizer's file
     vocabulary: int
     eod: int  # id of the end-of-document token
-    bos: int | None = None  # id of the token that begins a prompt, where the file names one; training knows none
+    bos: int | None = None  # id of the token that begins a prompt, if the file names one; not used in training
     sha256: str | None = None  # of the tokenizer's file
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, int32 [tokens], without any special token: the name of one in the text is plain text."""
+        """Token ids of `text`, int32 [tokens]. Names of special tokens in the text are plain text."""
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """As `encode`, but the name of a special token in the text is that token, such as one that begins a turn."""
+        """Like `encode`, but names of special tokens in the text, such as that of a turn, become these tokens."""
         return self.encode(text)
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; the end-of-document token becomes nothing."""
+        """The text of `ids`, without end-of-document tokens."""
 
     def describe(self) -> dict[str, Any]:
-        """What identifies this tokenizer, JSON-able: prefixes of one run must agree in all of it."""
+        """The identity of this tokenizer, as JSON values. It must be the same for all data of a run."""
         return {"kind": self.kind, "vocabulary": self.vocabulary, "eod": self.eod, "sha256": self.sha256}
 
 
@@ -63,7 +63,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json` of the Hugging Face `tokenizers` library."""
+    """A tokenizer.json of the Hugging Face `tokenizers` library."""
 
     kind = "huggingface"
 
@@ -71,9 +71,9 @@ class HuggingFaceTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Backend
 
         content = _read(path)
-        with _refusing(f"tokenizer {path}: not a Hugging Face tokenizer file"):
+        with _value_errors(f"tokenizer {path}: not a Hugging Face tokenizer file"):
             self._backend = Backend.from_buffer(content)
-        # A saved truncation or padding would cut or fill documents; special tokens named in a text are text.
+        # A truncation or padding in the file would change documents. Names of special tokens in a text are plain text.
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
@@ -83,7 +83,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eod = _find_eod(path, self._backend.token_to_id, eod)
 
     def encode(self, text: str) -> np.ndarray:
-        with _refusing(f"tokenizer {self.spec}: cannot encode a text"):
+        with _value_errors(f"tokenizer {self.spec}: cannot encode a text"):
             return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def encode_prompt(self, text: str) -> np.ndarray:
@@ -98,7 +98,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model`."""
+    """A SentencePiece .model file."""
 
     kind = "sentencepiece"
 
@@ -106,7 +106,7 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor
 
         content = _read(path)
-        with _refusing(f"tokenizer {path}: not a SentencePiece model"):
+        with _value_errors(f"tokenizer {path}: not a SentencePiece model"):
             self._backend = SentencePieceProcessor(model_proto=content)
         self.spec = str(path.absolute())
         self.sha256 = hashlib.sha256(content).hexdigest()
@@ -118,7 +118,7 @@ class SentencePieceTokenizer(Tokenizer):
             self.eod = _find_eod(path, self._id_of, eod)
 
     def _id_of(self, piece: str) -> int | None:
-        number = self._backend.piece_to_id(piece)  # that of the unknown piece where absent
+        number = self._backend.piece_to_id(piece)  # the id of the unknown piece if absent
         return number if self._backend.id_to_piece(number) == piece else None
 
     def encode(self, text: str) -> np.ndarray:
@@ -131,8 +131,8 @@ class SentencePieceTokenizer(Tokenizer):
 def load_tokenizer(spec: str, eod: str | None = None) -> Tokenizer:
     """The tokenizer named by `spec`: "bytes", a Hugging Face tokenizer.json or a SentencePiece .model.
 
-    `eod` names the end-of-document token where the usual names are absent or not the one wanted.
-    Raises ValueError for anything else, a missing or damaged file, or no end-of-document token.
+    `eod` names the end-of-document token, if it is not the first of the usual names. Raises ValueError for any other
+    `spec`, a missing or damaged file, or a missing end-of-document token.
     """
     if spec == BYTES:
         if eod is not None:
@@ -152,7 +152,7 @@ def load_tokenizer(spec: str, eod: str | None = None) -> Tokenizer:
 
 
 def _read(path: Path) -> bytes:
-    """A tokenizer's file. ValueError where it cannot be read, is empty or is too large."""
+    """Read a tokenizer's file. ValueError if it is unreadable, empty or too large."""
     try:
         content = read_regular(path, MOST_FILE_BYTES)
     except OSError as error:
@@ -163,14 +163,14 @@ def _read(path: Path) -> bytes:
 
 
 @contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Whatever a library raises becomes a ValueError that begins with `what`."""
+def _value_errors(message: str) -> Iterator[None]:
+    """Turn whatever a library raises into a ValueError that begins with `message`."""
     try:
         yield
-    except BaseException as error:  # bare Exceptions of tokenizers; where its Rust code panics, not even those
+    except BaseException as error:  # tokenizers raises bare Exceptions; panics of its Rust code are BaseExceptions
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{what} ({error})") from None
+        raise ValueError(f"{message} ({error})") from None
 
 
 def _checked(path: Path, vocabulary: int) -> int:
@@ -180,7 +180,7 @@ def _checked(path: Path, vocabulary: int) -> int:
 
 
 def _find_eod(path: Path, id_of, eod: str | None) -> int:
-    """Id of the token `eod`, or of the first usual name that the tokenizer has. `id_of` gives None where absent."""
+    """The id of the token `eod`, or of the first usual name that the tokenizer has. `id_of` returns None if absent."""
     if eod is not None:
         found = id_of(eod)
         if found is None:

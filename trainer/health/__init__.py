@@ -1,1 +1,1 @@
-"""What watches a run: hangs, stragglers, replicas and loss spikes."""
+"""Health of a run: hangs, stragglers, replicas that differ, loss spikes and non-finite gradients."""

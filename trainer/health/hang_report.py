@@ -1,4 +1,4 @@
-"""Who keeps a hung run waiting, told from what its ranks say of themselves."""
+"""The report of a hang: which ranks keep the others waiting, from the states that ranks report."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from griffin.parallel.world.axes import rank_names
 from griffin.trainer.health.rank_state import RankState
 
-SHOWN = 16  # ranks that lag that a console shows
+SHOWN = 16  # most ranks that lag shown on the console
 
 
 @dataclass(frozen=True, kw_only=True)
-class Silent:
-    """A rank that gives no answer, with what it last said of itself, if anything, `seconds` ago."""
+class SilentRank:
+    """A rank that does not answer, with the last state that it reported, if any, `seconds` ago."""
 
     rank: int
     last: RankState | None = None
@@ -22,15 +22,15 @@ class Silent:
 
     def __str__(self) -> str:
         if self.last is None:
-            return f"rank {self.rank}: has never given a sign of life"
+            return f"rank {self.rank}: has never sent a sign of life"
         return (
-            f"{self.last.name}: no sign of life for {self.seconds:.0f} s (its process is stopped, dead or stuck in a "
-            f"call that lets no other thread run, or its machine cannot be reached); last heard in {self.last.phase}"
+            f"{self.last.name}: no sign of life for {self.seconds:.0f} s (its process is stopped, dead or in a call "
+            f"that lets no other thread run, or its machine cannot be reached); last heard in {self.last.phase}"
         )
 
 
-def culprits(states: Mapping[int, RankState], silent: Iterable[Silent]) -> list[str]:
-    """A line for each rank that the others wait for; [] where none is behind the others."""
+def lagging_ranks(states: Mapping[int, RankState], silent: Iterable[SilentRank]) -> list[str]:
+    """A line for each rank that the others wait for; [] if none lags."""
     if silent := list(silent):
         return [str(rank) for rank in silent]
     front = max(state.entered for state in states.values())
@@ -46,10 +46,10 @@ def culprits(states: Mapping[int, RankState], silent: Iterable[Silent]) -> list[
     return []
 
 
-def compose(states: Mapping[int, RankState], silent: Iterable[Silent], *, reason: str) -> tuple[str, str]:
-    """(what a person needs to see at once, the whole report)."""
+def compose_report(states: Mapping[int, RankState], silent: Iterable[SilentRank], *, reason: str) -> tuple[str, str]:
+    """(summary for the console, whole report)."""
     silent = list(silent)
-    found = culprits(states, silent)
+    found = lagging_ranks(states, silent)
     head = [f"HANG: {reason}"]
     if found:
         head += ["Ranks that lag:", *(f"  {line}" for line in found[:SHOWN])]
@@ -62,13 +62,13 @@ def compose(states: Mapping[int, RankState], silent: Iterable[Silent], *, reason
     places: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for state in states.values():
         places[state.phase, state.communication or "no communication", state.where].append(state.rank)
-    rows = [f"  {rank_names(held)}: {phase}, {call}, {where}" for (phase, call, where), held in sorted(places.items())]
+    rows = [f"  {rank_names(ranks)}: {', '.join(place)}" for place, ranks in sorted(places.items())]
     pending = defaultdict(list)
     for state in states.values():
         for collective in state.collectives:
             if collective.pending:
                 pending[str(collective)].append(state.rank)
-    waits = [f"  {text}: {rank_names(held)}" for text, held in sorted(pending.items())]
+    waits = [f"  {text}: {rank_names(waiting)}" for text, waiting in sorted(pending.items())]
     more = ["", "More ranks that lag:", *(f"  {line}" for line in found[SHOWN:])] if len(found) > SHOWN else []
     body = [
         *more,
@@ -83,8 +83,10 @@ def compose(states: Mapping[int, RankState], silent: Iterable[Silent], *, reason
 
 
 def _waited_for(states: Mapping[int, RankState]) -> dict[int, str]:
-    """Ranks that have not entered a collective that others are in, and wait for nobody themselves, with the reason;
-    where there is none such, those that wait in a circle."""
+    """Ranks that have not entered a collective in which others wait, with the reason.
+
+    Ranks that themselves wait for others are left out, unless all of them do, in a circle.
+    """
     groups: dict[str, dict[int, int]] = defaultdict(dict)  # name -> rank -> number of its last collective
     for state in states.values():
         for collective in state.collectives:

@@ -1,4 +1,4 @@
-"""What a rank is doing right now, looked at from another of its threads: its stack and its collectives."""
+"""The current state of a rank, as another of its threads sees it: its stack and its collectives."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from griffin.parallel.world.axes import rank_name
 
-_TRANSPARENT: set[CodeType] = set()  # code that only wraps what is called
+_TRANSPARENT: set[CodeType] = set()  # code of wrappers, which are left out of stacks
 
-RECENT = 30  # collectives that are listed of a rank
+RECENT = 30  # collectives of a rank that are listed
 
 
 F = TypeVar("F", bound=Any)
@@ -26,13 +26,13 @@ F = TypeVar("F", bound=Any)
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """The last collective that a rank has entered in one of its process groups."""
+    """The last collective that a rank entered in one of its process groups."""
 
     group: str  # the group's name, the same on all of its ranks
     purpose: str  # megatron-core's description of the group
-    operation: str  # "" where it has entered none
-    sequence: int  # counts the group's collectives; ranks of a group that do the same have the same number
-    pending: bool  # it has not ended
+    operation: str  # "" if it has entered none
+    sequence: int  # number of the collective within its group, the same on all ranks of the group
+    pending: bool  # whether it has not ended
 
     def __str__(self) -> str:
         return f"{self.operation} number {self.sequence} of {self.purpose or 'group ' + self.group}"
@@ -40,16 +40,16 @@ class Collective:
 
 @dataclass(frozen=True, kw_only=True)
 class RankState:
-    """What a rank says of itself. Travels as JSON."""
+    """The state that a rank reports of itself. It is sent as JSON."""
 
     rank: int
     host: str
     pid: int
-    entered: int  # watched phases that it has entered; ranks that are equally far have the same number
+    entered: int  # number of watched phases entered: how far the rank has come
     phase: str
     seconds: float  # since it entered or left that phase
-    where: str  # in its code
-    communication: str  # the call of torch.distributed that it is in; "" is none
+    where: str  # place in its code
+    communication: str  # the call of torch.distributed that it is in; "" if none
     collectives: tuple[Collective, ...]
 
     @property
@@ -58,13 +58,13 @@ class RankState:
 
 
 def transparent(function: F) -> F:
-    """Leave the frames of a function that only wraps another out of what is said of a rank."""
+    """Decorate a wrapper function: its frames are left out of reported stacks."""
     _TRANSPARENT.add(function.__code__)
     return function
 
 
 def main_frames() -> list[FrameType]:
-    """Stack of this process's main thread, innermost frame first."""
+    """The stack of this process's main thread, innermost frame first."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     frames = []
     while frame is not None:
@@ -75,7 +75,7 @@ def main_frames() -> list[FrameType]:
 
 
 def where(frames: list[FrameType]) -> str:
-    """The innermost frame, and the innermost one of this project, as "FUNCTION (FILE:LINE) in FUNCTION (FILE:LINE)"."""
+    """The innermost frame and the innermost frame of this project: "FUNCTION (FILE:LINE) in FUNCTION (FILE:LINE)"."""
     if not frames:
         return "nowhere"
     ours = next((frame for frame in frames if _module(frame).startswith("griffin.")), frames[0])
@@ -84,7 +84,7 @@ def where(frames: list[FrameType]) -> str:
 
 
 def communication(frames: list[FrameType]) -> str:
-    """The innermost call of torch.distributed or of a pipeline's exchange, with its group; "" where there is none."""
+    """The innermost call of torch.distributed or of pipeline communication, with its group; "" if there is none."""
     for frame in frames:
         module, function = _module(frame), frame.f_code.co_name
         if module == "torch.distributed.distributed_c10d":
@@ -97,16 +97,16 @@ def communication(frames: list[FrameType]) -> str:
 
 
 def recorded(device: torch.device) -> list[Mapping[str, Any]]:
-    """Entries of PyTorch's flight recorder, oldest first; [] where it records nothing."""
+    """Entries of PyTorch's flight recorder, oldest first; [] if it records nothing."""
     from torch._C import _distributed_c10d as c10d
 
-    # Of the other backends' recorder where NCCL's, which is built for GPUs only, is not in use.
+    # NCCL has a recorder of its own, which is built for GPUs only.
     dump = getattr(c10d, "_dump_nccl_trace_json" if device.type == "cuda" else "_dump_fr_trace_json", None)
     return json.loads(dump(True, False)).get("entries", []) if dump is not None else []
 
 
 def last_collectives(entries: list[Mapping[str, Any]]) -> tuple[Collective, ...]:
-    """Of each process group of this rank, by the entries of the flight recorder."""
+    """The last collective of each process group of this rank, from the entries of the flight recorder."""
     found = {
         name: Collective(group=name, purpose=purpose, operation="", sequence=0, pending=False)
         for name, purpose in _groups()
@@ -132,7 +132,7 @@ def describe_entries(entries: list[Mapping[str, Any]]) -> str:
         number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
         state = "ended" if entry["retired"] or entry["state"] == "completed" else f"NOT ENDED ({entry['state']})"
         lines.append(f"{entry['profiling_name']} number {number} of {purpose or name} {entry['input_sizes']}: {state}")
-    return "\n".join(lines) if lines else "none is recorded"
+    return "\n".join(lines) if lines else "none recorded"
 
 
 def describe_memory(device: torch.device) -> str:
@@ -147,7 +147,7 @@ def describe_memory(device: torch.device) -> str:
 
 
 def _groups() -> Iterator[tuple[str, str]]:
-    with suppress(AttributeError):  # no public list of them
+    with suppress(AttributeError):  # there is no public list of groups
         for group in dist.distributed_c10d._world.pg_map:
             if isinstance(group, dist.ProcessGroup):
                 yield group.group_name, group.group_desc

@@ -1,9 +1,9 @@
-"""Whether the copies of every weight are the same, bit by bit, on all ranks that hold one.
+"""Check that all copies of every weight are bitwise equal.
 
-Data-parallel replicas hold copies of all weights, tensor ranks of the replicated ones, and the first and last stage of
-a pipeline of the embedding. Each optimizer step writes all weights anew from the shards of the master weights, so a
-changed copy lasts until the next one. It is therefore compared after the forward and backward passes, which have then
-used it for all that it was used for, and before the optimizer makes anything of the gradients.
+Data-parallel replicas hold copies of all weights, tensor ranks of replicated weights, and the first and last pipeline
+stage of the embedding. Each optimizer step overwrites all weights from the shards of the master weights, so a corrupted
+copy lasts until the next step. Copies are therefore compared after the forward and backward passes have used them, and
+before the optimizer uses the gradients.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from griffin.parallel.world.ranks import RunError
 
 EMBEDDING = "embedding.weight"
 CHUNK = 1 << 22  # elements that are widened to 64 bits at a time
-# Odd, so that no bit of a product with it is lost.
+# Odd, so that multiplication modulo 2**64 loses no bit.
 _FACTOR = 0x1E3779B97F4A7C15
 _CHAIN = 0x5851F42D4C957F2D
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -35,9 +35,9 @@ class ReplicaError(RunError):
 
 @torch.no_grad()
 def checksum(value: Tensor) -> Tensor:
-    """int64 [] of a tensor's bits: another one where any bit is flipped or any two elements are exchanged.
+    """Checksum of a tensor's bits, int64 []. It changes if any bit is flipped or any two elements are exchanged.
 
-    In whole numbers modulo 2**64, so the same on every device and in any order of summation.
+    Computed in integers modulo 2**64, so that it is the same on every device and in any order of summation.
     """
     bits = value.detach().reshape(-1).view(_BITS[value.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=value.device)
@@ -48,39 +48,39 @@ def checksum(value: Tensor) -> Tensor:
 
 
 def _weights(count: int, device: torch.device) -> Tensor:
-    """Odd numbers, all different."""
+    """Distinct odd numbers."""
     return torch.arange(count, dtype=torch.int64, device=device) * (2 * _FACTOR) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Held:
-    """A rank's checksums, for the others to find out which differ."""
+class _RankChecksums:
+    """The checksums of a rank's weights, sent to the other ranks."""
 
     rank: int
     host: str
     tensor_rank: int
-    sums: dict[str, tuple[bool, int]]  # name of the parameter -> whether it is replicated over tensor ranks, checksum
+    sums: dict[str, tuple[bool, int]]  # parameter -> (whether it is replicated over tensor ranks, checksum)
 
 
 def check_replicas(modules: Sequence[nn.Module], grid: Grid, step: int) -> None:
-    """Raise ReplicaError, naming parameters, ranks and hosts, where copies of a weight differ. A collective.
+    """Raise ReplicaError, naming parameters, ranks and hosts, if copies of a weight differ. A collective.
 
     Each rank reads its weights once and exchanges 16 bytes per parameter with its data-parallel peers.
     """
     parameters = [parameter for module in modules for parameter in module.parameters()]
     sums = torch.stack([checksum(parameter) for parameter in parameters])
-    replicated = [place for place, parameter in enumerate(parameters) if _is_replicated(parameter)]
-    differs = _differs(sums, grid.data_group)
+    replicated = [index for index, parameter in enumerate(parameters) if _is_replicated(parameter)]
+    differs = _differs(sums, grid.replica_group)
     if replicated and grid.tensor_size > 1:
         differs = differs | _differs(sums[replicated], grid.tensor_group)
     if grid.embedding_group is not None:
-        embedding = [place for place, parameter in enumerate(parameters) if _name(parameter) == EMBEDDING]
+        embedding = [index for index, parameter in enumerate(parameters) if _name(parameter) == EMBEDDING]
         differs = differs | _differs(sums[embedding], grid.embedding_group)
     anywhere = differs.long()
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
     if not anywhere.item():
         return
-    held = _Held(
+    checksums = _RankChecksums(
         rank=grid.rank,
         host=socket.gethostname(),
         tensor_rank=grid.tensor_rank,
@@ -89,34 +89,35 @@ def check_replicas(modules: Sequence[nn.Module], grid: Grid, step: int) -> None:
             for parameter, value in zip(parameters, sums.tolist(), strict=True)
         },
     )
-    raise ReplicaError(f"step {step}: {_describe(grid.all_gather(held, _Held))}. No weight was changed by this step.")
+    text = _describe(grid.all_gather(checksums, _RankChecksums))
+    raise ReplicaError(f"step {step}: {text}. No weight was changed by this step.")
 
 
 def _differs(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """bool []: whether the ranks of a group have different numbers."""
-    ends = torch.stack((sums, ~sums))  # ~ turns the order round, so that one maximum finds both ends
+    """Whether the ranks of a group have different checksums, bool []."""
+    ends = torch.stack((sums, ~sums))  # ~ reverses the order: one maximum finds both largest and smallest
     dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
     return (ends[0] != ~ends[1]).any()
 
 
-def _describe(everyone: Sequence[_Held]) -> str:
+def _describe(ranks: Sequence[_RankChecksums]) -> str:
     copies: dict[tuple[str, int], dict[int, int]] = defaultdict(dict)  # (name, tensor rank) -> rank -> checksum
-    for held in everyone:
-        for name, (is_replicated, value) in held.sums.items():
-            copies[name, 0 if is_replicated else held.tensor_rank][held.rank] = value
+    for checksums in ranks:
+        for name, (is_replicated, value) in checksums.sums.items():
+            copies[name, 0 if is_replicated else checksums.tensor_rank][checksums.rank] = value
     different = {key: values for key, values in copies.items() if len(set(values.values())) > 1}
     suspects: dict[tuple[tuple[int, ...], bool], list[str]] = defaultdict(list)
     for (name, _), values in different.items():
         (most, count), *rest = Counter(values.values()).most_common()
         is_clear = count > rest[0][1]
-        ranks = tuple(sorted(rank for rank, value in values.items() if not is_clear or value != most))
-        suspects[ranks, is_clear].append(name)
+        differing = tuple(sorted(rank for rank, value in values.items() if not is_clear or value != most))
+        suspects[differing, is_clear].append(name)
     lines = []
-    for (ranks, is_clear), names in suspects.items():
-        who = ", ".join(rank_name(rank, everyone[rank].host) for rank in ranks)
+    for (differing, is_clear), names in suspects.items():
+        who = ", ".join(rank_name(rank, ranks[rank].host) for rank in differing)
         more = f" and {len(names) - 1} more parameters" if len(names) > 1 else ""
-        verb = f"differ{'s' * (len(ranks) == 1)} from the other copies" if is_clear else "differ, with no majority"
-        lines.append(f"{names[0]}{more}: the cop{'y' if len(ranks) == 1 else 'ies'} of {who} {verb}")
+        verb = f"differ{'s' * (len(differing) == 1)} from the other copies" if is_clear else "differ, with no majority"
+        lines.append(f"{names[0]}{more}: the cop{'y' if len(differing) == 1 else 'ies'} of {who} {verb}")
     return "; ".join(lines)
 
 
@@ -125,5 +126,5 @@ def _is_replicated(parameter: nn.Parameter) -> bool:
 
 
 def _name(parameter: nn.Parameter) -> str:
-    """Canonical names of all tensors that are fused in a parameter."""
+    """Canonical names of all tensors that are fused into a parameter."""
     return " + ".join(piece.name for piece in parameter.pieces)  # type: ignore[attr-defined]

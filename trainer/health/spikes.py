@@ -1,4 +1,4 @@
-"""Spikes of the loss or of the gradient norm: told from the steps before, answered as configured, written down."""
+"""Spikes of the loss or the gradient norm: their detection, and the ledger that records them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SKIP, REWIND = "skip", "rewind"
 LOSS, GRAD_NORM, NOT_FINITE = "loss", "gradient norm", "not finite"
 # Of normally distributed values, the standard deviation over the median distance from the median.
 NORMAL = 1.4826
-# Where values hardly differ, as in a synthetic data set, a spike still has to be one: the least standard deviation, of
-# the loss as a share of its median and of the gradient norm's logarithm.
+# The least standard deviations: of the loss, as a share of its median, and of the logarithm of the gradient norm. Where
+# values hardly vary, as with synthetic data, small changes are not spikes.
 LEAST_LOSS, LEAST_LOG_GRAD_NORM = 0.005, 0.02
 
 
@@ -33,31 +33,31 @@ class SpikeError(RunError):
 
 @dataclass(frozen=True, kw_only=True)
 class Spike:
-    """A step whose update was not made."""
+    """A spike: a step whose update is skipped."""
 
     kind: str  # LOSS, GRAD_NORM or NOT_FINITE
     loss: float
     grad_norm: float
-    text: str  # what is unusual about it, in one line
+    text: str  # what is unusual, in one line
 
 
 class SpikeDetector:
-    """Tells spikes by the last `train.spike_window` steps that were none; the same on every rank, which see the same.
+    """Detects spikes from the last `train.spike_window` normal steps. All ranks see the same values and agree.
 
-    A value is one where it lies `train.spike_deviations` robust standard deviations (1.4826 times the median distance
-    from the median) above the median: the loss itself, or the logarithm of the gradient norm. Half a window of steps
-    comes before the first judgement. What is not finite always is one.
+    A step is a spike if its loss, or the logarithm of its gradient norm, lies `train.spike_deviations` robust standard
+    deviations (1.4826 times the median distance from the median) above the median of that window. Detection starts
+    after half a window of steps. A value that is not finite is always a spike.
     """
 
     def __init__(self, config: TrainConfig):
         self._config = config
         self._losses: deque[float] = deque(maxlen=config.spike_window)
         self._log_grad_norms: deque[float] = deque(maxlen=config.spike_window)
-        self._spikes: list[int] = []  # their steps, as far as they still count; a rewind leads to some anew
+        self._spikes: list[int] = []  # steps of recent spikes; after a rewind, a step may occur again
         self.skipped, self.rewinds = 0, 0
 
-    def judge(self, loss: float, grad_norm: float) -> Spike | None:
-        """Whether the step with this loss and gradient norm (before clipping) is a spike; notes it if not."""
+    def detect(self, loss: float, grad_norm: float) -> Spike | None:
+        """The spike that this loss and gradient norm (before clipping) are, or None: then they join the window."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return Spike(
                 kind=NOT_FINITE, loss=loss, grad_norm=grad_norm, text=f"loss {loss}, gradient norm {grad_norm}"
@@ -80,13 +80,13 @@ class SpikeDetector:
         return None
 
     def is_too_many(self, step: int) -> bool:
-        """Count a spike in `step`: whether there were `spike_limit` in the `spike_window` steps before it, or in it."""
+        """Count the spike of `step`. Returns whether there are more than `spike_limit` within `spike_window` steps."""
         self._spikes = [earlier for earlier in self._spikes if earlier >= step - self._config.spike_window]
         self._spikes.append(step)
         return len(self._spikes) > self._config.spike_limit
 
     def state(self) -> dict[str, Any]:
-        """All of it, for a checkpoint."""
+        """The state, for a checkpoint."""
         return {
             "losses": list(self._losses),
             "log_grad_norms": list(self._log_grad_norms),
@@ -96,22 +96,22 @@ class SpikeDetector:
         }
 
     def restore(self, state: Mapping[str, Any], *, values_only: bool = False) -> None:
-        """Go on from a `state`; with `values_only`, in a rewind, what was counted since then stays counted."""
+        """Restore a `state`. With `values_only`, for a rewind, the counts stay as they are."""
         self._losses = deque(state["losses"], self._config.spike_window)
         self._log_grad_norms = deque(state["log_grad_norms"], self._config.spike_window)
         if not values_only:
             self._spikes, self.skipped, self.rewinds = list(state["spikes"]), state["skipped"], state["rewinds"]
 
 
-class Ledger:
-    """ledger.jsonl of a run folder, in which rank 0 writes one line for each spike. A context manager."""
+class SpikeLedger:
+    """ledger.jsonl of a run folder: rank 0 writes a line for each spike. A context manager."""
 
     def __init__(self, grid: Grid, folder: RunFolder, say: Callable[[str], object]) -> None:
         self._file = LogFile(folder.ledger, say) if grid.is_first_rank else None
         self._attempt = folder.attempt
 
     def write(self, spike: Spike, **fields: Any) -> None:
-        """A line with what `spike` was and `fields`: step, action, first and last sample, where it went on."""
+        """Write a line with `spike` and `fields`: step, action, samples, and the step rewound to."""
         if self._file is None:
             return
         line = {
@@ -124,7 +124,7 @@ class Ledger:
         }
         self._file.write(json.dumps(line | fields, allow_nan=False) + "\n")
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> SpikeLedger:
         return self
 
     def __exit__(

@@ -1,1 +1,1 @@
-"""What is measured of a training step."""
+"""Measurements of a training step: time, norms, memory, peak FLOP/s and the RG-LRU's gates."""

@@ -1,4 +1,4 @@
-"""Where the time of a rank's steps goes."""
+"""Time of the parts of a step: data wait, forward and backward passes, optimizer, and a rank's own work."""
 
 from __future__ import annotations
 
@@ -18,102 +18,104 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """Seconds of one step on this rank; what its wall time holds besides is the loop's."""
+    """Seconds of one step on this rank. The rest of its wall time is spent in the training loop."""
 
-    data_wait: float  # blocked on the next micro-batch
-    forward_backward: float  # the rest of the schedule, the reduction of gradients and the sum of losses
+    data_wait: float  # waiting for micro-batches
+    forward_backward: float  # the rest of the pipeline schedule, the reduction of gradients and the sum of losses
     optimizer: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Own:
-    """Seconds of this rank per step, means over some steps."""
+class RankTimes:
+    """Seconds per step on this rank, means over some steps."""
 
-    data_wait: float  # blocked on micro-batches
-    work: float  # forward and backward passes, with waiting for their data and without waiting for other ranks
-    schedule: float  # from its beginning to where gradients are reduced over data-parallel ranks
+    data_wait: float  # waiting for micro-batches
+    work: float  # own work: forward and backward passes with their data wait, without waits for other ranks
+    schedule: float  # from the start of the pipeline schedule to the reduction of gradients over data-parallel ranks
 
 
 class StepClock:
     """Times the parts of every step, and this rank's own work in it.
 
-    A step costs a few readings of the host's clock. It reads them where the training waits for the device anyway, so
-    that they hold on GPUs too, but for the optimizer's end: that is an event, read when the next step has waited. What
-    the device still did for the optimizer after the host had gone on is counted to the optimizer of that next step.
+    It reads the host's clock a few times per step, where the training waits for the device anyway, so that the times
+    are right on GPUs without further synchronization. The end of the optimizer is an exception: it is a CUDA event,
+    which is read in the next step. Device time of the optimizer after the host has gone on counts to that next step.
     """
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
         self.work = WorkClock(device)
-        self._tail: tuple[Any, Any, float] | None = None  # the last optimizer's events, and what the host took
-        self._waited, self._steps = 0.0, 0  # data wait of the steps since `take`
-        self._wait = 0.0  # of this step
+        self._last_optimizer: tuple[Any, Any, float] | None = None  # start and end events, and seconds of the host
+        self._data_wait_sum, self._steps = 0.0, 0  # of the steps since `take`
+        self._data_wait = 0.0  # of this step
 
     def begin(self) -> None:
-        self._wait = 0.0
-        self._begun = time.perf_counter()
+        self._data_wait = 0.0
+        self._start = time.perf_counter()
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches; the time that they are waited for is noted."""
-        return _Timed(batches, self._add_wait)
+        """The same batches; the time that the training waits for them is measured."""
+        return _TimedBatches(batches, self._add_data_wait)
 
     def before_reduction(self, reduce: Callable[..., None]) -> Callable[..., None]:
-        """`reduce`, called where a rank's schedule ends; its beginning is noted."""
+        """Wrap the function that reduces gradients, with which this rank's pipeline schedule ends."""
 
-        def noted(*args: Any, **kwargs: Any) -> None:
+        def end_schedule_and_reduce(*args: Any, **kwargs: Any) -> None:
             self.work.end_schedule()
             reduce(*args, **kwargs)
 
-        return noted
+        return end_schedule_and_reduce
 
     def gradients_done(self) -> None:
-        """The gradients and the loss are there, and the device has nothing left to do."""
-        self._optimizer_begun = time.perf_counter()
+        """Call this when gradients and loss are computed and the device is idle."""
+        self._optimizer_start = time.perf_counter()
         self.work.add_up()
-        self._late = 0.0
-        if self._tail is not None:
-            begun, ended, host = self._tail
-            self._late = max(0.0, begun.elapsed_time(ended) / 1e3 - host)
-        self._event = _event() if self._on_gpu else None
+        self._late_optimizer = 0.0
+        if self._last_optimizer is not None:
+            start, end, host = self._last_optimizer
+            self._late_optimizer = max(0.0, start.elapsed_time(end) / 1e3 - host)
+        self._optimizer_event = _event() if self._on_gpu else None
 
     def end(self) -> StepTimes:
-        host = time.perf_counter() - self._optimizer_begun
+        """The times of this step. Call it when the host is done with the optimizer."""
+        host = time.perf_counter() - self._optimizer_start
         if self._on_gpu:
-            self._tail = (self._event, _event(), host)
-        self._waited += self._wait
+            self._last_optimizer = (self._optimizer_event, _event(), host)
+        self._data_wait_sum += self._data_wait
         self._steps += 1
-        schedule = self._optimizer_begun - self._begun - self._wait
-        late = min(self._late, schedule)
-        return StepTimes(data_wait=self._wait, forward_backward=schedule - late, optimizer=host + late)
+        schedule = self._optimizer_start - self._start - self._data_wait
+        late = min(self._late_optimizer, schedule)
+        return StepTimes(data_wait=self._data_wait, forward_backward=schedule - late, optimizer=host + late)
 
-    def take(self) -> Own:
-        """Of the steps since the last call, of which there was one at least, up to the one under way.
+    def take(self) -> RankTimes:
+        """Means over the steps since the last call, this step included.
 
-        Call between `gradients_done` and `end`.
+        Call it between `gradients_done` and `end`.
         """
-        steps, waited = self._steps + 1, self._waited + self._wait
-        self._waited, self._steps = -self._wait, -1  # `end` adds those of this step
+        steps, data_wait = self._steps + 1, self._data_wait_sum + self._data_wait
+        self._data_wait_sum, self._steps = -self._data_wait, -1  # `end` adds those of this step
         work, schedule = self.work.take()
-        return Own(data_wait=waited / steps, work=work / steps, schedule=schedule / steps)
+        return RankTimes(data_wait=data_wait / steps, work=work / steps, schedule=schedule / steps)
 
-    def _add_wait(self, seconds: float) -> None:
-        self._wait += seconds
+    def _add_data_wait(self, seconds: float) -> None:
+        self._data_wait += seconds
 
 
 class WorkClock:
-    """Times this rank's own work within `running`. It is megatron-core's `config.timers`, as far as it needs to be.
+    """Times this rank's own work within `running`. It stands in for megatron-core's `config.timers`.
 
-    On a CPU, waits for other ranks are the blocking calls of torch.distributed, which are taken off. On a GPU, passes
-    are timed on the device, between events: tensor-parallel ranks wait for each other within a pass, and have one time.
+    On a CPU, the time of blocking calls of torch.distributed, which wait for other ranks, is subtracted. On a GPU,
+    passes are timed on the device, between events. There, tensor-parallel ranks wait for each other within a pass, so
+    that their times are equal.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._is_running = False
         self._waited = 0.0  # for other ranks
-        self._work: list[tuple[Any, Any]] = []  # when passes began and ended, since `add_up`
-        self._schedules: list[tuple[Any, Any]] = []
-        self._seconds = [0.0, 0.0]  # of work and of schedules, before that
+        self._work: list[tuple[Any, Any]] = []  # start and end of each pass since `add_up`
+        self._schedules: list[tuple[Any, Any]] = []  # likewise of schedules
+        self._seconds = [0.0, 0.0]  # of work and of schedules, up to `add_up`
         self._timers: dict[str, Any] = {name: _Timer(self) for name in ("forward-compute", "backward-compute")}
 
     def __call__(self, name: str, log_level: int = 0) -> Any:
@@ -121,9 +123,9 @@ class WorkClock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A step's schedule; evaluations are not timed."""
+        """Time what runs within: the schedule of a training step. Evaluations are not timed."""
         self._is_running = True
-        self._begun = self._mark(time.perf_counter())
+        self._start = self._mark(time.perf_counter())
         plain = dist.Work.wait
         if not self._on_gpu:
             dist.Work.wait = self._timed(plain)  # type: ignore[method-assign]
@@ -135,12 +137,12 @@ class WorkClock:
 
     def end_schedule(self) -> None:
         if self._is_running:
-            self._schedules.append((self._begun, self._mark(time.perf_counter())))
+            self._schedules.append((self._start, self._mark(time.perf_counter())))
 
     def add_up(self) -> None:
-        """Let go of the events of a step. On a GPU all of them must have passed."""
-        for place, pairs in enumerate((self._work, self._schedules)):
-            self._seconds[place] += sum(_between(*pair) for pair in pairs)
+        """Turn a step's events into seconds. On a GPU, all of them must have passed."""
+        for index, pairs in enumerate((self._work, self._schedules)):
+            self._seconds[index] += sum(_between(*pair) for pair in pairs)
             pairs.clear()
 
     def take(self) -> tuple[float, float]:
@@ -155,27 +157,27 @@ class WorkClock:
     def _timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
         @transparent
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             try:
                 return wait(*args, **kwargs)
             finally:
-                self._waited += time.perf_counter() - begun
+                self._waited += time.perf_counter() - start
 
         return timed
 
 
 class _Timer:
-    """One of megatron-core's timers: a pass of a micro-batch."""
+    """Stands in for one of megatron-core's timers, of the forward or backward pass of a micro-batch."""
 
     def __init__(self, clock: WorkClock) -> None:
         self._clock = clock
-        self._begun: Any = None
+        self._start: Any = None
 
     def start(self, barrier: bool = False) -> None:
-        self._begun = self._now()
+        self._start = self._now()
 
     def stop(self, barrier: bool = False) -> None:
-        self._clock._work.append((self._begun, self._now()))
+        self._clock._work.append((self._start, self._now()))
 
     def _now(self) -> Any:
         return self._clock._mark(time.perf_counter() - self._clock._waited)
@@ -192,19 +194,19 @@ class _NoTimer:
 _NO_TIMER = _NoTimer()
 
 
-class _Timed(Generic[T]):
+class _TimedBatches(Generic[T]):
     def __init__(self, batches: Iterator[T], add: Callable[[float], None]):
         self._batches, self._add = batches, add
 
-    def __iter__(self) -> _Timed[T]:
+    def __iter__(self) -> _TimedBatches[T]:
         return self
 
     def __next__(self) -> T:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
             return next(self._batches)
         finally:
-            self._add(time.perf_counter() - begun)
+            self._add(time.perf_counter() - start)
 
 
 def _event() -> torch.cuda.Event:

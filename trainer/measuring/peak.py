@@ -1,4 +1,4 @@
-"""What a device can compute at most, for the share of it that a training uses (MFU)."""
+"""Peak FLOP/s of a device, of which a training uses a share (MFU)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """Dense matrix products, TFLOP/s."""
+    """Peak rate of dense matrix products."""
 
     tflops: float
     source: str  # "set", "known" or "measured"
 
 
-# By name of the device, the first that fits: bfloat16, TF32 and float32 without sparsity, TFLOP/s, by the makers' data
-# sheets at the boards' full power. MI300 and MI200 have float32 matrix units; a device is half of an MI250X.
+# Pattern of the device's name -> TFLOP/s in bfloat16, TF32 and float32; the first match counts. Figures are from the
+# vendors' data sheets, without sparsity and at full board power. MI300 and MI200 have float32 matrix units; an MI250X
+# is two devices.
 KNOWN = (
     (r"GB200", (2500.0, 1250.0, 80.0)),
     (r"B200", (2250.0, 1125.0, 75.0)),
@@ -45,7 +46,7 @@ KNOWN = (
 
 
 def peak(device: torch.device, dtype: torch.dtype, configured: float) -> Peak:
-    """Of one device: `configured` (`log.peak_tflops`) unless it is 0, the known figure of a GPU, or a measured rate."""
+    """Peak of one device: `configured` (`log.peak_tflops`) unless 0, else the known figure of a GPU, else measured."""
     if configured:
         return Peak(tflops=configured, source="set")
     if device.type == "cuda" and (known := known_tflops(torch.cuda.get_device_name(device), dtype)):
@@ -54,7 +55,7 @@ def peak(device: torch.device, dtype: torch.dtype, configured: float) -> Peak:
 
 
 def known_tflops(name: str, dtype: torch.dtype) -> float | None:
-    """The figure of the GPU of that name; None for one that is not known, and for a part of one."""
+    """The vendor's figure for the GPU of that name; None if unknown, or for a MIG slice."""
     if "MIG" in name:
         return None
     for pattern, (bfloat16, tf32, float32) in KNOWN:
@@ -66,13 +67,13 @@ def known_tflops(name: str, dtype: torch.dtype) -> float | None:
 
 
 def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """Rate of square matrix products of random numbers on `device`, the best of a few, in 1e12 operations a second.
+    """Measure the rate of square matrix products on `device`, in TFLOP/s: the best of a few.
 
-    Takes about a tenth of a second on a GPU, some milliseconds on a CPU; no global random state changes.
+    Takes about a tenth of a second on a GPU and some milliseconds on a CPU. No global random state changes.
     """
     size, products, rounds = (8192, 4, 4) if device.type == "cuda" else (384, 1, 8)
     generator = torch.Generator(device).manual_seed(0)
-    # Random: products of constants draw less power, and are faster than those of a training.
+    # Random values: products of constants draw less power, and are faster than those of a training.
     a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
 
@@ -85,13 +86,13 @@ def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def best_seconds(device: torch.device, work: Callable[[], object], rounds: int) -> float:
-    """The shortest time that `work` takes on `device` over so many rounds, after one that does not count."""
+    """The shortest time of `work` on `device` over so many rounds, after a warm-up round."""
     best = math.inf
     for number in range(rounds + 1):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if number:
-            best = min(best, time.perf_counter() - begun)
+            best = min(best, time.perf_counter() - start)
     return best

@@ -1,4 +1,4 @@
-"""How the RG-LRU's gates and memory do: distributions over channels and tokens, per recurrent layer."""
+"""Distributions of the RG-LRU's gates, decays and memory lengths over channels and tokens, per recurrent layer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from griffin.kernels.rglru.reference import GATE_SCALE
 from griffin.parallel.config import RECURRENT, ModelConfig
 from griffin.parallel.mixers.recurrent import RecurrentMixer
 
-# Memory lengths -1 / log a, in tokens, are counted in bins that are equally wide in their logarithm: of 2^(1/16), so
-# that a quantile is within 4.4 %. What lies outside is counted in the first or the last one.
+# Memory lengths -1 / log a, in tokens, are counted in logarithmic bins of width 2^(1/16), so that a quantile is exact
+# to within 4.4 %. Values outside of all bins are counted in the first or the last one.
 FIRST_OCTAVE, LAST_OCTAVE, BINS_PER_OCTAVE = -8, 24, 16
 BINS = (LAST_OCTAVE - FIRST_OCTAVE) * BINS_PER_OCTAVE
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
-SATURATED = 0.01  # a gate below this is closed, one above 1 minus this is open
+SATURATED = 0.01  # a gate below this is closed; a gate above 1 minus this is open
 GATES = ("input_gate", "recurrence_gate")
-# Values of a layer that are looked at, over all tensor ranks; of longer micro-batches, evenly spaced tokens are.
+# Most values observed per layer, over all tensor ranks. Of longer micro-batches, evenly spaced tokens are observed.
 VALUES = 2**21
 
 _SUMS = ("decay", *(f"{gate}_{state}" for gate in GATES for state in ("closed", "open")))
@@ -32,13 +32,13 @@ _SUMS = ("decay", *(f"{gate}_{state}" for gate in GATES for state in ("closed", 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerHealth:
-    """Of one recurrent layer, or of all: counts of memory lengths by bin [BINS], and sums over the same values."""
+    """Distributions of one recurrent layer, or of all together."""
 
-    counts: Tensor
-    sums: Tensor  # of decays, and numbers of gates closed and open; float64 [len(_SUMS)]
+    counts: Tensor  # of memory lengths by bin, float64 [BINS]
+    sums: Tensor  # over the same values: of decays, and numbers of closed and open gates; float64 [len(_SUMS)]
 
     def values(self) -> dict[str, float]:
-        """The figures by name; empty where nothing was seen."""
+        """The figures by name; empty if nothing was observed."""
         total = self.counts.sum().item()
         if total == 0:
             return {}
@@ -52,29 +52,29 @@ class LayerHealth:
         }
 
     def quantile(self, share: float) -> float:
-        """The memory length that this share of values lies below; between a bin's ends, by its share in logarithm."""
+        """The memory length below which this share of values lies, interpolated logarithmically within its bin."""
         until = self.counts.cumsum(0)
         rank = share * until[-1].item()
-        place = min(int(torch.searchsorted(until, rank)), BINS - 1)
-        before = until[place].item() - self.counts[place].item()
-        within = (rank - before) / max(self.counts[place].item(), 1.0)
-        return float(2 ** (FIRST_OCTAVE + (place + within) / BINS_PER_OCTAVE))
+        index = min(int(torch.searchsorted(until, rank)), BINS - 1)
+        before = until[index].item() - self.counts[index].item()
+        within = (rank - before) / max(self.counts[index].item(), 1.0)
+        return float(2 ** (FIRST_OCTAVE + (index + within) / BINS_PER_OCTAVE))
 
     def histogram(self) -> tuple[list[float], list[float]]:
-        """(upper ends, counts) of log2 of the memory length, in half octaves."""
+        """(upper ends, counts) of the bins of log2 of the memory length, in half octaves."""
         per = BINS_PER_OCTAVE // 2
         counts = self.counts.view(-1, per).sum(1)
-        return [FIRST_OCTAVE + (place + 1) / 2 for place in range(len(counts))], counts.tolist()
+        return [FIRST_OCTAVE + (index + 1) / 2 for index in range(len(counts))], counts.tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """Of the recurrent layers by block index, over all ranks."""
+    """Distributions of all recurrent layers, by block index, over all ranks."""
 
     layers: dict[int, LayerHealth] = field(default_factory=dict)
 
     def values(self) -> dict[str, float]:
-        """Figures such as "rglru/decay_p50/layer-00", and "rglru/decay_p50/all" for those of all layers together."""
+        """Figures such as "rglru/decay_p50/layer-00", and "rglru/decay_p50/all" over all layers."""
         layers = list(self.layers.values())
         everything = LayerHealth(
             counts=torch.stack([layer.counts for layer in layers]).sum(0),
@@ -89,14 +89,14 @@ def layer_name(index: int) -> str:
 
 
 class Observation:
-    """What this rank's recurrent layers do with the first micro-batch that they see."""
+    """Observes the gates of this rank's recurrent layers in the first micro-batch of a step."""
 
     def __init__(self) -> None:
         self._seen: dict[int, Tensor] = {}  # by block index, [BINS + len(_SUMS)]
 
     @contextmanager
     def of(self, stages: Iterable[nn.Module]) -> Iterator[None]:
-        """While it lasts, gates are looked at; what is computed does not change."""
+        """Observe the gates of `stages` within this context. No computed value changes."""
         hooks = [
             mixer.gates.register_forward_hook(self._hook(mixer))
             for stage in stages
@@ -110,7 +110,7 @@ class Observation:
                 hook.remove()
 
     def combined(self, model: ModelConfig, device: torch.device) -> Health:
-        """Over all ranks: tensor ranks hold other channels, stages other layers, replicas other data. A collective."""
+        """The sum over all ranks: they hold other channels, other layers or other data. A collective."""
         layers = [index for index, mixer in enumerate(model.pattern) if mixer == RECURRENT]
         if not layers:
             return Health()
@@ -120,29 +120,29 @@ class Observation:
         dist.all_reduce(rows)
         counts, sums = rows.cpu().split((BINS, len(_SUMS)), dim=1)
         return Health(
-            layers={index: LayerHealth(counts=counts[place], sums=sums[place]) for place, index in enumerate(layers)}
+            layers={index: LayerHealth(counts=counts[row], sums=sums[row]) for row, index in enumerate(layers)}
         )
 
     def _hook(self, mixer: RecurrentMixer) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor]], None]:
         piece = mixer.gates.weight.pieces[0]  # type: ignore[attr-defined]
         index, (blocks, width, _) = _block_index(piece.name), piece.shape
 
-        def look(module: nn.Module, inputs: Any, gates: tuple[Tensor, Tensor]) -> None:
-            if index not in self._seen:  # recomputation and later micro-batches come here too
+        def observe(module: nn.Module, inputs: Any, gates: tuple[Tensor, Tensor]) -> None:
+            if index not in self._seen:  # later micro-batches and recomputation call this too
                 tokens = gates[0].shape[0] * gates[0].shape[1]
                 every = max(1, tokens * blocks * width // VALUES)
-                self._seen[index] = look_at(*gates, mixer.decay, every=every)
+                self._seen[index] = distribution(*gates, mixer.decay, every=every)
 
-        return look
+        return observe
 
 
 @torch.no_grad()
-def look_at(input_gate: Tensor, recurrence_gate: Tensor, decay: Tensor, *, every: int = 1) -> Tensor:
-    """Counts of memory lengths by bin and the sums of `LayerHealth`, float64 [BINS + len(_SUMS)].
+def distribution(input_gate: Tensor, recurrence_gate: Tensor, decay: Tensor, *, every: int = 1) -> Tensor:
+    """Counts of memory lengths by bin, and the sums of `LayerHealth`: float64 [BINS + len(_SUMS)].
 
-    Gates are [T, B, R] before their sigmoid, decay [R] is the parameter p. Of the tokens each `every`-th is looked at.
-    At a document's first token the recurrence forgets all whatever its gate says; the gate is what counts here.
-    What is not a number is counted in the first bin: the loss of that step tells of it.
+    Gates are [T, B, R], before their sigmoid; `decay` [R] is the parameter p. Every `every`-th token is observed.
+    At a document's first token the recurrence is reset whatever its gate; its gate counts all the same. NaN is counted
+    in the first bin: the loss of that step shows it.
     """
     gates = [gate[::every].float().sigmoid() for gate in (input_gate, recurrence_gate)]
     log_a = -GATE_SCALE * gates[1] * F.softplus(decay.float())
@@ -156,7 +156,7 @@ def look_at(input_gate: Tensor, recurrence_gate: Tensor, decay: Tensor, *, every
 
 
 def _block_index(name: str) -> int:
-    """Of the whole model, from a parameter's canonical name."""
+    """Index of a parameter's block in the whole model, from its canonical name."""
     match = re.match(r"blocks\.(\d+)\.", name)
     assert match is not None, name
     return int(match[1])

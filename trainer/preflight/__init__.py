@@ -1,1 +1,1 @@
-"""What is checked of every rank's machine, device and links before the first step."""
+"""Checks of every rank's machine, device and links before the first step."""

@@ -1,4 +1,4 @@
-"""The checks of all ranks before the first step: a run that starts on sick hardware is lost hours later."""
+"""Preflight: checks of all ranks before the first step, since a run on faulty hardware fails hours later."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import torch
 
 from griffin.parallel.world.grid import Grid
 from griffin.parallel.world.ranks import Ranks
+from griffin.trainer.preflight.agreement import Agreement, PreflightError, RankLocation
+from griffin.trainer.preflight.assessment import Assessment
 from griffin.trainer.preflight.clocks import measure_skews
-from griffin.trainer.preflight.folder import meeting_place, unseen, visit
-from griffin.trainer.preflight.judge import Judge
+from griffin.trainer.preflight.folder import probe, probe_folder, unseen
 from griffin.trainer.preflight.links import AllReduce, Exchanges, link_rounds, measure_all_reduce, measure_links
 from griffin.trainer.preflight.machine import Machine, Rates, describe_machine, measure_rates
-from griffin.trainer.preflight.meeting import Meeting, Place, PreflightError
 from griffin.trainer.settings.sections import Config
 
 LIMIT_SECONDS = 60.0
-REPORTING_SECONDS = 3.0  # of them, for a rank whose exchange with another hangs to say so
+REPORTING_SECONDS = 3.0  # of these, time for a rank whose exchange with another hangs to report it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
-    """What was found, the same on every rank."""
+    """The result, the same on every rank."""
 
     seconds: float
-    lines: tuple[str, ...]  # "CHECK: what was found"
+    lines: tuple[str, ...]  # "CHECK: result"
     warnings: tuple[str, ...]
 
 
@@ -43,37 +43,37 @@ def preflight(
     *,
     limit: float = LIMIT_SECONDS,
 ) -> Preflight:
-    """Check versions, settings, devices, links, run folder and clocks of all ranks; a collective of all of them.
+    """Check versions, settings, devices, links, run folder and clocks of all ranks. A collective of all ranks.
 
-    Where `config` is None, its settings and the size of its checkpoints are not checked. What is odd, such as a slow
-    link, is said by rank 0 and not fatal. Nothing is left in `run_dir`.
+    If `config` is None, settings and the size of checkpoints are not checked. Rank 0 prints warnings, such as a slow
+    link, which are not fatal. Nothing is left in `run_dir`.
 
-    Raises PreflightError, the same on every rank, where ranks differ in what must agree, a device or an exchange of
-    data is not right, the folder is not shared or has no room for a checkpoint, or a rank has not done its part within
-    `limit` seconds; it names ranks and hosts.
+    Raises PreflightError, the same on every rank, if ranks disagree where they must agree, a device or an exchange of
+    data gives wrong results, the run folder is not shared or has no room for a checkpoint, or a rank does not answer
+    within `limit` seconds. It names ranks and hosts.
     """
-    begun = time.monotonic()
-    place = Place(rank=ranks.rank, local_rank=ranks.local_rank, host=host_name())
-    meeting = Meeting(grid, place, limit)
-    judge = Judge(config, grid, run_dir)
+    start = time.monotonic()
+    location = RankLocation(rank=ranks.rank, local_rank=ranks.local_rank, host=host_name())
+    agreement = Agreement(grid, location, limit)
+    assessment = Assessment(config, grid, run_dir)
     dtype = torch.float32 if config is None else getattr(torch, config.train.dtype)
     try:
         with ExitStack() as stack:
-            hosts = _check_machines(config, grid, run_dir, place, meeting, judge, dtype, stack)
+            hosts = _check_machines(config, grid, run_dir, location, agreement, assessment, dtype, stack)
         if grid.world_size > 1:
-            _check_links(grid, hosts, meeting, judge)
+            _check_links(grid, hosts, agreement, assessment)
     except PreflightError as error:
-        _report(error.lines, error.warnings, time.monotonic() - begun, say)
-        meeting.part()
+        _report(error.lines, error.warnings, time.monotonic() - start, say)
+        agreement.leave()
         raise
 
     def conclude(_: list[None]) -> Preflight:
-        seconds = time.monotonic() - begun
-        return Preflight(seconds=seconds, lines=tuple(judge.lines), warnings=tuple(judge.warnings))
+        seconds = time.monotonic() - start
+        return Preflight(seconds=seconds, lines=tuple(assessment.lines), warnings=tuple(assessment.warnings))
 
-    found = meeting.agree("the end", None, None, conclude, Preflight)
-    _report(found.lines, found.warnings, found.seconds, say)
-    return found
+    result = agreement.agree("the end", None, None, conclude, Preflight)
+    _report(result.lines, result.warnings, result.seconds, say)
+    return result
 
 
 def host_name() -> str:
@@ -84,60 +84,60 @@ def _check_machines(
     config: Config | None,
     grid: Grid,
     run_dir: Path,
-    place: Place,
-    meeting: Meeting,
-    judge: Judge,
+    location: RankLocation,
+    agreement: Agreement,
+    assessment: Assessment,
     dtype: torch.dtype,
     stack: ExitStack,
 ) -> list[list[int]]:
-    """What needs no exchange of data. The ranks of each host."""
+    """Run the checks that exchange no data between devices. Returns the ranks of each host."""
 
-    def begin(places: list[Place]) -> tuple[list[Place], Path]:
-        judge.arrived(places)
+    def start(locations: list[RankLocation]) -> tuple[list[RankLocation], Path]:
+        assessment.add_ranks(locations)
         try:
-            return places, stack.enter_context(meeting_place(run_dir))
+            return locations, stack.enter_context(probe_folder(run_dir))
         except OSError as error:
             path = run_dir.absolute()
-            raise PreflightError([f"{place.host} (rank 0) cannot write in {path}: {error.strerror}"]) from None
+            raise PreflightError([f"{location.host} (rank 0) cannot write in {path}: {error.strerror}"]) from None
 
-    places, folder = meeting.agree("arriving", place, Place, begin, tuple[list[Place], Path])
-    leaders = [other.rank for other in places if other.local_rank == 0 and other.rank != 0]
-    skews = measure_skews(grid, place.rank, leaders, meeting.deadline)
-    seen = visit(folder, place.rank) if place.rank in leaders else None
+    locations, folder = agreement.agree("arriving", location, RankLocation, start, tuple[list[RankLocation], Path])
+    leaders = [other.rank for other in locations if other.local_rank == 0 and other.rank != 0]
+    skews = measure_skews(grid, location.rank, leaders, agreement.deadline)
+    problem = probe(folder, location.rank) if location.rank in leaders else None
 
-    def see(machines: list[Machine]) -> frozenset[int]:
-        visitors = [rank for rank in leaders if machines[rank].folder == ""]
-        return judge.saw(machines, unseen(folder, visitors), skews)
+    def assess_machines(machines: list[Machine]) -> frozenset[int]:
+        writers = [rank for rank in leaders if machines[rank].folder_problem == ""]
+        return assessment.add_machines(machines, unseen(folder, writers), skews)
 
-    machine = describe_machine(config, grid.device, dtype, seen)
-    again = meeting.agree("checking its machine and device", machine, Machine, see, frozenset[int])
+    machine = describe_machine(config, grid.device, dtype, problem)
+    again = agreement.agree("checking its machine and device", machine, Machine, assess_machines, frozenset[int])
 
-    def rate(rates: list[Rates | None]) -> None:
-        judge.measured_again(rates)
-        judge.rated()
+    def assess_rates(rates: list[Rates | None]) -> None:
+        assessment.add_second_rates(rates)
+        assessment.conclude_devices()
 
-    rates = measure_rates(grid.device, dtype) if place.rank in again else None
-    meeting.agree("measuring its device", rates, Rates | None, rate, None)
+    rates = measure_rates(grid.device, dtype) if location.rank in again else None
+    agreement.agree("measuring its device", rates, Rates | None, assess_rates, None)
     hosts: dict[str, list[int]] = {}
-    for other in places:
+    for other in locations:
         hosts.setdefault(other.host, []).append(other.rank)
     return list(hosts.values())
 
 
-def _check_links(grid: Grid, hosts: list[list[int]], meeting: Meeting, judge: Judge) -> None:
-    deadline = meeting.deadline - REPORTING_SECONDS
+def _check_links(grid: Grid, hosts: list[list[int]], agreement: Agreement, assessment: Assessment) -> None:
+    deadline = agreement.deadline - REPORTING_SECONDS
     rounds = link_rounds(hosts)
-    for name in ("exchanging data with its neighbours", "doing so again"):  # an outlier is named after a second look
+    for name in ("exchanging data with its neighbours", "doing so again"):  # outliers are measured twice
         exchanges = measure_links(grid, rounds, deadline)
-        if not meeting.agree(name, exchanges, Exchanges, judge.exchanged, bool, lambda each: each.complaints):
+        if not agreement.agree(name, exchanges, Exchanges, assessment.add_links, bool, lambda each: each.failures):
             break
-    meeting.agree(
+    agreement.agree(
         "an all-reduce",
         measure_all_reduce(grid, deadline),
         AllReduce,
-        judge.reduced,
+        assessment.add_all_reduce,
         None,
-        lambda each: each.complaints,
+        lambda each: each.failures,
     )
 
 

@@ -1,4 +1,4 @@
-"""How far the hosts' clocks are apart: rank 0 asks each for its time through the store."""
+"""Clock differences between hosts: rank 0 asks each host for its time through the store."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from griffin.parallel.world.grid import Grid
 
-ASKED = 3  # times, of which the fastest answer counts
-PATIENCE_SECONDS = 5.0  # for an answer; a rank that gives none is named where ranks meet next
+REQUESTS = 3  # per host; the fastest answer counts
+PATIENCE_SECONDS = 5.0  # for an answer; the next agreement of all ranks names a rank that gives none
 
 
 def now() -> float:
@@ -19,21 +19,21 @@ def now() -> float:
 
 
 def measure_skews(grid: Grid, rank: int, leaders: Sequence[int], deadline: float) -> dict[int, float]:
-    """Seconds by which the clock of each of `leaders` is ahead of rank 0's, on rank 0; {} on the others.
+    """On rank 0, the seconds by which the clock of each of `leaders` is ahead of its own; {} on other ranks.
 
-    The error is below half of the time that an answer takes. `leaders` are ranks other than 0, one of each host;
-    `deadline` is of time.monotonic.
+    The error is below half of the time that an answer takes. `leaders` are ranks other than 0, one per host;
+    `deadline` is in time.monotonic.
     """
     store, skews = grid.store, dict[int, float]()
     if rank in leaders:
-        for number in range(ASKED):
+        for number in range(REQUESTS):
             if not _wait(store, f"{_key(rank, number)}/asked", deadline - time.monotonic()):
                 break
             grid.put(f"{_key(rank, number)}/time", now())
     if rank == 0:
         for leader in leaders:
             fastest = float("inf")
-            for number in range(ASKED):
+            for number in range(REQUESTS):
                 asked = now()
                 store.set(f"{_key(leader, number)}/asked", "1")
                 if not _wait(store, f"{_key(leader, number)}/time", PATIENCE_SECONDS):

@@ -1,4 +1,4 @@
-"""Whether all hosts write the same run folder: each must see a file of rank 0, and rank 0 one of each."""
+"""Check that all hosts share the run folder: each must see a file of rank 0, and rank 0 a file of each."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-PATIENCE_SECONDS = 10.0  # network file systems keep what they know of a folder for some seconds
+PATIENCE_SECONDS = 10.0  # network file systems cache the contents of a folder for some seconds
 POLL_SECONDS = 0.05
 
 
 @contextmanager
-def meeting_place(run_dir: Path) -> Iterator[Path]:
-    """A new folder in `run_dir` with rank 0's file in it, for rank 0; nothing of it is left at the end."""
-    place = run_dir / f".preflight-{secrets.token_hex(8)}"
+def probe_folder(run_dir: Path) -> Iterator[Path]:
+    """On rank 0, create a temporary folder in `run_dir` with rank 0's file in it. It is removed at the end."""
+    folder = run_dir / f".preflight-{secrets.token_hex(8)}"
     try:
-        place.mkdir()
-        _file(place, 0).write_text(place.name, encoding="ascii")
-        yield place
+        folder.mkdir()
+        _file(folder, 0).write_text(folder.name, encoding="ascii")
+        yield folder
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def visit(place: Path, rank: int) -> str:
-    """Look for rank 0's file in `place` and write one for `rank`; what is wrong, "" where nothing is."""
-    if not _appears(_file(place, 0), place.name, PATIENCE_SECONDS):
-        return f"does not see {place.parent.absolute()} as rank 0 has written it: the run folder must be shared"
+def probe(folder: Path, rank: int) -> str:
+    """Look for rank 0's file in `folder`, and write one for `rank`. Returns the problem, or ""."""
+    if not _appears(_file(folder, 0), folder.name, PATIENCE_SECONDS):
+        return f"does not see {folder.parent.absolute()} as rank 0 has written it: the run folder must be shared"
     try:
-        _file(place, rank).write_text(place.name, encoding="ascii")
+        _file(folder, rank).write_text(folder.name, encoding="ascii")
     except OSError as error:
-        return f"cannot write in {place.parent.absolute()}: {error.strerror}"
+        return f"cannot write in {folder.parent.absolute()}: {error.strerror}"
     return ""
 
 
-def unseen(place: Path, ranks: Sequence[int]) -> list[int]:
+def unseen(folder: Path, ranks: Sequence[int]) -> list[int]:
     """Those of `ranks` whose files rank 0 does not see within some seconds."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    return [rank for rank in ranks if not _appears(_file(place, rank), place.name, deadline - time.monotonic())]
+    return [rank for rank in ranks if not _appears(_file(folder, rank), folder.name, deadline - time.monotonic())]
 
 
-def _file(place: Path, rank: int) -> Path:
-    return place / f"rank-{rank}"
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}"
 
 
 def _appears(path: Path, text: str, patience: float) -> bool:
     deadline = time.monotonic() + patience
     while True:
         try:
-            if path.read_text(encoding="ascii") == text:  # opening asks the server, a mere stat may not
+            if path.read_text(encoding="ascii") == text:  # opening asks the server, stat may not
                 return True
         except OSError:
             pass

@@ -1,4 +1,4 @@
-"""What a rank can tell of its machine on its own: versions, environment, and whether its device is healthy and free."""
+"""A rank's description of its machine: versions, environment, and the state and speed of its device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from griffin.trainer.measuring.peak import best_seconds, measured_tflops
 from griffin.trainer.run.folder import PACKAGES, SOURCE
 from griffin.trainer.settings.sections import Config
 
-FOLDERS = ("kernels", "parallel", "trainer", "launch", "tools")  # of the package's code
+FOLDERS = ("kernels", "parallel", "trainer", "launch", "tools")  # with the code of the package
 VARIABLES = re.compile("NCCL_|TORCH_|PYTORCH_|GLOO_|CUDA_DEVICE_MAX_CONNECTIONS$|CUBLAS_|NVTE_")
 SHARED_MEMORY = Path("/dev/shm")
 GIB = 2**30
@@ -30,16 +30,18 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    tflops: float  # of matrix products in the training's dtype, 1e12 operations per second
+    """Measured speed of a device."""
+
+    tflops: float  # of matrix products in the compute dtype, 1e12 operations per second
     copy: float  # bytes read and written per second
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A rank's device. `faults` are reasons not to train on it, `oddities` such as to look at it; without its name."""
+    """A rank's device. `faults` are reasons not to train on it; `oddities` are warnings."""
 
     name: str
-    uuid: str  # "" of a CPU
+    uuid: str  # "" for a CPU
     rates: Rates
     faults: tuple[str, ...]
     oddities: tuple[str, ...]
@@ -47,29 +49,34 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
+    """What a rank reports of its machine."""
+
     versions: dict[str, str]
     variables: dict[str, str]
     config: Config | None
     device: Device
-    memory: int  # bytes left to this process
-    shared_memory: int | None  # bytes left in /dev/shm, None where there is no such folder
-    folder: str | None  # what is wrong with the run folder as this host sees it; None on a rank that did not look
+    memory: int  # bytes available to this process
+    shared_memory: int | None  # free bytes in /dev/shm; None if there is no such folder
+    folder_problem: str | None  # of the run folder on this host, "" if none; None on a rank that did not check
 
 
-def describe_machine(config: Config | None, device: torch.device, dtype: torch.dtype, folder: str | None) -> Machine:
+def describe_machine(
+    config: Config | None, device: torch.device, dtype: torch.dtype, folder_problem: str | None
+) -> Machine:
+    """Describe this rank's machine and measure its device."""
     return Machine(
         versions=versions(),
         variables={name: value for name, value in os.environ.items() if VARIABLES.match(name)},
         config=config,
-        device=_described(device, dtype),
+        device=_describe_device(device, dtype),
         memory=min(memory_left().values(), default=0),
         shared_memory=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,
-        folder=folder,
+        folder_problem=folder_problem,
     )
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides on what a step computes and how ranks talk; "absent" for what is not installed."""
+    """Versions of everything that affects computation or communication; "absent" for what is not installed."""
     found = {"Python": platform.python_version(), "griffin's code": code_digest()}
     for package in PACKAGES:
         try:
@@ -87,7 +94,7 @@ def versions() -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """Twelve hexadecimal digits of all source files of the package."""
+    """Digest of all source files of the package, 12 hexadecimal digits."""
     digest = hashlib.sha256()
     for folder in FOLDERS:
         for path in sorted((SOURCE / folder).rglob("*.py")):
@@ -96,8 +103,8 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _described(device: torch.device, dtype: torch.dtype) -> Device:
-    """A device that raises is one at fault: rank 0 is told at once, and need not wait for this rank in vain."""
+def _describe_device(device: torch.device, dtype: torch.dtype) -> Device:
+    """Describe a device. An error that it raises is a fault, so that rank 0 need not wait for this rank."""
     try:
         return describe_device(device, dtype)
     except RuntimeError as error:  # of CUDA, out of memory among them
@@ -107,6 +114,7 @@ def _described(device: torch.device, dtype: torch.dtype) -> Device:
 
 
 def describe_device(device: torch.device, dtype: torch.dtype) -> Device:
+    """Check a device, and measure its speed. RuntimeError if it does not compute."""
     faults = [text for kind in dict.fromkeys((dtype, torch.float32)) if (text := product_fault(device, kind))]
     if device.type != "cuda":
         rates = measure_rates(device, dtype)
@@ -115,7 +123,7 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> Device:
     torch.cuda.empty_cache()
     faults += occupied(*torch.cuda.mem_get_info(device), torch.cuda.memory_reserved(device))
     rates = measure_rates(device, dtype)
-    with _nvml(str(properties.uuid)) as (nvml, handle):  # right after work: an idle clock is not throttled
+    with _nvml(str(properties.uuid)) as (nvml, handle):  # right after work: an idle GPU is not throttled
         more_faults, oddities = ([], []) if nvml is None else nvml_state(nvml, handle)
     torch.cuda.empty_cache()
     return Device(
@@ -128,6 +136,7 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> Device:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure the speed of matrix products and copies."""
     size, rounds = (2**28, 5) if device.type == "cuda" else (2**25, 2)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
@@ -136,7 +145,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def product_fault(device: torch.device, dtype: torch.dtype) -> str:
-    """What is wrong with a matrix product of small integers, whose every partial sum `dtype` holds; "" if nothing."""
+    """The fault of a matrix product of small integers, whose partial sums are exact in `dtype`; "" if none."""
     size = 4096 if device.type == "cuda" else 128  # not a multiple of 6: the sum over k is then -2, not 0
     k = torch.arange(size, device=device)
     rows, columns = k % 7 - 3, k % 5 + 1
@@ -158,9 +167,9 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def occupied(free: int, total: int, own: int) -> list[str]:
-    """A fault where somebody else holds memory of a GPU; `own` is what this process's tensors take, all in bytes.
+    """A fault if another process uses memory of the GPU. `own` are the bytes reserved for this process's tensors.
 
-    The process's own context and communicators take a gigabyte or two, which no call tells.
+    The process's own context and communicators take a gigabyte or two, which no call reports.
     """
     used = total - free - own
     allowed = max(total // 10, 3 * GIB)
@@ -173,7 +182,7 @@ def occupied(free: int, total: int, own: int) -> list[str]:
 
 
 def nvml_state(nvml: Any, handle: Any) -> tuple[list[str], list[str]]:
-    """(faults, oddities) that the driver knows of a GPU, by NVML; what it does not support is passed over."""
+    """(faults, oddities) of a GPU that NVML reports. What the GPU does not support is skipped."""
     faults: list[str] = []
     oddities: list[str] = []
     with suppress(nvml.NVMLError):
@@ -204,12 +213,12 @@ def nvml_state(nvml: Any, handle: Any) -> tuple[list[str], list[str]]:
 
 @contextmanager
 def _nvml(uuid: str) -> Iterator[tuple[Any, Any]]:
-    """(pynvml, the GPU's handle) where that package is installed and knows the GPU; (None, None) elsewhere."""
+    """(pynvml, handle of the GPU) if that package is installed and knows the GPU, else (None, None)."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # not installed, or there is no driver that it fits
+    except Exception:  # not installed, or without a matching driver
         yield None, None
         return
     try:

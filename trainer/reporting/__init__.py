@@ -1,1 +1,1 @@
-"""What a run tells: console, metrics, TensorBoard and goodput."""
+"""Reporting of a run: console, metrics.jsonl, TensorBoard and goodput."""

@@ -1,10 +1,10 @@
-"""TensorBoard's pages of a run: figures in groups, and the first page of custom scalars: what state the run is in."""
+"""Layout of a run in TensorBoard: groups of figures, and the pages of custom scalars."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# Figures by group, up to their first slash. TensorBoard sorts groups by name: the numbers put the loss first.
+# Group -> names of figures up to their first slash. TensorBoard sorts groups by name; the numbers put the loss first.
 _GROUPS = {
     "1_loss": ("loss", "eval_loss", "eval_perplexity", "eval_bits_per_byte"),
     "2_optimizer": ("grad_norm", "param_norm", "learning_rate", "skipped_updates", "rewinds"),
@@ -37,7 +37,7 @@ _GROUPS = {
 _GROUP_OF = {figure: group for group, figures in _GROUPS.items() for figure in figures}
 OTHERS = "7_other"
 # Category -> chart -> regular expressions of its figures, literal up to their first slash.
-_HELD_OUT_SETS = {  # in the place of those of the same titles, where the sets have names
+_HELD_OUT_SETS = {  # replace the charts of the same titles if held-out sets have names
     "Loss (nats per token)": ["loss", "eval_loss/.*"],
     "Perplexity": ["eval_perplexity/.*"],
     "Bits per byte": ["eval_bits_per_byte/.*"],
@@ -78,13 +78,13 @@ _CHARTS = {
 
 
 def grouped(figure: str) -> str:
-    """A figure's tag: GROUP/FIGURE, where a figure that has its group's name first has it once."""
+    """A figure's tag, GROUP/FIGURE. The name of the group is not repeated in the figure."""
     group = _GROUP_OF.get(figure.split("/")[0], OTHERS)
     return f"{group}/{figure.removeprefix(group[2:] + '/')}"
 
 
 def layout(tag: Callable[[str], str] = grouped, *, named_sets: bool = False) -> dict[str, dict[str, list]]:
-    """For SummaryWriter.add_custom_scalars, with what makes a figure's tag; `named_sets`: held-out sets have names."""
+    """The layout for SummaryWriter.add_custom_scalars; `named_sets` if held-out sets have names."""
     pages = _CHARTS | {"Run": _CHARTS["Run"] | (_HELD_OUT_SETS if named_sets else {})}
     return {
         category: {

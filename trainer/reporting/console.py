@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar in a terminal, plain lines elsewhere, and all of it in console.log."""
+"""The console of a run: a progress bar in a terminal, plain lines elsewhere, and everything in console.log."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from griffin.trainer.run.signals import is_interrupt
 
 
 class Console:
-    """Rank 0's output. A context manager: an error that leaves it is kept in console.log as well.
+    """Rank 0's output. A context manager, which writes the traceback of an error that leaves it to console.log.
 
-    `steps` is the last step of the run and `start` the one after which it begins. What cannot be written (the disk is
-    full, the terminal is gone) is lost, and nothing is raised.
+    `steps` is the last step of the run, and `start` the step after which it begins. Text that cannot be written (a full
+    disk, a closed terminal) is lost; nothing is raised.
     """
 
     def __init__(self, folder: RunFolder, steps: int, start: int = 0, stream: TextIO | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._log = LogFile(folder.console, self._show)
         self._steps = steps
-        self._begun: tuple[int, float] | None = None  # first step that was done, and when
+        self._first: tuple[int, float] | None = None  # the first step done, and its time
         self._bar = None
         if self._stream.isatty():
             self._bar = tqdm(total=steps, initial=start, file=self._stream, unit="step", dynamic_ncols=True)
 
     def print(self, text: str) -> None:
-        """Print `text` without breaking the bar."""
+        """Print `text` above the progress bar, if there is one, and to console.log."""
         self._show(text)
         self._log.write(f"{text}\n")
 
@@ -47,10 +47,10 @@ class Console:
                 self._bar.write(text, file=self._stream)
 
     def step(self, step: int, values: Mapping[str, float] | None = None) -> None:
-        """Report that `step` is done; with its `values` (as logged to the metrics) on a logged step."""
+        """Report that `step` is done, with its figures `values` if it is a logged step."""
         now = time.monotonic()
-        # The first step compiles and allocates: it says nothing about the time that is left.
-        self._begun = self._begun or (step, now)
+        # The remaining time is estimated without the first step, which compiles and allocates.
+        self._first = self._first or (step, now)
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.update(step - self._bar.n)
@@ -59,8 +59,8 @@ class Console:
         text = f"step {step:>{len(str(self._steps))}}/{self._steps}  " + "  ".join(
             figure_text(key, values) for key in _FORMATS if key in values
         )
-        if step > self._begun[0]:
-            left = (now - self._begun[1]) / (step - self._begun[0]) * (self._steps - step)
+        if step > self._first[0]:
+            left = (now - self._first[1]) / (step - self._first[0]) * (self._steps - step)
             text += f"  {tqdm.format_interval(left)} left"
         if self._bar is None:
             self._show(text)
@@ -84,8 +84,7 @@ class Console:
     ) -> None:
         if is_interrupt(error):
             self._log.write(
-                "Stopped by Ctrl-C: started again with this run folder, the training goes on from its newest "
-                "checkpoint.\n"
+                "Stopped by Ctrl-C. Start it again with this run folder to resume from its newest checkpoint.\n"
             )
         elif error is not None:
             self._log.write("".join(traceback.format_exception(error)))
@@ -93,7 +92,7 @@ class Console:
 
 
 def figure_text(key: str, values: Mapping[str, float]) -> str:
-    """One of the figures, with its name."""
+    """A figure with its name, for the console."""
     if not is_predicted(key, values):
         return f"{key}: {NOTHING_PREDICTED}"
     return _FORMATS[key](values[key]) if key in _FORMATS else f"{key} {values[key]:{_OTHERS.get(_stem(key), '.4g')}}"

@@ -1,4 +1,4 @@
-"""Goodput: which share of a run's wall time, over all its attempts, made the steps that it now stands on."""
+"""Goodput: the share of a run's wall time, over all attempts, spent on steps that still count."""
 
 from __future__ import annotations
 
@@ -12,52 +12,52 @@ from griffin.trainer.run.json_lines import lines_from_end
 
 
 class Goodput:
-    """Counts seconds of steps. What came to nothing does not count: steps after the checkpoint that an attempt goes on
-    from, starts, evaluations, checkpoints' stalls, and the time between attempts.
+    """Counts the seconds of steps that still count.
 
-    The count at each saved step is in metrics.jsonl, from where the next attempt goes on; `start` is the step that
-    this one begins after.
+    Steps that were lost after the last checkpoint do not count, nor do startup, evaluations, stalls of checkpoints, and
+    the time between attempts. The count at each saved step is in metrics.jsonl, where the next attempt reads it.
+    `start` is the step after which this attempt begins.
     """
 
     def __init__(self, folder: RunFolder, start: int):
         self._folder = folder
-        self._begun = _first_start(folder)
-        self._at = {start: _trained_until(folder, start)}  # seconds at the start and at each save of this attempt
-        self.trained_seconds = self._at[start]
+        self._run_start = _first_start(folder)
+        self._saved = {start: _trained_until(folder, start)}  # seconds at the start and at each save of this attempt
+        self.trained_seconds = self._saved[start]
         self.resume()
 
     def resume(self) -> None:
-        """The time since the last step was no step's."""
+        """Restart the clock: the time since the last step was not spent on a step."""
         self._since = time.perf_counter()
 
     def step(self, *, counts: bool = True) -> None:
-        """A step has ended that began at the end of the last one, or at `resume`; a skipped update does not count."""
+        """Count the time since the last step or `resume` as that of a step; `counts` is False for a skipped update."""
         now = time.perf_counter()
         if counts:
             self.trained_seconds += now - self._since
         self._since = now
 
     def saved(self, step: int) -> None:
-        """The state after `step` is one that the run can go back to."""
-        self._at[step] = self.trained_seconds
+        """Note that the run can go back to the state after `step`."""
+        self._saved[step] = self.trained_seconds
 
     def rewind(self, step: int) -> None:
-        """The run goes back to a saved step: what it did after that does not count."""
-        if step not in self._at:  # an earlier attempt's
-            self._at[step] = _trained_until(self._folder, step)
-        self.trained_seconds = self._at[step]
-        self._at = {saved: seconds for saved, seconds in self._at.items() if saved <= step}
+        """Go back to the count at a saved step: later steps do not count."""
+        if step not in self._saved:  # saved by an earlier attempt
+            self._saved[step] = _trained_until(self._folder, step)
+        self.trained_seconds = self._saved[step]
+        self._saved = {saved: seconds for saved, seconds in self._saved.items() if saved <= step}
         self.resume()
 
     def values(self) -> dict[str, float]:
-        elapsed = time.time() - self._begun
-        # Clocks of two machines, or one that was put right, may differ.
+        elapsed = time.time() - self._run_start
+        # The clocks of two machines may differ, or a clock may have been set.
         share = min(1.0, self.trained_seconds / elapsed) if elapsed > 0 else 1.0
         return {"trained_seconds": self.trained_seconds, "goodput": share}
 
 
 def _first_start(folder: RunFolder) -> float:
-    """Unix time at which the run's first attempt began; now, where its file does not say."""
+    """Unix time of the start of the run's first attempt; the current time if its file does not say."""
     try:
         started = parse_json(read_regular(RunFolder(folder.path).environment, SETTINGS_BYTES))["started"]
         return datetime.strptime(started, TIME_FORMAT).timestamp()
@@ -66,9 +66,9 @@ def _first_start(folder: RunFolder) -> float:
 
 
 def _trained_until(folder: RunFolder, step: int) -> float:
-    """Seconds of the steps up to `step`, of the last attempt that came there; 0 where that is not known.
+    """Seconds of the steps up to `step` in the last attempt that reached it; 0 if unknown.
 
-    Where the line of that step was lost, up to the last step before it that has one.
+    If the line of that step was lost, up to the last step before it that has one.
     """
     if step == 0:
         return 0.0

@@ -1,4 +1,4 @@
-"""Figures of a run over its steps, as JSON lines and in TensorBoard."""
+"""Writing the figures of a run to metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from griffin.trainer.reporting.charts import grouped, layout
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.log_file import LogFile
 
-if TYPE_CHECKING:  # it takes a second to import
+if TYPE_CHECKING:  # the import takes a second
     from torch.utils.tensorboard import SummaryWriter
 
 
 NOTHING_PREDICTED = "no token was predicted"
-# Figures that are means over predicted tokens, and that of their number.
+# Figures that are means over predicted tokens -> the figure of the number of these tokens.
 _TOKENS = {"loss": "loss_tokens"} | dict.fromkeys(
     ("eval_loss", "eval_perplexity", "eval_bits_per_byte"), "eval_loss_tokens"
 )
 
 
 def is_predicted(key: str, values: Mapping[str, float]) -> bool:
-    """Whether a figure of a step means anything: a loss over no token, by "loss_tokens" beside it, is 0.0 and none.
+    """Whether a figure has a value: the loss over no token, by "loss_tokens" among `values`, is 0.0 and has none.
 
-    Those of a held-out set are called FIGURE/NAME.
+    The figures of a named held-out set are FIGURE/NAME.
     """
     figure, slash, name = key.partition("/")
     return not (figure in _TOKENS and values.get(f"{_TOKENS[figure]}{slash}{name}") == 0)
 
 
 class MetricsWriter:
-    """Appends to a run folder's metrics.jsonl, and to its tensorboard/ where asked for; used by rank 0 only.
+    """Appends to metrics.jsonl of a run folder and, if `tensorboard`, to its TensorBoard files. Used by rank 0 only.
 
-    `attempt` counts the run's starts and `start` is the step after which this one goes on. Figures of later steps,
-    from an attempt that ended after its last checkpoint, stay in metrics.jsonl under that attempt's number, and are
-    hidden from TensorBoard's curves.
+    `attempt` is the number of this start of the run, and `start` the step after which it continues. Figures of later
+    steps, from an attempt that continued after its last checkpoint, stay in metrics.jsonl under that attempt's number
+    and are hidden from TensorBoard's curves.
 
-    TensorBoard shows the figures in groups, under the run's name, but for a run that an older version began. With
-    `named_sets`, its charts show those of held-out sets by their names.
+    TensorBoard shows the figures in groups, under the run's name, except for a run that an older version began. With
+    `named_sets`, its charts show the figures of held-out sets by name.
 
-    What cannot be written is lost and nothing is raised; `say` is told once for each of the two. metrics.jsonl is tried
-    again with each line, TensorBoard's writer, whose thread ends with its first error, is not.
+    What cannot be written is lost, and nothing is raised; `say` is called once for each of the two. Writing
+    metrics.jsonl is tried again with each line. TensorBoard is given up: its writer's thread ends with its first error.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class MetricsWriter:
         self._tag: Callable[[str], str] = str if folder.begun_flat else grouped
         self._tensorboard: SummaryWriter | None = None
         if tensorboard:
-            # Before the first step there may have been an evaluation, which a run from scratch does again.
+            # A run from scratch repeats the evaluation before the first step, at step 0.
             self._open(None if attempt == 1 and start == 0 else start + 1 if start else 0)
         if self._tensorboard is not None:
             text = folder.config.read_text(encoding="utf-8")
@@ -75,8 +75,10 @@ class MetricsWriter:
                 self._tensorboard.flush()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one line {"step", "attempt", "time", **values}, flushed; the time is Unix seconds. JSON has no infinity
-        or NaN: they become null."""
+        """Write the line {"step", "attempt", "time", **values}, flushed; the time is in Unix seconds.
+
+        Infinity and NaN, which JSON does not have, become null.
+        """
         line = {key: value if math.isfinite(value) else None for key, value in values.items()}
         line = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3), **line}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -90,7 +92,7 @@ class MetricsWriter:
                 self._tensorboard.flush()
 
     def histograms(self, step: int, histograms: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
-        """Write (upper ends of bins, ascending, and counts) by figure: to TensorBoard only."""
+        """Write histograms, (ascending upper ends of bins, counts) by figure, to TensorBoard only."""
         if self._tensorboard is None:
             return
         with self._tensorboard_errors():
@@ -110,9 +112,9 @@ class MetricsWriter:
             self._tensorboard.flush()
 
     def rewind(self, step: int) -> None:
-        """Hide what TensorBoard's curves have after `step`, from which the training goes on.
+        """Hide the figures after `step`, from which training continues, from TensorBoard's curves.
 
-        In metrics.jsonl the last line of a step is the one that holds.
+        In metrics.jsonl, the last line of a step is the valid one.
         """
         if self._tensorboard is not None:
             with self._tensorboard_errors():
@@ -126,7 +128,7 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(self._events()), purge_step=purge)
 
     def _events(self) -> Path:
-        """The events' folder. That of a run whose folder was renamed or copied is renamed too, and its curves go on."""
+        """The folder of event files. It is renamed if the run folder was renamed or copied, to continue its curves."""
         events = self._folder.events
         if not (self._folder.begun_flat or events.exists()) and self._folder.tensorboard.is_dir():
             earlier = [path for path in self._folder.tensorboard.iterdir() if any(path.glob("events.out.tfevents.*"))]
@@ -144,11 +146,11 @@ class MetricsWriter:
     def _tensorboard_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # an OSError, or what the file system library of TensorBoard makes of one
-            self._say(f"tensorboard/ cannot be written: {error}; training goes on without it")
+        except Exception as error:  # an OSError, or the exception that TensorBoard's file system library turns it into
+            self._say(f"tensorboard/ cannot be written: {error}; training continues without it")
             writer, self._tensorboard = self._tensorboard, None
             if writer is not None:
-                with suppress(Exception):  # it flushes, which fails again; but its thread ends
+                with suppress(Exception):  # closing flushes, which fails again, but ends its thread
                     writer.close()
 
     def __enter__(self) -> MetricsWriter:

@@ -1,4 +1,4 @@
-"""What a run reports: rank 0's console and metrics."""
+"""The report of a run: rank 0's console and metrics."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from griffin.trainer.summary import summarize
 
 
 def _tensorboard() -> str:
-    """The command as this person can type it: the environment need not be activated."""
+    """The tensorboard command as the user can type it: the environment need not be activated."""
     return "tensorboard" if shutil.which("tensorboard") else os.path.relpath(Path(sys.prefix, "bin", "tensorboard"))
 
 
 class Report:
-    """Rank 0's console and metrics of a run; on other ranks it does nothing. A context manager.
+    """Console and metrics of a run, on rank 0. On other ranks, it does nothing. A context manager.
 
     `source` is what this attempt starts from.
     """
@@ -73,15 +73,15 @@ class Report:
             f"{summarize(config, grid.world_size, grid)}"
         )
         for text in source.skipped:
-            self._console.print(f"DAMAGED CHECKPOINT, passed over: {text}")
+            self._console.print(f"DAMAGED CHECKPOINT, skipped: {text}")
         self._console.print(source.text)
         if source.everything and source.config is not None and (changed := changed_settings(config, source.config)):
             self._console.print(f"Changed since then: {', '.join(changed)}")
         if (end := schedule_end(config)) < config.train.steps:
             least = config.optimizer.min_learning_rate
             self._console.print(
-                f"Learning rate: steps after {end}, where its decay ends, run at optimizer.min_learning_rate = "
-                f"{least:g}; state optimizer.decay_steps for another decay"
+                f"Learning rate: its decay ends at step {end}; later steps keep optimizer.min_learning_rate = "
+                f"{least:g}. Set optimizer.decay_steps for another decay"
             )
         return self
 
@@ -94,47 +94,50 @@ class Report:
         if self._grid.is_first_rank:
             self._console.print(text)
 
-    def begin(self, samples: Samples, drawn: int) -> None:
-        """Call right before the first step, with the samples that the run will have drawn: its time starts here."""
+    def begin(self, samples: Samples, total_samples: int) -> None:
+        """Call right before the first step: the time of steps starts here.
+
+        `total_samples` is the number of samples that the run will have read at its end.
+        """
         if not self._grid.is_first_rank:
             return
         self._console.print(
             f"Data: {samples.tokens:,} tokens, {samples.samples_per_epoch:,} sequences; "
-            f"the run draws {drawn:,} ({drawn / samples.samples_per_epoch:.2f} epochs)"
+            f"the run reads {total_samples:,} ({total_samples / samples.samples_per_epoch:.2f} epochs)"
         )
         config = self._config
         self._peak = peak(self._grid.device, getattr(torch, config.train.dtype), config.log.peak_tflops)
-        self._console.print(f"MFU: of {self._peak.tflops:,.3g} TFLOP/s per device ({self._peak.source})")
+        self._console.print(f"MFU: relative to {self._peak.tflops:,.3g} TFLOP/s per device ({self._peak.source})")
         self._restart_clock()
 
     def checkpoint(self, position: Position, seconds: float) -> None:
-        """A save began, and kept the training waiting for `seconds`."""
+        """A save has begun, for which the training waited `seconds`."""
         if self._grid.is_first_rank:
             self._goodput.saved(position.step)
             self._metrics.log(
                 position.step, {"checkpoint_stall_seconds": seconds, "trained_seconds": self._goodput.trained_seconds}
             )
-            self._restart_clock()  # no step's time
+            self._restart_clock()  # the stall is no step's time
 
     def saved(self, outcome: Outcome) -> None:
-        """A save ended, well or not."""
+        """A save has ended, successfully or not."""
         if not self._grid.is_first_rank:
             return
         if outcome.error is not None:
             self._console.print(f"CHECKPOINT FAILED: step {outcome.step}: {outcome.error}")
             return
         if outcome.warning is not None:
-            self._console.print(f"CHECKPOINT of step {outcome.step} stands, but: {outcome.warning}")
+            self._console.print(f"CHECKPOINT of step {outcome.step} is complete, but: {outcome.warning}")
         self._metrics.log(outcome.step, {"checkpoint_seconds": outcome.seconds, "checkpoint_bytes": outcome.bytes})
         size = f"{outcome.bytes / 2**30:.2f} GiB" if outcome.bytes >= 2**30 else f"{outcome.bytes / 2**20:.1f} MiB"
         self._console.print(f"step {outcome.step}: saved {size} in {outcome.seconds:.1f} s: {outcome.path}")
 
     def is_logged(self, step: int) -> bool:
-        """Whether the figures of a step are logged: then it is measured. The same on every rank."""
+        """Whether the figures of a step are logged, for which it is measured. The same on every rank."""
         return self._is_due(step, self._config.log.interval)
 
-    def looks_at_health(self, step: int) -> bool:
-        """Whether the RG-LRU's gates are looked at in a step. The same on every rank."""
+    def is_health_logged(self, step: int) -> bool:
+        """Whether the RG-LRU's gates are observed in a step. The same on every rank."""
         interval = self._config.log.health_interval
         return interval > 0 and RECURRENT in self._config.model.pattern and self._is_due(step, interval)
 
@@ -143,7 +146,7 @@ class Report:
         return step in (self._source.step + 1, self._config.train.steps) or step % interval == 0
 
     def step(self, position: Position, result: StepResult, spikes: SpikeDetector | None) -> None:
-        """A step is done, of which `spikes` counts those without an update."""
+        """A step is done; `spikes` has the counts of skipped updates and rewinds."""
         if not self._grid.is_first_rank:
             return
         step = position.step
@@ -157,18 +160,18 @@ class Report:
             )
         if not result.measured:
             self._console.step(step)
-            if result.stop:  # the next attempt goes on counting from what is saved now
+            if result.stop:  # this step is saved now, and the next attempt continues its count
                 self._metrics.log(step, self._goodput.values())
             return
         figures = self._figures(position, result) | _counts(spikes)
         self._metrics.log(step, figures)
         self._console.step(step, figures)
         if is_predicted("loss", figures):
-            self._note("training", result.loss)
+            self._note_loss("training", result.loss)
         self._restart_clock()
 
     def _figures(self, position: Position, result: StepResult) -> dict[str, float]:
-        """Of a logged step; times are means over the steps since the clock was restarted."""
+        """The figures of a logged step. Times are means over the steps since the clock was restarted."""
         config, steps = self._config, len(self._times)
         seconds = (time.perf_counter() - self._since) / steps
         tokens = config.train.global_batch * config.data.sequence_length
@@ -176,7 +179,7 @@ class Report:
         busy = sum(times.data_wait + times.forward_backward for times in self._times) / steps
         optimizer = sum(times.optimizer for times in self._times) / steps
         measured = dict(result.measured)
-        # What any rank waits for its data, the others wait for it: of this rank's time that much is data wait too.
+        # While a rank waits for data, the others wait for that rank: this counts as data wait of this rank too.
         wait = min(measured.pop("data_wait_seconds"), busy)
         return {
             "loss": result.loss,
@@ -197,15 +200,15 @@ class Report:
             "restarts": self._folder.attempt - 1,
         }
 
-    def spike(self, step: int, text: str, spikes: SpikeDetector, back: int | None) -> None:
-        """`step` was a spike, and the training has gone back to step `back`, or left out its update."""
+    def spike(self, step: int, text: str, spikes: SpikeDetector, rewound_to: int | None) -> None:
+        """`step` was a spike. The training has returned to step `rewound_to`, or skipped the update if that is None."""
         if not self._grid.is_first_rank:
             return
         self._console.print(f"step {step}: {text}")
         self._metrics.log(step, _counts(spikes))
-        if back is not None:
-            self._metrics.rewind(back)
-            self._goodput.rewind(back)
+        if rewound_to is not None:
+            self._metrics.rewind(rewound_to)
+            self._goodput.rewind(rewound_to)
             self._restart_clock()
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
@@ -218,11 +221,11 @@ class Report:
         for key, value in figures.items():
             figure, _, name = key.partition("/")
             if figure == "eval_loss" and is_predicted(key, figures):
-                self._note(f"held-out {name}".strip(), value)
+                self._note_loss(f"held-out {name}".strip(), value)
         self._restart_clock()  # the evaluation's time is no step's
 
     def end(self) -> None:
-        """The last lines that a person sees."""
+        """Print the last lines of the run."""
         if not self._grid.is_first_rank:
             return
         for name, last in self._last.items():
@@ -231,12 +234,12 @@ class Report:
         if self._config.log.tensorboard:
             self._console.print(f"Curves: {_tensorboard()} --logdir {self._folder.events.parent}")
 
-    def _note(self, name: str, loss: float) -> None:
+    def _note_loss(self, name: str, loss: float) -> None:
         self._first.setdefault(name, loss)
         self._last[name] = loss
 
     def _restart_clock(self) -> None:
-        """What comes next is a step's time."""
+        """Start measuring the time of the next step."""
         self._since = time.perf_counter()
         self._times: list[StepTimes] = []
         self._goodput.resume()

@@ -1,1 +1,1 @@
-"""A run's folder on disk, its lock and its logs, and requests to stop it."""
+"""The run folder, its lock and log files, and requests to stop the run."""

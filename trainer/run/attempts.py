@@ -1,7 +1,7 @@
 """attempts.jsonl of a run folder: when each attempt of the run started, and when and why it ended.
 
-Two lines an attempt: {"attempt", "started"} and {"attempt", "ended", "why", "exit_code", "step"}, times in Unix
-seconds; "failed" has "error" too. An attempt that was killed has the first line only.
+An attempt has two lines, {"attempt", "started"} and {"attempt", "ended", "why", "exit_code", "step"}. Times are Unix
+seconds. If "why" is "failed", the second line also has "error". An attempt that was killed has the first line only.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from griffin.trainer.run.log_file import LogFile
 from griffin.trainer.run.signals import is_interrupt
 
 FINISHED, STOPPED, FAILED, HUNG = "finished", "stopped", "failed", "hung"
-ERROR_CHARACTERS = 500  # of an error's text that are kept
+ERROR_CHARACTERS = 500  # most characters of an error's text
 MOST_STEPS = 2**53
 
 
 class Attempt:
-    """This attempt's lines. A context manager, entered on rank 0 only; other ranks may report a hang.
+    """Writes the lines of this attempt. A context manager, entered on rank 0 only; other ranks may call `hung`.
 
-    Keep `step` at the last step that is done, and set `is_stopped` where the run ends because it was asked to.
+    The caller keeps `step` at the last step done, and sets `is_stopped` if the run ends on request.
     """
 
     def __init__(self, folder: RunFolder, say: Callable[[str], object]) -> None:
@@ -57,7 +57,7 @@ class Attempt:
             self._end(self._say, FINISHED, 0)
 
     def hung(self) -> None:
-        """The process is about to leave with HUNG. For a thread of any rank; nothing is printed."""
+        """Record that the process is about to exit with HUNG. For any thread of any rank; it prints nothing."""
         self._end(lambda _: None, HUNG, HUNG_CODE)
 
     def _end(self, say: Callable[[str], object], why: str, exit_code: int, **fields: Any) -> None:
@@ -76,12 +76,12 @@ class End:
     time: float  # Unix seconds
     why: str  # FINISHED, STOPPED, FAILED or HUNG
     exit_code: int
-    step: int  # the last one that was done
-    error: str  # "" but for FAILED
+    step: int  # the last step done
+    error: str  # "" unless FAILED
 
 
 def read_end(folder: RunFolder) -> End | None:
-    """How the folder's attempt ended. None where it goes on or was killed, and for a run of an older version."""
+    """How the attempt of `folder` ended. None if it is running or was killed, and for a run of an older version."""
     try:
         for line in lines_from_end(folder.attempts):
             end = _parse(line) if line.get("attempt") == folder.attempt else None

@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind: what it was made from, and everything it reported."""
+"""The run folder: its files, its creation, and the description of the environment."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from griffin.trainer.settings.load import read_settings, to_toml
 from griffin.trainer.settings.sections import Config
 
 PACKAGES = ("torch", "megatron-core", "numpy", "triton", "apex", "transformer-engine")
-LAUNCH = "launch"  # folder of the jobs that start the run
+LAUNCH = "launch"  # folder of job scripts
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"  # of "started" in environment.json
 SOURCE = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths inside a run's folder, which one process, rank 0, writes.
+    """Paths inside a run folder, which rank 0 writes.
 
-    Each start of the run is an attempt, counted from 1, with files of its own for what it was made from.
+    Each start of the run is an attempt, counted from 1, with its own config and environment files.
     """
 
     path: Path
@@ -79,12 +79,12 @@ class RunFolder:
 
     @property
     def events(self) -> Path:
-        """TensorBoard's events: in a folder of the run's name, which is shown. Of a run `begun_flat`, tensorboard/."""
+        """Folder of TensorBoard's event files, named after the run; tensorboard/ itself if the run is `begun_flat`."""
         return self.tensorboard if self.begun_flat else self.tensorboard / (self.path.resolve().name or "run")
 
     @property
     def begun_flat(self) -> bool:
-        """Whether an older version began the run, whose curves then go on as they were: no folder, no groups."""
+        """Whether an older version began the run; its curves continue as they were, with no subfolder and no groups."""
         return any(self.tensorboard.glob("events.out.tfevents.*"))
 
     @property
@@ -105,10 +105,10 @@ class RunFolder:
 
     @classmethod
     def check(cls, path: Path, config: Config) -> None:
-        """Refuse a `path` where this run cannot be started or continued: ValueError, and nothing is written.
+        """Raise ValueError if this run cannot be started or resumed in `path`. Nothing is written.
 
-        That is where something else than a run stands, a run of another model, or one that another process of this
-        machine writes now; `RunLock.acquire` finds those of other machines.
+        It cannot if `path` holds anything but a run, a run of another model, or a run that another process of this
+        machine is writing; `RunLock.acquire` detects processes of other machines.
         """
         refuse_if_held(path)
         cls._check(path, config)
@@ -117,23 +117,23 @@ class RunFolder:
     def _check(cls, path: Path, config: Config) -> None:
         folder = cls(path)
         if folder.config.exists():
-            there = dataclasses.asdict(read_settings(folder.config).model)
-            differing = model_differences(config.model, there)
+            previous = dataclasses.asdict(read_settings(folder.config).model)
+            differing = model_differences(config.model, previous)
             if differing:
                 raise ValueError(
                     f"--run-dir {path}: holds a run of another model ({', '.join(differing)}); choose another --run-dir"
                 )
-        elif path.exists() and not (path.is_dir() and all(_comes_first(file.name) for file in path.iterdir())):
+        elif path.exists() and not (path.is_dir() and all(_may_precede_run(file.name) for file in path.iterdir())):
             raise ValueError(f"--run-dir {path}: exists and is not an empty folder; choose another --run-dir")
         above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise ValueError(f"--run-dir {path}: must be in a folder that can be written; {above} is not one")
+            raise ValueError(f"--run-dir {path}: must be in a writable folder; {above} is not one")
 
     @classmethod
     def create(cls, path: Path, config: Config, environment: Mapping[str, Any]) -> RunFolder:
-        """The folder of a new attempt, with its resolved config and its environment in it. For the lock's owner.
+        """Create the folder of a new attempt, with its resolved config and its environment. Call it with the lock held.
 
-        Refuses what `check` refuses, but for the lock.
+        Refuses what `check` refuses, except for a lock.
         """
         cls._check(path, config)
         path.mkdir(parents=True, exist_ok=True)
@@ -150,83 +150,76 @@ class RunFolder:
 
 
 def default_run_folder(config_path: Path, config: Config) -> Path:
-    """`log.run_root`/NAME-TIME, after the config file's name and the local time."""
+    """`log.run_root`/NAME-TIME, with the name of the config file and the local time."""
     return Path(config.log.run_root) / f"{Path(config_path).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def describe_environment(
     config: Config, ranks: Ranks, device: str, implementations: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What environment.json holds: versions, code, command, machine, layout, and the `implementations` in use.
+    """The content of environment.json: versions, code, command, machine, layout, and the `implementations` in use.
 
-    `implementations` says what computes the optimizer, norm, attention and scan, for instance {"norm": "apex"}.
+    `implementations` names what computes the optimizer, norm, attention and recurrence, such as {"norm": "apex"}.
     """
-    parallel = config.parallel
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "git": _git(),
-        "command": shlex.join(sys.argv),  # of the parent, in a rank that run_local started
+        "command": shlex.join(sys.argv),  # that of the parent in ranks that `griffin train` started
         "hostname": socket.gethostname(),
         "started": time.strftime(TIME_FORMAT),
         "world_size": ranks.world_size,
         "launched_by": ranks.source,
-        "layout": {
-            "tensor": parallel.tensor,
-            "pipeline": parallel.pipeline,
-            "virtual_pipeline": parallel.virtual_pipeline,
-            "sequence_parallel": parallel.sequence_parallel,
-            "data": ranks.world_size // parallel.model_ranks,
-        },
+        "layout": config.parallel.record(ranks.world_size),
         "device": device,
         "implementations": dict(implementations),
     }
 
 
-def changed_settings(config: Config, earlier: Mapping[str, Any]) -> list[str]:
-    """ "section.key OLD -> NEW" for each setting in which `config` differs from an earlier one.
+def changed_settings(config: Config, previous: Mapping[str, Any]) -> list[str]:
+    """ "section.key OLD -> NEW" for each setting in which `config` differs from `previous`.
 
-    `earlier` is `dataclasses.asdict` of a Config as JSON may have kept it, with lists for tuples. A setting that it
-    does not have, of a version that did not know it, stood at today's default.
+    `previous` is `dataclasses.asdict` of a Config, perhaps from JSON, with lists for tuples. A setting that it lacks,
+    because an older version did not have it, counts as today's default.
     """
     return [
         f"{section.name}.{key} {json.dumps(old)} -> {json.dumps(new)}"
         for section in dataclasses.fields(config)
-        for key, old, new in _differences(getattr(config, section.name), earlier.get(section.name, {}))
+        for key, old, new in _differences(getattr(config, section.name), previous.get(section.name, {}))
     ]
 
 
-def model_differences(model: ModelConfig, there: Mapping[str, Any]) -> list[str]:
-    """ "model.KEY is OLD there, NEW here" for each setting in which `model` differs from `there`, an asdict of one."""
-    return [f"model.{key} is {old!r} there, {new!r} here" for key, old, new in _differences(model, there)]
+def model_differences(model: ModelConfig, previous: Mapping[str, Any]) -> list[str]:
+    """ "model.KEY is OLD there, NEW here" for each setting in which `model` differs from `previous`, an asdict."""
+    return [f"model.{key} is {old!r} there, {new!r} here" for key, old, new in _differences(model, previous)]
 
 
-def _differences(section: Any, there: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value there, value here) of each field that differs; the values as JSON has them."""
+def _differences(section: Any, previous: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, previous value, current value) of each field that differs, with values as in JSON."""
     for field in dataclasses.fields(section):
         default = None if field.default is dataclasses.MISSING else field.default
-        old, new = there.get(field.name, default), getattr(section, field.name)
+        old, new = previous.get(field.name, default), getattr(section, field.name)
         old, new = map(_as_json, (old, new))
         if old != new:
             yield field.name, old, new
 
 
 def _as_json(value: Any) -> Any:
-    """With lists for tuples."""
+    """The value as in JSON, with lists for tuples."""
     if isinstance(value, Mapping):
         return {key: _as_json(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
 def _attempts(path: Path) -> int:
-    """How often the run in folder `path` was started; 0 if never."""
+    """How many times the run in folder `path` was started."""
     names = [file.name for file in path.iterdir()]
     later = [int(match[1]) for name in names if (match := re.fullmatch(r"config\.attempt-(\d+)\.toml", name))]
     return max([int("config.toml" in names), *later])
 
 
-def _comes_first(name: str) -> bool:
-    """What a folder may hold before its run: the job that starts it, the lock, a newcomer's claim on that."""
+def _may_precede_run(name: str) -> bool:
+    """Whether a folder may hold this file before its run: job scripts, the lock, or a claim on the lock."""
     return name == LAUNCH or name.partition(".")[0] == LOCK
 
 
@@ -238,14 +231,14 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit of the code that runs and whether files differ from it; None outside of a checkout."""
+    """Commit of the running code, and whether files differ from it; None outside of a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(SOURCE), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != SOURCE:  # installed inside of somebody else's checkout
+        if Path(git("rev-parse", "--show-toplevel")) != SOURCE:  # installed inside another project's checkout
             return None
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):

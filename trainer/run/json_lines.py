@@ -1,4 +1,4 @@
-"""Reading files of JSON lines that grow, from their end: they may have hundreds of megabytes."""
+"""Reading growing files of JSON lines from their end; they may have hundreds of megabytes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from griffin.trainer.files import open_regular, parse_json
 
-_BLOCK = 2**20  # bytes
-_LONGEST = 16 * 2**20  # bytes of a line; a longer one is no run's
 
+def lines_from_end(path: Path, *, block: int = 2**20, longest: int = 16 * 2**20) -> Iterator[dict[str, Any]]:
+    """The objects of the file, last first; none if there is no file. OSError naming a path that is no regular file.
 
-def lines_from_end(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of the file, the last first; none where there is no file. Lines that were cut are passed over,
-    and what stands before one of more than 16 MiB. OSError naming what is no regular file."""
+    Truncated lines are skipped, and so is everything before a line of more than `longest` bytes; no run writes a longer
+    one. The file is read `block` bytes at a time.
+    """
     try:
         file = open_regular(path)
     except FileNotFoundError:
@@ -23,19 +23,19 @@ def lines_from_end(path: Path) -> Iterator[dict[str, Any]]:
     with file:
         place, rest = file.seek(0, os.SEEK_END), b""
         while place > 0:
-            size = min(_BLOCK, place)
+            size = min(block, place)
             place -= size
             file.seek(place)
             rest, *lines = (file.read(size) + rest).split(b"\n")
             yield from filter(None, map(parse_line, reversed(lines)))
-            if len(rest) > _LONGEST:
+            if len(rest) > longest:
                 return
         if (first := parse_line(rest)) is not None:
             yield first
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """None for what is no object: a line that a kill or a full disk cut."""
+    """The object of a line; None if it is none, such as a line truncated by a kill or a full disk."""
     try:
         value = parse_json(line)
     except ValueError:
@@ -44,20 +44,17 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 class Follower:
-    """Reads what a file of JSON lines has, from at most `last` bytes before its end, and then what is added to it.
-
-    Of what is added between two calls, those last bytes too.
-    """
+    """Reads the last `last` bytes of a file of JSON lines, and then what is appended between calls (likewise)."""
 
     def __init__(self, path: Path, last: int = 4 * 2**20):
         self._path, self._last = path, last
-        self._place: int | None = None  # where the first line begins that was not read
-        self._file: tuple[int, int] | None = None  # identity
+        self._place: int | None = None  # offset of the first line that was not read
+        self._file: tuple[int, int] | None = None  # device and inode
 
     def read(self) -> list[dict[str, Any]]:
-        """The objects of the complete lines since the last call. A file that was replaced is read anew.
+        """The objects of the complete lines since the last call; none if the file cannot be read.
 
-        There are none where it cannot be read.
+        A file that was replaced is read from its beginning.
         """
         try:
             with open_regular(self._path) as file:
@@ -73,7 +70,7 @@ class Follower:
         except FileNotFoundError:
             self._place = None
             return []
-        except OSError:  # as a network file system has now and then; the next call finds out
+        except OSError:  # network file systems have errors at times; the next call tries again
             return []
         lines = data.split(b"\n")
         self._file, self._place = identity, place + len(data) - len(lines[-1])

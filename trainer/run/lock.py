@@ -1,4 +1,4 @@
-"""One run at a time writes a run folder: a lock file that names its owner, and how a lock left behind is recognised."""
+"""The lock of a run folder, which one run at a time writes, and the detection of stale locks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from griffin.parallel.world.messages import ForgedError, unpack
 from griffin.trainer.files import SETTINGS_BYTES, is_integer, open_regular
 
 NAME = "lock"
-HEARTBEAT_SECONDS = 10.0  # between two touches of the file by its owner
-PATIENCE_SECONDS = 60.0  # an owner of another machine that touches its file for so long not once is gone
+HEARTBEAT_SECONDS = 10.0  # the owner touches the file this often
+PATIENCE_SECONDS = 60.0  # an owner on another machine that has not touched the file for so long is gone
 POLL_SECONDS = 0.2
 TOKEN = re.compile("[0-9a-f]{32}")
 MOST_PID = 2**31 - 1
@@ -32,16 +32,16 @@ MOST_PID = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """What a lock file says, as JSON, of the process that made it."""
+    """The owner of a lock, as its file describes it in JSON."""
 
-    token: str  # drawn for this lock alone
+    token: str  # random, unique to this lock
     user: str
     host: str
-    machine: str | None  # boot and process namespace: within one, process ids can be compared
+    machine: str | None  # boot id and pid namespace: process ids can be compared within one
     pid: int
-    process_started: int | None  # clock ticks since boot: tells a process from a later one of the same id
+    process_started: int | None  # clock ticks since boot: distinguishes it from a later process with the same id
     job: str | None  # SLURM's cluster and job id
-    job_restarts: int  # how often SLURM has requeued it
+    job_restarts: int  # how many times SLURM has requeued the job
     started: str  # local time
     command: str
 
@@ -64,7 +64,7 @@ class Owner:
 
     @classmethod
     def parse(cls, text: bytes) -> Owner | None:
-        """None where `text` is not what an owner wrote, or not all of it yet."""
+        """The owner that a lock file names; None if `text` is anything else, or not complete yet."""
         try:
             owner = unpack(text, cls)
         except ForgedError:
@@ -77,29 +77,29 @@ class Owner:
         return f"{self.user} on {self.host} (process {self.pid}{job}, since {self.started}: {self.command})"
 
     def has_ended(self, me: Owner) -> bool | None:
-        """Whether this owner's process has ended, as the process of `me` can tell; None where it cannot."""
+        """Whether this owner's process has ended; None if the process of `me` cannot tell."""
         if self.job is not None and self.job == me.job and self.job_restarts < me.job_restarts:
-            return True  # SLURM ends a job before it starts it again
+            return True  # SLURM ends a job before it restarts it
         if self.machine is None or self.machine != me.machine:
             return None
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except PermissionError:  # it runs, as another user
+        except PermissionError:  # it is running, as another user
             pass
         running = _process_started(self.pid)
         return None if running is None else running != self.process_started
 
 
 class RunLock:
-    """The lock that this process holds. A context manager; a thread of its own shows other machines that it lives."""
+    """A lock that this process holds. A context manager. A thread touches the file as a sign of life."""
 
     path: Path
     token: str
 
     def __init__(self, path: Path, token: str, file: int, heartbeat: float) -> None:
-        """Of a lock file that was made already and is open as descriptor `file`: use `acquire`."""
+        """For a lock file that exists and is open as descriptor `file`. Use `acquire` instead."""
         self.path, self.token = path, token
         self._file = file
         self._released = threading.Event()
@@ -115,11 +115,11 @@ class RunLock:
         patience: float = PATIENCE_SECONDS,
         heartbeat: float = HEARTBEAT_SECONDS,
     ) -> RunLock:
-        """Lock `run_dir`, which is made where it is missing. ValueError naming the owner where a living one holds it.
+        """Lock `run_dir`, creating it if needed. ValueError naming the owner if a running process holds the lock.
 
-        A lock is taken over at once where its process is known to have ended: it was one of this machine, or of an
-        earlier start of this SLURM job. Of another machine's, the file is watched for up to `patience` seconds of this
-        machine's clock: an owner touches it every `heartbeat` seconds.
+        A stale lock is taken over at once if its process is known to have ended: a process of this machine, or of an
+        earlier start of this SLURM job. The lock of another machine is watched for up to `patience` seconds by this
+        machine's clock; a running owner touches it every `heartbeat` seconds.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         path, me = run_dir / NAME, Owner.current()
@@ -131,7 +131,7 @@ class RunLock:
                 return cls(path, me.token, file, heartbeat)
 
     def release(self) -> None:
-        """Remove the file if it is still this lock's. A file that cannot be removed is recognised as stale later."""
+        """Remove the file if it is still this lock's. A file that cannot be removed will be recognised as stale."""
         if self._released.is_set():
             return
         self._released.set()
@@ -142,7 +142,7 @@ class RunLock:
                 self.path.unlink()
 
     def _touch(self, heartbeat: float) -> None:
-        # By the descriptor: where another run has taken the lock over, its file is not touched.
+        # By descriptor: if another run has taken over the lock, its file is not touched.
         while not self._released.wait(heartbeat):
             with suppress(OSError):
                 os.utime(self._file)
@@ -157,19 +157,19 @@ class RunLock:
 
 
 def holds(path: Path, token: str) -> bool:
-    """Whether the lock file `path` stands and is that of `token`."""
+    """Whether the lock file `path` exists and has this `token`."""
     file = _read(path)
     return file is not None and file.identity == token
 
 
 def is_taken_over(path: Path, token: str) -> bool:
-    """Whether the lock file `path` stands and is another's than that of `token`."""
+    """Whether the lock file `path` exists and has another token than `token`."""
     file = _read(path)
     return file is not None and file.identity != token
 
 
 def refuse_if_held(run_dir: Path) -> None:
-    """ValueError where a living process of this machine holds the lock of `run_dir`. Waits for nothing."""
+    """Raise ValueError if a running process of this machine holds the lock of `run_dir`. Does not wait."""
     file = _read(run_dir / NAME)
     if file is not None and file.owner is not None and file.owner.has_ended(Owner.current()) is False:
         raise file.refusal()
@@ -177,12 +177,12 @@ def refuse_if_held(run_dir: Path) -> None:
 
 @dataclass(frozen=True)
 class _File:
-    """A lock file as it was read."""
+    """The state of a lock file when it was read."""
 
     path: Path
-    identity: str  # the owner's token, or the inode of a file that says none
+    identity: str  # the owner's token, or the inode if the file has none
     owner: Owner | None
-    touched: int  # ns, of its file system's clock
+    touched: int  # modification time in ns, by the clock of its file system
 
     def refusal(self) -> ValueError:
         owner = self.owner or "a run that it does not name"
@@ -192,12 +192,12 @@ class _File:
 
 
 def _take_over(path: Path, me: Owner, say: Callable[[str], None], patience: float) -> int | None:
-    """A descriptor of the lock file, now mine, once its owner has ended; None where its owner changed meanwhile.
+    """Wait until the owner has ended, and take over the lock. Returns its descriptor; None if the owner has changed.
 
-    A newcomer claims the stale lock by making the file lock.after-TOKEN, TOKEN being the stale one's: of several
-    newcomers one succeeds. While it holds the claim nobody else replaces that lock, so once it has seen that the lock
-    is still the stale one, it can move its claim into the lock's place. A claim whose maker died in between is itself
-    claimed like a lock. A claim is removed by its maker, or with the lock at the head of its chain.
+    A newcomer claims a stale lock by creating the file lock.after-TOKEN, where TOKEN is that of the stale lock. Only
+    one of several newcomers succeeds. Nobody else replaces that lock while the claim exists. So once the newcomer has
+    seen that the lock is still the stale one, it can rename its claim to the lock. If the newcomer dies in between, its
+    claim is itself claimed like a lock. A claim is removed by its creator, or with the lock at the head of its chain.
     """
     chain = _chain(path)
     if not chain or not _wait_for_end(chain[-1], me, say, patience):
@@ -223,7 +223,7 @@ def _take_over(path: Path, me: Owner, say: Callable[[str], None], patience: floa
 
 
 def _chain(path: Path) -> list[_File]:
-    """The lock, the claim on it, the claim on that claim, ...; the last one's owner decides. Empty without a lock."""
+    """The lock, the claim on it, the claim on that claim, and so on; [] without a lock. The last one's owner counts."""
     chain = []
     file = _read(path)
     while file is not None:
@@ -237,9 +237,10 @@ def _claim(path: Path, file: _File) -> Path:
 
 
 def _wait_for_end(file: _File, me: Owner, say: Callable[[str], None], patience: float) -> bool:
-    """True once the owner of `file` has ended, False if the file is another's by then; ValueError if the owner lives.
+    """Wait for a sign of life of the owner of `file`, and raise ValueError if it is running.
 
-    A file without an owner, which may just be being written, is watched like one of another machine.
+    Returns True once it has ended, and False if the file has another owner by then. A file that names no owner, as it
+    may be being written, is watched like that of another machine.
     """
     owner = file.owner or "a run that it does not name"
     deadline = time.monotonic() + patience
@@ -266,7 +267,7 @@ def _wait_for_end(file: _File, me: Owner, say: Callable[[str], None], patience: 
 
 
 def _create(path: Path, owner: Owner) -> int | None:
-    """A descriptor of the new file `path`, which names `owner`; None where one stands already."""
+    """Create the file `path`, which names `owner`. Returns its descriptor; None if the file exists already."""
     try:
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -283,16 +284,16 @@ def _create(path: Path, owner: Owner) -> int | None:
 
 
 def _read(path: Path) -> _File | None:
-    """None where there is no such file."""
+    """Read a lock file; None if there is no such file."""
     text = b""
     try:
         try:
-            with open_regular(path) as file:  # network file systems ask the server on opening, not on a mere stat
+            with open_regular(path) as file:  # opening asks the server of a network file system, stat may not
                 status = os.fstat(file.fileno())
                 text = file.read(SETTINGS_BYTES)  # an owner writes less
         except FileNotFoundError:
             return None
-        except OSError:  # unreadable for this user, no regular file, or replaced on the server meanwhile
+        except OSError:  # not readable by this user, no regular file, or replaced on the server meanwhile
             status = path.stat()
     except OSError:
         return None
@@ -316,8 +317,7 @@ def _machine() -> str | None:
 
 
 def _process_started(pid: int) -> int | None:
-    """Start of a process in clock ticks since boot; 0 for one that has ended and is not waited for yet, None for one
-    that cannot be seen."""
+    """Start of a process in clock ticks since boot; 0 for a zombie, None if it cannot be seen."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Files of lines that a run writes for people, and does not end for."""
+"""Log files of a run, whose write errors do not end it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 class LogFile:
-    """Appends lines to a file that other attempts may have begun; an OSError is never raised.
+    """Appends lines to a file, which earlier attempts may have begun. It never raises an OSError.
 
-    Where a line cannot be written (the disk is full, the folder is gone) it is lost. `say` is told the first time, and
-    each later line is tried again, so that those after a repair are there.
+    A line that cannot be written (a full disk, a deleted folder) is lost. `say` is called the first time. Each later
+    line is tried again, so that lines after a repair are written.
     """
 
     def __init__(self, path: Path, say: Callable[[str], object]) -> None:
@@ -23,12 +23,12 @@ class LogFile:
         self._has_failed = False
 
     def write(self, text: str) -> None:
-        """Append `text`, of whole lines, and leave nothing in a buffer."""
+        """Append `text`, which consists of whole lines, unbuffered."""
         rest = memoryview(text.encode())
         try:
             if self._file is None:
                 self._file = io.FileIO(self._path, "a+")
-                if _ends_within_a_line(self._file):  # a process was killed while it wrote, or a disk was full
+                if _ends_within_a_line(self._file):  # a process was killed while writing, or the disk was full
                     rest = memoryview(b"\n" + bytes(rest))
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -40,17 +40,17 @@ class LogFile:
         if file is not None:
             try:
                 file.close()
-            except OSError as error:  # some network file systems only say now that there was no room
+            except OSError as error:  # some network file systems report a full disk only now
                 self._fail(error)
 
     def _fail(self, error: OSError) -> None:
-        file, self._file = self._file, None  # the next line finds out how much of this one is there
+        file, self._file = self._file, None  # the next `write` checks how much of this line was written
         if file is not None:
             with suppress(OSError):
                 file.close()
         if not self._has_failed:
             self._has_failed = True
-            self._say(f"{self._path.name} cannot be written: {error}; training goes on without it")
+            self._say(f"{self._path.name} cannot be written: {error}; training continues without it")
 
 
 def _ends_within_a_line(file: io.FileIO) -> bool:

@@ -1,4 +1,4 @@
-"""Requests from outside to save and stop: SIGTERM, as schedulers send it, and SIGUSR1, their warning ahead of it."""
+"""Requests to save and stop: SIGTERM, which schedulers send, and SIGUSR1, which they send ahead of it as a warning."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class StopRequests:
-    """Notes the first of these signals that comes while it is entered, and lets the process go on.
+    """Records the first of these signals that arrives within the context. The process continues.
 
-    A context manager: handlers that were there before are given back. Python has handlers in the main thread only:
-    entered in another one it notes nothing.
+    A context manager, which restores the previous handlers. Python installs handlers in the main thread only: in
+    another thread, nothing is recorded.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -23,29 +23,29 @@ class StopRequests:
 
     @property
     def requested(self) -> str | None:
-        """Name of the signal, "SIGTERM" or "SIGUSR1"; None as long as there was none."""
+        """Name of the signal that arrived, "SIGTERM" or "SIGUSR1", or None."""
         return self._requested
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            self._previous = {number: signal.signal(number, self._record) for number in self.SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            # None: a handler that was not installed from Python, which it cannot install again.
+            # None: a handler that was not installed from Python, and cannot be restored from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self._requested is None:
             self._requested = signal.Signals(number).name
 
 
 def is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C (SIGINT) led to it: perhaps it came up while the interrupt was dealt with."""
+    """Whether Ctrl-C (SIGINT) caused `error`, perhaps while the interrupt was being handled."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None

@@ -1,4 +1,4 @@
-"""The copy of its data's tokenizer in a run's folder, which lets its checkpoints read and write text on their own."""
+"""The copy of the data's tokenizer in a run folder, with which its checkpoints can be used without the data."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from griffin.trainer.run.folder import RunFolder
 
 FORMAT = "griffin-tokenizer-1"
 DESCRIPTION = "description.json"
-_NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}  # of the file, by kind
+_NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}  # kind -> name of the file
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Description:
-    """What description.json says of the file beside it."""
+    """The content of description.json, which describes the file beside it."""
 
     tokenizer: dict[str, Any]  # as `Tokenizer.describe`
     eod_token: str | None  # --eod of the data's build
     copied_from: str
-    data: list[str]  # prefixes that were built with it, as data.train named them
+    data: list[str]  # prefixes built with it, as data.train names them
 
 
-def keep_tokenizer(run: RunFolder, entries: Sequence[str]) -> str | None:
-    """Copy the tokenizer of a run's data into its folder, where it has a file and none is kept there yet.
+def copy_tokenizer(run: RunFolder, entries: Sequence[str]) -> str | None:
+    """Copy the tokenizer of a run's data to its folder, unless it has no file or there is a copy already.
 
-    Returns what a person should know, where the folder does not hold this tokenizer then. Raises nothing for what
-    cannot be read or written: the training needs no tokenizer.
+    Returns a warning if the folder does not hold this tokenizer afterwards, or None. Files that cannot be read or
+    written raise nothing, since training needs no tokenizer.
     """
     try:
         prefixes = [prefix for _, prefix in parse_blend(entries)]
@@ -47,21 +47,21 @@ def keep_tokenizer(run: RunFolder, entries: Sequence[str]) -> str | None:
         if not run.tokenizer.exists():
             _copy(info, prefixes, run.tokenizer)
         elif _read(run.tokenizer).tokenizer != info.tokenizer:
-            return f"Tokenizer: {run.tokenizer} keeps another one than that of the data; it is left as it is"
+            return f"Tokenizer: {run.tokenizer} holds another one than that of the data; it is left as it is"
     except (OSError, ValueError) as error:
-        return f"Tokenizer: there is no copy of it in the run folder ({error})"
+        return f"Tokenizer: not copied to the run folder ({error})"
     return None
 
 
 def find_tokenizer(step: Path, entries: Sequence[str]) -> Tokenizer:
-    """The tokenizer of the data that a step's folder was trained on; where its file is gone, the copy of its run.
+    """The tokenizer of the data that a checkpoint was trained on, or the copy in its run folder if its file is gone.
 
     Args:
-        step: a run's checkpoints/step-N.
+        step: the checkpoint's folder, checkpoints/step-N of a run.
         entries: data.train of its config.
 
-    Raises ValueError or OSError for what is wrong with the data's own where there is no copy, and ValueError where that
-    one is damaged or of another tokenizer.
+    Raises ValueError or OSError if the data's tokenizer cannot be loaded and there is no copy, and ValueError if the
+    copy is damaged or is another tokenizer.
     """
     prefix, info = parse_blend(entries)[0][1], None
     try:
@@ -83,7 +83,7 @@ def find_tokenizer(step: Path, entries: Sequence[str]) -> Tokenizer:
 
 
 def _copy(info: DataInfo, prefixes: list[str], folder: Path) -> None:
-    """Make `folder`, whole or not at all. ValueError or OSError where the file is gone or is another one now."""
+    """Create `folder` atomically. ValueError or OSError if the tokenizer's file is gone or has changed."""
     content = read_regular(info.tokenizer_spec, MOST_FILE_BYTES)
     if hashlib.sha256(content).hexdigest() != info.tokenizer["sha256"]:
         raise ValueError(f"{info.tokenizer_spec} is not the tokenizer that {info.prefix} was built with")
@@ -103,7 +103,7 @@ def _copy(info: DataInfo, prefixes: list[str], folder: Path) -> None:
 
 
 def _read(folder: Path) -> _Description:
-    """Raises ValueError where it is missing or damaged."""
+    """Read the description of a copy. ValueError if it is missing or damaged."""
     path = folder / DESCRIPTION
     try:
         record = parse_json(read_regular(path))

@@ -1,1 +1,1 @@
-"""Settings of a run: sections, presets, and what they may be."""
+"""Settings of a run: sections, presets, loading and validation."""

@@ -1,4 +1,4 @@
-"""Settings completed with what the data say."""
+"""Settings completed from the data: the vocabulary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from griffin.parallel.config import ModelConfig
 from griffin.trainer.data.prefix import DataInfo, read_blend
-from griffin.trainer.schedule import Earlier
+from griffin.trainer.schedule import PreviousRun
 from griffin.trainer.settings.load import read_settings
 from griffin.trainer.settings.sections import Config, DataConfig
 
@@ -18,17 +18,17 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     find_model: Callable[[], ModelConfig | None] = lambda: None,
-    earlier: Earlier | None = None,
+    previous: PreviousRun | None = None,
 ) -> Config:
-    """The config of `read_settings`, with the vocabulary of its data where it states none.
+    """Load a config with `read_settings`, and take the vocabulary from its data unless it states one.
 
-    Raises what `read_settings` raises, and, where the vocabulary is not stated, what `read_data` does.
+    Raises what `read_settings` raises and, unless the vocabulary is stated, what `read_data` raises.
     """
-    return complete(read_settings(path, overrides, find_model=find_model, earlier=earlier))
+    return complete(read_settings(path, overrides, find_model=find_model, previous=previous))
 
 
 def complete(config: Config) -> Config:
-    """`config` with the vocabulary of its data's tokenizer; where it states one, no data are read."""
+    """`config` with the vocabulary of its data's tokenizer. If it states one, no data are read."""
     if config.model.vocabulary is not None:
         return config
     return with_vocabulary(config, read_data(config.data)[0].vocabulary)
@@ -39,9 +39,9 @@ def with_vocabulary(config: Config, vocabulary: int) -> Config:
 
 
 def read_data(data: DataConfig) -> list[DataInfo]:
-    """Every prefix of `data.train`, then of `data.eval`, all of one tokenizer. Reads their headers and indexes.
+    """Read the headers and indexes of every prefix of `data.train`, then of `data.eval`.
 
-    Raises ValueError where there are no data, where they are missing or damaged, or where tokenizers differ.
+    Raises ValueError if no data are named, if they are missing or damaged, or if their tokenizers differ.
     """
     if not data.train:
         raise ValueError("data.train = []: must name at least one PREFIX built by `griffin data build`")

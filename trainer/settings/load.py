@@ -1,4 +1,4 @@
-"""Settings from a TOML file, with overrides from the command line. No data are read here: see `complete`."""
+"""Loading settings from a TOML file, with overrides from the command line. No data are read: see `complete`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from griffin.parallel.config import ModelConfig
 from griffin.parallel.mixers import used
 from griffin.trainer.dtypes import canonical_dtype
 from griffin.trainer.files import SETTINGS_BYTES, parse_toml, read_regular
-from griffin.trainer.schedule import Earlier, keep_schedule
+from griffin.trainer.schedule import PreviousRun, keep_schedule
 from griffin.trainer.settings import eval_sets
 from griffin.trainer.settings.eval_sets import EvalSets, read_eval_sets, with_set
 from griffin.trainer.settings.presets import PRESETS, preset
 from griffin.trainer.settings.sections import SECTIONS, TYPES, Config, OptimizerConfig
 from griffin.trainer.settings.suggestions import suggest_section, suggest_setting
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # those that come along, each found by its name
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # packaged configs, found by their names
 
 ACCEPTED = {
     int: "an integer",
@@ -41,60 +41,61 @@ def read_settings(
     overrides: Sequence[str] = (),
     *,
     find_model: Callable[[], ModelConfig | None] = lambda: None,
-    earlier: Earlier | None = None,
+    previous: PreviousRun | None = None,
 ) -> Config:
-    """The config of a TOML file, changed by `overrides` (["--train.steps", "10", "--model.window=64", ...]).
+    """Read a config from a TOML file, with `overrides` (["--train.steps", "10", "--model.window=64", ...]).
 
-    `model.vocabulary` is None where it is not stated; `complete` takes it from the data.
+    `model.vocabulary` is None if it is not stated; `complete` takes it from the data.
 
     Args:
         path: a file, or the name of a packaged config (see `find_config`).
-        find_model: asked for the model where neither a pattern nor a preset is stated; None where it has none.
-        earlier: the config of the run that goes on, whose schedule is kept (see `keep_schedule`).
+        find_model: called if neither a pattern nor a preset is stated; returns the model, or None.
+        previous: the config and step of the run to resume, whose schedule is kept (see `keep_schedule`).
 
-    Raises FileNotFoundError where there is no such file, and ValueError that names the setting, its value and what is
-    accepted.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a setting is wrong; the message names it, its value and what is accepted.
     """
     path = find_config(path)
     try:
         tables = parse_toml(read_regular(path, SETTINGS_BYTES).decode())
-    except ValueError as error:  # of the decoder, or of the encoding
+    except ValueError as error:  # of TOML or of the encoding
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     settings: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for section, table in tables.items():
         if not isinstance(table, dict):
-            raise ValueError(f"{section} = {table!r}: stands outside of any section; {_nearest('', section)}")
+            raise ValueError(f"{section} = {table!r}: is outside of any section; {_nearest('', section)}")
         if section not in SECTIONS:
             raise ValueError(f"[{section}]: no such section; did you mean [{suggest_section(section, SECTIONS)}]?")
         for key, value in table.items():
             settings[section][key] = typed(section, key, value)
-    told = {name: set[str]() for name in SECTIONS}
+    overridden = {name: set[str]() for name in SECTIONS}
     for section, key, text in _split(overrides):
         key, _, name = key.partition(".")
         value = _parsed(section, key, text)
         settings[section][key] = with_set(settings[section].get(key, ()), name, value) if name else value
-        told[section].add(key)
-    if earlier is not None:
+        overridden[section].add(key)
+    if previous is not None:
         settings["optimizer"] = keep_schedule(
-            settings["optimizer"], told["optimizer"], OptimizerConfig.schedule, earlier
+            settings["optimizer"], overridden["optimizer"], OptimizerConfig.schedule, previous
         )
     model = _resolve_model(settings.pop("model"), find_model)
     return Config(model=model, **{name: SECTIONS[name](**stated) for name, stated in settings.items()})
 
 
 def find_config(path: str | Path) -> Path:
-    """The file `path`, or where there is none, the packaged config of that name. FileNotFoundError if neither."""
+    """The file `path`, or else the packaged config of that name. FileNotFoundError if there is neither."""
     path = Path(path)
     packaged = {file.stem: file for file in sorted(CONFIGS.glob("*.toml"))}
     if not path.is_file() and str(path) in packaged:
         return packaged[str(path)]
     if path.exists():
         return path
-    raise FileNotFoundError(f"{path}: no such config file, and none of those that come along: {', '.join(packaged)}")
+    raise FileNotFoundError(f"{path}: no such config file, and no packaged config of that name: {', '.join(packaged)}")
 
 
 def to_toml(config: Config) -> str:
-    """TOML with every setting stated, which loads as a Config equal to `config`."""
+    """TOML that states every setting, and loads as a Config equal to `config`."""
     return tomli_w.dumps(dataclasses.asdict(config))
 
 
@@ -109,10 +110,10 @@ def _type(section: str, key: str) -> Any:
 
 
 def typed(section: str, key: str, value: Any) -> Any:
-    """`value` as the setting's type: integers become floats, and floats without a fraction integers, lists tuples, a
-    string a tuple of one, another name of a dtype the canonical one, where asked for.
+    """Convert `value` to the type of its setting, or raise ValueError.
 
-    Raises ValueError where it is of another type.
+    As the setting requires, integers become floats, floats without a fraction become integers, lists become tuples, a
+    string becomes a tuple of one, and the name of a dtype becomes its canonical name.
     """
     kind = _type(section, key)
     if kind is int and _is_integral(value):
@@ -129,18 +130,18 @@ def typed(section: str, key: str, value: Any) -> Any:
             value = [int(item) if _is_integral(item) else item for item in value]
         if all(type(item) is element for item in value):
             return tuple(value)
-    elif type(value) is kind:  # not isinstance: true is no integer
+    elif type(value) is kind:  # not isinstance: a bool is no integer
         return canonical_dtype(value) if (section, key) == ("train", "dtype") else value
     raise ValueError(f"{section}.{key} = {value!r}: must be {ACCEPTED[kind]}")
 
 
 def _is_integral(value: Any) -> bool:
-    """Whether `value` is a float that stands for one integer: 1e6. Above 2^53 it may stand for several."""
+    """Whether `value` is a float that is exactly one integer, such as 1e6. Above 2^53 it may stand for several."""
     return type(value) is float and value.is_integer() and abs(value) <= 2**53
 
 
 def _parsed(section: str, key: str, text: str) -> Any:
-    """The value of an override: TOML where that fits the setting, otherwise the text itself."""
+    """The value of an override: parsed as TOML if that fits the setting, otherwise the text itself."""
     _type(section, key)
     try:
         table = parse_toml(f"value = {text}")
@@ -152,7 +153,7 @@ def _parsed(section: str, key: str, text: str) -> Any:
 
 
 def _split(overrides: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(section, key, text) of each "--section.key=text", or "--section.key" followed by "text" or several (a list)."""
+    """(section, key, text) of each "--section.key=text" or "--section.key" "text"; several texts become a list."""
     words, split = list(overrides), []
     while words:
         word = words.pop(0)
@@ -171,7 +172,7 @@ def _split(overrides: Sequence[str]) -> list[tuple[str, str, str]]:
             while words and not words[0].startswith("--"):
                 entries.append(words.pop(0))
             if len(entries) > 1:
-                text = json.dumps(entries, ensure_ascii=False)  # a list of TOML's too
+                text = json.dumps(entries, ensure_ascii=False)  # which is a list in TOML too
         split.append((section, key, text))
     return split
 
@@ -180,7 +181,7 @@ def _resolve_model(stated: dict[str, Any], find_model: Callable[[], ModelConfig 
     stated = dict(stated)
     name = stated.pop("preset", None)
     if name is not None:
-        # A preset's vocabulary is a figure for parameter counts; what the model trains on decides here.
+        # A preset's vocabulary is for counting parameters. The vocabulary of a training is that of its data.
         settings = dataclasses.asdict(preset(name)) | {"vocabulary": None} | stated
     elif "pattern" in stated:
         settings = _fill_widths(stated)
@@ -188,14 +189,14 @@ def _resolve_model(stated: dict[str, Any], find_model: Callable[[], ModelConfig 
         return ModelConfig(**dataclasses.asdict(model) | stated)
     else:
         raise ValueError(
-            "model: must state model.pattern (a list of mixers), or model.preset: "
-            f"{', '.join(PRESETS)}; a training with --init-from CHECKPOINT takes the model from there"
+            "model: must state model.pattern (a list of mixers) or model.preset ("
+            f"{', '.join(PRESETS)}); with --init-from CHECKPOINT, the model is that of the checkpoint"
         )
     return ModelConfig(**settings)
 
 
 def _fill_widths(stated: dict[str, Any]) -> dict[str, Any]:
-    """Demand the widths that the pattern's mixers use, and give the others a value."""
+    """Require the widths that the pattern's mixers use, and fill in the others."""
     needed = {"width"}.union(*(mixer.widths for mixer in used(stated["pattern"])))
     missing = sorted(f"model.{key}" for key in needed - stated.keys())
     if missing:

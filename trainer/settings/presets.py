@@ -1,4 +1,4 @@
-"""The published sizes: the paper's ladder in its three families (arXiv 2402.19427, Table 2), and RecurrentGemma."""
+"""Presets: the paper's three families in seven sizes (arXiv 2402.19427, Table 2), and RecurrentGemma."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 
 from griffin.parallel.config import ATTENTION, GLOBAL_ATTENTION, RECURRENT, ModelConfig
 
-# Temporal mixers of each family, repeated and cut off at the number of blocks.
+# Mixers of each family, repeated up to the number of blocks.
 FAMILIES = {
     "griffin": (RECURRENT, RECURRENT, ATTENTION),
     "hawk": (RECURRENT,),
@@ -31,7 +31,7 @@ RECURRENT_GEMMA = {"2b": (2560, 26, 10), "9b": (4096, 38, 16)}
 
 
 def repeat(unit: tuple[str, ...], blocks: int) -> tuple[str, ...]:
-    """`unit` over and over, cut off at `blocks`: (R, R, A) over 4 blocks is (R, R, A, R)."""
+    """Repeat `unit` up to `blocks` items: (R, R, A) over 4 blocks is (R, R, A, R)."""
     return tuple(unit[i % len(unit)] for i in range(blocks))
 
 
@@ -71,7 +71,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The preset of that name; ValueError with the nearest names where there is none."""
+    """The preset of that name. ValueError naming the nearest ones if there is none."""
     if name not in PRESETS:
         nearest = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.0)
         raise ValueError(

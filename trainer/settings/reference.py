@@ -1,4 +1,4 @@
-"""The table of all settings, in Markdown, from what each says of itself."""
+"""The settings reference in Markdown, generated from the metadata of the settings."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def _default(field: dataclasses.Field) -> str:
     words = setting_of(field).default_means
     if words or field.default is dataclasses.MISSING or field.default == ():
         return words
+    if isinstance(field.default, tuple):
+        return str(list(field.default))
     if isinstance(field.default, bool):
         return str(field.default).lower()
     return f'`"{field.default}"`' if isinstance(field.default, str) else figure(field.default)

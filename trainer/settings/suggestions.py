@@ -1,11 +1,11 @@
-"""What a setting that does not exist was meant to be, also where its name is that of another training system."""
+"""Suggestions for unknown settings: the nearest name, or the one that another training system's name stands for."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-# Names of Megatron-LM, transformers, torchtitan, nanoGPT and others for each setting.
+# Names of each setting in Megatron-LM, transformers, torchtitan, nanoGPT and others.
 OTHER_NAMES = {
     "model.preset": "model_name model_type model_size size arch architecture flavor",
     "model.pattern": "num_layers n_layers n_layer layers num_hidden_layers depth num_blocks blocks layer_types "
@@ -65,7 +65,7 @@ OTHER_NAMES = {
     "log.tensorboard": "use_tensorboard enable_tensorboard tensorboard_dir",
     "log.run_root": "out_dir output_dir save_dir log_dir logdir root_dir",
 }
-# What has no setting here, and what it follows from.
+# Settings of others that have no counterpart here, by what they follow from.
 ABSENT = {
     "data parallelism takes the ranks that parallel.tensor x parallel.pipeline leave": (
         "dp dp_size data_parallel data_parallel_size data_parallel_degree dp_replicate"
@@ -74,7 +74,7 @@ ABSENT = {
         "gradient_accumulation_steps gradient_accumulation grad_accum grad_accum_steps accumulation_steps "
         "accumulate_grad_batches"
     ),
-    "sequences are not cut over ranks; parallel.sequence_parallel shards what lies between blocks": (
+    "sequences are not split over ranks; parallel.sequence_parallel shards activations between blocks": (
         "cp cp_size context_parallel context_parallel_size"
     ),
     "multi-query attention has one key/value head": "num_key_value_heads num_query_groups n_kv_heads kv_heads",
@@ -102,7 +102,7 @@ def _normal(name: str) -> str:
 
 
 def suggest_setting(section: str, key: str, known: Iterable[str]) -> str:
-    """What to say of "section.key", which is none of the `known` settings; either part may be wrong, or ""."""
+    """A hint for "section.key", which is not one of the `known` settings; either part may be wrong, or ""."""
     known, key = list(known), _normal(key)
     if key in _ABSENT:
         return _ABSENT[key]
@@ -111,13 +111,13 @@ def suggest_setting(section: str, key: str, known: Iterable[str]) -> str:
         its_section, _, its_key = setting.partition(".")
         return difflib.SequenceMatcher(None, key, its_key).ratio() + 0.1 * (its_section == section)
 
-    exact = [setting for setting in known if setting.partition(".")[2] == key]
-    if not exact and key in _SETTINGS:
+    if key in _SETTINGS:
         return f"did you mean {_SETTINGS[key]}?"
+    exact = [setting for setting in known if setting.partition(".")[2] == key]
     return f"did you mean {max(exact or known, key=likeness)}?"
 
 
 def suggest_section(section: str, known: Iterable[str]) -> str:
-    """The one of the `known` sections that `section` was meant to be."""
+    """The one of the `known` sections that `section` most likely stands for."""
     section = _normal(section)
     return _SECTIONS.get(section) or difflib.get_close_matches(section, known, n=1, cutoff=0.0)[0]

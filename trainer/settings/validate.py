@@ -1,4 +1,4 @@
-"""The one validation of a config: whatever cannot work is refused before anything starts."""
+"""Validation of a config: settings that cannot work are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from griffin.trainer.data.prefix import check_contents
 from griffin.trainer.settings.complete import read_data
 from griffin.trainer.settings.sections import SETTINGS, Config, OptimizerConfig
 
-# Data up to this size are compared wholly with what was built; of larger ones, some blocks.
+# Data sets up to this size are verified completely; of larger ones, some blocks.
 CHECKED_TOKENS = 2**26
 
 MOST_BLOCKS = 2**12
 MOST_RANKS = 2**20
-MOST_SAMPLES = 2**40  # that a training draws
+MOST_SAMPLES = 2**40  # of a training
 
 
 def validate(config: Config, world_size: int) -> None:
-    """Refuse what cannot work on `world_size` ranks: ValueError naming the setting, its value and what is accepted.
+    """Refuse a config that cannot work on `world_size` ranks.
 
-    Looks at the config only; `validate_data` looks at the data.
+    Only the config is checked; `validate_data` checks the data. Raises ValueError naming the setting, its value and
+    what is accepted.
     """
     validate_settings(config, world_size)
     if not config.data.train:
@@ -32,21 +33,22 @@ def validate(config: Config, world_size: int) -> None:
 
 
 def validate_settings(config: Config, world_size: int) -> None:
-    """`validate` for what needs no data: they need not be named."""
-    for setting in sorted(SETTINGS, key=lambda name: name != "train.steps"):  # defaults of others follow from that one
+    """Like `validate`, for a config that need not name any data."""
+    for setting in sorted(SETTINGS, key=lambda name: name != "train.steps"):  # other defaults depend on it
         section, _, key = setting.partition(".")
         _require_accepted(setting, getattr(getattr(config, section), key))
     validate_model(config.model)
     _validate_layout(config)
     _validate_batches(config, world_size)
+    _validate_profiles(config, world_size)
     _validate_optimizer(config.optimizer, config.train.steps)
     _validate_spikes(config)
 
 
 def validate_data(config: Config, *, contents: bool = True) -> None:
-    """Refuse data that are missing, damaged or too short, and a vocabulary too small for them: ValueError.
+    """Refuse data that are missing, damaged or too short, and a vocabulary that is too small for them: ValueError.
 
-    Without `contents`, which one process of a host reads, only the structure of the data is looked at.
+    `contents` also compares the data with their checksums; one process per host does that.
     """
     data = list({info.prefix: info for info in read_data(config.data)}.values())
     vocabulary = data[0].vocabulary
@@ -66,15 +68,15 @@ def _refuse(setting: str, value: Any, accepted: str) -> NoReturn:
 
 
 def _require_accepted(setting: str, value: Any) -> None:
-    """Refuse what the setting's own description does not accept, whatever the others are."""
+    """Refuse a value that the setting does not accept, whatever the other settings are."""
     if value is None:
-        raise ValueError(f"{setting}: missing; must be stated, or completed with what the data say")
+        raise ValueError(f"{setting}: missing; must be stated, or completed from the data")
     if (accepted := SETTINGS[setting].refusal(value)) is not None:
         _refuse(setting, value, accepted)
 
 
 def validate_model(model: ModelConfig) -> None:
-    """Refuse a model that cannot be computed: ValueError naming the setting, its value and what is accepted."""
+    """Refuse a model that cannot be built: ValueError naming the setting, its value and what is accepted."""
     for field in dataclasses.fields(model):
         _require_accepted(f"model.{field.name}", getattr(model, field.name))
     if not model.pattern:
@@ -84,8 +86,8 @@ def validate_model(model: ModelConfig) -> None:
     for mixer in model.pattern:
         if mixer not in MIXERS:
             _refuse("model.pattern", mixer, f"must be a list of {', '.join(MIXERS)}")
-    for each in used(model.pattern):
-        for multiple in each.multiples:
+    for mixer_type in used(model.pattern):
+        for multiple in mixer_type.multiples:
             _require_multiple(model, multiple)
 
 
@@ -132,15 +134,26 @@ def _validate_layout(config: Config) -> None:
         _refuse("parallel.stages", stages, f"must sum to the number of blocks, {model.blocks}; sums to {sum(stages)}")
 
 
+def _validate_profiles(config: Config, world_size: int) -> None:
+    log = config.log
+    for step in log.profile_steps:
+        if not 1 <= step <= config.train.steps:
+            _refuse(
+                "log.profile_steps", list(log.profile_steps), f"must be from 1 to train.steps = {config.train.steps}"
+            )
+    for rank in log.profile_ranks:
+        if not 0 <= rank < world_size:
+            _refuse("log.profile_ranks", list(log.profile_ranks), f"must be from 0 to {world_size - 1}")
+
+
 def _validate_batches(config: Config, world_size: int) -> None:
     parallel, train = config.parallel, config.train
     if world_size > MOST_RANKS:
         _refuse("world size", world_size, f"must be at most {MOST_RANKS}")
     if world_size < 1 or world_size % parallel.model_ranks:
-        accepted = (
-            f"must be a multiple of parallel.tensor x parallel.pipeline = "
-            f"{parallel.tensor} x {parallel.pipeline} = {parallel.model_ranks}"
-        )
+        names = " x ".join(f"parallel.{axis}" for axis in parallel.model_axes)
+        sizes = " x ".join(map(str, parallel.model_axes.values()))
+        accepted = f"must be a multiple of {names} = {sizes} = {parallel.model_ranks}"
         _refuse("world size", world_size, accepted)
     data_parallel = world_size // parallel.model_ranks
     if train.global_batch % (train.micro_batch * data_parallel):
@@ -183,4 +196,6 @@ def _validate_optimizer(optimizer: OptimizerConfig, steps: int) -> None:
 
 def _validate_spikes(config: Config) -> None:
     if config.train.spike == "rewind" and config.checkpoint.interval == 0:
-        _refuse("checkpoint.interval", 0, 'must be at least 1 for train.spike = "rewind", which goes back to one')
+        _refuse(
+            "checkpoint.interval", 0, 'must be at least 1 for train.spike = "rewind", which returns to a checkpoint'
+        )

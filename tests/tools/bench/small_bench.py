@@ -1,11 +1,11 @@
-"""A benchmark of kernels that is small enough for tests."""
+"""A small benchmark of kernels, for tests."""
 
 from __future__ import annotations
 
 import torch
 
 from griffin.tools.bench.kernels import Row, Settings
-from griffin.tools.bench.kernels_work import Clock, Shape, Times
+from griffin.tools.bench.kernels_operations import Clock, Shape, Times
 
 CPU = torch.device("cpu")
 SHAPE = Shape(width=5, steps=12, batch=2)
@@ -26,5 +26,5 @@ def small_clock() -> Clock:
 
 
 def row(operation: str, shape: Shape, over_floor: float) -> Row:
-    """Of an operation that takes so many times its floor of 1 ms."""
+    """Return the row of an operation that takes a multiple of its floor of 1 ms."""
     return Row(operation, shape, "sequential", Times(0.25 * over_floor, 0.75 * over_floor), 10**6, 1e9)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from griffin.tools.bench.step import _require_equal
+from griffin.tools.bench.step import require_equal
 from griffin.tools.weights.hf.names import from_transformers, to_transformers, transformers_settings
 from tests.converted_models import FIVE_BLOCKS
 from tests.layouts import PATTERNS
@@ -63,13 +63,13 @@ def test_refusals(arguments: list[str], expected: str, what: str) -> None:
 
 def test_nothing_is_timed_that_differs() -> None:
     ones = torch.ones(3)
-    _require_equal("output", ones, ones + 1e-6)
+    require_equal("output", ones, ones + 1e-6)
     for other in (ones + 1e-3, torch.tensor([1.0, float("nan"), 1.0])):
         with pytest.raises(RuntimeError, match="the output differs"):
-            _require_equal("output", other, ones)
+            require_equal("output", other, ones)
 
 
-def test_names_there_and_back() -> None:
+def test_names_round_trip() -> None:
     tensors = {
         "embedding.weight": torch.randn(5, 4),
         "blocks.11.recurrent.conv.weight": torch.randn(4, 6),

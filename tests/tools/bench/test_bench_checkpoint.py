@@ -10,8 +10,8 @@ import torch
 
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world.grid import Grid, single_rank_grid
-from griffin.tools.bench.checkpoint import _config
-from griffin.tools.bench.checkpoint_state import Peer, fill, require_loaded
+from griffin.tools.bench.checkpoint import bench_config
+from griffin.tools.bench.checkpoint_state import DcpState, fill, require_loaded
 from griffin.tools.cli import main
 from griffin.trainer.step import Training
 from tests.checkpoints import MODEL_CONFIG
@@ -51,7 +51,7 @@ def test_every_figure_is_printed_and_nothing_is_left_behind(tmp_path: Path) -> N
 
 
 def training(grid: Grid) -> Training:
-    made = Training(_config(MODEL_CONFIG, 1, ParallelConfig()), grid)
+    made = Training(bench_config(MODEL_CONFIG, 1, ParallelConfig()), grid)
     fill(made, grid)
     return made
 
@@ -75,7 +75,7 @@ def test_nothing_is_timed_that_was_loaded_otherwise() -> None:
         fill(held, grid)
         require_loaded(held, grid)
 
-        peer = Peer(held, grid, tensor_parallel=False)
+        peer = DcpState(held, grid, tensor_parallel=False)
         state = peer.state()
         peer.require_loaded(state)
         with pytest.raises(RuntimeError, match=r"dcp: weights\..* was not loaded as it was saved"):

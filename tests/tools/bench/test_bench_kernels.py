@@ -12,10 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
-from griffin.tools.bench import kernels_work as work
+from griffin.tools.bench import kernels
+from griffin.tools.bench import kernels_operations as operations
 from griffin.tools.bench.kernels import PeerRow, Row, Settings, measure, summary
-from griffin.tools.bench.kernels_plot import plot
-from griffin.tools.bench.kernels_work import (
+from griffin.tools.bench.kernels_operations import (
     CONV1D,
     OPERATIONS,
     RGLRU,
@@ -26,10 +26,12 @@ from griffin.tools.bench.kernels_work import (
     check,
     copy_bandwidth,
     make_inputs,
-    our_side,
-    time_sides,
+    our_implementation,
+    time_implementations,
 )
+from griffin.tools.bench.kernels_plot import plot
 from griffin.tools.cli import main
+from griffin.tools.common import plots
 from tests.tools.bench.small_bench import CPU, SHAPE, SMALL, row, small_clock
 
 ROOT = Path(__file__).parents[3]
@@ -69,7 +71,7 @@ def test_an_existing_plot_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_plot_needs_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("griffin.tools.bench.kernels_plot.find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert main(["bench", "kernels", "--plot", str(tmp_path / "shares.png")]) == 2
     assert "needs matplotlib" in capsys.readouterr().err
 
@@ -91,7 +93,7 @@ def test_memory_holds_all_tensors_of_a_pass(operation: Operation) -> None:
 
     shape = Shape(width=70, steps=40, batch=3)
     sets = make_inputs(operation, shape, torch.float32, CPU)
-    side = work.Side(lambda leaves: operation.run(leaves, "cpu", None), sets)
+    side = operations.Implementation(lambda leaves: operation.run(leaves, "cpu", None), sets)
     held = sum(size([*one.leaves.values(), one.grad_y]) for one in sets) + size(list(side.results(sets[0]).values()))
     states = shape.elements * 4 if operation is RGLRU_BRANCH else 0  # kept between the passes
     assert held + states < operation.memory(shape, 4)
@@ -128,7 +130,7 @@ def test_everything_is_checked_timed_and_printed(capsys: pytest.CaptureFixture[s
 def test_what_does_not_fit_is_skipped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     needed = {operation.name: operation.memory(SHAPE, 4) for operation in OPERATIONS}
     assert needed["causal_conv1d"] < needed["rglru"] < needed["rglru + branch"]
-    monkeypatch.setattr(work, "free_bytes", lambda device: needed["causal_conv1d"])
+    monkeypatch.setattr(operations, "free_bytes", lambda device: needed["causal_conv1d"])
     rows, _ = measure(SMALL, CPU, small_clock())
     assert [row.operation for row in rows] == ["causal_conv1d"]
     lines = rows_of(capsys.readouterr().out)
@@ -143,51 +145,51 @@ class NoClock:
 
 @pytest.mark.parametrize("wrong", ["y", "last_state", "gradient of x", "gradient of decay"])
 def test_nothing_is_timed_that_differs(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = work.Side.results
+    results = operations.Implementation.results
 
-    def spoiled(side: work.Side, inputs: work.Inputs) -> work.Tensors:
+    def spoiled(side: operations.Implementation, inputs: operations.Inputs) -> operations.Tensors:
         found = results(side, inputs)
         if side.sets:  # not those of the reference
             found[wrong].view(-1)[-1] = float("nan") if wrong == "y" else found[wrong].abs().max() * 1.01 + 1e-2
         return found
 
-    monkeypatch.setattr(work.Side, "results", spoiled)
-    monkeypatch.setattr(work, "copy_bandwidth", lambda *_: 1e9)
+    monkeypatch.setattr(operations.Implementation, "results", spoiled)
+    monkeypatch.setattr(operations, "copy_bandwidth", lambda *_: 1e9)
     with pytest.raises(RuntimeError, match=rf"^rglru, R 5, T 12, B 2: {wrong} differs from .*; it was not timed$"):
         measure(SMALL, CPU, NoClock())  # type: ignore[arg-type]
 
 
 def test_channels_that_are_compared_are_of_the_whole_width() -> None:
-    """Errors in the first and the last channel are seen where only some are compared."""
-    shape = Shape(width=3 * work.CHANNELS, steps=3, batch=1)
+    """Errors in the first and the last channel are detected when only some channels are compared."""
+    shape = Shape(width=3 * operations.CHANNELS, steps=3, batch=1)
     sets = make_inputs(CONV1D, shape, torch.float32, CPU)
     for channel in (0, shape.width - 1):
 
-        def forward(leaves: work.Tensors, channel: int = channel) -> work.Tensors:
+        def forward(leaves: operations.Tensors, channel: int = channel) -> operations.Tensors:
             y = CONV1D.run(leaves, "cpu", None)["y"]
             return {"y": y + torch.nn.functional.one_hot(torch.tensor(channel), shape.width)}
 
         with pytest.raises(RuntimeError, match="y differs"):
-            check("shifted", work.Side(forward, sets), CONV1D, sets[0])
-    check("right", work.Side(lambda leaves: CONV1D.run(leaves, "cpu", None), sets), CONV1D, sets[0])
+            check("shifted", operations.Implementation(forward, sets), CONV1D, sets[0])
+    check("right", operations.Implementation(lambda leaves: CONV1D.run(leaves, "cpu", None), sets), CONV1D, sets[0])
 
 
 def test_bfloat16_passes_its_check() -> None:
     sets = make_inputs(RGLRU, SHAPE, torch.bfloat16, CPU)
-    check("rglru", our_side(RGLRU, sets, None), RGLRU, sets[0])
+    check("rglru", our_implementation(RGLRU, sets, None), RGLRU, sets[0])
 
 
 def test_sides_are_timed_in_turn_with_all_sets() -> None:
     calls: list[tuple[str, int]] = []
     sets = make_inputs(CONV1D, SHAPE, torch.float32, CPU)
-    assert len(sets) == work.SETS
+    assert len(sets) == operations.SETS
 
-    def side(name: str) -> work.Side:
-        def forward(leaves: work.Tensors) -> work.Tensors:
+    def side(name: str) -> operations.Implementation:
+        def forward(leaves: operations.Tensors) -> operations.Tensors:
             calls.append((name, next(n for n, one in enumerate(sets) if one.leaves is leaves)))
             return CONV1D.run(leaves, "cpu", None)
 
-        return work.Side(forward, sets)
+        return operations.Implementation(forward, sets)
 
     class Counting:
         count = 0
@@ -196,9 +198,9 @@ def test_sides_are_timed_in_turn_with_all_sets() -> None:
             Counting.count += 1
             return float(Counting.count), work()
 
-    times = time_sides(Counting(), {"a": side("a"), "b": side("b")}, repeats=3)  # type: ignore[arg-type]
-    assert calls == [(name, number % work.SETS) for number in range(work.WARM_UP + 3) for name in "ab"]
-    # Rounds are of four measurements; the median is the fourth round.
+    times = time_implementations(Counting(), {"a": side("a"), "b": side("b")}, repeats=3)  # type: ignore[arg-type]
+    assert calls == [(name, number % operations.SETS) for number in range(operations.WARM_UP + 3) for name in "ab"]
+    # A round has four measurements; the median is the fourth round.
     assert times == {"a": Times(13.0, 14.0), "b": Times(15.0, 16.0)}
     assert times["a"].total == 27.0
 
@@ -264,7 +266,7 @@ def test_the_interpreter_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """From the arguments to the summary and the plot, with a device and figures that are made up."""
+    """The whole command, from arguments to summary and plot, with a fake device and fake times."""
     asked: list[tuple[Settings, torch.device]] = []
 
     def made_up(settings: Settings, device: torch.device) -> tuple[list[Row], list[PeerRow]]:
@@ -275,7 +277,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr("griffin.tools.bench.kernels.measure", made_up)
+    monkeypatch.setattr(kernels, "measure", made_up)
     path = tmp_path / "shares.png"
     chosen = ["--widths", "512,64,512", "--batches", "4", "--chunk", "0", "--dtype", "float32", "--no-peers"]
     assert main(["bench", "kernels", *chosen, "--plot", str(path)]) == 0

@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.linear_scan import linear_scan
+from griffin.tools.bench import kernels
+from griffin.tools.bench import kernels_operations as operations
 from griffin.tools.bench import kernels_peers as peers
-from griffin.tools.bench import kernels_work as work
 from griffin.tools.bench.kernels import Settings, measure
-from griffin.tools.bench.kernels_work import RGLRU_FROM_ZERO, Operation, Shape, check, make_inputs
+from griffin.tools.bench.kernels_operations import RGLRU_FROM_ZERO, Operation, Shape, check, make_inputs
 from tests.tools.bench.small_bench import CPU, SHAPE, SMALL, row, small_clock
 
 
 def scan_btr(term: Tensor, log_a: Tensor) -> tuple[Tensor, None]:
-    """As flash-linear-attention's: [B, T, R]."""
+    """A scan in the layout of flash-linear-attention: [B, T, R]."""
     return linear_scan(log_a.float().exp(), term.float(), batch_first=True, backend="cpu")[0].to(term.dtype), None
 
 
 def scan_bct(a: Tensor, term: Tensor) -> Tensor:
-    """As accelerated-scan's: [B, C, T], contiguous."""
+    """A scan in the layout of accelerated-scan: [B, C, T], contiguous."""
     assert a.is_contiguous()
     assert term.is_contiguous()
     return linear_scan(a.permute(2, 0, 1), term.permute(2, 0, 1), backend="cpu")[0].permute(1, 2, 0).contiguous()
@@ -30,7 +31,7 @@ def scan_bct(a: Tensor, term: Tensor) -> Tensor:
 
 @pytest.fixture
 def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules with the interfaces of peers; chunk_hgrn computes something else, `scalar` fails."""
+    """Install modules with the peers' interfaces; chunk_hgrn computes something else, and `scalar` fails."""
 
     def fail(a: Tensor, term: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("no memory\nsecond line")
@@ -45,7 +46,7 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_stand_ins")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_peers_compute_what_we_compute(dtype: torch.dtype) -> None:
-    """In the layout of each, with all gradients. The loop is transformers' own."""
+    """Outputs and all gradients agree in each peer's layout. The loop is transformers' own."""
     shape = Shape(width=5, steps=32, batch=2)
     sets = make_inputs(RGLRU_FROM_ZERO, shape, dtype, CPU)
     loaded, _ = peers.load_peers(shape.steps)
@@ -54,17 +55,17 @@ def test_peers_compute_what_we_compute(dtype: torch.dtype) -> None:
     assert len(right) == 5  # two of them with eager and with compiled gates
     for peer in right:
         assert peer.refuses(shape) is None
-        check(peer.name, peer.side(sets), RGLRU_FROM_ZERO, sets[0])
+        check(peer.name, peer.implementation(sets), RGLRU_FROM_ZERO, sets[0])
 
 
 def measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only peers are measured; beside them we run without Triton, whose interpreter takes long."""
-    monkeypatch.setattr("griffin.tools.bench.kernels._measure_ours", lambda *_: [row("rglru", SHAPE, 1.0)])
+    """Measure only peers; ours runs without Triton, whose interpreter is slow."""
+    monkeypatch.setattr(kernels, "measure_ours", lambda *_: [row("rglru", SHAPE, 1.0)])
 
-    def side(operation: Operation, sets: list[work.Inputs], chunk: int | None) -> work.Side:
-        return work.Side(lambda leaves: operation.run(leaves, "cpu", chunk), sets)
+    def side(operation: Operation, sets: list[operations.Inputs], chunk: int | None) -> operations.Implementation:
+        return operations.Implementation(lambda leaves: operation.run(leaves, "cpu", chunk), sets)
 
-    monkeypatch.setattr(work, "our_side", side)
+    monkeypatch.setattr(operations, "our_implementation", side)
 
 
 @pytest.mark.usefixtures("_stand_ins")
@@ -81,7 +82,7 @@ def test_a_failing_peer_ends_nothing(capsys: pytest.CaptureFixture[str], monkeyp
     printed = capsys.readouterr().out
     for gates in ("eager", "compiled"):
         for name, reason in {
-            "accelerated-scan warp": "T 12 is no power of two from 32 to 65536",
+            "accelerated-scan warp": "T 12 is not a power of two from 32 to 65536",
             "accelerated-scan scalar": "OutOfMemoryError: no memory",
             "fla chunk_hgrn": "RuntimeError: fla chunk_hgrn, .*: y differs .*",
         }.items():
@@ -97,25 +98,25 @@ def test_no_peer_is_measured_on_a_broken_device(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured_before(monkeypatch)
-    monkeypatch.setattr("griffin.tools.bench.kernels._answers", lambda device: False)
+    monkeypatch.setattr(kernels, "device_works", lambda device: False)
     rows, peer_rows = measure(Settings(**vars(SMALL) | {"peers": True}), CPU, small_clock())
     assert len(rows) == 1
     assert peer_rows == []
-    assert "the device does not answer any more after accelerated-scan warp" in capsys.readouterr().out
+    assert "the device no longer works after accelerated-scan warp" in capsys.readouterr().out
 
 
 def test_limits_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("warp", "scalar"):
         monkeypatch.setitem(sys.modules, f"accelerated_scan.{module}", SimpleNamespace(scan=scan_bct))
-    warp, _ = peers._accelerated_scan("warp")
-    scalar, _ = peers._accelerated_scan("scalar")
-    (loop,) = peers._transformers(2048)
+    loaded = {peer.name: peer for peer in peers.load_peers(2048)[0]}
+    warp, scalar = (loaded[f"accelerated-scan {module}, eager gates"] for module in ("warp", "scalar"))
+    loop = loaded["transformers' loop"]
     for steps, refused in ((16, True), (32, False), (2048, False), (3000, True), (65536, False), (131072, True)):
         assert (warp.refuses(Shape(512, steps, 1)) is not None) == refused
         assert scalar.refuses(Shape(512, steps, 1)) is None
         assert (loop.refuses(Shape(512, steps, 1)) is not None) == (steps != 2048)
     for peer in (warp, scalar):
-        assert peer.refuses(Shape(8192, 32768, 8)) == "2147483648 elements, of which it cannot count more than 2^31 - 1"
+        assert peer.refuses(Shape(8192, 32768, 8)) == "2147483648 elements are more than its 32-bit index can address"
 
 
 def test_peers_that_are_not_installed_are_named() -> None:

@@ -1,4 +1,4 @@
-"""The plan that is made without ranks is the one that ranks make, and its figures are those of what they write."""
+"""`griffin checkpoint plan`: the plan equals that of real ranks, and its figures equal what they write."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import megatron.core.distributed
 import numpy as np
 import pytest
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from griffin.tools.checkpoints.save_plan import (
     rank_loads,
 )
 from griffin.tools.cli import main
+from griffin.trainer import sharded_optimizer
 from griffin.trainer.checkpoint import arrays
 from griffin.trainer.checkpoint.arrays import ArraySpec, GlobalTensor, numpy_dtype, state_arrays
 from griffin.trainer.checkpoint.plan import Member, Parameter, PlacedTensor, SavePlan, Shard, plan_chunks
@@ -57,16 +59,16 @@ TRAININGS: dict[str, tuple[ParallelConfig, int, dict[str, Any]]] = {
 
 
 def make_small(patch: pytest.MonkeyPatch) -> None:
-    """Many chunks and many of megatron-core's buckets of a small model."""
+    """Make a small model have many chunks and many of megatron-core's buckets."""
     patch.setattr(arrays, "CHUNK_BYTES", 4096)
     patch.setattr(arrays, "WHOLE_BYTES", 1024)
     config = functools.partial(DistributedDataParallelConfig, bucket_size=5000)
-    for module in ("megatron.core.distributed", "griffin.trainer.sharded_optimizer"):
-        patch.setattr(f"{module}.DistributedDataParallelConfig", config)
+    for module in (megatron.core.distributed, sharded_optimizer):
+        patch.setattr(module, "DistributedDataParallelConfig", config)
 
 
 def save_plan(ranks: Any, config: Config) -> tuple[SavePlan, int]:
-    """This rank's plan as its training makes it, and its number of buckets."""
+    """Return this rank's plan as made in training, and its number of buckets."""
     with pytest.MonkeyPatch.context() as patch, rank_grid(config.parallel, ranks) as grid:
         make_small(patch)
         training = Training(config, grid)
@@ -123,8 +125,8 @@ def test_what_ranks_write_and_exchange() -> None:
         arrays=tuple(state_arrays([first, second], "bfloat16", 1)),
         stages=(StagePlan(members=members, chunks=tuple(chunks)),),
     )
-    # Of each element: bfloat16 and three of float32 are written, three of float32 staged and sent; a file ends with
-    # 4 bytes of checksum.
+    # Per element, one bfloat16 and three float32 are written, three float32 staged and sent. A file ends with 4 bytes
+    # of checksum.
     expected = [
         RankLoad(staged=5 * 12, files=4, written=8 * 14 + 4 * 4, received=3 * 12, largest=8 * 4),
         RankLoad(staged=19 * 12, files=4, written=16 * 14 + 4 * 4, sent=3 * 12, largest=16 * 4),
@@ -150,7 +152,7 @@ def plan_14b(pipeline: int, data: int) -> tuple[Config, CheckpointPlan, int]:
 def one_stage() -> tuple[Config, CheckpointPlan, int]:
     begun = time.process_time()
     made = plan_14b(pipeline=1, data=8)
-    # Processor time, since the machine may be busy: 2 s were seen.
+    # CPU time, since the machine may be busy: 2 s measured.
     assert time.process_time() - begun < 30
     return made
 
@@ -220,7 +222,7 @@ def test_what_is_printed_for_14b(one_stage: tuple[Config, CheckpointPlan, int]) 
 
 
 def held_in_part(array: ArraySpec, tensor_size: int) -> bool:
-    """Whether some tensor rank holds an element of a chunk but not all of it, element by element."""
+    """Whether some tensor rank holds a part of a chunk, found element by element."""
     chunks = np.zeros(array.shape, int)
     for number, index in enumerate(array.indices()):
         chunks[array.box(index)] = number

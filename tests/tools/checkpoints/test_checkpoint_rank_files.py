@@ -1,4 +1,4 @@
-"""Files per rank: what stock readers find in them, any layout from any other, and damage."""
+"""Rank files: read by the safetensors library, converted between layouts, and damaged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from griffin.parallel.config import ParallelConfig
 from griffin.parallel.sharding import named_pieces
 from griffin.parallel.stage import meta_stage, stage_blocks
 from griffin.parallel.world.grid import single_rank_grid
-from griffin.tools.checkpoints.rank_files import _checksum, lay_out
+from griffin.tools.checkpoints import write
+from griffin.tools.checkpoints.rank_files import index_checksum, lay_out
+from griffin.tools.common import safetensors_files
 from griffin.trainer.checkpoint.arrays import GlobalTensor, state_arrays
 from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from tests.checkpoints import (
@@ -51,14 +53,14 @@ def flags(layout: ParallelConfig) -> list[str]:
 @pytest.fixture(autouse=True, scope="module")
 def chunks() -> Iterator[None]:
     with small_chunks(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("griffin.tools.checkpoints.write.CHUNK_BYTES", 2048)
-        patch.setattr("griffin.tools.common.safetensors_files.READ_BYTES", 300)
+        patch.setattr(write, "CHUNK_BYTES", 2048)
+        patch.setattr(safetensors_files, "READ_BYTES", 300)
         yield
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bfloat16 training's checkpoint."""
+    """The checkpoint of a bfloat16 training."""
     folder = tmp_path_factory.mktemp("source") / "step-00000100"
     make_checkpoint(folder, dtype="bfloat16")
     return folder
@@ -66,7 +68,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(source: Path) -> dict[str, Path]:
-    """The source as rank files, of every layout."""
+    """The source as rank files of every layout."""
     folders = {}
     for name, layout in LAYOUTS.items():
         folders[name] = source.with_name(name)
@@ -75,7 +77,7 @@ def written(source: Path) -> dict[str, Path]:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Every file's bytes; the index without the time and its checksum."""
+    """Return every file's bytes, and the index without its time and checksum."""
     found: dict[str, object] = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     index = json.loads((folder / "index.json").read_text())
     del index["created"], index["checksum"]
@@ -83,7 +85,7 @@ def contents(folder: Path) -> dict[str, object]:
 
 
 def rank_of(tensor: str, layout: ParallelConfig, stages: tuple[int, ...]) -> set[int]:
-    """Pipeline ranks that hold a tensor, by the rule that stage s is rank s mod P's."""
+    """Return the pipeline ranks that hold a tensor: rank s mod P holds stage s."""
     count = len(stages)
     if tensor == "embedding.weight":
         return {0, (count - 1) % layout.pipeline}
@@ -95,7 +97,7 @@ def rank_of(tensor: str, layout: ParallelConfig, stages: tuple[int, ...]) -> set
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_stock_readers_find_each_ranks_parts(source: Path, written: dict[str, Path], name: str) -> None:
-    """Against numpy's cuts of the global arrays, with the vocabulary padded by zeros, as training cuts them."""
+    """Shards equal slices of the global arrays, cut with numpy as training does, the vocabulary padded with zeros."""
     layout, values = LAYOUTS[name], read_arrays(source)
     tensors = {tensor.name: tensor for tensor in TENSORS}
     stages = stage_blocks(MODEL_CONFIG, layout, 2048)
@@ -133,7 +135,7 @@ def test_stock_readers_find_each_ranks_parts(source: Path, written: dict[str, Pa
     )
     assert tuple(index["stages"]) == stages
     manifest = read_manifest(source)
-    for key in ("step", "samples", "config", "optimizer", "random"):
+    for key in ("step", "samples", "config", "optimizer", "random", "spikes", "extras"):
         assert index[key] == getattr(manifest, key)
     embedding = index["arrays"]["model.embedding.weight"]
     assert {key: embedding[key] for key in ("shape", "axis", "padded", "atoms", "dtype")} == {
@@ -150,7 +152,7 @@ def test_stock_readers_find_each_ranks_parts(source: Path, written: dict[str, Pa
 
 @pytest.mark.parametrize(("start", "to"), [*itertools.product(PAIRED, PAIRED), ("t4p1", "t2p2"), ("t2p2", "t4p1")])
 def test_any_layout_goes_to_any_other(written: dict[str, Path], tmp_path: Path, start: str, to: str) -> None:
-    """Bit by bit what is made from the Zarr checkpoint, the index included."""
+    """The result is bitwise that made from the Zarr checkpoint, including the index."""
     assert reshard(written[start], tmp_path / "out", "--from-ranks", "--rank-files", *flags(LAYOUTS[to])) == 0
     assert contents(tmp_path / "out") == contents(written[to])
 
@@ -162,21 +164,18 @@ def test_back_to_zarr(source: Path, written: dict[str, Path], tmp_path: Path) ->
     assert found.arrays == expected.arrays
     assert found.config == expected.config
     assert found.layout["tensor"] == 2
-    assert (found.step, found.samples, found.optimizer, found.random) == (
-        expected.step,
-        expected.samples,
-        expected.optimizer,
-        expected.random,
-    )
+    for name in ("step", "samples", "optimizer", "random", "spikes", "extras"):
+        assert getattr(found, name) == getattr(expected, name)
 
 
-def test_an_index_of_before_spikes_were_judged(written: dict[str, Path], tmp_path: Path) -> None:
+def test_an_index_without_newer_keys(written: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(written["t1p1"], tmp_path / "source"))
     values = json.loads((folder / "index.json").read_text())
-    del values["checksum"], values["spikes"]
-    (folder / "index.json").write_text(json.dumps({"checksum": _checksum(values)} | values))
+    del values["checksum"], values["spikes"], values["extras"]
+    (folder / "index.json").write_text(json.dumps({"checksum": index_checksum(values)} | values))
     assert reshard(folder, tmp_path / "out", "--from-ranks") == 0
-    assert verify(tmp_path / "out").spikes is None
+    found = verify(tmp_path / "out")
+    assert (found.spikes, found.extras) == (None, {})
 
 
 def test_weights_of_another_dtype(source: Path, written: dict[str, Path], tmp_path: Path) -> None:
@@ -192,7 +191,7 @@ def test_weights_of_another_dtype(source: Path, written: dict[str, Path], tmp_pa
 
 
 def test_every_tensor_of_a_model_has_its_ranks() -> None:
-    """All names that training uses are placed, with the shapes that its tensor ranks hold."""
+    """Every tensor that training saves is placed, with the shape that its tensor ranks hold."""
     with single_rank_grid() as grid:
         pieces = {piece.name: piece for piece, _ in named_pieces([meta_stage(MODEL_CONFIG, grid)])}
     specs = state_arrays(
@@ -205,14 +204,14 @@ def test_every_tensor_of_a_model_has_its_ranks() -> None:
     )
     found: dict[str, int] = {}
     for file in lay_out(specs, LAYOUTS["t2p2"], (2, 2)):
-        for part in file.parts:
-            assert part.shape == pieces[part.spec.tensor.name].local_shape(2)
-            found[part.spec.name] = found.get(part.spec.name, 0) + 1
+        for shard in file.shards:
+            assert shard.shape == pieces[shard.spec.tensor.name].local_shape(2)
+            found[shard.spec.name] = found.get(shard.spec.name, 0) + 1
     assert found == {spec.name: 4 if spec.tensor.name == "embedding.weight" else 2 for spec in specs}
 
 
 def test_a_stated_split_is_kept(tmp_path: Path) -> None:
-    """parallel.stages of the run's config, where it has as many stages."""
+    """parallel.stages of the run's config is used if it has as many stages."""
     config = config_json(parallel=ParallelConfig(pipeline=2, stages=(1, 3)))
     make_checkpoint(tmp_path / "source", config=config, weights_only=True)
     assert reshard(tmp_path / "source", tmp_path / "two", "--rank-files", "--pipeline", 2) == 0
@@ -241,7 +240,7 @@ FILE = "model-tp-01-of-02-pp-00-of-02.safetensors"
         (FILE, lambda path: flip(path, 50), "its header was changed"),
         (FILE, lambda path: flip(path, path.stat().st_size - 1), "does not match its checksum in index.json"),
         (FILE, lambda path: flip(path, path.stat().st_size // 2), "does not match its checksum in index.json"),
-        # Nobody reads the last stage's copy of the embedding.
+        # The last stage's copy of the embedding is not read.
         ("model-tp-01-of-02-pp-01-of-02.safetensors", lambda path: flip(path, 9000), "does not match its checksum"),
         ("index.json", lambda path: path.unlink(), "No such file"),
         ("index.json", lambda path: path.write_text(path.read_text().replace("100", "101", 1)), "was edited"),
@@ -266,4 +265,4 @@ def test_rank_files_need_their_flag(
     written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert reshard(written["t2p2"], tmp_path / "out") == 2
-    assert "holds files per rank, which --from-ranks reads" in capsys.readouterr().err
+    assert "holds one file per rank; add --from-ranks to read them" in capsys.readouterr().err

@@ -26,20 +26,20 @@ def chunks() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def float32(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
-    """A float32 training's checkpoint, and its arrays."""
+    """The checkpoint of a float32 training, and its arrays."""
     folder = tmp_path_factory.mktemp("float32") / "step-00000100"
     return folder, make_checkpoint(folder, tensors=FEW)
 
 
 @pytest.fixture(scope="module")
 def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
-    """A bfloat16 training's, of the same master weights."""
+    """That of a bfloat16 training with the same master weights."""
     folder = tmp_path_factory.mktemp("bfloat16") / "step-00000100"
     return folder, make_checkpoint(folder, tensors=FEW, dtype="bfloat16")
 
 
 def refused(capsys: pytest.CaptureFixture[str], folder: Path) -> str:
-    """The one line of an error, after which `folder` holds nothing."""
+    """Return the error's single line, after checking that `folder` holds no output."""
     error = capsys.readouterr().err
     assert error.startswith("griffin: error: ")
     assert error.count("\n") == 1
@@ -74,7 +74,7 @@ def test_chunks_are_those_of_the_layout(
         "sequence_parallel": False,
         "data": 1,
     }
-    for name in ("step", "samples", "attempt", "config", "optimizer", "random"):
+    for name in ("step", "samples", "attempt", "config", "optimizer", "random", "spikes", "extras"):
         assert getattr(manifest, name) == getattr(old, name)
     size = sum(spec.nbytes for spec in manifest.arrays.values())
     chunks = len(list(manifest.chunk_files()))
@@ -99,7 +99,7 @@ def test_no_layout_gives_the_chunks_that_training_saves(
 def test_to_float32_and_back(
     float32: tuple[Path, dict[str, np.ndarray]], bfloat16: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
-    """The model takes over the master weights; the other way, they are made of it, and it is rounded."""
+    """To float32: the model takes the master weights. Back: the model becomes the master weights, and is rounded."""
     assert reshard(bfloat16[0], tmp_path / "fp32", "--dtype", "fp32") == 0
     assert_equal_arrays(read_arrays(tmp_path / "fp32"), float32[1])
     assert reshard(tmp_path / "fp32", tmp_path / "bf16", "--dtype", "bf16") == 0
@@ -109,7 +109,7 @@ def test_to_float32_and_back(
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", None])
 def test_weights_only(bfloat16: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, dtype: str | None) -> None:
-    """Rounded from the master weights: float16 keeps bits that bfloat16 has lost."""
+    """Weights are rounded from the master weights: float16 keeps bits that bfloat16 does not have."""
     source, values = bfloat16
     words = ["--dtype", dtype] if dtype else []
     assert reshard(source, tmp_path / "out", "--weights-only", *words) == 0
@@ -120,15 +120,16 @@ def test_weights_only(bfloat16: tuple[Path, dict[str, np.ndarray]], tmp_path: Pa
     assert_equal_arrays(read_arrays(tmp_path / "out"), expected)
     manifest = verify(tmp_path / "out")
     assert (manifest.optimizer, manifest.random, manifest.spikes) == (None, {}, None)
+    assert manifest.extras == read_manifest(source).extras
     assert manifest.step == 100
 
 
 def test_rounding_is_to_nearest_even(tmp_path: Path) -> None:
-    """Halfway between two bfloat16: to the one with an even mantissa. Just above: up."""
+    """Halfway between two bfloat16 values: to the one with an even mantissa. Just above: up."""
     tensor = GlobalTensor(name="blocks.0.w", shape=(4,))
     make_checkpoint(tmp_path / "source", tensors=[tensor], weights_only=True)
-    from griffin.tools.checkpoints.stored import open_step
-    from griffin.tools.checkpoints.write import Made
+    from griffin.tools.checkpoints.sources import open_step
+    from griffin.tools.checkpoints.write import OutputArray
 
     class Stored:
         spec = read_manifest(tmp_path / "source").arrays["model.blocks.0.w"]
@@ -137,8 +138,8 @@ def test_rounding_is_to_nearest_even(tmp_path: Path) -> None:
             return np.array([0x3F808000, 0x3F818000, 0x3F808001, 0xBF80FFFF], np.uint32).view(np.float32)[box]
 
     source = open_step(tmp_path / "source").arrays["model.blocks.0.w"]
-    made = Made(dataclasses.replace(source.spec, dtype="bfloat16"), (Stored(),))
-    assert made.read((slice(0, 4),)).view(np.uint16).tolist() == [0x3F80, 0x3F82, 0x3F81, 0xBF81]
+    output = OutputArray(dataclasses.replace(source.spec, dtype="bfloat16"), (Stored(),))
+    assert output.read((slice(0, 4),)).view(np.uint16).tolist() == [0x3F80, 0x3F82, 0x3F81, 0xBF81]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -210,8 +211,8 @@ def test_nothing_is_overwritten(
         "file": "file: exists, and is not overwritten",
         "folder": "folder: exists, and is not overwritten",
         "link": "link: exists, and is not overwritten",
-        "other": "other.tmp: exists; it is being written, or was left by what was killed",
-        "absent/out": "absent is not",
+        "other": "other.tmp: exists; it is being written, or was left by a killed command",
+        "absent/out": "absent does not",
     }.items():
         assert reshard(float32[0], tmp_path / name, *flags) == 2
         assert message in capsys.readouterr().err
@@ -222,7 +223,7 @@ def test_nothing_is_overwritten(
 
 @pytest.mark.parametrize("flags", [[], ["--rank-files"]])
 @pytest.mark.parametrize("name", ["step-00000100", "step-123456789", "step-00000100.tmp", "step-00000100.deleted"])
-def test_a_runs_own_steps_are_not_written(
+def test_steps_of_a_run_are_refused_as_target(
     float32: tuple[Path, Any], tmp_path: Path, name: str, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -234,12 +235,12 @@ def test_a_runs_own_steps_are_not_written(
         assert reshard(float32[0], parent / name, *flags) == 2
         error = refused(capsys, checkpoints)
         assert f"{parent / name}: must not be among the steps of a run ({run})" in error
-        assert "choose a name that is not step-NUMBER, or another folder" in error
+        assert "choose a name other than step-NUMBER, or another folder" in error
     assert main(["checkpoint", "average", str(float32[0]), str(float32[0]), str(checkpoints / name)]) == 2
     assert "must not be among the steps of a run" in refused(capsys, checkpoints)
 
 
-def test_other_names_and_folders_are_written(float32: tuple[Path, Any], tmp_path: Path) -> None:
+def test_other_names_and_folders_are_accepted(float32: tuple[Path, Any], tmp_path: Path) -> None:
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/config.toml").touch()
     (tmp_path / "elsewhere/checkpoints").mkdir(parents=True)
@@ -283,7 +284,7 @@ def average(*words: object) -> int:
 def test_average(
     bfloat16: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of master weights, where there are any, in float64; stored as the newest stores its weights."""
+    """Means of master weights, if there are any, in float64; in the dtype of the newest checkpoint's weights."""
     a = bfloat16[1]
     b = make_checkpoint(tmp_path / "b", tensors=FEW, seed=2, step=300, dtype="bfloat16", cuts=2)
     c = make_checkpoint(tmp_path / "c", tensors=FEW, seed=3, step=200, weights_only=True, cuts=1)
@@ -306,6 +307,7 @@ def test_average(
     assert (manifest.step, manifest.samples, manifest.optimizer, manifest.random) == (300, 1200, None, {})
     assert manifest.sources == (str(bfloat16[0]), str(tmp_path / "b"), str(tmp_path / "c"))
     assert manifest.layout == read_manifest(tmp_path / "b").layout
+    assert manifest.extras == {"ramp": {"sizes": [8, 300], "ends": None}}  # of the newest
     assert main(["checkpoint", "inspect", str(tmp_path / "mean")]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in shown if line.startswith("made from ")] == list(manifest.sources)
@@ -327,5 +329,5 @@ def test_average_refuses_other_models_and_single_checkpoints(
     make_checkpoint(tmp_path / "other", tensors=FEW[:1], step=7, config=config)
     assert average(float32[0], tmp_path / "other", tmp_path / "out/mean") == 2
     error = refused(capsys, tmp_path / "out")
-    assert f"{tmp_path}/other: of another model: model.window is 7 there, 1024 in {float32[0]}" in error
+    assert f"{tmp_path}/other: holds another model: model.window is 7 there, 1024 in {float32[0]}" in error
     assert "final_norm.weight is missing there, (8,) in" in error

@@ -1,4 +1,4 @@
-"""Work on checkpoints by several processes: failures, memory, ranks of mpiexec."""
+"""Worker processes of `griffin checkpoint`: failures, memory, ranks of mpiexec."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from griffin.tools.checkpoints import write
 from griffin.tools.common import safetensors_files
 from griffin.tools.common.workers import Workers, start_workers
 from griffin.trainer.checkpoint import arrays
@@ -36,13 +37,13 @@ def chunks() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def float32(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
-    """A float32 training's checkpoint, and its arrays."""
+    """The checkpoint of a float32 training, and its arrays."""
     folder = tmp_path_factory.mktemp("float32") / "step-00000100"
     return folder, make_checkpoint(folder, tensors=FEW)
 
 
 def refused(capsys: pytest.CaptureFixture[str], folder: Path) -> str:
-    """The one line of an error, after which `folder` holds nothing."""
+    """Return the error's single line, after checking that `folder` holds no output."""
     error = capsys.readouterr().err
     assert error.startswith("griffin: error: ")
     assert error.count("\n") == 1
@@ -54,7 +55,7 @@ def refused(capsys: pytest.CaptureFixture[str], folder: Path) -> str:
 def test_a_file_that_cannot_be_written(
     float32: tuple[Path, Any], tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As on a full disk, an error of the system's: here, files may not grow beyond 600 bytes."""
+    """A system error as on a full disk: files may not grow beyond 600 bytes here."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
     try:
@@ -90,7 +91,7 @@ def test_a_killed_worker_ends_all(
         run(self, function, tasks, kill)
 
     monkeypatch.setattr(Workers, "run", run_and_kill)
-    monkeypatch.setattr("griffin.tools.checkpoints.write.CHUNK_BYTES", 512)  # many tasks of files per rank as well
+    monkeypatch.setattr(write, "CHUNK_BYTES", 512)  # many tasks of files per rank as well
     assert reshard(float32[0], tmp_path / "out", *flags, workers=2) == 1
     assert len(killed) == 2
     assert "a worker process was killed" in refused(capsys, tmp_path)
@@ -111,14 +112,14 @@ def test_an_interrupt_leaves_nothing(
 
 
 @pytest.mark.parametrize("flags", [[], ["--rank-files"]])
-def test_what_is_stored_wrongly_is_noticed(
+def test_corrupted_writes_are_detected(
     float32: tuple[Path, Any],
     tmp_path: Path,
     flags: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A bit that changes on its way to the disk, before any checksum is made of it."""
+    """A bit flips on the way to the disk, before its checksum is computed."""
     write, write_values = Array.write, safetensors_files.write_values
 
     def flipped(values: np.ndarray) -> np.ndarray:
@@ -155,7 +156,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
-    """A checkpoint of one tensor of 320 MiB in chunks of 4 MiB, and its size."""
+    """A checkpoint with one tensor of 320 MiB in chunks of 4 MiB, and its size."""
     folder = tmp_path_factory.mktemp("large") / "step-00000001"
     tensor = GlobalTensor(name="blocks.0.mlp.down.weight", shape=(10240, 8192), axis=1, atoms=64)
     with pytest.MonkeyPatch.context() as patch:
@@ -167,7 +168,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]
 
 @pytest.mark.slow
 def test_memory_is_bounded(large: tuple[Path, int], tmp_path: Path) -> None:
-    """What each way takes besides its imports, in one process: some chunks of 4 MiB, where the tensor has 320.
+    """Memory besides imports, in one process: a few chunks of 4 MiB, while the tensor has 320 MiB.
 
     Seen: 44 to 78 MiB; half of the tensor is allowed.
     """
@@ -232,7 +233,7 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
 
 
 def is_running(pid: int) -> bool:
-    """A killed orphan may stay as a zombie until its new parent takes notice."""
+    """Whether a process runs; a killed orphan may remain as a zombie until its new parent reaps it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except FileNotFoundError:
@@ -260,7 +261,7 @@ def test_tasks_under_way_are_bounded_and_end_before_a_failure_is_raised() -> Non
 
 
 def mpiexec(ranks: int, *words: object) -> subprocess.CompletedProcess:
-    """`griffin checkpoint ...` started by a real mpiexec."""
+    """Run `griffin checkpoint ...` under a real mpiexec."""
     command = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if command is None or importlib.util.find_spec("mpi4py") is None:
         pytest.skip("no mpiexec or no mpi4py")

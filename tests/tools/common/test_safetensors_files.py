@@ -1,4 +1,4 @@
-"""Safetensors files: what this project writes the library reads, and damage of headers is found."""
+"""Safetensors files: the library reads what we write, and damaged headers are detected."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_boxes(tmp_path: Path, read_bytes: int, monkeypatch: pytest.MonkeyPatch)
     assert read_box(tmp_path / "file", entries["d"], (slice(0, 1), slice(0, 1))) == 1.5
 
 
-def test_what_was_not_written_is_noticed(tmp_path: Path) -> None:
+def test_corrupted_writes_are_detected(tmp_path: Path) -> None:
     path = write(tmp_path / "file")
     entry = read_entries(path)["a"]
     require_written(path, entry.offset, TENSORS["a"])
@@ -69,8 +69,8 @@ def test_what_was_not_written_is_noticed(tmp_path: Path) -> None:
         require_written(path, entry.offset, TENSORS["a"] + 1)
 
 
-def described(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
-    """A change of what a file's header says."""
+def with_header(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
+    """Return a function that changes the header of a file."""
 
     def edit(content: bytes) -> bytes:
         length = int.from_bytes(content[:8], "little")
@@ -83,26 +83,29 @@ def described(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], b
 
 
 DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda content: b"", "ends 8 bytes too early"),
-    "no length": (lambda content: content[:5], "ends 3 bytes too early"),
+    "empty": (lambda content: b"", "is 8 bytes too short"),
+    "no length": (lambda content: content[:5], "is 3 bytes too short"),
     "huge header": (
         lambda content: b"\xff" * 8 + content[8:],
-        "its header would have 18,446,744,073,709,551,615 bytes",
+        "its header has 18,446,744,073,709,551,615 bytes",
     ),
-    "no header": (lambda content: bytes(8) + content[8:], "its header would have 0 bytes"),
-    "cut header": (lambda content: content[:50], "too early"),
-    "no JSON": (lambda content: content[:8] + b"x" + content[9:], "its header is none of a safetensors file"),
+    "no header": (lambda content: bytes(8) + content[8:], "its header has 0 bytes"),
+    "cut header": (lambda content: content[:50], "too short"),
+    "no JSON": (lambda content: content[:8] + b"x" + content[9:], "its header is not that of a safetensors file"),
     "one byte less": (lambda content: content[:-1], "bytes instead of"),
     "one byte more": (lambda content: content + b"x", "bytes instead of"),
-    "list": (lambda content: (2).to_bytes(8, "little") + b"[]", "its header is none of a safetensors file"),
-    "gap": (described(lambda header: header["b"].update(data_offsets=[241, 257])), "b begins at byte"),
-    "overlap": (described(lambda header: header["b"].update(data_offsets=[0, 16])), "begins at byte"),
-    "negative": (described(lambda header: header["b"].update(data_offsets=[-16, 0])), "its header is none of"),
-    "shape": (described(lambda header: header["b"].update(shape=[9])), "b has 16 bytes instead of 18 for its shape"),
-    "fraction": (described(lambda header: header["b"].update(shape=[8.0])), "its header is none of a safetensors file"),
-    "no offsets": (described(lambda header: header["b"].pop("data_offsets")), "its header is none of"),
-    "dtype": (described(lambda header: header["b"].update(dtype="I16")), "b is of dtype I16; must be F32, F16, BF16"),
-    "missing tensor": (described(lambda header: header.pop("a")), "b begins at byte"),
+    "list": (lambda content: (2).to_bytes(8, "little") + b"[]", "its header is not that of a safetensors file"),
+    "gap": (with_header(lambda header: header["b"].update(data_offsets=[241, 257])), "b begins at byte"),
+    "overlap": (with_header(lambda header: header["b"].update(data_offsets=[0, 16])), "begins at byte"),
+    "negative": (with_header(lambda header: header["b"].update(data_offsets=[-16, 0])), "its header is not that of"),
+    "shape": (with_header(lambda header: header["b"].update(shape=[9])), "b has 16 bytes instead of 18 for its shape"),
+    "fraction": (
+        with_header(lambda header: header["b"].update(shape=[8.0])),
+        "its header is not that of a safetensors file",
+    ),
+    "no offsets": (with_header(lambda header: header["b"].pop("data_offsets")), "its header is not that of"),
+    "dtype": (with_header(lambda header: header["b"].update(dtype="I16")), "b is of dtype I16; must be F32, F16, BF16"),
+    "missing tensor": (with_header(lambda header: header.pop("a")), "b begins at byte"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Generation from checkpoints: what transformers generates; prompts, tokenizers and the command."""
+"""Generation from checkpoints: the same tokens as transformers; the commands `generate` and `logits`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from griffin.tools.cli import main
-from griffin.tools.inference.model import Checkpoint, loaded
+from griffin.tools.commands import logits as logits_module
+from griffin.tools.inference.model import InferenceCheckpoint, LoadedModel, open_model
 from griffin.tools.inference.sampling import Sampling, generate
 from griffin.trainer.checkpoint.manifest import check
 from griffin.trainer.settings.complete import load_config
@@ -25,17 +26,17 @@ from tests.transformers_models import convert, load_model, make_model, save_mode
 BEYOND = 64  # tokens past the window
 
 
-def open_checkpoint(folder: Path, tensor: int = 1) -> Checkpoint:
-    return Checkpoint(folder, check(folder), tensor, "float32")
+def open_checkpoint(folder: Path, tensor: int = 1) -> InferenceCheckpoint:
+    return InferenceCheckpoint(folder, check(folder), tensor, "float32")
 
 
-def answers(ranks: Any, checkpoint: Checkpoint, prompts: list[list[int]], count: int) -> list[list[int]]:
-    with loaded(checkpoint, ranks) as model:
+def answers(ranks: Any, checkpoint: InferenceCheckpoint, prompts: list[list[int]], count: int) -> list[list[int]]:
+    with open_model(checkpoint, ranks) as model:
         return generate(model, prompts, max_tokens=count, sampling=Sampling())
 
 
 def converted(folder: Path, *, embedding: float = 1.0, **changes: Any) -> tuple[Path, Any]:
-    """A model's checkpoint, and the model. No token ends an answer, and none is padding."""
+    """A checkpoint and its transformers model, without end-of-sequence and padding tokens."""
     model = make_model(eos_token_id=None, pad_token_id=None, bos_token_id=None, **changes)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(embedding)
@@ -55,8 +56,8 @@ def converted(folder: Path, *, embedding: float = 1.0, **changes: Any) -> tuple[
     ids=["R-48", "two-heads", "seven-blocks", "eight-heads"],
 )  # fmt: skip
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Prompts shorter and longer than the window, all in one batch here and one by one there."""
-    # Small embeddings: else a token's own decides on the next one, which then is the same again.
+    """Prompts are shorter and longer than the window; we run them as one batch, transformers one by one."""
+    # Small embeddings: with large ones, each token would be followed by itself.
     folder, model = converted(tmp_path, embedding=0.05, **changes)
     window = model.config.attention_window_size
     count = window + BEYOND
@@ -77,7 +78,7 @@ def test_two_tensor_ranks_generate_the_same(tmp_path: Path, rank_pool: RankPool)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted model with a tokenizer of bytes' names, and special tokens."""
+    """A converted model whose tokenizer has one token per byte, and special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from tokenizers.decoders import ByteLevel
 
@@ -144,7 +145,7 @@ def test_on_two_ranks_of_this_machine(checkpoint: Path, capfd: pytest.CaptureFix
 
 @pytest.mark.slow
 def test_compiled(checkpoint: Path, tmp_path: Path) -> None:
-    """The same answers, of prompts alike and unlike in length, over the window's end."""
+    """The answers are the same for prompts of equal and different lengths, beyond the window."""
     (tmp_path / "unlike.txt").write_text("one\ntwo words\nx\n")
     arguments = ["--batch", str(tmp_path / "unlike.txt"), "--max-tokens", "30", "--temperature", "1", "--top-k", "20"]
     command = [sys.executable, "-m", "griffin.tools.cli", "generate", str(checkpoint), *arguments]
@@ -170,7 +171,7 @@ def test_compiled(checkpoint: Path, tmp_path: Path) -> None:
         (["--tokenizer", "none.json"], "tokenizer 'none.json': no such file"),
     ],
 )
-def test_mistakes(checkpoint: Path, words: list[str], said: str, capfd: pytest.CaptureFixture) -> None:
+def test_invalid_arguments(checkpoint: Path, words: list[str], said: str, capfd: pytest.CaptureFixture) -> None:
     assert run(checkpoint, "--prompt", "x", *words) == 2
     assert said in capfd.readouterr().err
 
@@ -204,7 +205,7 @@ def test_compilation_needs_a_compiler(
     assert "--compile: needs a C++ compiler on CPUs; found no no-such-compiler" in capfd.readouterr().err
 
 
-def test_a_checkpoint_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_folder_that_is_not_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert run(tmp_path / "none", "--prompt", "x") == 2
     assert f"{tmp_path / 'none'} does not exist" in capfd.readouterr().err
 
@@ -212,10 +213,10 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture)
 def test_a_model_without_a_tokenizer(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     folder, _ = converted(tmp_path)
     assert run(folder, "--prompt", "x") == 2
-    assert "carries no tokenizer; name one with --tokenizer FILE" in capfd.readouterr().err
+    assert "has no tokenizer; name one with --tokenizer FILE" in capfd.readouterr().err
     assert run(folder, "--prompt", "\x01", "--tokenizer", "bytes", "--max-tokens", 3) == 0
     assert run(folder, "--prompt", "", "--tokenizer", "bytes") == 2
-    assert "must have a token" in capfd.readouterr().err
+    assert "must have at least one token" in capfd.readouterr().err
     assert run(folder, "--prompt", "\U00010000", "--tokenizer", "bytes") == 2
     assert (
         "--prompt: has token 240 of tokenizer bytes; must be below 200, the model's vocabulary"
@@ -240,7 +241,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.Mo
     torch.testing.assert_close(torch.from_numpy(one), expected, rtol=0, atol=1e-4)
     assert logits(folder, "--tokens", tmp_path / "tokens.npy", "--out", tmp_path / "two.npy", "--tensor", 2) == 0
     np.testing.assert_allclose(np.load(tmp_path / "two.npy"), one, rtol=0, atol=1e-4)
-    monkeypatch.setattr("griffin.tools.commands.logits.SLICE_ELEMENTS", 7 * 200)  # seven positions at a time
+    monkeypatch.setattr(logits_module, "SLICE_ELEMENTS", 7 * 200)  # seven positions at a time
     assert logits(folder, "--tokens", tmp_path / "tokens.npy", "--out", tmp_path / "cut.npy") == 0
     np.testing.assert_allclose(np.load(tmp_path / "cut.npy"), one, rtol=0, atol=1e-5)
 
@@ -263,7 +264,7 @@ def test_logits_refuse(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert logits(folder, "--tokens", tmp_path / "no.npy", "--out", out) == 2
     assert "no.npy: no such file" in capfd.readouterr().err
     assert logits(folder, "--tokens", tmp_path / "tokens.npy", "--out", tmp_path / "none" / "out.npy") == 2
-    assert "must be in a folder that is there" in capfd.readouterr().err
+    assert "must be in a folder that exists" in capfd.readouterr().err
     out.write_bytes(b"mine")
     assert logits(folder, "--tokens", tmp_path / "tokens.npy", "--out", out) == 2
     assert "exists, and is not overwritten" in capfd.readouterr().err
@@ -288,7 +289,7 @@ def test_logits_leave_nothing_but_what_is_whole(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("griffin.tools.inference.model.Model.gathered", fails)
+        patch.setattr(LoadedModel, "all_gather_logits", fails)
         assert logits(folder, "--tokens", ids, "--out", out) == 2
     assert list(out.parent.iterdir()) == []
 
@@ -296,7 +297,7 @@ def test_logits_leave_nothing_but_what_is_whole(tmp_path: Path, monkeypatch: pyt
         out.write_bytes(b"mine")
 
     with monkeypatch.context() as patch:
-        patch.setattr("griffin.tools.commands.logits.synchronise", appears)  # while it is made
+        patch.setattr(logits_module, "synchronise", appears)  # while it is made
         assert logits(folder, "--tokens", ids, "--out", out) == 2
     assert [(file, file.read_bytes()) for file in out.parent.iterdir()] == [(out, b"mine")]
     out.unlink()
@@ -324,7 +325,7 @@ def test_logits_that_are_stopped_leave_nothing(tmp_path: Path, tensor: int) -> N
 
 
 def test_a_trained_run(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """From a run's folder to text, with the tokenizer of its data, which themselves are gone by then."""
+    """Generate from a run folder with the tokenizer of its data, after the data were removed."""
     (tmp_path / "text.txt").write_text("the same words again and again\n" * 100)
     assert main(["data", "build", str(tmp_path / "data"), str(tmp_path / "text.txt"), "--tokenizer", "bytes"]) == 0
     config = tmp_path / "config.toml"

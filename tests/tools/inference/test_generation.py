@@ -1,4 +1,4 @@
-"""Choosing tokens: what is likeliest, or drawn; and what ends an answer."""
+"""Sampling: greedy and random choice of tokens, and the end of an answer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelC
 from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import build_stages
 from griffin.parallel.world.grid import single_rank_grid
-from griffin.tools.inference.model import Model
+from griffin.tools.inference.model import LoadedModel
 from griffin.tools.inference.sampling import Sampling, generate, generate_all, sample
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.05, 0.3, 0.2])
 
 
 def draw_all(sampling: Sampling, count: int = 4000) -> torch.Tensor:
-    """How often each token is drawn, at evenly spaced draws."""
+    """Return how often each token is sampled for evenly spaced draws."""
     draws = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     chosen = sample(PROBABILITIES.log().expand(count, -1), draws, sampling)
     return chosen.bincount(minlength=len(PROBABILITIES)) / count
@@ -36,7 +36,7 @@ def draw_all(sampling: Sampling, count: int = 4000) -> torch.Tensor:
         ({"temperature": 1.0, "top_p": 0.69}, torch.tensor([0, 0.4, 0, 0.3, 0]) / 0.7),
         ({"temperature": 1.0, "top_p": 0.71}, torch.tensor([0, 0.4, 0, 0.3, 0.2]) / 0.9),
         ({"temperature": 1.0, "top_p": 1e-9}, torch.tensor([0, 1.0, 0, 0, 0])),
-        # Of what the 3 likeliest leave, 0.4 / 0.9 and 0.3 / 0.9 come to 0.78.
+        # Among the 3 likeliest, 0.4 / 0.9 and 0.3 / 0.9 sum to 0.78.
         ({"temperature": 1.0, "top_k": 3, "top_p": 0.77}, torch.tensor([0, 0.4, 0, 0.3, 0]) / 0.7),
         ({}, torch.tensor([0, 1.0, 0, 0, 0])),
     ],
@@ -47,7 +47,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(settings: dict, expected: 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 3}])
 def test_a_token_without_probability_is_never_drawn(settings: dict) -> None:
-    """Not at the ends of what is drawn either; padding of the vocabulary is such a token."""
+    """Also for draws at both ends of [0, 1); the vocabulary's padding has no probability."""
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]]).expand(2, -1)
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     chosen = sample(logits, ends, Sampling(temperature=1.0, **settings))
@@ -65,13 +65,13 @@ def test_a_token_without_probability_is_never_drawn(settings: dict) -> None:
         ({"seed": -1}, "--seed -1"),
     ],
 )
-def test_senseless_settings(settings: dict, said: str) -> None:
+def test_invalid_settings(settings: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Sampling(**settings)
 
 
 @pytest.fixture
-def model() -> Iterator[Model]:
+def model() -> Iterator[LoadedModel]:
     config = ModelConfig(
         pattern=(RECURRENT, ATTENTION),
         width=32,
@@ -85,14 +85,14 @@ def model() -> Iterator[Model]:
     with single_rank_grid() as grid:
         stages = build_stages(config, ParallelConfig(), grid, dtype=torch.float32, sequence=8)
         initialize(stages, grid, seed=0)
-        yield Model(stages[0], grid, config)
+        yield LoadedModel(stages[0], grid, config)
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12], [13, 14], [1, 2, 3]]
 DRAWN = Sampling(temperature=1.0, top_p=0.95, seed=7)
 
 
-def test_what_is_drawn_depends_on_seed_and_prompt_but_not_on_the_batch(model: Model) -> None:
+def test_samples_depend_on_seed_and_prompt_but_not_on_the_batch(model: LoadedModel) -> None:
     def run(batch: int, sampling: Sampling) -> list[list[int]]:
         return list(generate_all(model, PROMPTS, batch=batch, max_tokens=12, stops=frozenset(), sampling=sampling))
 
@@ -116,7 +116,7 @@ def test_the_least_temperature_takes_the_likeliest() -> None:
     assert chosen.tolist() == [1]
 
 
-def test_an_answer_ends_with_a_stop(model: Model) -> None:
+def test_an_answer_ends_with_a_stop(model: LoadedModel) -> None:
     free = generate(model, PROMPTS, max_tokens=12, sampling=DRAWN)
     assert [len(answer) for answer in free] == [12] * 5
     stop = free[2][4]
@@ -127,7 +127,7 @@ def test_an_answer_ends_with_a_stop(model: Model) -> None:
         assert after == before[:end]
 
 
-def test_nothing_is_computed_after_all_have_ended(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_computed_after_all_have_ended(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from griffin.parallel.decode import Decoder
 
     calls = []

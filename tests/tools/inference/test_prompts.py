@@ -1,4 +1,4 @@
-"""Which tokenizer a checkpoint has, what its prompts begin with and what ends its answers."""
+"""A checkpoint's tokenizer, and its BOS and stop tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from griffin.tools.cli import main
-from griffin.tools.inference.prompts import Language, find_language
+from griffin.tools.inference.prompts import PromptTokenizer, find_prompt_tokenizer
 from griffin.trainer.checkpoint.manifest import Manifest
 from griffin.trainer.data.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -58,8 +58,8 @@ def train_sentencepiece(folder: Path) -> Path:
     return folder / "pieces.model"
 
 
-def carried(folder: Path, *, end: str = "<eos>", **files: dict[str, Any]) -> Path:
-    """A checkpoint's folder with the files of the model that it was converted from, without ".json" here."""
+def converted_checkpoint(folder: Path, *, end: str = "<eos>", **files: dict[str, Any]) -> Path:
+    """Make a checkpoint folder with the auxiliary files of its source model; `files` by name without ".json"."""
     save_tokenizer(folder / "source", end=end)
     for name, values in files.items():
         (folder / "source" / f"{name}.json").write_text(json.dumps(values))
@@ -76,81 +76,81 @@ def carried(folder: Path, *, end: str = "<eos>", **files: dict[str, Any]) -> Pat
         ({}, None, {1}),
     ],
 )
-def test_a_converted_model_says_it(tmp_path: Path, files: dict, bos: int | None, stops: set[int]) -> None:
-    language = find_language(carried(tmp_path, **files), MANIFEST)
-    assert (language.bos, language.stops) == (bos, stops)
+def test_special_tokens_of_a_converted_model(tmp_path: Path, files: dict, bos: int | None, stops: set[int]) -> None:
+    prompt_tokenizer = find_prompt_tokenizer(converted_checkpoint(tmp_path, **files), MANIFEST)
+    assert (prompt_tokenizer.bos, prompt_tokenizer.stops) == (bos, stops)
     begin = [] if bos is None else [bos]
-    assert language.encode("<turn> a b", 6, "here") == [*begin, 3, 4, 5]
+    assert prompt_tokenizer.encode("<turn> a b", 6, "here") == [*begin, 3, 4, 5]
     if bos is not None:
-        assert language.encode("<bos> a", 6, "here") == [2, 4], "stated by the prompt itself"
+        assert prompt_tokenizer.encode("<bos> a", 6, "here") == [2, 4], "stated by the prompt itself"
 
 
-def test_an_end_of_another_name(tmp_path: Path) -> None:
-    folder = carried(tmp_path, end="<the-end>", tokenizer_config={"eos_token": {"content": "<the-end>"}})
-    assert find_language(folder, MANIFEST).stops == {1}
+def test_an_end_token_of_another_name(tmp_path: Path) -> None:
+    folder = converted_checkpoint(tmp_path, end="<the-end>", tokenizer_config={"eos_token": {"content": "<the-end>"}})
+    assert find_prompt_tokenizer(folder, MANIFEST).stops == {1}
 
 
 def test_a_trained_model_has_the_tokenizer_of_its_data(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some text")
     assert main(["data", "build", str(tmp_path / "data"), str(tmp_path / "text.txt"), "--tokenizer", "bytes"]) == 0
     manifest = replace(MANIFEST, config={"data": {"train": [str(tmp_path / "data")]}})
-    language = find_language(tmp_path, manifest)
-    assert (language.tokenizer.spec, language.bos, language.stops) == ("bytes", None, {256})
+    prompt_tokenizer = find_prompt_tokenizer(tmp_path, manifest)
+    assert (prompt_tokenizer.tokenizer.spec, prompt_tokenizer.bos, prompt_tokenizer.stops) == ("bytes", None, {256})
     (tmp_path / "data.bin").unlink()
-    assert find_language(tmp_path, manifest).stops == {256}, "the tokens themselves may be elsewhere"
+    assert find_prompt_tokenizer(tmp_path, manifest).stops == {256}, "the tokens themselves may be elsewhere"
     (tmp_path / "data.json").unlink()
     with pytest.raises(ValueError, match=r"data\.json is missing .*; or name the tokenizer with --tokenizer FILE"):
-        find_language(tmp_path, manifest)
+        find_prompt_tokenizer(tmp_path, manifest)
 
 
 def test_a_stated_tokenizer_comes_first(tmp_path: Path) -> None:
-    folder = carried(tmp_path, config={"bos_token_id": 2, "eos_token_id": 1})
-    language = find_language(folder, MANIFEST, "bytes")
-    assert (language.tokenizer.spec, language.bos, language.stops) == ("bytes", 2, {1})
-    language = find_language(tmp_path / "none", MANIFEST, str(folder / "source" / "tokenizer.json"))
-    assert (language.bos, language.stops) == (None, {1})
+    folder = converted_checkpoint(tmp_path, config={"bos_token_id": 2, "eos_token_id": 1})
+    prompt_tokenizer = find_prompt_tokenizer(folder, MANIFEST, "bytes")
+    assert (prompt_tokenizer.tokenizer.spec, prompt_tokenizer.bos, prompt_tokenizer.stops) == ("bytes", 2, {1})
+    prompt_tokenizer = find_prompt_tokenizer(tmp_path / "none", MANIFEST, str(folder / "source" / "tokenizer.json"))
+    assert (prompt_tokenizer.bos, prompt_tokenizer.stops) == (None, {1})
 
 
-def test_an_end_that_is_stated(tmp_path: Path) -> None:
-    folder = carried(tmp_path, end="<the-end>")
+def test_a_stated_end_token(tmp_path: Path) -> None:
+    folder = converted_checkpoint(tmp_path, end="<the-end>")
     with pytest.raises(ValueError, match="name its end-of-document token with --eod TOKEN"):
-        find_language(folder, MANIFEST)
-    assert find_language(folder, MANIFEST, eod="<the-end>").stops == {1}
+        find_prompt_tokenizer(folder, MANIFEST)
+    assert find_prompt_tokenizer(folder, MANIFEST, eod="<the-end>").stops == {1}
 
 
 @pytest.mark.parametrize("value", ["2", [], [1, None], True])
-def test_ids_that_are_none(tmp_path: Path, value: Any) -> None:
+def test_invalid_token_ids(tmp_path: Path, value: Any) -> None:
     with pytest.raises(ValueError, match=r"eos_token_id = .* must be an integer or some"):
-        find_language(carried(tmp_path, config={"eos_token_id": value}), MANIFEST)
+        find_prompt_tokenizer(converted_checkpoint(tmp_path, config={"eos_token_id": value}), MANIFEST)
 
 
 def test_damaged_settings_are_named(tmp_path: Path) -> None:
-    folder = carried(tmp_path)
+    folder = converted_checkpoint(tmp_path)
     (folder / "source" / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"source/config\.json: must be a JSON object"):
-        find_language(folder, MANIFEST)
+        find_prompt_tokenizer(folder, MANIFEST)
 
 
 def test_text_of_an_answer() -> None:
-    """Without what ended it, and without ids that only the model knows."""
-    language = Language(ByteTokenizer(), None, frozenset({256}))
-    assert language.decode([32], [104, 105, 256]) == "hi"
-    assert language.decode([], [104, 300, 105]) == "hi"
-    assert language.decode([32], []) == ""
-    assert language.decode([0xC3], [0xA9]) == "\ufffd", "what a prompt has cut in two is no text"
+    """The text of an answer excludes the stop token, and ids beyond the tokenizer's vocabulary."""
+    prompt_tokenizer = PromptTokenizer(ByteTokenizer(), None, frozenset({256}))
+    assert prompt_tokenizer.decode([32], [104, 105, 256]) == "hi"
+    assert prompt_tokenizer.decode([], [104, 300, 105]) == "hi"
+    assert prompt_tokenizer.decode([32], []) == ""
+    assert prompt_tokenizer.decode([0xC3], [0xA9]) == "\ufffd", "what a prompt has cut in two is no text"
 
 
 def test_an_answer_keeps_the_space_that_it_begins_with(tmp_path: Path) -> None:
-    language = Language(load_tokenizer(str(train_sentencepiece(tmp_path))), None, frozenset())
-    prompt, both = (language.tokenizer.encode(text).tolist() for text in ("one two", "one two three"))
+    prompt_tokenizer = PromptTokenizer(load_tokenizer(str(train_sentencepiece(tmp_path))), None, frozenset())
+    prompt, both = (prompt_tokenizer.tokenizer.encode(text).tolist() for text in ("one two", "one two three"))
     assert both[: len(prompt)] == prompt
-    assert language.tokenizer.decode(both[len(prompt) :]) == "three"
-    assert language.decode(prompt, both[len(prompt) :]) == " three"
+    assert prompt_tokenizer.tokenizer.decode(both[len(prompt) :]) == "three"
+    assert prompt_tokenizer.decode(prompt, both[len(prompt) :]) == " three"
 
 
-def test_a_sentencepiece_model_alone_says_what_begins_a_prompt(tmp_path: Path) -> None:
+def test_a_sentencepiece_model_alone_defines_bos(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     train_sentencepiece(tmp_path).rename(tmp_path / "source" / "tokenizer.model")
-    language = find_language(tmp_path, MANIFEST)
-    assert (language.bos, language.stops) == (2, {1})
-    assert language.encode("one", 100, "here")[0] == 2
+    prompt_tokenizer = find_prompt_tokenizer(tmp_path, MANIFEST)
+    assert (prompt_tokenizer.bos, prompt_tokenizer.stops) == (2, {1})
+    assert prompt_tokenizer.encode("one", 100, "here")[0] == 2

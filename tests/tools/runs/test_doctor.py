@@ -1,10 +1,12 @@
-"""`griffin doctor`: a line for each check, and exit code 1 where one failed."""
+"""`griffin doctor`: one line per check, and exit code 1 if one failed."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import Tensor
 from torch.distributed import TCPStore
 
+from griffin.launch import local
 from griffin.parallel.world.ranks import Ranks
 from griffin.tools.cli import main
 from griffin.tools.commands import doctor
@@ -34,8 +38,8 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def doctored(*words: str | Path) -> tuple[int, list[tuple[str, str]]]:
-    """Exit code, and (state, text) of each line."""
+def run_doctor(*words: str | Path) -> tuple[int, list[tuple[str, str]]]:
+    """Run the command; return its exit code, and (state, text) of each line."""
     command = [*COMMAND, *map(str, words)]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert result.stderr == "", result.stderr
@@ -46,7 +50,7 @@ def doctored(*words: str | Path) -> tuple[int, list[tuple[str, str]]]:
 def test_two_ranks_of_a_healthy_machine(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     (tmp_path / "runs").mkdir()
-    code, lines = doctored("--ranks", "2", "--dir", tmp_path / "runs", config, "--train.dtype", "bfloat16")
+    code, lines = run_doctor("--ranks", "2", "--dir", tmp_path / "runs", config, "--train.dtype", "bfloat16")
     assert code == 0, lines
     assert {state for state, _ in lines} <= {OK, WARNING}
     found = dict(text.split(":", 1) for _, text in lines)
@@ -56,19 +60,19 @@ def test_two_ranks_of_a_healthy_machine(tmp_path: Path) -> None:
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def as_local(findings: list[tuple[str, str]], code: int) -> Callable[..., int]:
-    """Stands for ranks that find this."""
+def fake_run_local(results: list[tuple[str, str]], code: int) -> Callable[..., int]:
+    """Return a stand-in for `run_local` whose ranks have these results."""
 
     def run_local(target: Any, ranks: int, args: tuple[Any, ...], *, preload: tuple[str, ...]) -> int:
-        if findings:
-            args[2].write_text(json.dumps(findings))
+        if results:
+            args[2].write_text(json.dumps(results))
         return code
 
     return run_local
 
 
 @pytest.mark.parametrize(
-    ("findings", "code", "expected"),
+    ("results", "code", "expected"),
     [
         ([(OK, "links: 3"), (WARNING, "slow link")], 0, 0),
         ([(OK, "links: 3"), (FAILED, "all-reduce: wrong")], 0, 1),
@@ -79,15 +83,15 @@ def test_exit_code(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    findings: list[tuple[str, str]],
+    results: list[tuple[str, str]],
     code: int,
     expected: int,
 ) -> None:
-    monkeypatch.setattr("griffin.launch.local.run_local", as_local(findings, code))
+    monkeypatch.setattr(local, "run_local", fake_run_local(results, code))
     monkeypatch.setattr(doctor_installation, "examine_installation", lambda folder: [(OK, "torch: 2")])
     assert main(["doctor", "--dir", str(tmp_path), "--ranks", "3"]) == expected
     lines = capsys.readouterr().out.splitlines()
-    for state, text in findings:
+    for state, text in results:
         assert f"{state:<8} {text}" in lines
     assert ("FAILED   ranks: 3 on this machine ended with exit code 137" in lines) == (code == 137)
     assert lines[-1] == "ok       torch: 2"
@@ -105,7 +109,7 @@ def test_one_rank_of_a_launcher(
     assert "this process is one of 2 ranks that slurm started" in capsys.readouterr().err
 
 
-# A rank whose preflight has three seconds; what rank 1 does in it comes first.
+# A rank whose preflight has three seconds; rank 1 runs code of the test before it.
 RANK = """
 import os, signal, sys
 from griffin.trainer.preflight import check, machine
@@ -159,12 +163,12 @@ def test_a_failure_is_told_before_a_launcher_ends_all_ranks(tmp_path: Path, faul
 
 
 def test_a_local_rank_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any rank that knows of a failure says so, and ends all."""
+    """Any rank that knows of a failure reports it and ends all ranks."""
     left: list[int] = []
     monkeypatch.setattr(doctor, "leave", left.append)
     monkeypatch.setattr(doctor, "check_rank", lambda *args: [(FAILED, "rank 0 was not done")])
     ranks = Ranks(rank=1, world_size=2, local_rank=1, address="a", port=1, source="local", store_served=True)
-    doctor._local_rank(ranks, None, tmp_path, tmp_path / "found")
+    doctor.check_local_rank(ranks, None, tmp_path, tmp_path / "found")
     assert left == [1]
     assert json.loads((tmp_path / "found").read_text()) == [[FAILED, "rank 0 was not done"]]
 
@@ -186,52 +190,51 @@ def test_refusals(
     assert message in capsys.readouterr().err
 
 
-def found(folder: Path, check: str) -> tuple[str, str]:
-    (finding,) = [(state, text) for state, text in examine_installation(folder) if text.startswith(check)]
-    return finding
+def result_of(folder: Path, check: str) -> tuple[str, str]:
+    (result,) = [(state, text) for state, text in examine_installation(folder) if text.startswith(check)]
+    return result
 
 
 def test_kernels_that_compute_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recurrence = doctor_installation._recurrence
-    monkeypatch.setattr(
-        doctor_installation,
-        "_recurrence",
-        lambda backend, device: [tensor * (1.01 if backend == "cpu" else 1) for tensor in recurrence(backend, device)],
-    )
-    assert found(tmp_path, "kernels")[0] == FAILED
+    rglru = doctor_installation.rglru
+
+    def wrong(x: Tensor, *gates: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        return rglru(x * (1.01 if backend == "cpu" else 1), *gates, backend=backend)
+
+    monkeypatch.setattr(doctor_installation, "rglru", wrong)
+    assert result_of(tmp_path, "kernels")[0] == FAILED
 
 
 def test_another_package_of_the_name_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     packages = {"apex": SimpleNamespace(), "apex.normalization": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: packages[name] if name in packages else find(name))
-    state, text = found(tmp_path, "apex")
-    assert (state, "not NVIDIA's" in text) == (WARNING, True)
+    state, text = result_of(tmp_path, "apex")
+    assert (state, "another package than NVIDIA's" in text) == (WARNING, True)
 
 
 def test_a_version_of_megatron_core_that_is_not_the_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = doctor_installation._version
+    version = importlib.metadata.version
     monkeypatch.setattr(
-        doctor_installation, "_version", lambda name: "0.15.0" if name == "megatron-core" else version(name)
+        importlib.metadata, "version", lambda name: "0.15.0" if name == "megatron-core" else version(name)
     )
-    assert found(tmp_path, "megatron-core") == (FAILED, "megatron-core: 0.15.0, must be megatron-core==0.16.1")
+    assert result_of(tmp_path, "megatron-core") == (FAILED, "megatron-core: 0.15.0, must be megatron-core==0.16.1")
 
 
 def test_a_slow_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync = doctor_installation._sync
-    monkeypatch.setattr(doctor_installation, "_sync", lambda path: sync(path) + 1)
-    state, text = found(tmp_path, "folder")
+    monkeypatch.setattr(doctor_installation, "SYNC_SECONDS", 0.0)
+    state, text = result_of(tmp_path, "folder")
     assert (state, "checkpoints will be slow" in text) == (WARNING, True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resource.getrlimit", lambda kind: (256, 4096))
-    assert found(tmp_path, "open files")[0] == WARNING
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 4096))
+    assert result_of(tmp_path, "open files")[0] == WARNING
 
 
 def test_mpi_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mpi4py")
     monkeypatch.setattr(doctor_installation, "MPI_CODE", "raise RuntimeError('cannot load MPI library')")
-    state, text = found(tmp_path, "mpi4py")
+    state, text = result_of(tmp_path, "mpi4py")
     assert (state, "RuntimeError: cannot load MPI library" in text) == (WARNING, True)

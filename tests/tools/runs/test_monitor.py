@@ -1,4 +1,4 @@
-"""`griffin monitor` of run folders in every state."""
+"""`griffin monitor`: run folders in every state."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ import pytest
 from rich.console import Console
 
 from griffin.tools.cli import main
+from griffin.tools.runs.monitor_view import render_run, render_runs, sparkline
 from griffin.tools.runs.state import FAILED, FINISHED, GONE, HUNG, RUNNING, SILENT, STOPPED, RunReader, duration
-from griffin.tools.runs.view import one_run, several_runs, sparkline
 from griffin.trainer.reporting.console import Console as Trainer
 from griffin.trainer.run.folder import RunFolder
 from griffin.trainer.run.lock import Owner
@@ -102,7 +102,7 @@ def test_several_runs_have_a_line_each(finished: Path, run_dir: Path, capsys: py
 def test_the_state_of_a_locked_run(run_dir: Path) -> None:
     path, reader = lock(run_dir), RunReader(run_dir)
     assert reader.read().status == RUNNING
-    # Another machine's: its file's time is all that tells.
+    # A lock of another machine: only its modification time shows whether it is alive.
     lock(run_dir, machine="elsewhere", host="n17", user="ada", job="cluster/4711")
     state = reader.read()
     assert state.status == RUNNING
@@ -155,7 +155,7 @@ def test_a_run_without_lock_stopped_or_failed(run_dir: Path) -> None:
     with (run_dir / "console.log").open("a") as file:
         file.write("Traceback (most recent call last):\n  somewhere\nNonFiniteError: step 13: loss nan\n")
     state = reader.read()
-    assert (state.status, state.said) == (FAILED, "NonFiniteError: step 13: loss nan")
+    assert (state.status, state.last_line) == (FAILED, "NonFiniteError: step 13: loss nan")
     with (run_dir / "console.log").open("a") as file:
         file.write(f"Run folder: {run_dir}, attempt 2\n")
     with pytest.raises(KeyboardInterrupt), Trainer(RunFolder(run_dir, 2), steps=20, stream=io.StringIO()):
@@ -164,13 +164,13 @@ def test_a_run_without_lock_stopped_or_failed(run_dir: Path) -> None:
     with pytest.raises(ConnectionError), Trainer(RunFolder(run_dir, 2), steps=20, stream=io.StringIO()):
         interrupted_and_cut_off()
     assert (state := reader.read()).status == STOPPED, "Ctrl-C, after which other ranks were not reached"
-    assert state.said.startswith("Stopped by Ctrl-C")
+    assert state.last_line.startswith("Stopped by Ctrl-C")
     with (run_dir / "console.log").open("a") as file:
         file.write(f"Run folder: {run_dir}, attempt 2\nStopped on request\n")
     assert reader.read().status == STOPPED, "the attempt that failed was an earlier one"
 
 
-def test_how_an_attempt_ended_is_what_it_has_said(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recorded_end_of_an_attempt(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reader, now = RunReader(run_dir), time.time()
     assert reader.read().status == FINISHED
     with (run_dir / "console.log").open("a") as file:
@@ -195,7 +195,7 @@ def test_how_an_attempt_ended_is_what_it_has_said(run_dir: Path, capsys: pytest.
     assert reader.read().status == GONE, "killed: it has said nothing of its end"
 
 
-def test_a_run_of_a_version_without_attempts_reads_as_before(run_dir: Path) -> None:
+def test_a_run_without_attempts_file(run_dir: Path) -> None:
     (run_dir / "attempts.jsonl").unlink()
     state = RunReader(run_dir).read()
     assert (state.status, state.step) == (FINISHED, 12)
@@ -211,7 +211,7 @@ def interrupted_and_cut_off() -> None:
         raise ConnectionError("closed by peer")
 
 
-def test_a_loss_over_no_token_is_none(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_loss_where_no_token_is_predicted(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     append(run_dir / "metrics.jsonl", {"step": 16, "loss": 0.0, "loss_tokens": 0})
     append(run_dir / "metrics.jsonl", {"step": 16, "eval_loss": 0.0, "eval_loss_tokens": 0})
     text = shown(capsys, run_dir)
@@ -224,7 +224,7 @@ def test_a_loss_over_no_token_is_none(run_dir: Path, capsys: pytest.CaptureFixtu
     assert shown(capsys, run_dir).count("no token was predicted") == 1
 
 
-def test_what_no_run_writes_is_passed_over(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_lines_are_skipped(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     odd: dict[str, Any] = {
         "time": None,
         "loss": "low",
@@ -304,11 +304,11 @@ def test_a_terminal_shows_what_is_new_until_interrupted(run_dir: Path) -> None:
 def test_a_narrow_terminal_shows_all_figures(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = RunReader(finished).read()
     for width in (60, 40):
-        Console(width=width).print(one_run(state, width=width))
+        Console(width=width).print(render_run(state, width=width))
         text = " ".join(capsys.readouterr().out.split())
         for words in (f"loss {state.figures['loss']:.4f} nats", "goodput", "step time", "tokens/s"):
             assert words in text, (width, words)
-    Console(width=80).print(several_runs([state]))
+    Console(width=80).print(render_runs([state]))
     assert f"{state.figures['tokens_per_second']:,.0f}" in capsys.readouterr().out
 
 

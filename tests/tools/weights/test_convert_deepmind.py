@@ -1,4 +1,4 @@
-"""DeepMind's files, made here with the names that its code has: the same checkpoint as from transformers."""
+"""Convert files with DeepMind's names, made here: the result is the checkpoint made from transformers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from griffin.tools.cli import main
+from griffin.tools.common import safetensors_files
+from griffin.trainer.checkpoint import arrays
 from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from tests.checkpoints import assert_equal_arrays, read_arrays, small_chunks
 from tests.deepmind_models import flax_tree, numpy_of, plain, save_orbax, torch_state
@@ -26,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(autouse=True, scope="module")
 def chunks() -> Iterator[None]:
     with small_chunks(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("griffin.tools.common.safetensors_files.READ_BYTES", 300)
+        patch.setattr(safetensors_files, "READ_BYTES", 300)
         yield
 
 
@@ -44,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def unusual(model: Any, path: Path) -> Path:
-    """Parameters, transposed in memory, in one storage, below "params": as DeepMind's conversion may leave them."""
+    """Save parameters below "params", transposed in memory and in one storage, as DeepMind's conversion may do."""
     state = torch_state(model)
     for name, value in state.items():
         if value.dim() == 2:
@@ -56,13 +58,13 @@ def unusual(model: Any, path: Path) -> Path:
 
 
 def repacked_unusual(model: Any, path: Path) -> Path:
-    """Packed by another program than torch, which computes where its own records lie."""
+    """Repack the archive with another program: torch computes the offsets of its own records."""
     repacked(unusual(model, path))
     return path
 
 
 def negated(model: Any, path: Path) -> Path:
-    """Views of every other value of tensors, whose signs are turned when they are read."""
+    """Save strided views with the negative bit, whose signs are flipped on reading."""
     state = torch_state(model)
     for name, value in state.items():
         doubled = torch.stack([-value, value], dim=-1)
@@ -94,7 +96,7 @@ SAVED: dict[str, Callable[[Any, Path], Path]] = {
     ],
 )
 def test_the_same_checkpoint(tmp_path: Path, how: str, case: str) -> None:
-    """As from transformers, bit by bit; its window is one more than DeepMind's number."""
+    """The checkpoint is bitwise that made from transformers, with a window one larger than DeepMind's."""
     model = make_model(**CASES[case])
     assert convert("hf", save_model(model, tmp_path / "model"), tmp_path / "expected") == 0
     source = SAVED[how](model, tmp_path / "weights.pt")
@@ -120,8 +122,7 @@ def test_padded_rows_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[
         torch.save(state, tmp_path / "weights.pt")
         target = tmp_path / f"{rows}-{vocabulary}"
         with pytest.MonkeyPatch.context() as patch:  # else there are thousands of chunks
-            patch.undo()
-            patch.setattr("griffin.trainer.checkpoint.arrays.WHOLE_BYTES", 2**25)
+            patch.setattr(arrays, "WHOLE_BYTES", 2**25)
             assert convert("deepmind", tmp_path / "weights.pt", target, *words) == 0
         assert read_manifest(target).config["model"]["vocabulary"] == vocabulary
         found = read_arrays(target)["model.embedding.weight"]
@@ -179,7 +180,7 @@ def evil(path: Path) -> None:
 
 
 def changed(**changes: Any) -> Callable[[Path], None]:
-    """A change of tensors of a file; None removes one."""
+    """Return a function that changes tensors of a file; None removes one."""
 
     def change(path: Path) -> None:
         state = torch.load(path)
@@ -194,7 +195,7 @@ def changed(**changes: Any) -> Callable[[Path], None]:
 
 
 def repacked(path: Path, compression: int = zipfile.ZIP_STORED, cut: int = 0) -> None:
-    """The same archive, packed otherwise: its records lie elsewhere, and `cut` bytes of the largest are missing."""
+    """Repack the archive, which moves its records, and cut `cut` bytes off the largest."""
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: archive.read(record) for record in archive.infolist()}
     largest = max(records, key=lambda name: len(records[name]))
@@ -209,20 +210,20 @@ def short_record(path: Path) -> None:
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "evil": (evil, "holds more than tensors, or is damaged; no pickled code is run"),
-    "no zip": (lambda path: path.write_bytes(b"\x80\x02" * 100), "is no file of torch.save, is of a format before"),
+    "evil": (evil, "holds more than tensors, or is damaged; pickled code is never run"),
+    "no zip": (lambda path: path.write_bytes(b"\x80\x02" * 100), "is not a file of torch.save, is older than"),
     "legacy": (
         lambda path: torch.save(torch.load(path), path, _use_new_zipfile_serialization=False),
-        "is no file of torch.save, is of a format before PyTorch 1.6, or is cut short",
+        "is not a file of torch.save, is older than PyTorch 1.6, or is cut short",
     ),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "or is cut short"),
     "compressed": (lambda path: repacked(path, zipfile.ZIP_DEFLATED), "is compressed; must be as torch.save writes"),
     "short record": (short_record, "is damaged: its records are not as large as its tensors"),
     "no values": (
         changed(**{"final_norm.scale": lambda value: torch.empty(32, device="meta")}),
-        "final_norm.scale has no values",
+        "final_norm.scale must be a dense tensor",
     ),
-    "sparse": (changed(**{"final_norm.scale": lambda value: value.to_sparse()}), "final_norm.scale has no values"),
+    "sparse": (changed(**{"final_norm.scale": lambda value: value.to_sparse()}), "must be a dense tensor"),
     "nested": (nested, "must hold tensors by name only; 'model' is a dict"),
     "list": (lambda path: torch.save([torch.ones(1)], path), "must hold a dictionary of tensors"),
     "llama": (
@@ -231,7 +232,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing": (changed(**{f"{BLOCK}.linear_x.bias": None}), f"{BLOCK}.linear_x.bias is missing"),
     "no gate": (changed(**{f"{BLOCK}.rg_lru.a_gate.w": None}), f"{BLOCK}.rg_lru.a_gate.w is missing"),
-    "unknown": (changed(other=lambda value: torch.ones(1)), "other is none of this model's tensors"),
+    "unknown": (changed(other=lambda value: torch.ones(1)), "other is not a tensor of this model"),
     "shape": (
         changed(**{f"{BLOCK}.conv_1d.w": lambda value: value.t().contiguous()}),
         f"{BLOCK}.conv_1d.w is [48, 4], must be [4, 48]",
@@ -267,17 +268,17 @@ def test_wrong_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert convert("deepmind", source, tmp_path / "out") == 2
     assert f"{source}: {BLOCK}.linear_x.bias is missing" in refused(capsys, tmp_path)
     assert convert("deepmind", source, tmp_path / "out", workers=2) == 2
-    assert "--workers 2: must be 1 for a folder" in refused(capsys, tmp_path)
+    assert "--workers 2: must be 1 for an orbax folder" in refused(capsys, tmp_path)
     (tmp_path / "empty").mkdir()
     assert convert("deepmind", tmp_path / "empty", tmp_path / "out") == 2
-    assert f"{tmp_path / 'empty'}: orbax finds no parameters there" in refused(capsys, tmp_path)
+    assert f"{tmp_path / 'empty'}: orbax finds no parameters" in refused(capsys, tmp_path)
     assert convert("deepmind", tmp_path / "absent", tmp_path / "out") == 2
     assert "absent: must be a file of torch.save, or an orbax folder" in refused(capsys, tmp_path)
     tree = flax_tree(make_model(num_hidden_layers=1))
     for other, name in (([np.ones(3, np.float32)], "opt.0"), ({"step": 3}, "opt.step")):
         source = save_orbax({"params": tree, "opt": other}, tmp_path / f"more{name}")
         assert convert("deepmind", source, tmp_path / "out") == 2
-        assert f"{name} is none of this model's tensors" in refused(capsys, tmp_path)
+        assert f"{name} is not a tensor of this model" in refused(capsys, tmp_path)
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     assert convert("deepmind", source, tmp_path / "out") == 2
     assert "which orbax-checkpoint reads; pip install 'griffin-megatron[orbax]'" in refused(capsys, tmp_path)
@@ -285,7 +286,7 @@ def test_wrong_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 @pytest.mark.slow
 def test_damaged_folders(tmp_path: Path) -> None:
-    """In a process of its own: orbax leaves exceptions of its tasks unheard."""
+    """In a separate process, since orbax leaves unretrieved exceptions in its tasks."""
     source = save_orbax(flax_tree(make_model(num_hidden_layers=1)), tmp_path / "weights")
     for path in source.rglob("ocdbt.process_0/d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -315,4 +316,4 @@ def test_wrong_options(tmp_path: Path, words: list[object], message: str, capsys
 def test_help_says_what_the_window_is(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["convert", "deepmind", "--help"])
-    assert "model.window is W + 1" in " ".join(capsys.readouterr().out.split())
+    assert "model.window becomes W + 1" in " ".join(capsys.readouterr().out.split())

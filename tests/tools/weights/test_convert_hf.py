@@ -1,4 +1,4 @@
-"""Weights of transformers into a checkpoint and back: every bit, and every way in which a folder can be wrong."""
+"""Convert weights of transformers and export them again, bit by bit; damaged and wrong folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from griffin.tools.checkpoints import write as checkpoint_write
 from griffin.tools.cli import main
-from griffin.tools.weights.hf import write as export_hf
+from griffin.tools.common import safetensors_files
+from griffin.tools.weights.hf import read as hf_read
+from griffin.tools.weights.hf import write as hf_write
 from griffin.trainer.checkpoint.arrays import numpy_dtype
 from griffin.trainer.checkpoint.manifest import read_manifest, verify
 from tests.checkpoints import read_arrays, small_chunks
@@ -36,11 +38,11 @@ from tests.transformers_models import (
 
 @pytest.fixture(autouse=True, scope="module")
 def chunks() -> Iterator[None]:
-    """Tensors of several chunks, read a few rows at a time."""
+    """Give tensors several chunks, and read a few rows at a time."""
     with small_chunks(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("griffin.tools.weights.hf.read.CHUNK_BYTES", 1000)
-        patch.setattr("griffin.tools.weights.hf.write.CHUNK_BYTES", 1000)
-        patch.setattr("griffin.tools.common.safetensors_files.READ_BYTES", 300)
+        patch.setattr(hf_read, "CHUNK_BYTES", 1000)
+        patch.setattr(hf_write, "CHUNK_BYTES", 1000)
+        patch.setattr(safetensors_files, "READ_BYTES", 300)
         yield
 
 
@@ -52,12 +54,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
-    """The model in one file, to be changed."""
+    """A copy of the model in one file, to be changed."""
     return save_model(load_model(saved), tmp_path / "model")
 
 
 def refused(capsys: pytest.CaptureFixture[str], target: Path) -> str:
-    """The one line of an error, after which nothing is left of the target."""
+    """Return the error's single line, after checking that no output is left."""
     error = capsys.readouterr().err
     assert error.startswith("griffin: error: ")
     assert error.count("\n") == 1
@@ -77,10 +79,10 @@ def refused(capsys: pytest.CaptureFixture[str], target: Path) -> str:
         (torch.bfloat16, "1GB", {"block_types": ["recurrent", "attention"], "num_attention_heads": 1}),
     ],
 )
-def test_there_and_back(
+def test_round_trip(
     tmp_path: Path, dtype: torch.dtype, shard_size: str, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every bit of every tensor, and of the logits."""
+    """All tensors and the logits are bitwise the same."""
     model = make_model(dtype, **changes)
     source = save_model(model, tmp_path / "source", shard_size=shard_size)
     assert (len(list(source.glob("*.safetensors"))) > 3) == (shard_size == "20KB")
@@ -95,7 +97,7 @@ def test_there_and_back(
     back = load_model(tmp_path / "back")
     assert_same_bits(back.state_dict(), model.state_dict())
     ids = tokens(model.config.vocab_size)
-    # Of the original as it is loaded: a change of dtype in memory rounds its rotary frequencies too.
+    # Loaded in the stored dtype: a cast in memory would round the rotary frequencies too.
     assert_same_bits({"": logits(back, ids)}, {"": logits(load_model(source), ids)})
     found, expected = back.config.to_diff_dict(), model.config.to_diff_dict()
     for settings in (found, expected):  # repeated there, stated in full by us
@@ -138,7 +140,7 @@ def test_odd_bits_survive(copy: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
 def test_dtype(copy: Path, tmp_path: Path, name: str) -> None:
-    """Rounded to nearest; from bfloat16 to float32 every value is kept. Mixed dtypes stay, or become one."""
+    """Values are rounded to nearest, and kept from bfloat16 to float32. Mixed dtypes are kept unless one is stated."""
     state = load_file(copy / "model.safetensors")
     state["model.final_norm.weight"] = state["model.final_norm.weight"].float() + 1e-5
     save_file(state, copy / "model.safetensors", {"format": "pt"})
@@ -163,7 +165,7 @@ def test_too_large_for_the_dtype(copy: Path, tmp_path: Path, capsys: pytest.Capt
     assert "model.final_norm.weight: 999424 does not fit float16" in refused(capsys, tmp_path / "step")
 
 
-def test_report_and_carried_files(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_and_auxiliary_files(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "tokenizer.json").write_text("{}")
     (copy / "README.md").write_text("mine")
     (copy / "chat_template.jinja").symlink_to(copy / "README.md")  # as a hub's cache has them
@@ -205,7 +207,7 @@ def test_output_projection_that_is_stored(copy: Path, tmp_path: Path, capsys: py
 
 
 def edited(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    """A change of the tensors of a folder's one file."""
+    """Return a function that changes the tensors of a folder's single file."""
 
     def edit(folder: Path) -> None:
         state = load_file(folder / "model.safetensors")
@@ -218,7 +220,7 @@ def edited(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pat
 GATE = "model.layers.0.mlp_block.gate_proj.weight"
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (edited(lambda state: state.pop(GATE)), f"{GATE} is missing"),
-    "unknown": (edited(lambda state: state.update(other=torch.ones(1))), "other is none of this model's tensors"),
+    "unknown": (edited(lambda state: state.update(other=torch.ones(1))), "other is not a tensor of this model"),
     "shape": (
         edited(lambda state: state.update({GATE: state[GATE].t().contiguous()})),
         f"{GATE} is [32, 96], must be [96, 32]",
@@ -228,17 +230,17 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "float64": (edited(lambda state: state.update({GATE: state[GATE].double()})), "is of dtype F64; must be F32, F16"),
     "int8": (edited(lambda state: state.update({GATE: state[GATE].to(torch.int8)})), "is of dtype I8; must be F32"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: No such file or directory"),
-    "config": (lambda folder: (folder / "config.json").write_text("{"), "config.json: is no JSON"),
-    "deep config": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json: is no JSON"),
+    "config": (lambda folder: (folder / "config.json").write_text("{"), "config.json: is not JSON"),
+    "deep config": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json: is not JSON"),
     "two models": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
-        "holds model.safetensors and model.safetensors.index.json; must hold one of them",
+        "holds model.safetensors and model.safetensors.index.json; must hold only one of them",
     ),
     "list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json: must be a JSON object"),
     "llama": (lambda folder: change_json(folder / "config.json", model_type="llama"), "model_type = 'llama': must be"),
     "layers": (
         lambda folder: change_json(folder / "config.json", num_hidden_layers=4),
-        "model.layers.4.channel_pre_norm.weight is none of this model's tensors",
+        "model.layers.4.channel_pre_norm.weight is not a tensor of this model",
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor model"),
     "no folder": (shutil.rmtree, "must be a folder with config.json and model.safetensors"),
@@ -263,8 +265,8 @@ SHARD = "model-00002-of-"
 SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda shard: shard.unlink(), "is missing; model.safetensors.index.json names it"),
     "truncated": (lambda shard: cut(shard, shard.stat().st_size - 1), " bytes instead of "),
-    "in its header": (lambda shard: cut(shard, 100), "bytes too early"),
-    "empty": (lambda shard: cut(shard, 0), "bytes too early"),
+    "in its header": (lambda shard: cut(shard, 100), "bytes too short"),
+    "empty": (lambda shard: cut(shard, 0), "bytes too short"),
     "longer": (lambda shard: shard.write_bytes(shard.read_bytes() + b"x"), " bytes instead of "),
     "other": (
         lambda shard: shutil.copy(next(shard.parent.glob("model-00003-of-*")), shard),
@@ -285,7 +287,7 @@ def test_damaged_shards(saved: Path, tmp_path: Path, case: str, capsys: pytest.C
     assert message in error
 
 
-def test_index_that_lies(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_that_disagrees_with_the_files(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = Path(shutil.copytree(saved, tmp_path / "source"))
     index = source / "model.safetensors.index.json"
     names = json.loads(index.read_text())["weight_map"]
@@ -321,7 +323,7 @@ def test_nothing_is_overwritten(saved: Path, tmp_path: Path, capsys: pytest.Capt
 def test_interrupted(
     saved: Path, tmp_path: Path, workers: int, error: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """After some of the work, in this process: nothing is left, and no worker either."""
+    """Interrupted in this process during the work: no output and no worker is left."""
     before = set(multiprocessing.active_children())
     assert convert("hf", saved, tmp_path / "step") == 0
     capsys.readouterr()
@@ -339,7 +341,7 @@ def test_interrupted(
             if self.count == 2:
                 raise error
 
-    for module in (checkpoint_write, export_hf):
+    for module in (checkpoint_write, hf_write):
         monkeypatch.setattr(module, "progress_bar", lambda name, size: Bar())
     for work, target in (
         (lambda: convert("hf", saved, tmp_path / "out", workers=workers), tmp_path / "out"),
@@ -357,7 +359,7 @@ def test_interrupted(
 
 
 def test_values_are_those_of_the_file(saved: Path, tmp_path: Path) -> None:
-    """The one tensor that is not as in transformers: the convolution, [R, 1, taps] there."""
+    """The only tensor of another shape is the convolution, [R, 1, taps] in transformers."""
     assert convert("hf", saved, tmp_path / "step") == 0
     values = read_arrays(tmp_path / "step")
     expected = load_model(saved).state_dict()["model.layers.3.temporal_block.conv_1d.weight"]

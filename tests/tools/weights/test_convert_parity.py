@@ -1,4 +1,4 @@
-"""Converted models compute what transformers computes, at one rank and sharded; and are trained from."""
+"""Converted models compute what transformers computes, on one rank and sharded, and can be fine-tuned."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.transformers_models import convert, logits, make_model, save_model
 
 @pytest.fixture(scope="module", params=["12", "6"])
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A model's checkpoint, and the model. Its window, in keys, is shorter than the sequence."""
+    """A checkpoint and its transformers model, whose window is shorter than the sequence."""
     changes: dict[str, Any] = {
         "12": {},
         "6": {"attention_window_size": 6, "num_attention_heads": 2, "head_dim": 24, "num_hidden_layers": 4},
@@ -49,7 +49,7 @@ def test_logits_and_gradients(rank_pool: RankPool, converted: tuple[Path, Any], 
     answers = rank_pool.run(compute, LAYOUTS[layout].model_ranks, LAYOUTS[layout], folder)
     parts = [answer["logits"] for answer in answers if answer["logits"] is not None]
     found = torch.cat(parts, dim=-1).transpose(0, 1)[..., : model.config.vocab_size]
-    # float32 over 5 blocks, sums in another order: 3e-6 was seen, on logits up to 12.
+    # float32 over 5 blocks, sums in another order: 3e-6 measured, on logits up to 12.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     names = list(answers[0]["gradients"])
@@ -66,7 +66,7 @@ def test_logits_and_gradients(rank_pool: RankPool, converted: tuple[Path, Any], 
 def test_training_begins_with_converted_weights(
     rank_pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the section that the conversion prints; the losses are the same whatever the layout."""
+    """The config has the [model] section that the conversion prints; losses are the same in any layout."""
     model = make_model(vocab_size=257)
     assert convert("hf", save_model(model, tmp_path / "model"), tmp_path / "step") == 0
     printed = capsys.readouterr().out
@@ -87,5 +87,5 @@ def test_training_begins_with_converted_weights(
     assert losses["1"].keys() == {1, 2, 3}
     for step, loss in losses["1"].items():
         assert losses["4"][step] == pytest.approx(loss, rel=1e-5)
-    # Drawn weights begin at log(257) = 5.5, the converted ones far above.
+    # Random weights start at a loss of log(257) = 5.5, the converted ones far above.
     assert losses["1"][1] > 6.5

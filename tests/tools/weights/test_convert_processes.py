@@ -1,4 +1,4 @@
-"""The processes that convert and export: what they import, and how much memory they take."""
+"""Processes that convert and export: their imports, memory and reaction to signals."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_workers_import_no_torch(tmp_path: Path) -> None:
-    """Nor does an export at all."""
+    """An export does not import torch in any process."""
     source = save_model(make_model(num_hidden_layers=1), tmp_path / "model")
     assert convert("hf", source, tmp_path / "step") == 0
     script = tmp_path / "script.py"
@@ -63,7 +63,7 @@ def test_workers_import_no_torch(tmp_path: Path) -> None:
 
 
 def model_of(blocks: int) -> ModelConfig:
-    """14 MB of bfloat16 for each block; 61 for the embedding, its largest tensor."""
+    """Return a model of 14 MB in bfloat16 per block, and 61 MB for the embedding, its largest tensor."""
     return ModelConfig(
         pattern=(RECURRENT, RECURRENT, ATTENTION) * (blocks // 3),
         width=768,
@@ -78,7 +78,7 @@ def model_of(blocks: int) -> ModelConfig:
 
 
 def resident(process: int) -> int:
-    """Bytes of a process and its children that are in memory, what they share counted once."""
+    """Return the resident bytes of a process and its children, counting shared memory once."""
     total = 0
     for number in [process, *children(process)]:
         try:
@@ -98,7 +98,7 @@ def children(process: int) -> list[int]:
 
 
 def peak(*words: Any) -> int:
-    """The most memory that a command takes, seen every few milliseconds."""
+    """Return the peak memory of a command, sampled every few milliseconds."""
     process = subprocess.Popen(
         [sys.executable, "-m", "griffin.tools.cli", *map(str, words)],
         cwd=ROOT,
@@ -124,7 +124,7 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux's account of memory")
 def test_memory_does_not_grow_with_the_model(scratch: Path) -> None:
-    """Of seven times the blocks as of one: some chunks are in memory at a time.
+    """Seven times the blocks take the same memory: only a few chunks are held at a time.
 
     Seen: converting 463 and 462 MiB, most of it PyTorch in the process that plans; exporting 230 and 224.
     """
@@ -160,7 +160,7 @@ def is_group(number: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", ["convert", "export"])
 def test_a_signal_leaves_nothing(scratch: Path, command: str, number: signal.Signals) -> None:
-    """While they write: Ctrl-C as a terminal sends it, to the command and its workers alike; SIGTERM to the command."""
+    """While writing: SIGINT to the command and its workers, as a terminal sends it; SIGTERM to the command only."""
     source, step, target = (scratch / name for name in ("model", "step", "out"))
     write_source(source, model_of(12))
     if command == "export":

@@ -1,4 +1,4 @@
-"""Models that transformers has not in the same form, what it has not at all, and what goes along with weights."""
+"""Export: models that transformers expresses differently or not at all, and the auxiliary files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from griffin.tools.weights.imported import model_tensors, write_imported
 from griffin.trainer.checkpoint.arrays import MODEL, ArraySpec, Box
 from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.run.folder import RunFolder
-from griffin.trainer.run.tokenizer_copy import keep_tokenizer
+from griffin.trainer.run.tokenizer_copy import copy_tokenizer
 from tests.checkpoints import config_json, make_checkpoint, read_arrays, reshard
 from tests.converted_models import GRIFFIN, LAYOUTS, batch, compute
 from tests.deepmind_models import plain
@@ -36,7 +36,7 @@ class Stored:
 
 
 def write_model(folder: Path, model: ModelConfig) -> Path:
-    """A checkpoint of random weights, none of them 0."""
+    """Write a checkpoint of random weights without zeros."""
     generator = np.random.default_rng(0)
     arrays = {}
     for tensor in model_tensors(model):
@@ -50,7 +50,7 @@ def write_model(folder: Path, model: ModelConfig) -> Path:
         arrays[tensor.name] = Stored(spec, values)
     with start_workers(1) as workers:
         assert workers is not None
-        write_imported(folder, folder, model, arrays, workers, dtype=None, carried={})
+        write_imported(folder, folder, model, arrays, workers, dtype=None, auxiliary={})
     return folder
 
 
@@ -65,7 +65,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_function(rank_pool: RankPool, tmp_path: Path, case: str) -> None:
-    """Gates with more blocks than heads are blocks with zeros in them; without attention, heads are of no use."""
+    """Gates with more blocks than heads become block-diagonal; without attention, the number of heads is free."""
     model = CASES[case]
     folder = write_model(tmp_path / "step", model)
     assert export(folder, tmp_path / "out") == 0
@@ -74,7 +74,7 @@ def test_the_same_function(rank_pool: RankPool, tmp_path: Path, case: str) -> No
     expected = logits(peer, data["tokens"])
     assert expected.abs().max() > 5
     (answer,) = rank_pool.run(compute, 1, LAYOUTS["1-rank"], folder)
-    # float32, sums in another order: 4e-6 was seen.
+    # float32, sums in another order: 4e-6 measured.
     torch.testing.assert_close(answer["logits"].transpose(0, 1)[..., : model.vocabulary], expected, rtol=0, atol=1e-5)
     assert convert("hf", tmp_path / "out", tmp_path / "again") == 0
     (again,) = rank_pool.run(compute, 1, LAYOUTS["1-rank"], tmp_path / "again")
@@ -123,7 +123,7 @@ def test_models_that_transformers_does_not_have(
 
 @pytest.mark.parametrize("dtype", [None, "bf16", "fp32"])
 def test_a_training_run_is_exported(tmp_path: Path, dtype: str | None) -> None:
-    """The newest step; the model's arrays as they are, or rounded from the master weights."""
+    """The newest step is exported: the model's arrays as stored, or rounded from the master weights."""
     config = config_json(GRIFFIN)
     for step in (100, 200):
         folder = tmp_path / f"run/checkpoints/step-{step:08d}"
@@ -156,7 +156,7 @@ def test_shard_size(tmp_path: Path, size: str, capsys: pytest.CaptureFixture[str
     assert f"--shard-size {size}: must be above 0" in capsys.readouterr().err
 
 
-# What goes along.
+# Auxiliary files
 
 
 def make_tokenizer(path: Path) -> Path:
@@ -188,7 +188,7 @@ def make_sentencepiece(folder: Path) -> Path:
 
 
 def trained(folder: Path, tokenizer: str) -> Path:
-    """A checkpoint trained on data of that tokenizer."""
+    """Make a checkpoint trained on data with this tokenizer."""
     text = folder / "text.jsonl"
     text.write_text(json.dumps({"text": "a b c"}) + "\n")
     prefix = folder / "data/train"
@@ -205,7 +205,7 @@ def ids_of(folder: Path) -> list[Any]:
 
 
 def test_tokenizer_of_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As long as it is there and the same."""
+    """It is exported while it exists unchanged."""
     from transformers import AutoTokenizer
 
     path = make_tokenizer(tmp_path / "mine.json")
@@ -235,7 +235,7 @@ def test_the_copy_in_the_run_folder_where_the_data_are_gone(tmp_path: Path, caps
     content, step, run = path.read_bytes(), trained(tmp_path, str(path)), RunFolder(tmp_path / "run")
     run.checkpoints.mkdir(parents=True)
     step.rename(run.checkpoints / "step-00000001")
-    assert keep_tokenizer(run, [f"1.0 {tmp_path / 'data/train'}"]) is None
+    assert copy_tokenizer(run, [f"1.0 {tmp_path / 'data/train'}"]) is None
     path.unlink()
     (tmp_path / "data/train.json").unlink()
     capsys.readouterr()
@@ -262,7 +262,7 @@ def test_sentencepiece_model_of_the_data(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_deepminds_tokenizer_goes_along(tmp_path: Path, as_folder: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its own ids become those of the exported model."""
+    """The exported model takes the token ids of the SentencePiece model."""
     path = make_sentencepiece(tmp_path)
     if as_folder:
         (tmp_path / "folder").mkdir()
@@ -278,7 +278,7 @@ def test_deepminds_tokenizer_goes_along(tmp_path: Path, as_folder: bool, capsys:
 
 
 def test_config_is_kept_beside_the_models_settings(tmp_path: Path) -> None:
-    """Token ids and whatever else a file had; nothing that says otherwise than what is stated."""
+    """Token ids and other keys are kept, except for other names of the model's settings."""
     source = save_model(make_model(num_hidden_layers=1), tmp_path / "model")
     changes = {
         "eos_token_id": [1, 107],

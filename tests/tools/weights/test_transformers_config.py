@@ -1,4 +1,4 @@
-"""config.json: what is read of it, what is refused, and the published models in full size."""
+"""config.json: accepted and refused settings, and the published models in full size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from griffin.tools.weights.hf.names import transformers_axes, transformers_name,
 from griffin.tools.weights.imported import model_tensors
 from griffin.trainer.settings.presets import preset
 
-# What the published files say.
+# The published config.json files.
 COMMON: dict[str, Any] = {
     "architectures": ["RecurrentGemmaForCausalLM"],
     "attention_bias": False,
@@ -62,7 +62,7 @@ TOTALS = {"2b": 2_682_862_080, "9b": 8_579_977_216}
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_models(size: str) -> None:
-    """Names and shapes that the conversion plans are those that transformers has; no memory is taken."""
+    """Planned names and shapes are those of transformers, on meta tensors."""
     from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
     model = model_of_config(PUBLISHED[size])
@@ -93,7 +93,7 @@ SMALL: dict[str, Any] = {
 
 
 def test_defaults() -> None:
-    """Those of the published models; widths from others; blocks repeated and cut off."""
+    """Missing keys take the published values, or derive from other widths; block types repeat and are cut off."""
     expected = ModelConfig(
         pattern=(RECURRENT, RECURRENT, ATTENTION, RECURRENT),
         width=32,
@@ -112,7 +112,7 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize("change", [{}, {"head_dim": 16}, {"lru_width": 48, "block_types": ["attention", "recurrent"]}])
-def test_settings_there_and_back(change: dict[str, Any]) -> None:
+def test_settings_round_trip(change: dict[str, Any]) -> None:
     model = model_of_config(SMALL | change)
     assert model_of_config({"model_type": "recurrent_gemma"} | transformers_settings(model)) == model
 

@@ -1,4 +1,4 @@
-"""Saves that go on beside the training: they do not hold it up, and it survives those that fail."""
+"""Background saves in whole runs: they do not stall training, and training survives failed ones."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(path: Path, steps: int, interval: int) -> Config:
-    """Of one rank; every step is logged."""
+    """For one rank, with every step logged."""
     settings = {"train.steps": steps, "checkpoint.interval": interval, "log.interval": 1, "train.eval_interval": 0}
     return load_config(path, [f"--{name}={value}" for name, value in settings.items()])
 
 
-def test_training_goes_on_while_a_save_is_written(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
-    """The saving process stands still during two saves: for two steps, and for longer than an interval."""
+def test_training_continues_during_a_save(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
+    """The saving process is stopped during two saves: for two steps, and for longer than an interval."""
     run_dir, settings = tmp_path / "run", config(config_path, steps=16, interval=4)
     watch = Watch(
         at_save={4: stop_saving, 8: stop_saving},
@@ -69,21 +69,21 @@ def test_training_goes_on_while_a_save_is_written(rank_pool: RankPool, config_pa
     assert stalls[12] >= 1.0  # the next save had to wait for the one that took so long
     assert max(stalls[8], stalls[16]) < 1.0  # the others' staging takes milliseconds
 
-    # What was staged is what is saved, whatever was trained meanwhile.
+    # The state that was staged is saved, not that of later steps.
     rank_pool.run(run, 1, settings, tmp_path / "undisturbed", None)
     for step in (4, 8, 12, 16):
         assert saved_files(run_dir, step) == saved_files(tmp_path / "undisturbed", step)
 
 
 def replace_folder(root: Path, saver: Saver) -> None:
-    """By a file."""
+    """Put a file in its place."""
     if root.is_dir():
         root.rename(root.with_name("away"))
         root.touch()
 
 
 def restore_folder(root: Path, step: int, saver: Saver) -> None:
-    """Once the save failed that should have followed that of `step`, which stands."""
+    """Wait until the save after that of `step` has failed, and put the folder back."""
     root.unlink()
     root.with_name("away").rename(root)
     assert newest_complete(root) == (root / step_name(step), [])
@@ -141,9 +141,7 @@ def unmount(root: Path, step: int, saver: Saver) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("mount") is None, reason="needs to mount file systems")
-def test_a_folder_that_is_read_only_and_a_disk_that_is_full(
-    rank_pool: RankPool, config_path: Path, tmp_path: Path
-) -> None:
+def test_a_read_only_folder_and_a_full_disk(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
     try:
         put_full_disk_over(tmp_path, None)  # type: ignore[arg-type]
         subprocess.run(["umount", str(tmp_path)], check=True)

@@ -20,7 +20,7 @@ METADATA = ARRAYS[0].metadata_file
 
 
 def read(folder: Path) -> None:
-    """Read all arrays as a load does after `check`."""
+    """Read all arrays, as loading does after `check`."""
     for spec in ARRAYS:
         array = open_array(folder, spec)
         for index in spec.indices():
@@ -95,8 +95,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], tuple[Callable, ...]]] = 
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """A run with two steps that nothing is wrong with; tests change copies."""
+def intact(tmp_path_factory):
+    """A run with two intact steps; tests change copies of it."""
     run = tmp_path_factory.mktemp("run")
     for step in (0, 1):
         folder = save_step(run / "checkpoints", step)
@@ -106,8 +106,8 @@ def sound(tmp_path_factory):
 
 
 @pytest.fixture
-def run(sound, tmp_path):
-    return shutil.copytree(sound, tmp_path / "run")
+def run(intact, tmp_path):
+    return shutil.copytree(intact, tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -166,7 +166,7 @@ def test_all_damaged_files_are_named(run):
         assert str(error.value).count(str(folder / file)) == 1
 
 
-def test_a_long_list_of_damage_is_cut(run):
+def test_a_long_list_of_damaged_files_is_cut(run):
     folder = run / "checkpoints" / "step-00000001"
     count = 0
     for spec in ARRAYS:

@@ -1,4 +1,4 @@
-"""State saved from any layout is in place in any other, bitwise, and training goes on from it as if never stopped."""
+"""State saved from any layout loads bitwise into any other, and training resumes as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def world_size(name: str) -> int:
 
 @contextmanager
 def small_chunks() -> Iterator[None]:
-    """Many chunks of a small model: of 4 KiB, and whole tensors of 1 KiB only."""
+    """Cut tensors above 1 KiB into chunks of at most 4 KiB, so that a small model has many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arrays, "CHUNK_BYTES", 4096)
         patch.setattr(arrays, "WHOLE_BYTES", 1024)
@@ -68,7 +68,7 @@ def train_and_save(ranks: Any, config: Config, root: Path, go_on: int) -> dict[s
 
 
 def load_and_save(ranks: Any, config: Config, folders: list[Path], root: Path) -> list[dict[str, torch.Tensor]]:
-    """The state after loading each checkpoint; each is saved again below `root`."""
+    """Load each checkpoint, save it again below `root`, and return the states after loading."""
     with small_chunks(), rank_grid(config.parallel, ranks) as grid:
         training, states = Training(config, grid), []
         for number, folder in enumerate(folders):
@@ -90,7 +90,7 @@ def resume(ranks: Any, config: Config, folder: Path, root: Path) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def saved(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A training of 23 steps saved after 3, by layout and dtype; each is run once."""
+    """Runs a training of 23 steps saved after step 3, once for each layout and dtype."""
     known: dict[Any, Any] = {}
 
     def run(name: str, dtype: str = "float32") -> tuple[Path, dict[str, Any]]:
@@ -105,7 +105,7 @@ def saved(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def read_all(folder: Path) -> dict[str, np.ndarray]:
-    """Every array, by stock zarr; bfloat16 as such."""
+    """Every array as stock zarr reads it, with bfloat16 views of bfloat16 arrays."""
     found = dict(zarr.open_group(folder, mode="r").arrays())
     values = {name: np.asarray(array[:]) for name, array in found.items()}
     return {
@@ -143,7 +143,9 @@ def test_any_layout_loads_what_any_other_saved(rank_pool: RankPool, saved: Any, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", QUICK)
-def test_the_quick_layouts_load_the_others_too(rank_pool: RankPool, saved: Any, target: str, tmp_path: Path) -> None:
+def test_the_quick_layout_loads_what_the_others_saved(
+    rank_pool: RankPool, saved: Any, target: str, tmp_path: Path
+) -> None:
     names = [name for name in NAMES if name not in QUICK]
     config = make_config("griffin", layout(target), steps=STEPS)
     loaded = rank_pool.run(load_and_save, world_size(target), config, [saved(name)[0] for name in names], tmp_path)[0]
@@ -177,7 +179,7 @@ def test_a_resumed_training_is_bitwise_the_uninterrupted_one(
         if name != target
     ],
 )
-def test_a_training_goes_on_in_another_layout(
+def test_a_training_resumes_in_another_layout(
     rank_pool: RankPool, saved: Any, name: str, target: str, tmp_path: Path
 ) -> None:
     folder, uninterrupted = saved(name)

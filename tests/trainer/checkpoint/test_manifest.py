@@ -1,4 +1,4 @@
-"""Steps: committed whole or not at all, found, resolved, retained."""
+"""Steps are committed atomically, found, resolved, retained and cleaned."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import zarr
 
 from griffin.trainer.checkpoint import manifest as manifests
+from griffin.trainer.checkpoint.header import header_to_json
 from griffin.trainer.checkpoint.manifest import begin, check, commit, read_manifest, step_name, verify
 from griffin.trainer.checkpoint.steps import clean, newest_complete, resolve, retain, steps
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, FileRecord
@@ -33,7 +34,7 @@ def names(root: Path) -> list[str]:
 
 
 def damage(folder: Path) -> None:
-    """Of a kind that is seen without reading the arrays."""
+    """Remove a chunk, which is noticed without reading arrays."""
     (folder / FEW[0].file((0,))).unlink()
 
 
@@ -62,10 +63,11 @@ def test_a_step_is_a_zarr_group(root):
     [
         {},
         {"optimizer": None, "random": {}},
+        {"extras": {"ramp": {"sizes": [8, 16], "ends": None}, "evaluation": 0.5}},
         {"config": {'é\n"': [1e-05, 0.1, 1e300, -0.0, float("inf"), None, True, {"b": {}, "a": []}]}},
     ],
 )
-def test_the_manifest_comes_back(root, changes):
+def test_a_manifest_is_read_as_it_was_written(root, changes):
     tmp, manifest = write_step(root, 100, **changes)
     folder = commit(tmp, manifest)
     found = read_manifest(folder)
@@ -77,7 +79,7 @@ def test_the_manifest_comes_back(root, changes):
         assert record.size == (folder / path).stat().st_size
 
 
-def test_the_manifest_reads_well(root):
+def test_a_manifest_has_a_line_for_each_file(root):
     folder = save_step(root, 100)
     lines = (folder / "manifest.json").read_text().splitlines()
     for path in check(folder).files:
@@ -87,7 +89,7 @@ def test_the_manifest_reads_well(root):
 
 
 def test_a_step_without_arrays(root):
-    """A group and a manifest are all there is."""
+    """It has a group and a manifest only."""
     verify(save_step(root, 0, arrays=()))
 
 
@@ -102,7 +104,7 @@ def test_every_file_has_one_record(root):
 
 
 @pytest.mark.parametrize("harm", ["chunk missing", "chunk too short", "metadata missing", "metadata of another array"])
-def test_commit_refuses_what_is_not_on_disk(root, harm):
+def test_commit_refuses_missing_and_wrong_files(root, harm):
     tmp, manifest = write_step(root, 100)
     path = tmp / (ARRAYS[0].file((1, 1)) if "chunk" in harm else ARRAYS[0].metadata_file)
     if "missing" in harm:
@@ -118,7 +120,7 @@ def test_commit_refuses_what_is_not_on_disk(root, harm):
 
 
 def test_commit_is_durable(root, monkeypatch):
-    """Everything in the step is on disk before it has its name, and the name is when commit returns."""
+    """All files are synchronised before the rename, and the rename is before commit returns."""
     tmp, manifest = write_step(root, 100)
     events = []  # folders and files that were synchronised, and renames
     fsync, rename = os.fsync, Path.rename
@@ -142,8 +144,8 @@ def test_commit_is_durable(root, monkeypatch):
     assert events[at + 1 :] == [str(root)]
 
 
-def test_commit_keeps_what_has_the_name(root):
-    """A step that was found damaged, and is reached again."""
+def test_commit_keeps_a_folder_that_has_the_name(root):
+    """A damaged step that the run reaches again."""
     for attempt in (1, 2, 3):
         save_step(root, 100, arrays=FEW, attempt=attempt)
     assert names(root) == ["step-00000100", "step-00000100.damaged-1", "step-00000100.damaged-2"]
@@ -152,18 +154,18 @@ def test_commit_keeps_what_has_the_name(root):
     assert [step for step, _ in steps(root)] == [100]
 
 
-def test_begin_starts_afresh(root):
+def test_begin_replaces_a_leftover(root):
     tmp, _ = write_step(root, 100)
     assert begin(root, 100) == tmp == root / "step-00000100.tmp"
     assert names(tmp) == []
 
 
-def test_begin_does_not_make_up_a_run(tmp_path):
+def test_begin_does_not_create_a_run_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"gone.*No such file"):
         begin(tmp_path / "gone" / "checkpoints", 1)
 
 
-def test_begin_where_a_file_is(tmp_path):
+def test_begin_where_the_checkpoints_folder_is_a_file(tmp_path):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(CheckpointError, match=r"step-00000001\.tmp: Not a directory"):
         begin(tmp_path / "checkpoints", 1)
@@ -177,7 +179,40 @@ def test_another_format_is_refused(root, monkeypatch):
         check(folder)
 
 
-def test_other_files_do_not_matter(root):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", -1),
+        ("samples", 1.5),
+        ("attempt", True),
+        ("created", None),
+        ("config", []),
+        ("layout", {"tensor": 0}),
+        ("optimizer", "adam"),
+        ("random", {"cpu": 1}),
+        ("spikes", {"losses": ["1"]}),
+        ("sources", "a"),
+        ("extras", [1]),
+    ],
+)
+def test_a_header_of_other_types_is_refused(root, key, value):
+    tmp, manifest = write_step(root, 2, arrays=FEW)
+    folder = commit(tmp, replace(manifest, **{key: value}), root / step_name(2))
+    with pytest.raises(
+        CheckpointError, match=rf"step-00000002/manifest\.json is damaged, .*: {key}(\.\w+)? = .*must be"
+    ):
+        check(folder)
+
+
+def test_other_keys_are_refused(root, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "header_to_json", lambda manifest: header_to_json(manifest) | {"ramp": 1})
+        folder = save_step(root, 1, arrays=FEW)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged, .*: has the unknown key 'ramp'"):
+        check(folder)
+
+
+def test_other_files_are_ignored(root):
     folder = save_step(root, 1)
     (folder / "notes.txt").write_text("mine")
     (folder / ARRAYS[0].name / "c.0.0.orig").write_text("")
@@ -185,7 +220,7 @@ def test_other_files_do_not_matter(root):
     verify(folder)
 
 
-def test_verify_tells_how_far_it_is(root):
+def test_verify_reports_progress(root):
     folder = save_step(root, 1)
     parts = []
     manifest = verify(folder, parts.append, workers=3)
@@ -238,7 +273,7 @@ def test_resolve(tmp_path, root):
     assert resolve(elsewhere) == elsewhere
 
 
-def test_resolve_says_what_it_looked_for(tmp_path, root):
+def test_resolve_names_what_it_looked_for(tmp_path, root):
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         resolve(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"no manifest\.json, no step-\* and no checkpoints/step-\*"):
@@ -288,7 +323,7 @@ def test_retain_does_not_count_damaged_steps(root):
     assert [step for step, _ in steps(root)] == [3, 4, 5]
 
 
-def test_retain_leaves_later_steps_and_those_no_training_goes_on_from(root):
+def test_retain_leaves_later_steps_and_those_of_weights_only(root):
     for step in (1, 2, 3, 5):
         save_step(root, step, arrays=FEW)
     save_step(root, 4, arrays=FEW, optimizer=None)
@@ -299,7 +334,7 @@ def test_retain_leaves_later_steps_and_those_no_training_goes_on_from(root):
     assert [step for step, _ in steps(root)] == [3, 4, 5]
 
 
-def test_two_owners_write_one_step_in_folders_of_their_own(root):
+def test_two_owners_write_a_step_in_different_folders(root):
     one, other = begin(root, 7, "aaaa0000"), begin(root, 7, "bbbb0000")
     assert names(root) == ["step-00000007.aaaa0000.tmp", "step-00000007.bbbb0000.tmp"]
     assert begin(root, 7, "aaaa0000") == one
@@ -307,7 +342,7 @@ def test_two_owners_write_one_step_in_folders_of_their_own(root):
     assert sorted(clean(root)) == [one, other]
 
 
-def test_a_leftover_that_cannot_be_removed_stands_in_nobodys_way(root, monkeypatch):
+def test_clean_passes_over_what_cannot_be_removed(root, monkeypatch):
     save_step(root, 1, arrays=FEW)
     (root / "step-00000002.tmp").mkdir()
     with monkeypatch.context() as patch:
@@ -316,7 +351,7 @@ def test_a_leftover_that_cannot_be_removed_stands_in_nobodys_way(root, monkeypat
     assert clean(root) == [root / "step-00000002.tmp"]
 
 
-def test_a_removal_cut_short_leaves_no_step(root, monkeypatch):
+def test_an_interrupted_removal_leaves_no_step(root, monkeypatch):
     for step in (1, 2):
         save_step(root, step, arrays=FEW)
 
@@ -334,7 +369,7 @@ def test_a_removal_cut_short_leaves_no_step(root, monkeypatch):
 
 
 def test_a_step_removed_twice(root):
-    """It was reached again after a removal of the first one that was cut short."""
+    """The run reached it again after its first removal was interrupted."""
     for step in (1, 2):
         save_step(root, step, arrays=FEW)
     (root / "step-00000001.deleted" / "model.x").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The plan of saving and loading, against brute force: a state is cut by flat ranges and put together from segments."""
+"""The plan for saving and loading against brute force: state is sharded by flat ranges and assembled from segments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def boxes(draw: st.DrawFn) -> tuple[list[int], list[slice]]:
 
 
 @given(case=boxes(), data=st.data())
-def test_a_region_is_its_box_in_order(case: tuple[list[int], list[slice]], data: st.DataObject) -> None:
+def test_a_region_has_the_elements_of_its_box_in_order(
+    case: tuple[list[int], list[slice]], data: st.DataObject
+) -> None:
     shape, box = case
     flat = np.arange(math.prod(shape), dtype=np.float32)
     expected = flat.reshape(shape)[tuple(box)].ravel()
@@ -45,9 +47,7 @@ def test_a_region_is_its_box_in_order(case: tuple[list[int], list[slice]], data:
 
 
 @given(case=boxes(), data=st.data())
-def test_a_region_of_a_shard_is_taken_and_put_by_its_addresses(
-    case: tuple[list[int], list[slice]], data: st.DataObject
-) -> None:
+def test_take_and_put_in_a_shard(case: tuple[list[int], list[slice]], data: st.DataObject) -> None:
     shape, box = case
     flat = np.arange(math.prod(shape), dtype=np.float32)
     region = Region.box(shape, box)
@@ -63,7 +63,7 @@ def test_a_region_of_a_shard_is_taken_and_put_by_its_addresses(
 
 
 def fused_parameters(tensor_size: int) -> list[Parameter]:
-    """Of every way in which parameters hold global tensors: fused rows, fused columns, replicated, padded, plain."""
+    """Parameters that hold global tensors in every way: fused rows, fused columns, replicated, padded, plain."""
     up, gate = (GlobalTensor(name=name, shape=(24, 5), axis=0, atoms=24) for name in ("gate", "up"))
     down = GlobalTensor(name="down", shape=(5, 24), axis=1, atoms=24)
     a, r = (GlobalTensor(name=name, shape=(12, 3, 3), axis=0, atoms=12) for name in ("input", "recurrence"))
@@ -87,12 +87,12 @@ def fused_parameters(tensor_size: int) -> list[Parameter]:
     rows=st.integers(1, 4),
     data=st.data(),
 )
-def test_every_element_of_every_chunk_comes_from_where_it_is(
+def test_every_chunk_element_comes_from_the_rank_that_holds_it(
     tensor_size: int, data_size: int, whole: int, rows: int, data: st.DataObject
 ) -> None:
     parameters = fused_parameters(tensor_size)
     tensors = [placed.tensor for parameter in parameters for placed in parameter.tensors]
-    # A global value tells its tensor and place.
+    # Each value encodes its tensor and its place in it.
     values = {
         tensor.name: (1000 * number + np.arange(tensor.elements, dtype=np.float32)).reshape(tensor.shape)
         for number, tensor in enumerate(tensors)
@@ -144,7 +144,7 @@ def test_every_element_of_every_chunk_comes_from_where_it_is(
             put(chunk, segment.chunk, segment.first, segment.last, values_held)
         np.testing.assert_array_equal(chunk.reshape(expected.shape), expected)
 
-    # Loading gives every rank all that it holds, but padding, which is -1 here.
+    # Loading fills all that a rank holds except padding, which is -1 here.
     for member in members:
         received = np.full_like(flats[member.rank], -1)
         for number, (parameter, shard) in enumerate(zip(parameters, member.shards, strict=True)):
@@ -157,8 +157,8 @@ def test_every_element_of_every_chunk_comes_from_where_it_is(
         np.testing.assert_array_equal(received, flats[member.rank])
 
 
-def test_owners_share_the_work() -> None:
-    """8 data-parallel ranks that hold equal parts write equal parts, up to one chunk."""
+def test_owners_balance_the_work() -> None:
+    """8 data-parallel ranks with equal shards write equally much, up to one chunk."""
     tensor = GlobalTensor(name="w", shape=(4096, 4096), axis=0, atoms=16)
     parameters = [Parameter(tensor.shape, (PlacedTensor(tensor, 0, 0),))]
     size = tensor.elements // 8

@@ -1,4 +1,4 @@
-"""Saving with processes of its own: what is read back, what goes on meanwhile, and who may take part."""
+"""Saving processes: what they write, that training continues meanwhile, and which connections they accept."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_a_checkpoint_is_what_was_staged(
         open_files = []
         for step in (1, 2):
             state = random_state(step)
-            if step == 2:  # Adam's fresh state
+            if step == 2:  # as before Adam's first step
                 for values in state.values():
                     values[1:] = 0
             outcomes = team.save(step, state)
             for saver in team.savers:
-                saver.staging[...] = np.nan  # it is the rank's again
+                saver.staging[...] = np.nan  # the rank may change it again
             assert [(outcome.path, outcome.error, outcome.warning) for outcome in outcomes if outcome] == [
                 (tmp_path / "checkpoints" / f"step-0000000{step}", None, None)
             ] * layout.size
@@ -61,7 +61,7 @@ def _sizes(manifest) -> dict[str, int]:
 
 
 def test_a_rank_may_hold_nothing(tmp_path: Path) -> None:
-    """As where there are more data-parallel ranks than elements."""
+    """There may be more data-parallel ranks than elements."""
     layout = Layout(1, 2, empty=True)
     assert layout.plans[0].elements == 0
     with Team(layout, tmp_path / "checkpoints") as team:
@@ -70,8 +70,8 @@ def test_a_rank_may_hold_nothing(tmp_path: Path) -> None:
         assert_holds(outcome.path, random_state(1), "float32")
 
 
-def test_work_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saver_module, "_CODE", saving_process.code(tmp_path))
+def test_training_continues_during_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saver_module, "PROGRAM", saving_process.code(tmp_path))
     (tmp_path / "slow").write_text("0.004")
     state = random_state(1)
     with Team(Layout(1, 1), tmp_path / "checkpoints") as team:
@@ -93,11 +93,11 @@ def test_work_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: pytes
         second = saver.wait()
         assert second is not None
         assert second.error is None
-        assert time.monotonic() - begun > 0.2  # it waits
+        assert time.monotonic() - begun > 0.2  # it waited
         assert second.seconds > 0.2
 
 
-def test_old_checkpoints_are_removed_after_the_new_one_stands(tmp_path: Path) -> None:
+def test_old_checkpoints_are_removed_after_the_commit(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     with Team(Layout(1, 1), root, keep_last=1, keep_every=2) as team:
         for step in (1, 2, 3):
@@ -117,8 +117,8 @@ def test_a_run_that_lost_its_lock_commits_nothing(tmp_path: Path) -> None:
     assert not root.exists()
 
 
-def test_saving_process_ends_with_its_rank_and_by_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saver_module, "_CODE", saving_process.code(tmp_path))
+def test_a_saving_process_ends_only_with_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saver_module, "PROGRAM", saving_process.code(tmp_path))
     with Team(Layout(1, 1), tmp_path / "checkpoints") as team:
         team.save(1, random_state(1))
         (tmp_path / "slow").write_text("0.05")
@@ -130,8 +130,8 @@ def test_saving_process_ends_with_its_rank_and_by_nothing_else(tmp_path: Path, m
         process = team.savers[0]._process
         assert process is not None
         assert process.poll() is None
-        team.savers[0]._control.close()  # as the end of the rank's process does
-        assert process.wait(2) == 0  # though the save would have gone on for seconds
+        team.savers[0]._control.close()  # as when the rank's process ends
+        assert process.wait(2) == 0  # although the save would take seconds
     assert [step for step, _ in steps(tmp_path / "checkpoints")] == [1]
 
 
@@ -152,9 +152,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_saving_process_ends_with_a_killed_rank_that_has_workers(tmp_path: Path) -> None:
+def test_a_saving_process_ends_with_a_killed_rank_that_has_workers(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    with open(tmp_path / "said", "w") as said:  # no pipe: the worker would hold that as well
+    with open(tmp_path / "said", "w") as said:  # not a pipe, which the worker would hold open as well
         subprocess.run([sys.executable, "-c", _KILLED_RANK], cwd=tmp_path, env=environment, stdout=said, timeout=30)
     saving, worker = map(int, (tmp_path / "said").read_text().split())
     try:
@@ -162,7 +162,7 @@ def test_saving_process_ends_with_a_killed_rank_that_has_workers(tmp_path: Path)
         while _runs(saving):
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        assert _runs(worker)  # which holds the rank's end of the connection
+        assert _runs(worker)  # holds the rank's end of the connection
     finally:
         os.kill(worker, signal.SIGKILL)
 
@@ -174,7 +174,7 @@ def _runs(process: int) -> bool:
         return False
 
 
-def test_a_rank_without_memory_is_named_on_every_rank(tmp_path: Path) -> None:
+def test_every_rank_names_a_rank_without_memory(tmp_path: Path) -> None:
     plans = [SavePlan(rank=rank, dtype="float32", shards=(), elements=0, chunks=(), arrays=()) for rank in range(2)]
     plans[1] = SavePlan(rank=1, dtype="float32", shards=(), elements=2**50, chunks=(), arrays=())
     layout = Layout(1, 2)
@@ -196,7 +196,7 @@ def test_a_rank_without_memory_is_named_on_every_rank(tmp_path: Path) -> None:
 
 
 class TestListener:
-    """Strangers are neither let in nor in the way."""
+    """Strangers are not let in, and do not block anyone."""
 
     def exchange(self, listener: Listener | None, key: bytes, rank: int, port: int) -> Exchange:
         addresses = [("127.0.0.1", port)] * 2
@@ -246,19 +246,19 @@ class TestListener:
 
         thread = threading.Thread(target=wait)
         thread.start()
-        here.give_up()
+        here.abort()
         thread.join(5)
-        assert str(caught[0]) == "the save was given up"
+        assert str(caught[0]) == "the save was aborted"
 
     def test_values_are_awaited_however_long(self) -> None:
-        """Until the save is given up: its timeout is for control."""
+        """Until the save is aborted: the timeout is for control connections."""
         listener = Listener("127.0.0.1", b"k" * 32, timeout=0.2)
         addresses = [("127.0.0.1", listener.port)] * 2
         here, there = (
             Exchange(kept, b"k" * 32, save=1, rank=rank, addresses=addresses, timeout=0.2)
             for rank, kept in enumerate((listener, None))
         )
-        values = np.arange(2**24, dtype=np.float32)  # 64 MiB: more than the system keeps on the way
+        values = np.arange(2**24, dtype=np.float32)  # 64 MiB: more than socket buffers hold
         received = np.empty_like(values)
         with ThreadPoolExecutor() as threads:
             channel = threads.submit(here.accept, 1, VALUES)
@@ -273,7 +273,7 @@ class TestListener:
             waiting = threads.submit(channel.result().receive)
             time.sleep(0.5)
             assert not waiting.done()
-            here.give_up()
+            here.abort()
             with pytest.raises(ConnectionError, match="lost the saving process of rank 1"):
                 waiting.result(5)
         for exchange in (here, there):

@@ -1,4 +1,4 @@
-"""Saves that are killed or fail: earlier checkpoints stand, nothing passes for complete, and the next save works."""
+"""Killed and failed saves: earlier checkpoints are intact, no incomplete step passes, and the next save works."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ KILLED = "the saving process of rank {} on 127.0.0.1 was killed by SIGKILL"
 
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Of the files that control saving processes, and of their checkpoints: in memory where there is such a folder,
+    """For the files that control saving processes, and for their checkpoints: in memory where there is such a folder,
     since a disk that others use makes saves slow, and what a process leaves when it is killed is the same."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
-        monkeypatch.setattr(saver_module, "_CODE", saving_process.code(Path(name)))
+        monkeypatch.setattr(saver_module, "PROGRAM", saving_process.code(Path(name)))
         yield Path(name)
 
 
@@ -55,7 +55,7 @@ def kill_at(team: Team, folder: Path, points: list[int], step: int) -> int:
         state = random_state(step)
         outcomes = team.save(step, state)
         (folder / "kill").unlink()
-        if outcomes[0] is not None and outcomes[0].path is not None:  # it was committed before
+        if outcomes[0] is not None and outcomes[0].path is not None:  # committed before the kill
             good_step, good_state = step, state
             stood += 1
             assert [(outcome.error, outcome.path) for outcome in outcomes if outcome] == [
@@ -132,7 +132,7 @@ def test_killed_at_50_points(folder: Path) -> None:
 
 
 def wait_for_files(root: Path, step: int, count: int) -> Path:
-    """Until a step that is being written has so many files. The folder where it is."""
+    """Wait until a step that is being written has so many files, and return its folder."""
     deadline = time.monotonic() + 30
     while True:
         for folder in root.glob(f"step-{step:08d}.*tmp"):
@@ -142,7 +142,7 @@ def wait_for_files(root: Path, step: int, count: int) -> Path:
         time.sleep(0.002)
 
 
-def test_one_of_four_processes_killed_amid_a_save(folder: Path) -> None:
+def test_one_of_four_processes_killed_during_a_save(folder: Path) -> None:
     root = folder / "checkpoints"
     with Team(Layout(2, 2, seed=3), root) as team:
         team.save(1, random_state(1))
@@ -174,7 +174,7 @@ def assert_saves(team: Team, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_stops_answering_is_given_up(folder: Path) -> None:
+def test_a_process_that_stops_answering_fails_the_save(folder: Path) -> None:
     with Team(Layout(1, 3, seed=3), folder / "checkpoints", timeout=2) as team:
         team.save(1, random_state(1))
         os.kill(team.pid(1), signal.SIGSTOP)
@@ -198,7 +198,7 @@ def test_a_process_that_cannot_be_started_again_fails_the_save_on_every_rank(
         process.kill()
         process.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(saver_module, "_CODE", "raise SystemExit(3)")
+            patch.setattr(saver_module, "PROGRAM", "raise SystemExit(3)")
             outcomes = team.save(2, random_state(2))
         error = "the saving process of rank 1 on 127.0.0.1 ended with exit code 3"
         assert [outcome and outcome.error for outcome in outcomes] == [error] * 2
@@ -206,7 +206,7 @@ def test_a_process_that_cannot_be_started_again_fails_the_save_on_every_rank(
 
 
 def assert_failed(outcomes: list[Outcome | None], *words: str) -> None:
-    """On every rank alike."""
+    """The same on every rank."""
     errors = {outcome.error for outcome in outcomes if outcome is not None}
     assert len(outcomes) == sum(outcome is not None and outcome.path is None for outcome in outcomes)
     assert len(errors) == 1, errors
@@ -217,7 +217,7 @@ def assert_failed(outcomes: list[Outcome | None], *words: str) -> None:
 
 
 def test_a_folder_that_vanishes_and_comes_back(folder: Path) -> None:
-    run = folder / "checkpoints" / "run"  # in the folder whose operations can be slowed
+    run = folder / "checkpoints" / "run"  # operations in this folder can be slowed down
     run.mkdir(parents=True)
     root, away = run / "checkpoints", folder / "away"
     with Team(Layout(1, 2), root) as team:
@@ -242,7 +242,7 @@ def test_a_file_system_that_hangs(folder: Path) -> None:
     with Team(Layout(1, 2), folder / "checkpoints", timeout=2) as team:
         team.save(1, random_state(1))
         processes = [team.pid(rank) for rank in range(2)]
-        (folder / "slow").write_text("60")  # rank 0's process does not get to making the step's folder
+        (folder / "slow").write_text("60")  # rank 0's process does not even create the step's folder
         begun = time.monotonic()
         outcomes = team.save(2, random_state(2))
         assert time.monotonic() - begun < 15
@@ -250,7 +250,7 @@ def test_a_file_system_that_hangs(folder: Path) -> None:
         assert_failed(outcomes, "no answer from the saving process of rank 0 on 127.0.0.1 within 2 s")
         assert_newest(team.root, 1, random_state(1))
         assert_saves(team, 3)
-        assert team.pid(0) != processes[0]  # that one sleeps
+        assert team.pid(0) != processes[0]  # the first one still sleeps
         assert team.pid(1) == processes[1]
 
 
@@ -267,7 +267,7 @@ def own_file(layout: Layout, rank: int) -> str:
 @pytest.mark.slow
 def test_a_write_that_hangs(folder: Path, what: str) -> None:
     layout = Layout(1, 2)
-    (writer,) = {chunk.owner for chunk in layout.plans[0].chunks if chunk.tensor.name == "norm"}  # of all of it
+    (writer,) = {chunk.owner for chunk in layout.plans[0].chunks if chunk.tensor.name == "norm"}  # of the whole tensor
     files = {f"a chunk of rank {rank}": (rank, own_file(layout, rank)) for rank in (0, 1)}
     rank, file = (files | {"an array's metadata": (writer, "model.norm/zarr.json")})[what]
     with Team(layout, folder / "checkpoints", timeout=2) as team:
@@ -276,16 +276,16 @@ def test_a_write_that_hangs(folder: Path, what: str) -> None:
         (folder / "slow").write_text(f"60 {file}")
         begun = time.monotonic()
         outcomes = team.save(2, random_state(2))
-        # 2 s for the write, 2 s until the process is given up, and 2 s for the folder's removal
+        # 2 s for the write, 2 s until the process is abandoned, and 2 s for the removal of the folder
         assert time.monotonic() - begun < 15
         (folder / "slow").unlink()
         assert_failed(outcomes, f"rank {rank} on 127.0.0.1: {team.root}", "a write has not ended within 2 s")
         assert_newest(team.root, 1, random_state(1))
         assert_saves(team, 3)
-        assert team.pid(rank) != process  # that one is in the call still
+        assert team.pid(rank) != process  # the first one is still in the call
 
 
-def test_a_failed_save_is_not_written_to_its_end(folder: Path) -> None:
+def test_a_failed_save_stops_writing(folder: Path) -> None:
     layout = Layout(1, 2)
     with Team(layout, folder / "checkpoints") as team:
         team.save(1, random_state(1))
@@ -298,7 +298,7 @@ def test_a_failed_save_is_not_written_to_its_end(folder: Path) -> None:
         os.kill(team.pid(1), signal.SIGKILL)
         begun = time.monotonic()
         outcome = team.savers[0].wait()
-        assert time.monotonic() - begun < 5  # the writes under way, of 1 s, and leeway for a slow machine
+        assert time.monotonic() - begun < 5  # the writes in progress, of 1 s, and leeway for a slow machine
         (folder / "slow").unlink()
         team.savers[1].wait()
         assert outcome is not None
@@ -319,7 +319,7 @@ def test_a_save_may_take_longer_than_the_timeout(folder: Path) -> None:
         assert outcome.error is None
         assert outcome.seconds > 6
         assert_newest(team.root, 1, random_state(1))
-        # A process that stands still amid a save, and whose rank does not look.
+        # A process that is stopped during a save, while its rank does not poll.
         team.start(2, random_state(2))
         wait_for_files(team.root, 2, 10)
         os.kill(team.pid(1), signal.SIGSTOP)
@@ -351,7 +351,7 @@ def test_full_disk(folder: Path) -> None:
         team.save(1, random_state(1))
         for step in (2, 3):
             assert_failed(team.save(step, random_state(step)), f"step-0000000{step}.", "No space left on device")
-            assert [path.name for path in team.root.iterdir()] == ["step-00000001"]  # the disk is not left full
+            assert [path.name for path in team.root.iterdir()] == ["step-00000001"]  # the failed save leaves no files
             assert_newest(team.root, 1, random_state(1))
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
         assert_saves(team, 4)

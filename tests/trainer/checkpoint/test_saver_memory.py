@@ -1,4 +1,4 @@
-"""What is refused because a machine, or a control group, has no memory for all of its ranks."""
+"""Savers are refused if a machine or control group lacks memory for all of its ranks."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def values(root: Path) -> list[int]:
     return sorted(memory_left(root).values())
 
 
-def test_of_the_machine(tmp_path: Path) -> None:
+def test_memory_of_the_machine(tmp_path: Path) -> None:
     write(tmp_path, MACHINE)
     assert memory_left(tmp_path) == {"machine 0-1-2": 8 * GIB}
     assert next(iter(memory_left().values())) > 0  # this one's
 
 
-def test_of_groups_version_2(tmp_path: Path) -> None:
-    """Every group around the process counts; what it holds of files is given back when it is needed."""
+def test_memory_of_control_groups_v2(tmp_path: Path) -> None:
+    """Every enclosing group counts, and its page cache counts as available."""
     groups = "sys/fs/cgroup"
     stat = f"anon {GIB}\nfile {3 * GIB}\ninactive_file {GIB}\nactive_file {GIB}\nshmem {GIB}\n"
     write(tmp_path, MACHINE | {"proc/self/cgroup": "0::/job/task\n"})
@@ -49,7 +49,7 @@ def test_of_groups_version_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["job", "."], ids=["path", "only the mount is seen"])
-def test_of_groups_version_1(tmp_path: Path, place: str) -> None:
+def test_memory_of_control_groups_v1(tmp_path: Path, place: str) -> None:
     group = tmp_path / "sys/fs/cgroup/memory" / place
     write(tmp_path, MACHINE | {"proc/self/cgroup": "5:cpu,cpuacct:/other\n4:memory:/job\n0::/\n"})
     stat = f"cache 1\ntotal_inactive_file {GIB}\ntotal_active_file 0\n"
@@ -60,7 +60,7 @@ def test_of_groups_version_1(tmp_path: Path, place: str) -> None:
     assert values(tmp_path) == [4 * GIB, 8 * GIB]
 
 
-def test_ranks_that_share_are_summed() -> None:
+def test_requests_of_ranks_that_share_memory_are_summed() -> None:
     def request(rank: int, size: int, **left: int) -> Request:
         return Request(rank=rank, host=f"node{rank // 2}", size=size * GIB, left=left)
 
@@ -79,7 +79,7 @@ def test_ranks_that_share_are_summed() -> None:
 
 
 class Refused(Team):
-    """No rank of which gets its saver."""
+    """A team none of whose ranks gets a saver."""
 
     def __init__(self, layout: Layout, root: Path, message: str) -> None:
         self.message, self.caught = message, 0
@@ -99,18 +99,18 @@ def test_every_rank_refuses_before_anything_is_allocated(tmp_path: Path, monkeyp
     layout = Layout(1, 2)
     sizes = [12 * plan.elements for plan in layout.plans]
     monkeypatch.setattr(saver_module, "memory_left", lambda: {"machine a": sum(sizes) - 1})
-    assert max(sizes) < sum(sizes) - 1  # each alone would find enough
+    assert max(sizes) < sum(sizes) - 1  # enough for each rank alone
     with monkeypatch.context() as patch:
-        patch.delattr(saver_module, "_shared_memory")
+        patch.delattr(saver_module, "shared_memory")
         refused = Refused(layout, tmp_path, r"rank 0, rank 1 on 127\.0\.0\.1: no memory for 0\.00 GiB of staged state")
     assert refused.caught == 2
     monkeypatch.setattr(saver_module, "memory_left", lambda: {"machine a": sum(sizes)})
     Team(layout, tmp_path).close()
 
 
-def test_an_allocation_that_fails_is_known_to_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_reports_a_failed_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(1, 2, seed=1)
-    allocate, small = saver_module._shared_memory, 12 * layout.plans[1].elements
+    allocate, small = saver_module.shared_memory, 12 * layout.plans[1].elements
     assert small != 12 * layout.plans[0].elements
 
     def fails_for_rank_1(size: int):
@@ -118,5 +118,5 @@ def test_an_allocation_that_fails_is_known_to_every_rank(tmp_path: Path, monkeyp
             raise MemoryError("gone meanwhile")
         return allocate(size)
 
-    monkeypatch.setattr(saver_module, "_shared_memory", fails_for_rank_1)
+    monkeypatch.setattr(saver_module, "shared_memory", fails_for_rank_1)
     assert Refused(layout, tmp_path, r"^rank 1 on 127\.0\.0\.1: gone meanwhile$").caught == 2

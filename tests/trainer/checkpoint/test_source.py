@@ -1,4 +1,4 @@
-"""What a run starts from: its own checkpoints before --init-from, that before drawn weights; damaged ones named."""
+"""What a run starts from: its own checkpoints, then --init-from, then initial weights; damaged ones are named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.checkpoints import MODEL_CONFIG, config_json, make_checkpoint
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs with checkpoints: "long" with steps 100 and 200, "weights" with weights of step 300 only."""
+    """Two runs: "long" with the checkpoints of steps 100 and 200, "weights" with weights only, of step 300."""
     folder = tmp_path_factory.mktemp("originals")
     for step in (100, 200):
         make_checkpoint(folder / "long/checkpoints" / step_name(step), step=step)
@@ -66,7 +66,7 @@ def test_the_runs_own_newest_checkpoint(runs: Path) -> None:
 
 
 def test_the_own_folder_comes_before_init_from(runs: Path) -> None:
-    """Also where what --init-from named for the first start is gone by now."""
+    """Even if the checkpoint that --init-from named at the first start is gone."""
     source = find_source(runs / "long", InitFrom(path=runs / "absent", everything=False))
     assert (source.rule, source.everything, source.step) == (OWN, True, 200)
     assert source.text.endswith(f"(the run's own folder; --init-from {runs}/absent is for its first start only)")
@@ -95,7 +95,7 @@ def test_damaged_checkpoints_of_the_run_are_skipped_and_named(runs: Path) -> Non
     assert older.startswith(f"{chunk} has 0 bytes")
 
 
-def test_a_run_without_any_complete_checkpoint_is_not_begun_anew(runs: Path) -> None:
+def test_a_run_with_damaged_checkpoints_only_does_not_start_again(runs: Path) -> None:
     chunks = [empty_a_chunk(runs / "long", step) for step in (100, 200)]
     for init_from in (None, InitFrom(path=runs / "weights", everything=False)):
         with pytest.raises(

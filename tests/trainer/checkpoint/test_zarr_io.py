@@ -1,4 +1,4 @@
-"""Arrays of a checkpoint: every bit comes back, stock zarr reads them, nothing is lost silently."""
+"""Arrays of a checkpoint: bitwise round trips, readable by stock zarr, and no silent loss."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_bfloat16(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_zeros_are_written(tmp_path, dtype):
-    """The state of a fresh Adam is told from one that is lost."""
+    """So that zero moments, as before Adam's first step, differ from lost chunks."""
     spec = replace(ARRAYS[0], dtype=dtype)
     files = write_array(tmp_path, spec, np.zeros(spec.shape, numpy_dtype(dtype)))
     for file, record in files.items():
@@ -74,7 +74,7 @@ def test_zeros_are_written(tmp_path, dtype):
         array.read((slice(0, 5), slice(0, 7)))
 
 
-def test_records_are_of_the_files(tmp_path):
+def test_records_match_the_files(tmp_path):
     for file, record in write_array(tmp_path, ARRAYS[0], random_bits(ARRAYS[0])).items():
         content = (tmp_path / file).read_bytes()
         assert record.size == len(content)
@@ -82,7 +82,7 @@ def test_records_are_of_the_files(tmp_path):
 
 
 def test_values_may_change_once_written(tmp_path):
-    """A write takes no copy of the values, nor does the array keep them."""
+    """Neither a write nor the array keeps a reference to the values."""
     array = create_array(tmp_path, WIDE)
     values = np.ones((4, 16384), np.float32)
     array.write((0, 0), values).result()
@@ -99,7 +99,7 @@ def test_chunks_are_written_whole(tmp_path):
 
 
 def test_several_processes_create_an_array(tmp_path):
-    """All that write to an array may create it; each has chunks of its own."""
+    """Any process that writes chunks of an array may create it."""
     spec = ArraySpec(kind="model", tensor=GlobalTensor(name="x", shape=(40,)), dtype="float32", chunks=(1,))
     program = f"""
 import sys
@@ -171,14 +171,14 @@ def test_missing_or_broken_metadata_is_refused(tmp_path):
         assert str(path) in str(error.value)
 
 
-def test_metadata_names_what_is_needed_to_read(tmp_path):
+def test_metadata_has_what_readers_need(tmp_path):
     create_array(tmp_path, ARRAYS[3])
     metadata = json.loads((tmp_path / ARRAYS[3].metadata_file).read_text())
     assert metadata["attributes"] == {"dtype": "float16", "axis": 0, "atoms": 3, "padded": 12}
     assert [codec["name"] for codec in metadata["codecs"]] == ["bytes", "crc32c"]
 
 
-def test_a_file_in_the_way(tmp_path):
+def test_a_folder_in_place_of_a_chunk(tmp_path):
     array = create_array(tmp_path, WIDE)
     (tmp_path / WIDE.file((0, 0))).mkdir()
     with pytest.raises(CheckpointError, match=r"c\.0\.0.*File exists"):
@@ -193,7 +193,7 @@ def test_a_chunk_is_not_written_twice(tmp_path):
     assert np.all(array.read((slice(0, 8), slice(0, 16384))) == 1)
 
 
-def test_a_folder_that_may_not_be_written(tmp_path):
+def test_a_folder_without_write_permission(tmp_path):
     tmp_path.chmod(0o500)
     try:
         if os.access(tmp_path, os.W_OK):
@@ -206,8 +206,8 @@ def test_a_folder_that_may_not_be_written(tmp_path):
     assert "Permission denied" in str(error.value)
 
 
-def test_a_write_that_fails_half_way_leaves_no_chunk(tmp_path):
-    """A limit of the files' size stands for a full disk: both end a write in its middle."""
+def test_a_partial_write_leaves_no_chunk(tmp_path):
+    """A file size limit stands in for a full disk: both fail in the middle of a write."""
     program = f"""
 import resource, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Building prefixes: every input format, determinism, atomicity, hold-out, refusals, the command line."""
+"""Building data sets: input formats, determinism, atomicity, hold-out, refusals, the command line."""
 
 import argparse
 import gzip
@@ -108,7 +108,7 @@ def test_glob_and_exclude(tmp_path):
 
 
 def byte_level_tokenizer(path, size):
-    """A Hugging Face tokenizer of `size` entries, so that the type of the stored ids is known."""
+    """A Hugging Face tokenizer of `size` entries, which decides the dtype of stored ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*alphabet, *(f"unused-{i}" for i in range(size - len(alphabet) - 1)), "</s>"]
     backend = Backend(models.BPE({name: i for i, name in enumerate(names)}, []))
@@ -166,11 +166,11 @@ def test_a_killed_worker_is_one_line(tmp_path, monkeypatch, capsys):
     words = ["data", "build", out(tmp_path), str(path), "--tokenizer", "bytes", "--workers", "2"]
     assert main(words) == 1
     error = capsys.readouterr().err
-    assert error == "griffin: error: a worker process was killed: out of memory? (--workers takes fewer)\n"
+    assert error == "griffin: error: a worker process was killed: out of memory? (try fewer --workers)\n"
     assert files_of(tmp_path / "out") == []
 
 
-def test_few_tasks_are_under_way_at_once(tmp_path):
+def test_few_tasks_are_pending_at_a_time(tmp_path):
     taken = 0
 
     def tasks():
@@ -181,13 +181,13 @@ def test_few_tasks_are_under_way_at_once(tmp_path):
 
     options = EncodeOptions(tokenizer="bytes", eod=None, text_key="text", hold_out=0.0)
     limit = 2 * build_module.TASKS_PER_WORKER
-    for done, encoded in enumerate(build_module._encode_in_order(tasks(), options, workers=2)):
+    for done, encoded in enumerate(build_module.encode_in_order(tasks(), options, workers=2)):
         assert encoded.lengths.tolist() == [5]
         assert taken - done <= limit
     assert taken == 40
 
 
-def test_a_large_file_is_cut_as_it_is_read(tmp_path, monkeypatch):
+def test_large_file_is_split_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(documents_module, "TASK_BYTES", 1000)
     path = Path(write(tmp_path / "a.jsonl.gz", gzip.compress(json_lines([f"document {i}" for i in range(500)]))))
     tasks = list(documents_module.cut_into_tasks([Source(path, path.name, named=True)]))
@@ -318,7 +318,7 @@ def test_an_interrupted_build_cleans_up(tmp_path, monkeypatch):
 
 
 def killed_build(prefix, path, owner, name, calls):
-    """A build that is killed when `owner.name` is called for the `calls`-th time."""
+    """Kill a build when `owner.name` is called for the `calls`-th time."""
     real, count = getattr(owner, name), 0
 
     def kill(*args, **kwargs):
@@ -337,7 +337,7 @@ def killed_build(prefix, path, owner, name, calls):
     [(PrefixWriter, "add", 3), (PrefixWriter, "finish", 1), (PrefixWriter, "publish", 1)]
     + [(os, "rename", calls) for calls in (1, 2, 3)],
 )
-def test_a_killed_build_leaves_nothing_that_looks_whole(tmp_path, owner, name, calls):
+def test_killed_build_leaves_no_data_set(tmp_path, owner, name, calls):
     path = write(tmp_path / "a.jsonl", json_lines(TEXTS))
     arguments = (out(tmp_path), path, owner, name, calls)
     process = multiprocessing.get_context("fork").Process(target=killed_build, args=arguments)
@@ -406,8 +406,8 @@ def test_registering_the_command_imports_nothing_heavy():
         ("data.json", b'[{"text": "a"}]', "a JSON array is a data set"),
         ("data.JSON", b"\xef\xbb\xbf\n [1]", "a JSON array is a data set"),
         ("data.json", b" " * 70_000 + b"[1]", "a JSON array is a data set"),
-        ("data.parquet", b"PAR1", "Parquet is not read"),
-        ("data.arrow", b"ARROW1", "Arrow is not read"),
+        ("data.parquet", b"PAR1", "Parquet is not supported"),
+        ("data.arrow", b"ARROW1", "Arrow is not supported"),
     ],
 )
 @pytest.mark.parametrize("named", [True, False])

@@ -1,4 +1,4 @@
-"""Samples: what is in them, what they depend on, epochs, blends, index caches, damaged files."""
+"""Samples: content, dependence on settings, epochs, blends, index caches, damaged files."""
 
 import logging
 import multiprocessing
@@ -30,7 +30,7 @@ def random_documents(seed, count, longest=12):
 
 
 def numbered_documents(lengths):
-    """Documents whose tokens are all different, and the vocabulary and eod that go with them."""
+    """Documents whose tokens are all different, with their vocabulary and eod."""
     starts = np.cumsum([0, *lengths])
     documents = [list(range(start, end)) for start, end in pairwise(starts)]
     return documents, {"vocabulary": int(starts[-1]) + 1, "eod": int(starts[-1])}
@@ -118,7 +118,7 @@ def test_epochs_are_shuffled_differently(tmp_path):
     assert epochs[0] != [tuple(other[i]["tokens"].tolist()) for i in range(59)]
 
 
-def test_a_sample_does_not_depend_on_the_number_asked_for(tmp_path, always_files):
+def test_sample_does_not_depend_on_the_number_requested(tmp_path, always_files):
     prefixes = [write_prefix(tmp_path / name, random_documents(i, 50 * (i + 1))) for i, name in enumerate("ab")]
     entries = [f"0.7 {prefixes[0]}", f"0.3 {prefixes[1]}"]
     drawn = []
@@ -196,7 +196,7 @@ def killed_index(prefix, calls):
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3])
-def test_a_killed_index_build_is_not_taken_for_whole(tmp_path, always_files, calls):
+def test_killed_index_build_is_incomplete(tmp_path, always_files, calls):
     prefix = write_prefix(tmp_path / "p", random_documents(0, 100))
     wanted = open_samples([prefix], sequence_length=16, seed=1)[3]
     process = multiprocessing.get_context("fork").Process(target=killed_index, args=(prefix, calls))
@@ -229,7 +229,7 @@ def test_damaged_index_files(tmp_path, always_files):
 
 
 class Planted:
-    """Makes a file as it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -315,7 +315,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, always_files, caplog):
 
 
 def test_without_collectives(tmp_path, always_files, monkeypatch):
-    """With torch.distributed up, rank 0 builds and any rank draws, alone: nothing waits for another rank."""
+    """With torch.distributed initialized, rank 0 builds and any rank reads without waiting for others."""
     prefixes = [write_prefix(tmp_path / name, random_documents(i, 60)) for i, name in enumerate("pq")]
     wanted = open_samples(prefixes, sequence_length=16, seed=1, cache=str(tmp_path / "none"))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -337,7 +337,7 @@ def test_without_collectives(tmp_path, always_files, monkeypatch):
 
 
 def blend_of_three(tmp_path):
-    """Prefixes whose tokens tell them apart: 0-29, 30-59, 60-89."""
+    """Prefixes with disjoint tokens: 0-29, 30-59, 60-89."""
     rng = np.random.default_rng(0)
     return [
         write_prefix(tmp_path / f"p{i}", [rng.integers(30 * i, 30 * i + 30, 20).tolist() for _ in range(10 * (i + 1))])
@@ -363,7 +363,7 @@ def test_blend_proportions(tmp_path):
     assert by_tokens.samples_per_epoch == sum((210 * i - 1) // 16 for i in (1, 2, 3))
 
 
-def test_each_part_of_a_blend_is_drawn_in_its_own_order(tmp_path):
+def test_each_part_of_a_blend_keeps_its_order(tmp_path):
     prefixes = blend_of_three(tmp_path)
     blend = open_samples(prefixes, sequence_length=16, seed=4)
     alone = [open_samples([prefix], sequence_length=16, seed=4) for prefix in prefixes]
@@ -373,7 +373,7 @@ def test_each_part_of_a_blend_is_drawn_in_its_own_order(tmp_path):
         next_of[origin] += 1
 
 
-def test_a_blend_goes_on_after_its_period(tmp_path, monkeypatch):
+def test_a_blend_repeats_after_its_period(tmp_path, monkeypatch):
     prefixes = blend_of_three(tmp_path)
     entries = [f"{w} {p}" for w, p in zip((0.5, 0.31, 0.19), prefixes, strict=True)]
     long = open_samples(entries, sequence_length=16, seed=1)
@@ -386,9 +386,9 @@ def test_a_blend_goes_on_after_its_period(tmp_path, monkeypatch):
     for n, origin in enumerate(origins(short, range(220))):
         assert same(short[n], alone[origin][next_of[origin]])
         next_of[origin] += 1
-        assert short._drawn(n + 1) == next_of
+        assert short._samples_per_part(n + 1) == next_of
     unequal = open_samples([f"1e9 {prefixes[0]}", f"1 {prefixes[1]}"], sequence_length=16, seed=1)
-    assert unequal._drawn(100) == [98, 2]
+    assert unequal._samples_per_part(100) == [98, 2]
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def patch(path, offset, content):
     ("vocabulary", "wrong"), [(100, 100), (100, 65535), (70_000, -1), (70_000, -5), (70_000, 70_000)]
 )
 @pytest.mark.parametrize("place", [0, 5, 16])
-def test_ids_outside_the_vocabulary_are_found_as_samples_are_drawn(tmp_path, vocabulary, wrong, place):
+def test_ids_outside_the_vocabulary_are_found_when_samples_are_read(tmp_path, vocabulary, wrong, place):
     prefix = write_prefix(tmp_path / "p", [[1] * 19], vocabulary=vocabulary)  # one sample of 16, and its last label
     patch(
         prefix + ".bin",

@@ -1,4 +1,4 @@
-"""Batches: the same global batch for every layout, from any step, with or without worker processes."""
+"""Batches: the same global batch in every layout, from any step, with or without worker processes."""
 
 import errno
 import multiprocessing
@@ -69,7 +69,7 @@ def test_worker_processes_change_nothing(samples):
 
 
 def test_workers_are_forked_whatever_the_default(samples):
-    """A rank that a fork server started has that as its default, and its workers would import everything again."""
+    """In a rank started by a fork server, workers would by default be started by one too and import everything."""
     before = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("forkserver", force=True)
     try:
@@ -117,7 +117,7 @@ def test_a_damaged_file_stops_the_loader(samples, tmp_path, workers):
 
 
 def started(samples):
-    """A loader that has drawn, and its two worker processes."""
+    """A loader that has read a batch, and its two worker processes."""
     loader = batches(samples, first_sample=0, global_batch=2, micro_batch=2, data_rank=0, data_size=1, workers=2)
     assert len(loader._workers) == 2
     for _ in range(2):  # one batch of each: it is set up
@@ -138,8 +138,8 @@ def draw_after_a_death(samples, said):
     os._exit(0)
 
 
-def test_a_killed_worker_is_told_in_one_line(samples):
-    """In a process of its own: until all of the loader is gone, PyTorch raises such deaths wherever it is."""
+def test_killed_worker_is_reported_in_one_line(samples):
+    """In its own process: as long as the loader exists, PyTorch raises such deaths anywhere in the process."""
     fork = multiprocessing.get_context("fork")
     said, saying = fork.Pipe(duplex=False)
     rank = fork.Process(target=draw_after_a_death, args=(samples, saying))
@@ -165,7 +165,7 @@ def test_a_run_whose_worker_is_killed_ends_with_one_line(tmp_path, capsys):
     )
 
 
-def test_workers_that_cannot_be_started_are_told_in_one_line(samples, monkeypatch):
+def test_workers_that_cannot_be_started_are_reported_in_one_line(samples, monkeypatch):
     def start(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -194,8 +194,8 @@ with watching_workers(2):
 
 
 @pytest.mark.slow
-def test_shared_memory_that_is_too_small_is_told_in_one_line(samples, tmp_path):
-    """In a name space of its own, whose /dev/shm holds 256 KiB; the data lie elsewhere, or they would be hidden."""
+def test_full_shared_memory_is_reported_in_one_line(samples, tmp_path):
+    """In its own namespace, whose /dev/shm holds 256 KiB; the data are elsewhere, or they would be hidden."""
     folder = Path(tempfile.mkdtemp(dir="/var/tmp"))
     try:
         shutil.copytree(tmp_path, folder, dirs_exist_ok=True)
@@ -211,8 +211,8 @@ def test_shared_memory_that_is_too_small_is_told_in_one_line(samples, tmp_path):
     assert re.search(r"WorkerError: data\.workers = 2: .*/dev/shm \(\d+ MiB are free\).*No space left on device", last)
 
 
-def test_workers_heed_no_signals_of_others(samples):
-    """As of a launcher, which sends them to the process group of a rank, or to all processes of a job."""
+def test_workers_ignore_signals_of_others(samples):
+    """Signals such as those of a launcher, to the process group of a rank or to all processes of a job."""
     with StopRequests() as requests:
         loader, workers = started(samples)
         for name in ("TERM", "INT", "USR1"):
@@ -223,7 +223,7 @@ def test_workers_heed_no_signals_of_others(samples):
         assert requests.requested is None
 
 
-def test_workers_that_are_still_starting_heed_no_signals_of_others(samples, monkeypatch):
+def test_starting_workers_ignore_signals_of_others(samples, monkeypatch):
     seed = random.seed
     monkeypatch.setattr(random, "seed", lambda *given: (time.sleep(0.2), seed(*given)))  # PyTorch's workers call it
     with StopRequests():
@@ -234,7 +234,7 @@ def test_workers_that_are_still_starting_heed_no_signals_of_others(samples, monk
         assert loader._workers[0].is_alive()
 
 
-def test_the_signals_of_the_rank_are_as_before(samples):
+def test_signals_of_the_rank_are_unchanged(samples):
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     started(samples)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
@@ -250,7 +250,7 @@ def test_workers_end_with_their_loader(samples):
 
 
 def test_workers_end_when_their_rank_says_so(samples):
-    """With SIGTERM, as a process that ends does to children that it has left."""
+    """With SIGTERM, which an exiting process sends to its children."""
     with StopRequests():
         loader, workers = started(samples)
         for worker in workers:

@@ -1,4 +1,4 @@
-"""Prefixes: damaged files and blends are refused before anything is drawn from them."""
+"""Prefixes: damaged files and blends are refused before anything is read from them."""
 
 import json
 import os
@@ -84,7 +84,7 @@ DAMAGE = {
     ),
     "the numbers of documents": (
         lambda p: patch(p + ".idx", 34 + 100 * 12 + 8, b"\7"),
-        r"p\.idx is damaged: its numbers",
+        r"p\.idx is damaged: its document numbers",
     ),
     "checksums": (lambda p: edit(p + ".json", checksums={"block_bytes": 0, "bin": "", "idx": ""}), "p.json is damaged"),
     "documents": (lambda p: edit(p + ".json", documents=99), r"p\.idx is damaged: its header does not agree with"),
@@ -166,15 +166,15 @@ def test_some_blocks_of_a_large_file_are_compared(tmp_path, small_blocks):
     assert found == chosen
 
 
-def test_a_prefix_without_checksums_still_trains(tmp_path, caplog):
+def test_prefix_without_checksums_trains(tmp_path, caplog):
     prefix = write_prefix(tmp_path / "p", [[1, 2, 3]] * 40)
     edit(prefix + ".json", checksums=...)
     info = read_info(prefix)
     check_contents(info, whole=True, seed=0)
     check_contents(info, whole=False, seed=0)
     messages = [record.getMessage() for record in caplog.records]
-    assert messages[0].endswith(f"{prefix}.idx cannot be compared with what was built")
-    assert messages[1].endswith(f"{prefix}.bin and {prefix}.idx cannot be compared with what was built")
+    assert messages[0].endswith(f"{prefix}.idx cannot be verified")
+    assert messages[1].endswith(f"{prefix}.bin and {prefix}.idx cannot be verified")
     assert verify(info) == []
     flip(prefix + ".bin", 0)
     with pytest.raises(ValueError, match=r"p\.bin is damaged: bytes 0 to 319 are not what was built"):

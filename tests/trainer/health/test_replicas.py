@@ -1,4 +1,4 @@
-"""Copies of weights: any bit that differs between them is found, named, and ends the run."""
+"""Replicated weights: any bit that differs between copies is found and named, and ends the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flip_bit(weight: Tensor) -> None:
-    """The lowest of one element in the middle."""
+    """Flip the lowest bit of one element in the middle."""
     bits = weight.view({2: torch.int16, 4: torch.int32}[weight.element_size()])
     bits[bits.numel() // 2] ^= 1
 
@@ -53,7 +53,7 @@ def damaged_run(
     name: str,
     damage: Damage | None,
 ) -> str:
-    """What a run says of weight `name`, damaged on some ranks before step 6; checked at steps 3, 6, ..."""
+    """The error of a run whose weight `name` is damaged on some ranks before step 6; checked at steps 3, 6, ..."""
     make_step = Training.step
 
     def step(training: Training, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +109,7 @@ def also(*case: Any) -> Any:
     ],
     ids=["majority", "two copies", "tensor", "tensor ranks only", "tied embedding", "stages only"],
 )
-def test_a_copy_that_differs_is_named_and_nothing_is_saved(
+def test_differing_replica_is_named_and_not_saved(
     rank_pool: RankPool,
     config_path: Path,
     tmp_path: Path,
@@ -179,7 +179,7 @@ def test_checksum(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def checksum_of(value: Tensor, bits: Tensor, place: int, before: Tensor) -> Tensor:
-    """That of the elements up to `place`, of which the last has the bits that it had before."""
+    """Checksum of the elements up to `place`, with the previous bits of the last one."""
     now = bits[place].clone()
     bits[place] = before
     found = checksum(value[: place + 1])

@@ -1,4 +1,4 @@
-"""Spikes: a run without the offending update, or gone back to before it, is the run it should be."""
+"""Runs with spikes: skipped updates and rewinds give bitwise the expected runs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ import zarr
 
 from griffin.parallel import sharding
 from griffin.parallel.world.ranks import Ranks
-from griffin.trainer.checkpoint.manifest import Manifest, read_manifest
-from griffin.trainer.checkpoint.manifest import _to_text as to_text
+from griffin.trainer.checkpoint.manifest import Manifest, read_manifest, to_text
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.health.spikes import SpikeError
 from griffin.trainer.run.attempts import read_end
@@ -51,7 +50,7 @@ def config(path: Path, spike: str, **settings: Any) -> Config:
 
 @contextmanager
 def random_bytes(steps: tuple[int, ...]) -> Iterator[None]:
-    """In the samples that the steps take in an undisturbed run."""
+    """Replace samples that `steps` take in an undisturbed run by random bytes."""
     draw = Samples.__getitem__
 
     def disturbed(samples: Samples, n: int) -> dict[str, torch.Tensor]:
@@ -71,7 +70,7 @@ def disturbed_run(ranks: Ranks, config: Config, run_dir: Path, steps: tuple[int,
 
 
 def poisoned_run(ranks: Ranks, config: Config, run_dir: Path, step: int, rank: int) -> bool:
-    """In one step a gradient of one rank is not a number."""
+    """Make a gradient of one rank NaN in one step."""
     make_step = Training.step
 
     def poisoned(training: Training, *args: Any, **others: Any) -> Any:
@@ -111,7 +110,7 @@ def skipped(rank_pool: RankPool, config_path: Path) -> Path:
     return run_dir
 
 
-def test_skip_leaves_the_update_out(skipped: Path) -> None:
+def test_skip_skips_the_update(skipped: Path) -> None:
     before, after, later = (arrays(skipped, step) for step in (9, 10, 11))
     assert before.keys() == after.keys()
     for name in before:
@@ -125,7 +124,7 @@ def test_skip_leaves_the_update_out(skipped: Path) -> None:
     assert (manifest.samples, manifest.optimizer and manifest.optimizer["step"]) == (STEPS * BATCH, STEPS - 1)
 
 
-def test_skip_is_written_down(skipped: Path) -> None:
+def test_skip_is_recorded(skipped: Path) -> None:
     (line,) = ledger(skipped)
     assert {key: line[key] for key in ("attempt", "step", "action", "kind", "samples")} == {
         "attempt": 1,
@@ -135,11 +134,11 @@ def test_skip_is_written_down(skipped: Path) -> None:
         "samples": [9 * BATCH, 10 * BATCH],
     }
     assert line["loss"] == series(skipped, "loss")[10]
-    assert f"step 10: SPIKE: {line['text']}; no update\n" in (skipped / "console.log").read_text()
+    assert f"step 10: SPIKE: {line['text']}; update skipped\n" in (skipped / "console.log").read_text()
     assert series(skipped, "skipped_updates")[10] == 1
 
 
-def test_without_it_the_update_is_made(rank_pool: RankPool, config_path: Path, skipped: Path) -> None:
+def test_without_detection_the_update_is_made(rank_pool: RankPool, config_path: Path, skipped: Path) -> None:
     run_dir = config_path.parent / "off"
     rank_pool.run(disturbed_run, 2, config(config_path, "off"), run_dir)
     assert not (run_dir / "ledger.jsonl").exists()
@@ -170,10 +169,10 @@ def test_every_layout_skips_the_same(
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_after_a_skip_goes_on_as_if_it_had_not_been(
+def test_run_stopped_after_a_skip_resumes_exactly(
     rank_pool: RankPool, config_path: Path, tmp_path: Path, skipped: Path
 ) -> None:
-    """The same bits, and the same judgement of a second spike, for which the steps before the stop count."""
+    """The bits are the same, and so is the detection of a second spike, which uses steps before the stop."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for run_dir, ends in ((whole, (STEPS,)), (parts, (11, STEPS))):
         for end in ends:
@@ -187,14 +186,15 @@ def test_a_run_that_is_stopped_after_a_skip_goes_on_as_if_it_had_not_been(
     assert series(parts, "loss") == series(whole, "loss")
 
 
-def test_rewind_goes_on_from_the_checkpoint_with_the_data_after_the_spike(
-    rank_pool: RankPool, config_path: Path, tmp_path: Path
-) -> None:
+def test_rewind_continues_with_the_data_after_the_spike(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
     rewound, expected = tmp_path / "rewound", tmp_path / "expected"
     rank_pool.run(disturbed_run, 2, config(config_path, "rewind"), rewound)
     (line,) = ledger(rewound)
     assert (line["step"], line["action"], line["back_to"], line["samples"]) == (10, "rewind", 8, [72, 80])
-    assert f"step 10: SPIKE: {line['text']}; back to step 8, and on" in (rewound / "console.log").read_text()
+    assert (
+        f"step 10: SPIKE: {line['text']}; rewound to step 8; training continues"
+        in (rewound / "console.log").read_text()
+    )
     logged = [line["step"] for line in metrics(rewound) if "loss" in line]
     assert logged == [*range(1, 10), *range(9, STEPS + 1)]
     assert series(rewound, "rewinds")[10] == 1
@@ -214,10 +214,10 @@ def test_rewind_goes_on_from_the_checkpoint_with_the_data_after_the_spike(
 
 
 @pytest.mark.slow
-def test_rewind_takes_an_older_checkpoint_where_the_newest_leads_no_further(
+def test_rewind_to_an_older_checkpoint_if_the_newest_spikes_again(
     rank_pool: RankPool, config_path: Path, tmp_path: Path
 ) -> None:
-    """The batch of step 10 is noise, and the one after it, which comes next, at step 9."""
+    """The batch of step 10 is noise, and so is the next one, which follows at step 9."""
     run_dir = tmp_path / "run"
     rank_pool.run(disturbed_run, 2, config(config_path, "rewind", train__overlap="on"), run_dir, (10, 11))
     lines = ledger(run_dir)
@@ -225,7 +225,7 @@ def test_rewind_takes_an_older_checkpoint_where_the_newest_leads_no_further(
     (kept,) = [path.name for path in (run_dir / "checkpoints").iterdir() if "spiked" in path.name]
     assert kept == "step-00000008.spiked-1"
     console = (run_dir / "console.log").read_text()
-    assert f"From the checkpoint after that it comes no further: it is kept as {kept}\n" in console
+    assert f"The later checkpoint leads to a spike again; it is kept as {kept}\n" in console
     assert saved_steps(run_dir) == [4, 8, 12, 16]
     assert series(run_dir, "rewinds")[STEPS] == 2
     trained = [line["trained_seconds"] for line in metrics(run_dir) if line["step"] == 5 and "loss" in line]
@@ -237,7 +237,7 @@ def test_rewind_takes_an_older_checkpoint_where_the_newest_leads_no_further(
 
 
 def killed_run(ranks: Ranks, config: Config, run_dir: Path, steps: tuple[int, ...], at: int) -> bool:
-    """As `disturbed_run`; the process is killed before it makes its `at`-th step."""
+    """Like `disturbed_run`, but the process is killed before its `at`-th step."""
     make_step, count = Training.step, itertools.count(1)
 
     def step(training: Training, *args: Any, **others: Any) -> Any:
@@ -251,10 +251,10 @@ def killed_run(ranks: Ranks, config: Config, run_dir: Path, steps: tuple[int, ..
 
 @pytest.mark.parametrize("at", [11, 13])
 @pytest.mark.slow
-def test_a_run_that_is_killed_after_it_went_back_ends_with_the_same_bits(
+def test_run_killed_after_a_rewind_ends_with_the_same_bits(
     rank_pool: RankPool, config_path: Path, tmp_path: Path, at: int
 ) -> None:
-    """Step 11 is the first after the return to step 8, step 13 the second after that to step 4."""
+    """The 11th step is the first one after the rewind to step 8, the 13th the second one after the rewind to step 4."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = config(config_path, "rewind")
     rank_pool.run(disturbed_run, 1, settings, whole, (10, 11))
@@ -266,8 +266,8 @@ def test_a_run_that_is_killed_after_it_went_back_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
-def test_rewind_to_what_an_earlier_attempt_saved(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
-    """The newest one is lost meanwhile, and a later one is found again that was not complete at the start."""
+def test_rewind_to_a_checkpoint_of_an_earlier_attempt(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
+    """The newest checkpoint is lost meanwhile, and a later one appears that was incomplete at the start."""
     run_dir = tmp_path / "run"
     settings = {"optimizer__schedule": "constant"}
     rank_pool.run(run, 1, config(config_path, "rewind", train__steps=8, **settings), run_dir)
@@ -300,7 +300,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.slow
-def test_tensorboard_shows_the_curve_that_holds(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
+def test_tensorboard_shows_the_valid_curve(rank_pool: RankPool, config_path: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rank_pool.run(disturbed_run, 2, config(config_path, "rewind"), tmp_path / "run")
@@ -317,12 +317,14 @@ def test_without_a_checkpoint_rewind_skips(rank_pool: RankPool, config_path: Pat
     rank_pool.run(disturbed_run, 2, settings, tmp_path / "run")
     (line,) = ledger(tmp_path / "run")
     assert line["action"] == "skip"
-    assert "no update, as there is no checkpoint to go back to yet" in (tmp_path / "run" / "console.log").read_text()
+    assert (
+        "update skipped, as there is no checkpoint to rewind to yet" in (tmp_path / "run" / "console.log").read_text()
+    )
 
 
 @pytest.mark.parametrize("spike", ["skip", pytest.param("rewind", marks=pytest.mark.slow)])
 def test_a_gradient_that_is_not_a_number(rank_pool: RankPool, config_path: Path, tmp_path: Path, spike: str) -> None:
-    """Named, and answered; for a rewind again and again, as the step comes again."""
+    """It is named and handled; with rewinds again and again, since the step comes again."""
     settings = config(config_path, spike, parallel__tensor=2, train__steps=8)
     if spike == "skip":
         rank_pool.run(poisoned_run, 4, settings, tmp_path / "run", 6, 3)
@@ -349,7 +351,7 @@ def test_too_many_end_the_run(rank_pool: RankPool, config_path: Path, tmp_path: 
         (12, "end"),
     ]
     assert (
-        "More than train.spike_limit = 2 spikes within train.spike_window = 8 steps"
+        "more than train.spike_limit = 2 spikes within train.spike_window = 8 steps"
         in (tmp_path / "run" / "console.log").read_text()
     )
     end = read_end(RunFolder(tmp_path / "run"))

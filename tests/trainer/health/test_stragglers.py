@@ -1,4 +1,4 @@
-"""Slow ranks: a planted one is found, and equal ones are not accused."""
+"""Stragglers: a planted slow rank is found, and equal ranks are not reported."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from unittest import mock
 
 import pytest
 
+from griffin.parallel.stage import Stage
 from griffin.parallel.world.axes import Axes
 from griffin.parallel.world.ranks import Ranks
 from griffin.trainer.data.dataset import Samples
 from griffin.trainer.health.stragglers import Stragglers, Work
 from griffin.trainer.loop import train
 from griffin.trainer.settings.complete import load_config
-from griffin.trainer.step import Training
 from tests.ranks import RankPool
 from tests.small_runs import metrics, write_config
 
@@ -34,8 +34,8 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def slow_run(ranks: Ranks, path: Path, run_dir: Path, overrides: list[str], slow: int, how: str) -> None:
-    """A run in which one rank is slow: at its forward passes, at loading, or as a process."""
-    forward, draw = Training._forward, Samples.__getitem__
+    """A run with one slow rank: in its forward passes, in loading data, or as a whole process."""
+    forward, draw = Stage.forward, Samples.__getitem__
 
     def delay() -> None:
         if ranks.rank != slow:
@@ -57,14 +57,14 @@ def slow_run(ranks: Ranks, path: Path, run_dir: Path, overrides: list[str], slow
 
     settings = ["--train.eval_interval", "0", "--log.interval", "2", "--log.tensorboard", "false", *overrides]
     with (
-        mock.patch.object(Training, "_forward", slow_forward),
+        mock.patch.object(Stage, "forward", slow_forward),
         mock.patch.object(Samples, "__getitem__", slow_draw),
     ):
         train(load_config(path, settings), ranks, run_dir)
 
 
 def _stop_for(seconds: float) -> None:
-    """This process by SIGSTOP, until another one continues it."""
+    """Stop this process by SIGSTOP until another one continues it."""
     waker = subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
     waker.wait()
@@ -116,20 +116,20 @@ def test_ranks_are_compared_with_those_of_their_stage() -> None:
 
 
 def test_a_line_comes_once_after_several_slow_steps(tmp_path: Path) -> None:
-    stragglers = object.__new__(Stragglers)
-    stragglers._slow, stragglers._told = {}, set()
+    grid = mock.Mock(axes=Axes.of(), all_gather=lambda host, _: [host])
+    stragglers = Stragglers(grid, tmp_path / "stragglers.json")
     slow, fine = work(1.0, 1.0, 1.31, step=7), work(1.0, 1.0, 1.0)
 
-    def told(*measured: Work) -> Iterator[bool]:
-        return (stragglers.complaint(each) is not None for each in measured)
+    def reported(*measured: Work) -> Iterator[bool]:
+        return (stragglers.report(each) is not None for each in measured)
 
-    assert list(told(slow, slow, fine, slow, slow, slow, slow)) == [False, False, False, False, False, True, False]
-    assert list(told(fine, slow, slow)) == [False, False, False]
-    line = stragglers.complaint(slow)
+    assert list(reported(slow, slow, fine, slow, slow, slow, slow)) == [False, False, False, False, False, True, False]
+    assert list(reported(fine, slow, slow)) == [False, False, False]
+    line = stragglers.report(slow)
     assert line == "step 7: stragglers: rank 2 on n1: 1.31x the median of its peers (1.310 s of work per step)"
 
 
-def test_what_cannot_be_written_is_lost(tmp_path: Path) -> None:
+def test_unwritable_file_raises_nothing(tmp_path: Path) -> None:
     work(1.0, 2.0).write(tmp_path / "missing" / "stragglers.json")
     work(1.0, 2.0).write(tmp_path / "stragglers.json")
     assert [path.name for path in tmp_path.iterdir()] == ["stragglers.json"]
@@ -140,5 +140,5 @@ def test_one_rank_alone_leaves_no_report_of_an_earlier_attempt(tmp_path: Path) -
     path = tmp_path / "stragglers.json"
     work(1.0, 2.0).write(path)
     for step in (1, 2):
-        assert Stragglers(grid, path).note(step, [1.0]) is None
+        assert Stragglers(grid, path).record(step, [1.0]) is None
         assert not path.exists()

@@ -1,4 +1,4 @@
-"""A run that hangs: it ends by itself, tells which rank keeps it waiting, and goes on from its last checkpoint."""
+"""Hangs: the run ends by itself, names the rank that lags, and resumes from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from torch.distributed import DistNetworkError, HashStore
 
 from griffin.launch.local import run_local
 from griffin.parallel.config import ParallelConfig
+from griffin.parallel.stage import Stage
 from griffin.parallel.world.grid import Grid, rank_grid
 from griffin.parallel.world.messages import pack, seal, unpack
 from griffin.parallel.world.ranks import HUNG, Ranks
@@ -29,9 +30,9 @@ from griffin.tools.commands.train import PRELOAD, train_rank
 from griffin.trainer import loop
 from griffin.trainer.checkpoint.checkpoints import Checkpoints
 from griffin.trainer.checkpoint.manifest import verify
-from griffin.trainer.health.hang_report import Silent, compose, culprits
+from griffin.trainer.health.hang_report import SilentRank, compose_report, lagging_ranks
 from griffin.trainer.health.rank_state import Collective, RankState
-from griffin.trainer.health.watchdog import Watchdog, _Alarm
+from griffin.trainer.health.watchdog import Alarm, Watchdog
 from griffin.trainer.reporting.report import Report
 from griffin.trainer.run.attempts import read_end
 from griffin.trainer.run.folder import RunFolder
@@ -57,7 +58,7 @@ def config(path: Path, *overrides: str) -> Config:
 
 
 def after_the_save(run_dir: Path, mark: Path, do: Any) -> None:
-    """Once the last save stands, so that each test goes on from the same step; `mark` tells when."""
+    """Call `do` after the last save, so that each test resumes from the same step. `mark` keeps the time."""
     wait_until_saved(run_dir, SAVED)
     mark.touch()
     do()
@@ -72,7 +73,7 @@ def fall_asleep() -> None:
 
 
 def hang(config: Config, run_dir: Path, world_size: int, rank: int, do: Any) -> str:
-    """The report of a run in which a rank does something that does not end, within the time that is allowed for it."""
+    """Run with a rank that hangs, and return the report, which must come within the time limit."""
     mark = run_dir.with_suffix(".mark")
     watch = Watch(at_step={(rank, SAVED + 2): partial(after_the_save, run_dir, mark, do)})
     assert launch(world_size, config, run_dir, watch) == HUNG
@@ -125,7 +126,7 @@ def test_every_other_rank_leaves_its_stacks(stopped: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_it_goes_on_from_the_last_checkpoint_with_nothing_lost(
+def test_hung_run_resumes_from_its_last_checkpoint(
     stopped: tuple[Path, str], config_path: Path, rank_pool: RankPool
 ) -> None:
     run_dir, _ = stopped
@@ -159,11 +160,11 @@ def test_the_first_rank_is_named_too(config_path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_stops_while_it_saves_is_noticed_by_its_neighbour(config_path: Path, tmp_path: Path) -> None:
-    """Saving is not bounded in time: only the signs of life end."""
+    """Saving has no time limit: only heartbeats stop."""
     save = Watch(at_save={SAVED: _stop_in_save})
     assert launch(3, config(config_path, "--train.global_batch", "6"), tmp_path / "run", save) == HUNG
     (report,) = (tmp_path / "run/hangs").glob("*/report.txt")
-    assert "HANG: rank 0 has given no sign of life" in report.read_text()
+    assert "HANG: rank 0 has sent no sign of life" in report.read_text()
     assert lagging(report.read_text()) == [0]
 
 
@@ -172,7 +173,7 @@ def _stop_in_save(saver: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_disk_that_cannot_be_written_keeps_no_rank_from_leaving(config_path: Path, tmp_path: Path) -> None:
+def test_ranks_exit_if_the_disk_cannot_be_written(config_path: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     watch = Watch(at_step={(1, SAVED + 2): partial(_without_hangs_folder, run_dir)})
     assert launch(2, config(config_path), run_dir, watch) == HUNG
@@ -192,13 +193,13 @@ def test_a_single_rank(config_path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_in_which_no_python_runs_any_more_ends() -> None:
-    """The interpreter's lock is held for good: the stack comes from C, to stderr, and the exit code is 1."""
+def test_process_that_runs_no_python_ends() -> None:
+    """The interpreter's lock is held forever: C code writes the stack to stderr, and the exit code is 1."""
     script = (
         "import ctypes, sys, time; from griffin.trainer.health import watchdog\n"
         "watchdog.LAST_SECONDS = 0.5\n"
         "dog = object.__new__(watchdog.Watchdog); dog._hang_seconds, dog._kinds = 0.5, {'step'}\n"
-        "dog._mark = watchdog._Mark(entered=0, phase='', step=0, since=0, limit=float('inf'))\n"
+        "dog._phase = watchdog._Phase(entered=0, name='', step=0, since=0, limit=float('inf'))\n"
         "with dog.watching('step', 1): ctypes.PyDLL(None).sleep(600)\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
@@ -209,7 +210,7 @@ def test_a_process_in_which_no_python_runs_any_more_ends() -> None:
 
 @pytest.mark.slow
 def test_a_stopped_server_of_the_store(config_path: Path, tmp_path: Path) -> None:
-    """Rank 0 serves the store where srun starts the ranks."""
+    """Rank 0 serves the store, as under srun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -271,17 +272,17 @@ def _slow_run(ranks: Ranks, config: Config, run_dir: Path) -> None:
 
         return slowly
 
-    get = Training._forward
+    get = Stage.forward
 
-    def forward(training: Training, *args: Any) -> Any:
-        if not training.chunks[0].training:
+    def forward(stage: Stage, *args: Any) -> Any:
+        if not stage.training:
             time.sleep(long / 4)  # of 8 micro-batches
-        return get(training, *args)
+        return get(stage, *args)
 
     with (
         mock.patch.object(loop, "build_index", after("build_index")),
         mock.patch.object(Training, "step", after("step", lambda training, *_: training.steps_done == 0)),
-        mock.patch.object(Training, "_forward", forward),
+        mock.patch.object(Stage, "forward", forward),
         mock.patch.object(Checkpoints, "save", after("save")),
         mock.patch.object(Report, "end", after("end")),
     ):
@@ -289,7 +290,7 @@ def _slow_run(ranks: Ranks, config: Config, run_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_slow_but_healthy_work_trips_nothing(config_path: Path, tmp_path: Path) -> None:
+def test_slow_but_healthy_work_is_no_hang(config_path: Path, tmp_path: Path) -> None:
     settings = config(config_path, "--train.steps", "4", "--train.eval_interval", "4", "--checkpoint.interval", "2")
     settings = replace(settings, health=replace(settings.health, hang_seconds=2.0))
     begun = time.monotonic()
@@ -319,7 +320,7 @@ def collective(group: str, sequence: int, *, pending: bool) -> Collective:
 @pytest.mark.parametrize(
     "forged", [b"x", b'{"rank": 1, "step": "/../.."}', seal(b"another", "griffin/watchdog/1/alarm", 1)]
 )
-def test_alarms_of_strangers_are_none(tmp_path: Path, forged: bytes) -> None:
+def test_alarms_from_outside_the_run_are_ignored(tmp_path: Path, forged: bytes) -> None:
     store = HashStore()
     name = "griffin/watchdog/1/alarm"
     store.set(name, forged)  # type: ignore[arg-type]  # it takes bytes as well
@@ -333,17 +334,17 @@ def test_alarms_of_strangers_are_none(tmp_path: Path, forged: bytes) -> None:
 
     def talk(watchdog: Watchdog) -> str | None:
         with mock.patch.object(watchdog._closing, "wait", side_effect=[False, True]):
-            watchdog._talk_to(cast(Any, store))
+            watchdog._exchange_heartbeats(cast(Any, store))
         return watchdog._alarm
 
     assert [talk(watchdog) for watchdog in watchdogs] == [None, None]
-    raised = [watchdog._raise(cast(Any, store), _Alarm(rank=n, step=7 + n)) for n, watchdog in enumerate(watchdogs)]
-    assert raised == [_Alarm(rank=0, step=7)] * 2
+    raised = [watchdog._raise(cast(Any, store), Alarm(rank=n, step=7 + n)) for n, watchdog in enumerate(watchdogs)]
+    assert raised == [Alarm(rank=0, step=7)] * 2
     assert [talk(watchdog) for watchdog in watchdogs] == ["another rank has raised the alarm"] * 2
 
 
 class Unsteady:
-    """A connection to a store, lost after some requests."""
+    """A connection to the store that is lost after some requests."""
 
     def __init__(self, store: Any) -> None:
         self._store, self._left = store, 5
@@ -356,7 +357,7 @@ class Unsteady:
 
 
 def watched_over_lost_connections(ranks: Ranks, run_dir: Path) -> int:
-    """How often a rank has made its connection; it is at work for four times as long as it may be silent."""
+    """The number of connections of a rank that works for four times as long as it may be silent."""
     made: list[Unsteady] = []
     folder = SimpleNamespace(attempt=1, hangs=run_dir / "hangs", console=run_dir / "console.log")
     with rank_grid(ParallelConfig(), ranks) as grid:
@@ -375,19 +376,19 @@ def watched_over_lost_connections(ranks: Ranks, run_dir: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_lost_connection_is_made_anew(rank_pool: RankPool, tmp_path: Path) -> None:
+def test_watchdog_reconnects_after_a_lost_connection(rank_pool: RankPool, tmp_path: Path) -> None:
     steady, made = rank_pool.run(watched_over_lost_connections, 2, tmp_path)
     assert steady == 0
     assert made > 2
     assert not (tmp_path / "hangs").exists()
 
 
-def test_culprits() -> None:
-    def named(*states: RankState, silent: tuple[Silent, ...] = ()) -> list[str]:
-        return [line.split(" on ")[0] for line in culprits({state.rank: state for state in states}, silent)]
+def test_lagging_ranks() -> None:
+    def named(*states: RankState, silent: tuple[SilentRank, ...] = ()) -> list[str]:
+        return [line.split(" on ")[0] for line in lagging_ranks({state.rank: state for state in states}, silent)]
 
     assert named(*map(state, range(4))) == []
-    assert named(state(0), state(1), silent=(Silent(rank=2, last=state(2)),)) == ["rank 2"]
+    assert named(state(0), state(1), silent=(SilentRank(rank=2, last=state(2)),)) == ["rank 2"]
     assert named(state(0), state(1, entered=6), state(2)) == ["rank 1"]
     assert named(state(0), state(1), state(2, communication="")) == ["rank 2"]
     # 0 and 1 share group a, 1 and 2 group b: 0 waits for 1, which waits for 2.
@@ -408,19 +409,19 @@ def test_culprits() -> None:
 def test_a_report_of_a_thousand_ranks_can_be_read() -> None:
     states = {rank: state(rank) for rank in range(1024) if rank != 77}
     states[5] = unpack(pack(state(5, collectives=(collective("a", 1, pending=True),))), RankState)
-    head, report = compose(states, [Silent(rank=77)], reason="step 7 has taken more than 600 s on rank 3")
+    head, report = compose_report(states, [SilentRank(rank=77)], reason="step 7 has taken more than 600 s on rank 3")
     assert head.splitlines() == [
         "HANG: step 7 has taken more than 600 s on rank 3",
         "Ranks that lag:",
-        "  rank 77: has never given a sign of life",
+        "  rank 77: has never sent a sign of life",
     ]
     assert "  ranks 0-76, 78-1023: step 7, all_reduce, wait (x.py:1)\n" in report
     assert "  all_reduce number 1 of Ga: rank 5\n" in report
-    head, report = compose(states, map(silent_rank, range(900, 1000)), reason="")
+    head, report = compose_report(states, map(silent_rank, range(900, 1000)), reason="")
     assert len(head.splitlines()) == 19
     assert head.endswith("  and 84 more ranks, in the report")
-    assert all(f"  rank {rank}: has never given a sign of life\n" in report for rank in range(900, 1000))
+    assert all(f"  rank {rank}: has never sent a sign of life\n" in report for rank in range(900, 1000))
 
 
-def silent_rank(rank: int) -> Silent:
-    return Silent(rank=rank)
+def silent_rank(rank: int) -> SilentRank:
+    return SilentRank(rank=rank)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from griffin.trainer.health.rank_state import main_frames, where
-from griffin.trainer.measuring.clock import Own, StepClock, StepTimes, WorkClock
+from griffin.trainer.measuring.clock import RankTimes, StepClock, StepTimes, WorkClock
 
 
 def slow_batches(seconds: float) -> Iterator[str]:
@@ -17,8 +17,8 @@ def slow_batches(seconds: float) -> Iterator[str]:
         yield "batch"
 
 
-def step(clock: StepClock, *, wait: float, takes: bool = False) -> tuple[StepTimes, Own | None]:
-    """Two micro-batches, each waited for, computed for 0.02 s and sent for 0.03 s; then 0.02 s of reduction."""
+def step(clock: StepClock, *, wait: float, takes: bool = False) -> tuple[StepTimes, RankTimes | None]:
+    """A step of two micro-batches, each waited for, computed for 0.02 s and sent for 0.03 s; 0.02 s of reduction."""
     clock.begin()
     reduce = clock.before_reduction(lambda: time.sleep(0.02))
     batches = clock.timed(slow_batches(wait))
@@ -71,7 +71,7 @@ def test_own_work_is_a_mean_over_steps() -> None:
         assert own.data_wait + 0.039 <= own.work < own.data_wait + 0.1
 
 
-def test_waits_for_others_are_no_work() -> None:
+def test_waits_for_other_ranks_are_not_own_work() -> None:
     clock = WorkClock(torch.device("cpu"))
     plain = torch.distributed.Work.wait
     slow_wait = mock.Mock(side_effect=lambda: time.sleep(0.2))
@@ -111,7 +111,7 @@ def test_batches_end() -> None:
     assert list(clock.timed(iter("ab"))) == ["a", "b"]
 
 
-def test_a_waiting_rank_is_where_it_calls_not_in_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clock_is_left_out_of_the_stack_of_a_waiting_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
     def waiting(work: object) -> None:

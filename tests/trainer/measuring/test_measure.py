@@ -1,4 +1,4 @@
-"""What a logged step is measured for: the same on every layout, and without effect on what is trained."""
+"""Figures of a logged step: they are the same in every layout, and measuring changes no weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from griffin.parallel import sharding
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.world.axes import Axes
 from griffin.parallel.world.grid import rank_grid
-from griffin.trainer.measuring.norms import data_parallel_imbalance, kind, kinds, known_kinds, pipeline_bubble
+from griffin.trainer.measuring.figures import all_kinds, data_parallel_imbalance, kind_of, model_kinds, pipeline_bubble
 from griffin.trainer.step import Training
 from tests.layouts import LAYOUTS, RANKS, make_config, micro_batches
 from tests.ranks import RankPool
@@ -50,7 +50,7 @@ def test_norms_of_one_rank(one_rank: dict[str, Any]) -> None:
     weights = one_rank["weights"].values()
     expected = math.sqrt(sum(weight.double().square().sum().item() for weight in weights))
     assert one_rank["measured"][-1]["param_norm"] == pytest.approx(expected, rel=1e-6)
-    for name in known_kinds():
+    for name in all_kinds():
         assert one_rank["measured"][0][f"grad_norm/{name}"] > 0
 
 
@@ -64,9 +64,9 @@ def test_norms_and_health_are_those_of_one_rank(rank_pool: RankPool, one_rank: d
     for answer in answers:
         assert answer["measured"] == answers[0]["measured"], "every rank has the same"
         for measured, expected, norm in zip(answer["measured"], one_rank["measured"], answer["grad_norm"], strict=True):
-            by_kind = [measured[f"grad_norm/{name}"] for name in known_kinds()]
+            by_kind = [measured[f"grad_norm/{name}"] for name in all_kinds()]
             assert math.hypot(*by_kind) == pytest.approx(norm, rel=1e-5)
-            for key in ("param_norm", *(f"grad_norm/{name}" for name in known_kinds())):
+            for key in ("param_norm", *(f"grad_norm/{name}" for name in all_kinds())):
                 assert measured[key] == pytest.approx(expected[key], rel=1e-5), key
         if "dp2" not in layout:  # replicas see other micro-batches first
             for health, expected in zip(answer["health"], one_rank["health"], strict=True):
@@ -113,13 +113,13 @@ def test_bfloat16_counts_the_master_weights(rank_pool: RankPool) -> None:
 
 
 def test_kinds() -> None:
-    assert kind("blocks.11.recurrent.lin_x.weight") == "recurrent"
-    assert kind("blocks.2.attention.query.weight") == "attention"
-    assert kind("blocks.2.mlp_norm.weight") == kind("final_norm.weight") == "norm"
-    assert kind("embedding.weight") == "embedding"
-    assert kinds(make_config("griffin", ParallelConfig()).model) == known_kinds()
-    assert kinds(make_config("hawk", ParallelConfig()).model) == ("recurrent", "mlp", "norm", "embedding")
-    assert kinds(make_config("mqa", ParallelConfig()).model) == ("attention", "mlp", "norm", "embedding")
+    assert kind_of("blocks.11.recurrent.lin_x.weight") == "recurrent"
+    assert kind_of("blocks.2.attention.query.weight") == "attention"
+    assert kind_of("blocks.2.mlp_norm.weight") == kind_of("final_norm.weight") == "norm"
+    assert kind_of("embedding.weight") == "embedding"
+    assert model_kinds(make_config("griffin", ParallelConfig()).model) == all_kinds()
+    assert model_kinds(make_config("hawk", ParallelConfig()).model) == ("recurrent", "mlp", "norm", "embedding")
+    assert model_kinds(make_config("mqa", ParallelConfig()).model) == ("attention", "mlp", "norm", "embedding")
 
 
 def test_the_bubble_of_one_forward_one_backward() -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from griffin.trainer.measuring.rglru_health import BINS, FIRST_OCTAVE, LAST_OCTAVE, Health, LayerHealth, look_at
+from griffin.trainer.measuring.rglru_health import BINS, FIRST_OCTAVE, LAST_OCTAVE, Health, LayerHealth, distribution
 
 BIN = 2 ** (1 / 16)
 
@@ -22,7 +22,7 @@ def random_gates() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_distributions_are_those_of_the_definition() -> None:
     input_gate, recurrence_gate, p = random_gates()
-    values = layer(look_at(input_gate, recurrence_gate, p)).values()
+    values = layer(distribution(input_gate, recurrence_gate, p)).values()
     r, i = recurrence_gate.double().sigmoid(), input_gate.double().sigmoid()
     a = torch.exp(-8 * r * torch.nn.functional.softplus(p.double()))
     assert values["decay_mean"] == pytest.approx(a.mean().item(), rel=1e-6)
@@ -39,7 +39,7 @@ def test_distributions_are_those_of_the_definition() -> None:
 
 def test_extreme_gates_are_counted_at_the_ends() -> None:
     gates = torch.tensor([-200.0, -30.0, 200.0]).view(3, 1, 1)
-    row = look_at(gates, gates, torch.tensor([90.0]))
+    row = distribution(gates, gates, torch.tensor([90.0]))
     assert row[:BINS].sum() == 3
     assert torch.isfinite(row).all()
     values = layer(row).values()
@@ -50,34 +50,35 @@ def test_extreme_gates_are_counted_at_the_ends() -> None:
     assert values["input_gate_open"] == pytest.approx(1 / 3)
 
 
-def test_what_is_not_a_number_does_not_end_the_step() -> None:
-    """The step that it comes from does, with the parameter's name, or is skipped."""
+def test_nan_does_not_end_the_step() -> None:
+    """The step itself ends the run, naming the parameter, or is skipped."""
     gates = torch.tensor([0.0, math.nan, math.inf, -math.inf]).view(4, 1, 1)
     for input_gate, recurrence_gate, p in (
         (gates, gates, torch.zeros(1)),
         (gates, gates * 0, torch.tensor([math.nan])),
     ):
-        assert look_at(input_gate, recurrence_gate, p)[:BINS].sum() == 4
+        assert distribution(input_gate, recurrence_gate, p)[:BINS].sum() == 4
 
 
 def test_parts_of_channels_add_up() -> None:
     input_gate, recurrence_gate, p = random_gates()
-    whole = look_at(input_gate, recurrence_gate, p)
+    whole = distribution(input_gate, recurrence_gate, p)
     halves = [
-        look_at(input_gate[..., part], recurrence_gate[..., part], p[part]) for part in (slice(25), slice(25, None))
+        distribution(input_gate[..., part], recurrence_gate[..., part], p[part])
+        for part in (slice(25), slice(25, None))
     ]
     torch.testing.assert_close(sum(halves), whole)
 
 
-def test_tokens_are_left_out_evenly() -> None:
+def test_observed_tokens_are_evenly_spaced() -> None:
     input_gate, recurrence_gate, p = random_gates()
-    some = look_at(input_gate, recurrence_gate, p, every=5)
-    torch.testing.assert_close(some, look_at(input_gate[::5], recurrence_gate[::5], p))
+    some = distribution(input_gate, recurrence_gate, p, every=5)
+    torch.testing.assert_close(some, distribution(input_gate[::5], recurrence_gate[::5], p))
     assert some[:BINS].sum() == 10 * 3 * 40
 
 
 def test_all_layers_are_counted_together() -> None:
-    rows = [look_at(gate, gate, p) for gate, _, p in (random_gates(),) for gate in (gate, gate - 2)]
+    rows = [distribution(gate, gate, p) for gate, _, p in (random_gates(),) for gate in (gate, gate - 2)]
     health = Health(layers={0: layer(rows[0]), 7: layer(rows[1])})
     values = health.values()
     assert {name.split("/")[2] for name in values} == {"all", "layer-00", "layer-07"}
@@ -88,6 +89,6 @@ def test_all_layers_are_counted_together() -> None:
     assert ends[-1] == LAST_OCTAVE
 
 
-def test_nothing_seen_is_nothing_said() -> None:
+def test_no_observation_gives_no_figures() -> None:
     empty = torch.zeros(BINS + 5, dtype=torch.float64)
     assert Health(layers={0: layer(empty)}).values() == {}

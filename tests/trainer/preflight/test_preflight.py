@@ -1,14 +1,16 @@
-"""The checks before the first step: what is found to be well, what is named where it is not, and what ends the run."""
+"""Preflight of several ranks: results, warnings and failures."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,20 +21,21 @@ from torch import Tensor
 
 from griffin.parallel.world.grid import rank_grid
 from griffin.parallel.world.ranks import Ranks
+from griffin.trainer.preflight import agreement, check, clocks, links, machine
+from griffin.trainer.preflight import folder as folder_module
+from griffin.trainer.preflight.agreement import PreflightError
 from griffin.trainer.preflight.check import preflight
-from griffin.trainer.preflight.folder import visit
-from griffin.trainer.preflight.meeting import PreflightError
+from griffin.trainer.preflight.folder import probe
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.sections import Config
 from tests.ranks import RankPool
 from tests.small_runs import metrics, run, write_config
 
 HOSTS = ("north", "north", "south", "south")  # of four ranks
-SLOW = 100.0  # times: further apart than what a busy machine measures
+SLOW = 100.0  # factor, larger than differences that a busy machine measures
 
-# What one rank finds changed: by what mock.patch finds it, what makes the new value of the old.
-Changes = Mapping[str, Callable[[Any], Any]]
-PLACE = "griffin.trainer.preflight"
+# What is patched on one rank: module and name -> function from the old value to the new one.
+Changes = Mapping[tuple[ModuleType, str], Callable[[Any], Any]]
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +57,16 @@ def examine(
     absent: Sequence[int] = (),
     limit: float = 30.0,
 ) -> dict[str, Any]:
-    """What preflight says on this rank of two hosts. `changes` and `configs` are of a rank alone."""
+    """Run preflight on this rank of two hosts. `changes` and `configs` are by rank."""
     ranks = dataclasses.replace(ranks, local_rank=ranks.rank % 2)
     config = (configs or {}).get(ranks.rank, config)
     said: list[str] = []
     begun = time.monotonic()
     try:
         with rank_grid(config.parallel, ranks) as grid, ExitStack() as stack:
-            stack.enter_context(mock.patch(f"{PLACE}.check.host_name", return_value=HOSTS[ranks.rank]))
-            for target, change in (changes or {}).get(ranks.rank, {}).items():
-                patch = mock.patch(target)
-                stack.enter_context(mock.patch(target, change(patch.get_original()[0])))
+            stack.enter_context(mock.patch.object(check, "host_name", return_value=HOSTS[ranks.rank]))
+            for (module, name), change in (changes or {}).get(ranks.rank, {}).items():
+                stack.enter_context(mock.patch.object(module, name, change(getattr(module, name))))
             if ranks.rank in absent:
                 time.sleep(2 * limit)
                 raise TimeoutError("absent")  # as a rank that is ended; others do not wait for it at the end
@@ -80,14 +82,14 @@ def examine(
 
 
 def failures(answers: list[dict[str, Any]]) -> str:
-    """What all ranks raised alike."""
+    """The failures, which all ranks raise alike."""
     assert all(answer.get("failures") for answer in answers), answers
     assert len({answer["failures"] for answer in answers}) == 1
     return "\n".join(answers[0]["failures"])
 
 
 def warnings(answers: list[dict[str, Any]]) -> str:
-    """What is odd, and was said; nothing failed."""
+    """The warnings, which are printed; nothing fails."""
     found = answers[0]["found"]
     assert all(answer["found"] == found for answer in answers)
     for text in found.warnings:
@@ -97,7 +99,7 @@ def warnings(answers: list[dict[str, Any]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """To the dict that a function returns."""
+    """Adds values to the dict that a function returns."""
 
     values: dict[str, str]
 
@@ -123,7 +125,7 @@ class Returns:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """What a function returns, or the first of it, times `factor` in its first `calls` calls."""
+    """Multiplies the result of a function, or its first item, by `factor` in its first `calls` calls."""
 
     factor: float
     calls: float = float("inf")
@@ -178,10 +180,10 @@ def test_a_single_rank(rank_pool: RankPool, config: Config, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_all_that_differs_is_named_at_once(
+def test_all_disagreements_are_named_together(
     rank_pool: RankPool, config_path: Path, config: Config, tmp_path: Path
 ) -> None:
-    versions = f"{PLACE}.machine.versions"
+    versions = (machine, "versions")
     changes: dict[int, Changes] = {
         1: {versions: Added({"torch": "1.0"})},
         3: {versions: Added({"torch": "1.0", "NVIDIA driver": "9.9"})},
@@ -195,9 +197,9 @@ def test_all_that_differs_is_named_at_once(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_environment_is_odd(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
+def test_different_environment_is_a_warning(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
     variables = {"NCCL_ALGO": "Ring"}
-    changes: dict[int, Changes] = {2: {f"{PLACE}.machine.os.environ": Constant(variables)}}
+    changes: dict[int, Changes] = {2: {(os, "environ"): Constant(variables)}}
     text = warnings(rank_pool.run(examine, 4, config, tmp_path, changes))
     assert "NCCL_ALGO differs: Ring on rank 2 on south; unset on 3 ranks" in text
 
@@ -212,7 +214,7 @@ def off_by_one(multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor
 
 
 def test_a_device_that_multiplies_wrongly(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
-    text = failures(rank_pool.run(examine, 4, config, tmp_path, {3: {f"{PLACE}.machine.multiply": off_by_one}}))
+    text = failures(rank_pool.run(examine, 4, config, tmp_path, {3: {(machine, "multiply"): off_by_one}}))
     assert "rank 3 on south: CPU: a matrix product of integers in float32 is wrong in 1 of 128^2 elements" in text
     assert "first [3, 5]: 1, must be 0" in text
 
@@ -225,7 +227,7 @@ def fails(function: Any) -> Callable[..., float]:
 
 
 def test_a_device_that_fails(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
-    text = failures(rank_pool.run(examine, 4, config, tmp_path, {1: {f"{PLACE}.machine.measured_tflops": fails}}))
+    text = failures(rank_pool.run(examine, 4, config, tmp_path, {1: {(machine, "measured_tflops"): fails}}))
     assert text == "rank 1 on north: CPU: it does not compute: CUDA error: unspecified launch failure"
 
 
@@ -240,25 +242,25 @@ def corrupted(all_reduce: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 
 
 def test_a_wrong_all_reduce(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
-    text = failures(rank_pool.run(examine, 4, config, tmp_path, {2: {f"{PLACE}.links.all_reduce": corrupted}}))
+    text = failures(rank_pool.run(examine, 4, config, tmp_path, {2: {(links, "all_reduce"): corrupted}}))
     # Element 7 is 2 + r on rank r.
     assert "all-reduce on rank 2: 1 of 65536 sums are wrong, first [7]: 15, must be 14 (rank 2 is on south)" in text
 
 
 def sends_garbage(pattern: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What the rank itself sends, not what it expects of others."""
+    """Corrupt what the rank sends, not what it expects from others."""
     return lambda rank, *args: pattern(rank, *args) + (rank == 2)
 
 
 def test_a_link_that_corrupts(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
-    text = failures(rank_pool.run(examine, 4, config, tmp_path, {2: {f"{PLACE}.links.pattern": sends_garbage}}))
-    complaint = "rank 3 exchanging data with rank 2: other values arrived than were sent (rank 3 is on south)"
-    assert complaint in text
+    text = failures(rank_pool.run(examine, 4, config, tmp_path, {2: {(links, "pattern"): sends_garbage}}))
+    failure = "rank 3 exchanging data with rank 2: other values arrived than were sent (rank 3 is on south)"
+    assert failure in text
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Matrix products at a rate that no load of this machine changes: `first` in the first measurement, then `rate`."""
+    """A fixed rate of matrix products, whatever this machine's load: `first` in the first measurement, then `rate`."""
 
     first: float
     rate: float
@@ -269,11 +271,11 @@ class Rate:
 
 
 def rated(*first: float, rate: float | None = None) -> dict[int, Changes]:
-    """The rates that the ranks measure, in TFLOP/s; and copies that all take as long."""
+    """Rates that the ranks measure, in TFLOP/s; all copies take the same time."""
     return {
         rank: {
-            f"{PLACE}.machine.measured_tflops": Rate(each, each if rate is None else rate),
-            f"{PLACE}.machine.best_seconds": Returns(0.01),
+            (machine, "measured_tflops"): Rate(each, each if rate is None else rate),
+            (machine, "best_seconds"): Returns(0.01),
         }
         for rank, each in enumerate(first)
     }
@@ -298,7 +300,7 @@ def test_a_device_that_was_slow_once_is_not(rank_pool: RankPool, config: Config,
 
 
 def test_a_slow_link_is_named(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
-    changes: dict[int, Changes] = {0: {f"{PLACE}.links._exchange": Times(SLOW)}}
+    changes: dict[int, Changes] = {0: {(links, "exchange"): Times(SLOW)}}
     text = warnings(rank_pool.run(examine, 4, config, tmp_path, changes))
     assert "slow link between hosts: rank 0 (north) - rank 2 (south)" in text
     assert "within a host" not in text  # on a CPU, where rank 0 is as slow with rank 1, that says nothing
@@ -307,22 +309,22 @@ def test_a_slow_link_is_named(rank_pool: RankPool, config: Config, tmp_path: Pat
 def test_a_host_that_does_not_see_the_folder(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     changes: dict[int, Changes] = {
-        2: {f"{PLACE}.check.visit": visit_elsewhere, f"{PLACE}.folder.PATIENCE_SECONDS": Constant(0.1)}
+        2: {(check, "probe"): probe_elsewhere, (folder_module, "PATIENCE_SECONDS"): Constant(0.1)}
     }
     text = failures(rank_pool.run(examine, 4, config, tmp_path / "run", changes))
     assert text == f"south (rank 2) does not see {tmp_path} as rank 0 has written it: the run folder must be shared"
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def visit_elsewhere(function: Any) -> Callable[[Path, int], str]:
-    """Where the host has a folder of the same name, but of its own disk."""
-    return lambda place, rank: visit(place.parents[1] / place.name, rank)
+def probe_elsewhere(function: Any) -> Callable[[Path, int], str]:
+    """Probe a folder of the same name on another disk."""
+    return lambda folder, rank: probe(folder.parents[1] / folder.name, rank)
 
 
 def test_a_host_whose_files_rank_0_does_not_see(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
     changes: dict[int, Changes] = {
-        0: {f"{PLACE}.folder.PATIENCE_SECONDS": Constant(0.1)},
-        2: {f"{PLACE}.check.visit": Returns("")},
+        0: {(folder_module, "PATIENCE_SECONDS"): Constant(0.1)},
+        2: {(check, "probe"): Returns("")},
     }
     text = failures(rank_pool.run(examine, 4, config, tmp_path, changes))
     assert text == f"rank 2 on south: rank 0 does not see what they write in {tmp_path}"
@@ -334,7 +336,7 @@ def test_a_folder_that_cannot_be_written(rank_pool: RankPool, config: Config, tm
 
 
 def test_no_room_for_a_checkpoint(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
-    changes: dict[int, Changes] = {0: {f"{PLACE}.judge.shutil.disk_usage": Returns(SimpleNamespace(free=100 * 2**10))}}
+    changes: dict[int, Changes] = {0: {(shutil, "disk_usage"): Returns(SimpleNamespace(free=100 * 2**10))}}
     text = failures(rank_pool.run(examine, 4, config, tmp_path, changes))
     assert text == f"{tmp_path}: 0.1 MiB free, must be at least 0.6 MiB, the size of one checkpoint"
 
@@ -344,14 +346,14 @@ def ahead(now: Callable[[], float]) -> Callable[[], float]:
 
 
 def test_a_clock_that_is_ahead(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
-    answers = rank_pool.run(examine, 4, config, tmp_path, {2: {f"{PLACE}.clocks.now": ahead}})
+    answers = rank_pool.run(examine, 4, config, tmp_path, {2: {(clocks, "now"): ahead}})
     assert "south: its clock is 5.0 s ahead of that of north, at most 1 s are expected" in warnings(answers)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_rank_that_never_arrives(rank_pool: RankPool, config: Config, tmp_path: Path, rank: int) -> None:
-    changes: dict[int, Changes] = {each: {f"{PLACE}.meeting.GRACE_SECONDS": Constant(1.0)} for each in range(4)}
+    changes: dict[int, Changes] = {each: {(agreement, "GRACE_SECONDS"): Constant(1.0)} for each in range(4)}
     answers = rank_pool.run(examine, 4, config, tmp_path, changes, absent=[rank], limit=2.0)
     del answers[rank]
     expected = "rank 3: not done with arriving within 2 s" if rank else "rank 0 was not done with arriving within 2 s"
@@ -365,7 +367,7 @@ def hangs(function: Any) -> Callable[..., Any]:
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_in_an_exchange(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
-    changes: dict[int, Changes] = {3: {f"{PLACE}.check.measure_links": hangs}}
+    changes: dict[int, Changes] = {3: {(check, "measure_links"): hangs}}
     answers = rank_pool.run(examine, 4, config, tmp_path, changes, limit=6.0)
     text = failures(answers[:3])
     assert "rank 3 on south: not done with exchanging data with its neighbours within 6 s" in text
@@ -373,7 +375,7 @@ def test_a_rank_that_hangs_in_an_exchange(rank_pool: RankPool, config: Config, t
     assert all(answer["seconds"] < 12 for answer in answers[:3])
 
 
-def test_it_precedes_a_run(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
+def test_preflight_comes_before_the_first_step(rank_pool: RankPool, config: Config, tmp_path: Path) -> None:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1, eval_interval=0))
     rank_pool.run(run, 2, config, tmp_path / "run")
     text = (tmp_path / "run/console.log").read_text()

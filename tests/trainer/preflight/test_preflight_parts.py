@@ -17,10 +17,11 @@ from griffin.parallel.world.axes import rank_names
 from griffin.parallel.world.grid import rank_grid, single_rank_grid
 from griffin.trainer.checkpoint.steps import steps
 from griffin.trainer.measuring.peak import best_seconds, measured_tflops
-from griffin.trainer.preflight.judge import Judge, checkpoint_bytes
+from griffin.trainer.preflight import machine
+from griffin.trainer.preflight.agreement import PreflightError, RankLocation
+from griffin.trainer.preflight.assessment import Assessment, checkpoint_bytes
 from griffin.trainer.preflight.links import Exchanges, Link, link_rounds, pattern, ring_rounds
 from griffin.trainer.preflight.machine import GIB, code_digest, nvml_state, occupied, product_fault
-from griffin.trainer.preflight.meeting import Place, PreflightError
 from griffin.trainer.settings.complete import load_config
 from griffin.trainer.settings.sections import Config
 from tests.ranks import RankPool
@@ -33,12 +34,12 @@ CPU = torch.device("cpu")
 def test_rings(size: int) -> None:
     rounds = ring_rounds(size)
     pairs = [frozenset(pair) for pairs in rounds for pair in pairs]
-    assert set(pairs) == {frozenset((place, (place + 1) % size)) for place in range(size) if size > 1}
+    assert set(pairs) == {frozenset((index, (index + 1) % size)) for index in range(size) if size > 1}
     assert len(pairs) == len(set(pairs))
     assert len(rounds) <= 3
     for round in rounds:
-        places = [place for pair in round for place in pair]
-        assert len(places) == len(set(places))
+        members = [member for pair in round for member in pair]
+        assert len(members) == len(set(members))
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9))
@@ -60,7 +61,7 @@ def test_links_of_hosts(counts: list[int]) -> None:
 def test_sums_are_exact(size: int) -> None:
     total = sum(pattern(rank, 5, CPU) for rank in range(size))
     assert isinstance(total, torch.Tensor)
-    assert total.tolist() == [sum(rank % 8 + place for rank in range(size)) for place in range(5)]
+    assert total.tolist() == [sum(rank % 8 + index for rank in range(size)) for index in range(5)]
 
 
 def test_names_of_ranks() -> None:
@@ -71,43 +72,43 @@ def test_names_of_ranks() -> None:
     assert rank_names(range(800), hosts).endswith("ranks 56-63 on n7; 736 ranks of 92 more hosts")
 
 
-def judged_links(slow: dict[tuple[int, int], float], hosts: int = 4, ranks: int = 2) -> list[str]:
-    """Warnings where links have a tenth of the others' bandwidth."""
-    places = [Place(rank=rank, local_rank=rank % ranks, host=f"n{rank // ranks}") for rank in range(hosts * ranks)]
-    judge = Judge(None, None, Path())  # type: ignore[arg-type]  # of no use for links
-    judge.arrived(places)
+def slow_links(slow: dict[tuple[int, int], float], hosts: int = 4, ranks: int = 2) -> list[str]:
+    """Warnings about links, some of which are slow."""
+    locations = [
+        RankLocation(rank=rank, local_rank=rank % ranks, host=f"n{rank // ranks}") for rank in range(hosts * ranks)
+    ]
+    assessment = Assessment(None, None, Path())  # type: ignore[arg-type]  # of no use for links
+    assessment.add_ranks(locations)
     rounds = link_rounds([range(host * ranks, (host + 1) * ranks) for host in range(hosts)])
     links = [Link(pair=pair, seconds=1e-5, bandwidth=slow.get(pair, 1e10)) for pairs in rounds for pair in pairs]
-    assert judge.exchanged([Exchanges(links=tuple(links))]) == bool(slow)
-    return judge._slow_links()
+    assert assessment.add_links([Exchanges(links=tuple(links))]) == bool(slow)
+    return assessment._slow_links()
 
 
 def test_a_host_whose_links_are_all_slow_is_the_culprit() -> None:
-    assert judged_links({}) == []
-    assert judged_links({(0, 2): 1e9, (1, 3): 1e9, (2, 4): 1e9, (3, 5): 2e9}) == [
+    assert slow_links({}) == []
+    assert slow_links({(0, 2): 1e9, (1, 3): 1e9, (2, 4): 1e9, (3, 5): 2e9}) == [
         "n1: all its links between hosts are slow: at most 2 GB/s, usual is 10 GB/s"
     ]
 
 
 def test_a_single_slow_link_is_named() -> None:
-    assert judged_links({(2, 4): 1e9}) == [
-        "slow link between hosts: rank 2 (n1) - rank 4 (n2) 1 GB/s, usual is 10 GB/s"
-    ]
+    assert slow_links({(2, 4): 1e9}) == ["slow link between hosts: rank 2 (n1) - rank 4 (n2) 1 GB/s, usual is 10 GB/s"]
 
 
 def test_a_link_that_was_slow_once_is_not() -> None:
-    judge = Judge(None, None, Path())  # type: ignore[arg-type]
-    judge.arrived([Place(rank=rank, local_rank=0, host=f"n{rank}") for rank in range(4)])
+    assessment = Assessment(None, None, Path())  # type: ignore[arg-type]
+    assessment.add_ranks([RankLocation(rank=rank, local_rank=0, host=f"n{rank}") for rank in range(4)])
     for slow in (1e9, 1e10):
         rates = {(0, 1): 1e10, (1, 2): slow, (2, 3): 1e10, (3, 0): 1e10}
         links = tuple(Link(pair=pair, seconds=1e-5, bandwidth=rate) for pair, rate in rates.items())
-        assert judge.exchanged([Exchanges(links=links)]) == (slow == 1e9)
+        assert assessment.add_links([Exchanges(links=links)]) == (slow == 1e9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_exact(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     assert product_fault(CPU, dtype) == ""
-    monkeypatch.setattr("griffin.trainer.preflight.machine.multiply", lambda a, b: (a @ b).roll(1, 0))
+    monkeypatch.setattr(machine, "multiply", lambda a, b: (a @ b).roll(1, 0))
     assert "is wrong in" in product_fault(CPU, dtype)
 
 
@@ -141,7 +142,7 @@ def nvml(rows: tuple[int, int, int, int], errors: int | None, reasons: int) -> A
     )
 
 
-def test_what_the_driver_knows() -> None:
+def test_faults_and_oddities_from_nvml() -> None:
     assert nvml_state(nvml((3, 0, 0, 0), None, 1), None) == ([], [])
     faults, oddities = nvml_state(nvml((0, 1, 1, 1), 2, 32), None)
     assert len(faults) == 1
@@ -161,14 +162,14 @@ def test_the_best_time_counts() -> None:
     assert next(pauses, None) is None
 
 
-def test_the_code_has_one_digest() -> None:
+def test_code_digest() -> None:
     assert code_digest() == code_digest()
     assert len(bytes.fromhex(code_digest())) == 6
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_size_of_a_checkpoint(rank_pool: RankPool, tmp_path: Path, dtype: str) -> None:
-    """What is foreseen is what a run saves, but for metadata and the padding of small chunks."""
+    """The predicted size is that of a saved checkpoint, except for metadata and the padding of small chunks."""
     overrides = ["--train.dtype", dtype, "--train.steps", "1", "--train.eval_interval", "0"]
     config = load_config(write_config(tmp_path), overrides)
     rank_pool.run(run, 1, config, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Rank 0's output where it cannot be written. What it looks like is tested with the run folder."""
+"""Rank 0's console if it cannot be written. Its appearance is tested with the run folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_full_disk_loses_lines_of_the_log_and_no_more(tmp_path: Path) -> None:
         console.print("one")
         console.step(1, VALUES)
         assert [line for line in stream.getvalue().splitlines() if "cannot" in line] == [
-            "console.log cannot be written: [Errno 28] No space left on device; training goes on without it"
+            "console.log cannot be written: [Errno 28] No space left on device; training continues without it"
         ]
         assert stream.getvalue().startswith("one\n")
         log.unlink()
@@ -35,7 +35,7 @@ def test_the_error_that_ends_a_run_is_raised_though_it_cannot_be_kept(tmp_path: 
         raise RuntimeError("the oven is cold")
 
 
-def test_a_loss_over_no_token_is_none(tmp_path: Path) -> None:
+def test_loss_over_no_token_has_no_value(tmp_path: Path) -> None:
     with Console(RunFolder(tmp_path), steps=2, stream=io.StringIO()) as console:
         console.step(1, {"loss": 0.0, "loss_tokens": 0, "grad_norm": 0.0})
         console.step(2, {"loss": 0.0, "loss_tokens": 5, "grad_norm": 0.0})
@@ -45,7 +45,7 @@ def test_a_loss_over_no_token_is_none(tmp_path: Path) -> None:
 
 
 class Gone(io.StringIO):
-    """A terminal that was closed, or a pipe whose reader ended."""
+    """A closed terminal, or a pipe whose reader has exited."""
 
     def __init__(self, terminal: bool) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Gone(io.StringIO):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_the_log_goes_on_without_a_terminal(tmp_path: Path, terminal: bool) -> None:
+def test_log_continues_without_a_terminal(tmp_path: Path, terminal: bool) -> None:
     stream = Gone(terminal)
     with Console(RunFolder(tmp_path), steps=3, stream=stream) as console:
         console.print("one")

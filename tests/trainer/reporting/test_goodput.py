@@ -20,7 +20,7 @@ def make_folder(path: Path, *, age: float, lines: list[dict[str, float]]) -> Run
     return RunFolder(path, 2)
 
 
-def test_what_came_to_nothing_does_not_count(tmp_path: Path) -> None:
+def test_lost_steps_do_not_count(tmp_path: Path) -> None:
     lines: list[dict[str, float]] = [
         {"step": 10, "trained_seconds": 100.0},
         {"step": 20, "trained_seconds": 200.0},
@@ -56,7 +56,7 @@ def test_the_count_goes_on_from_the_step(tmp_path: Path, step: int, expected: fl
     assert Goodput(make_folder(tmp_path, age=1000, lines=lines), step).trained_seconds == expected
 
 
-def test_a_folder_that_does_not_say_counts_from_now(tmp_path: Path) -> None:
+def test_goodput_without_a_start_time_counts_from_now(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text("{")
     assert Goodput(RunFolder(tmp_path), 0).values() == {"trained_seconds": 0.0, "goodput": pytest.approx(0.0, abs=1)}
 

@@ -50,7 +50,7 @@ def test_lines_are_appended_with_the_number_of_the_attempt(folder: RunFolder) ->
     assert [(line["step"], line["attempt"]) for line in lines(folder)] == [(5, 1), (4, 2)]
 
 
-def test_a_line_that_was_cut_spoils_no_other(folder: RunFolder) -> None:
+def test_truncated_line_spoils_no_other(folder: RunFolder) -> None:
     folder.metrics.write_text('{"step": 1}\n{"step": 2, "lo')
     with MetricsWriter(folder, tensorboard=False, attempt=2) as metrics:
         metrics.log(2, {"loss": 1.0})
@@ -59,7 +59,7 @@ def test_a_line_that_was_cut_spoils_no_other(folder: RunFolder) -> None:
     assert json.loads(line) | {"time": 0} == {"step": 2, "attempt": 2, "time": 0, "loss": 1.0}
 
 
-def test_what_json_cannot_hold_is_null(folder: RunFolder) -> None:
+def test_non_finite_figures_are_null(folder: RunFolder) -> None:
     with MetricsWriter(folder, tensorboard=False) as metrics:
         metrics.log(1, {"loss": math.nan, "grad_norm": math.inf, "tokens": 1})
     (line,) = lines(folder)
@@ -77,7 +77,7 @@ def test_tensorboard_has_the_same_and_the_config(folder: RunFolder) -> None:
         assert b"width = 32" in config.tensor_proto.string_val[0]
 
 
-def test_a_loss_over_no_token_is_no_point_of_a_curve(folder: RunFolder) -> None:
+def test_loss_over_no_token_is_not_plotted(folder: RunFolder) -> None:
     with MetricsWriter(folder, tensorboard=True) as metrics:
         metrics.log(1, {"loss": 5.5, "loss_tokens": 10})
         metrics.log(2, {"loss": 0.0, "loss_tokens": 0})
@@ -99,7 +99,7 @@ def test_a_loss_over_no_token_is_no_point_of_a_curve(folder: RunFolder) -> None:
         (0, [(0, 2.0), (1, 2.0)]),  # it died before its first checkpoint
     ],
 )
-def test_curves_go_on_where_the_next_attempt_does(
+def test_curves_continue_with_the_next_attempt(
     folder: RunFolder, start: int, expected: list[tuple[int, float]]
 ) -> None:
     with MetricsWriter(folder, tensorboard=True) as metrics:
@@ -122,7 +122,7 @@ def log_steps(folder: RunFolder, *steps: int) -> None:
 
 
 def shown_runs(logdir: Path) -> dict[str, list[tuple[str, list[int]]]]:
-    """Steps of each curve of each run, as TensorBoard names and orders them."""
+    """Steps of each curve of each run, with TensorBoard's names and order."""
     from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
     runs = EventMultiplexer().AddRunsFromDirectory(str(logdir)).Reload()
@@ -147,7 +147,7 @@ def test_the_run_is_shown_by_its_name_also_when_it_was_renamed(folder: RunFolder
     assert shown_runs(tmp_path) == {"second/tensorboard/second": [(tag, [1, 2, 3]) for tag in CURVES]}
 
 
-def test_a_run_that_an_older_version_began_goes_on_as_it_was(folder: RunFolder) -> None:
+def test_run_of_an_older_version_keeps_its_tensorboard_layout(folder: RunFolder) -> None:
     with SummaryWriter(str(folder.tensorboard)) as writer:
         for step in (1, 2):
             writer.add_scalar("loss", 1.0, step)
@@ -176,7 +176,7 @@ def test_a_full_disk_loses_lines_and_no_more(folder: RunFolder, capsys: pytest.C
         metrics.log(1, {"loss": 1.0})
         metrics.log(2, {"loss": 1.0})
         assert capsys.readouterr().out == (
-            "metrics.jsonl cannot be written: [Errno 28] No space left on device; training goes on without it\n"
+            "metrics.jsonl cannot be written: [Errno 28] No space left on device; training continues without it\n"
         )
         folder.metrics.unlink()
         metrics.log(3, {"loss": 1.0})
@@ -190,7 +190,7 @@ def test_a_full_disk_loses_lines_and_no_more(folder: RunFolder, capsys: pytest.C
 
 @contextlib.contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Writes end at this size, in the middle of a line, as they do where a disk becomes full."""
+    """Writes fail at this size, in the middle of a line, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -199,7 +199,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_line_that_a_full_disk_cut_spoils_no_other(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_line_truncated_by_a_full_disk_spoils_no_other(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     with MetricsWriter(folder, tensorboard=False) as metrics:
         metrics.log(1, {"loss": 1.0})
         with files_of_at_most(folder.metrics.stat().st_size + 10):

@@ -72,7 +72,7 @@ def test_a_hang(tmp_path: Path) -> None:
     assert (end.why, end.exit_code, end.step) == (HUNG, HUNG_CODE, 3)
 
 
-def test_what_cannot_be_written_is_told_and_lost(tmp_path: Path) -> None:
+def test_unwritable_file_is_reported_and_raises_nothing(tmp_path: Path) -> None:
     (tmp_path / "attempts.jsonl").mkdir()
     said: list[object] = []
     with Attempt(RunFolder(tmp_path), said.append):
@@ -98,7 +98,7 @@ GOOD = {"attempt": 1, "ended": 5.0, "why": "stopped", "exit_code": 85, "step": 4
     ],
     ids=str,
 )
-def test_what_no_run_writes_is_passed_over(tmp_path: Path, odd: dict[str, Any]) -> None:
+def test_damaged_lines_are_skipped(tmp_path: Path, odd: dict[str, Any]) -> None:
     folder = RunFolder(tmp_path)
     folder.attempts.write_text(json.dumps(GOOD | odd) + "\n[1]\n{\n")
     assert read_end(folder) is None

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from griffin.trainer.run import json_lines
 from griffin.trainer.run.json_lines import Follower, lines_from_end
 
 
@@ -16,17 +15,16 @@ def append(path: Path, *values: object, end: str = "\n") -> None:
 
 
 @pytest.mark.parametrize("block", [7, 64, 2**20])
-def test_lines_come_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(json_lines, "_BLOCK", block)
+def test_lines_come_from_the_end(tmp_path: Path, block: int) -> None:
     path = tmp_path / "metrics.jsonl"
     assert list(lines_from_end(path)) == []
     append(path, *({"step": step, "é": "é" * step} for step in range(30)))
     with path.open("a") as file:
         file.write('{"step": 30, "lo\n[1]\n{"step": 31}\n{"step": 3')
-    assert [line["step"] for line in lines_from_end(path)] == [31, *reversed(range(30))]
+    assert [line["step"] for line in lines_from_end(path, block=block)] == [31, *reversed(range(30))]
 
 
-def test_what_is_added_is_read(tmp_path: Path) -> None:
+def test_follower_reads_appended_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     follower = Follower(path)
     assert follower.read() == []
@@ -50,12 +48,10 @@ def test_a_long_file_is_read_at_its_end(tmp_path: Path) -> None:
     assert 40 < len(steps) < 80
 
 
-def test_what_no_run_writes_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_lines, "_BLOCK", 64)
-    monkeypatch.setattr(json_lines, "_LONGEST", 1000)
+def test_long_lines_are_bounded(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     append(path, {"step": 1}, {"step": "x" * 2000}, {"step": 2})
-    assert list(lines_from_end(path)) == [{"step": 2}]
+    assert list(lines_from_end(path, block=64, longest=1000)) == [{"step": 2}]
     follower = Follower(path, last=1000)
     assert follower.read() == [{"step": 2}]
     append(path, *({"step": step} for step in range(1000)))

@@ -87,7 +87,7 @@ def owner(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def write_lock(path: Path, **changes: Any) -> Owner:
-    """A lock file as this process would have written it, with `changes`."""
+    """A lock file as this process would write it, with `changes`."""
     owner = dataclasses.replace(Owner.current(), **changes)
     path.write_text(json.dumps(dataclasses.asdict(owner)))
     return owner
@@ -95,7 +95,7 @@ def write_lock(path: Path, **changes: Any) -> Owner:
 
 @contextmanager
 def touched(path: Path, first: float) -> Iterator[None]:
-    """Meanwhile `path` is touched again and again, as of the time `first` and later ones."""
+    """Touch `path` repeatedly, with the modification time `first` and later ones."""
     over = threading.Event()
 
     def touch() -> None:
@@ -136,7 +136,7 @@ def test_lock_names_its_owner_and_is_removed(tmp_path: Path) -> None:
     lock.release()  # once more does nothing
 
 
-def test_a_living_owner_of_this_machine_is_refused_at_once(tmp_path: Path, owner: subprocess.Popen[str]) -> None:
+def test_running_owner_on_this_machine_is_refused_at_once(tmp_path: Path, owner: subprocess.Popen[str]) -> None:
     started = time.monotonic()
     for attempt in (RunLock.acquire, refuse_if_held):
         with pytest.raises(ValueError, match=rf"lock: another run writes .* on .* \(process {owner.pid}, since 20.*"):
@@ -173,7 +173,7 @@ def test_the_lock_of_a_killed_owner_is_taken_over_at_once(tmp_path: Path, owner:
     ],
     ids=["ended", "other process of that id", "earlier start of the job"],
 )
-def test_what_was_left_behind_is_taken_over_at_once(
+def test_stale_lock_is_taken_over_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_behind: Callable[[], dict[str, Any]]
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -195,7 +195,7 @@ def test_what_was_left_behind_is_taken_over_at_once(
         {"job": "d/7", "job_restarts": 1},
     ],
 )
-def test_another_machines_owner_that_lives_is_refused(
+def test_running_owner_on_another_machine_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -243,7 +243,7 @@ def test_a_lock_that_is_being_written_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_clocks_need_not_agree(tmp_path: Path) -> None:
-    """A file touched in what is the future here, or long ago, is judged by whether it moves."""
+    """Whether a modification time changes counts, not whether it lies in the future or long ago."""
     path = tmp_path / "lock"
     for clock in (1e9, 2.5e9):
         write_lock(path, machine="other")
@@ -293,7 +293,7 @@ def newcomers() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 @pytest.mark.parametrize("state", ["free", "stale", "stale with a claim"])
-def test_of_several_newcomers_one_gets_the_lock(
+def test_one_of_several_newcomers_gets_the_lock(
     tmp_path: Path, newcomers: list[subprocess.Popen[str]], state: str
 ) -> None:
     gone = ended_process()
@@ -322,7 +322,7 @@ def test_of_several_newcomers_one_gets_the_lock(
 def test_a_late_newcomer_does_not_take_a_fresh_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """One that has read a lock, or judged it stale, and then sleeps while another takes it over."""
+    """A newcomer that has read a lock, or found it stale, and then sleeps while another takes it over."""
     write_lock(tmp_path / "lock", pid=ended_process())
     taken: list[RunLock] = []
     original = getattr(lock_module, moment)

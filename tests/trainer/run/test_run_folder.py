@@ -5,6 +5,8 @@ import io
 import json
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from griffin.trainer.settings.sections import CheckpointConfig, Config, LogConfi
 MODEL = ModelConfig(
     pattern=("recurrent", "attention"), width=32, recurrent_width=64, heads=2, head_dim=16, vocabulary=257
 )
+RANKS = Ranks(rank=0, world_size=8, local_rank=0, address="a", port=1, source="slurm", store_served=False)
 CONFIG = Config(model=MODEL, parallel=ParallelConfig(tensor=2), log=LogConfig(run_root="elsewhere"))
 
 
@@ -47,7 +50,7 @@ def test_folder_that_is_only_locked_is_used(tmp_path: Path) -> None:
 
 
 def test_attempts_of_the_same_model(tmp_path: Path) -> None:
-    """A run goes on in its folder, and what its earlier attempts were made from stays as it was."""
+    """A run resumes in its folder; the config and environment of earlier attempts stay as they were."""
     configs = [dataclasses.replace(CONFIG, train=TrainConfig(steps=steps)) for steps in range(1, 13)]
     written: dict[Path, bytes] = {}
     for attempt, config in enumerate(configs, start=1):
@@ -140,9 +143,8 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["griffin", "train", "my config.toml"])
-    ranks = Ranks(rank=0, world_size=8, local_rank=0, address="a", port=1, source="slurm", store_served=False)
-    environment = describe_environment(CONFIG, ranks, "cpu", {"norm": "torch"})
+    monkeypatch.setattr(sys, "argv", ["griffin", "train", "my config.toml"])
+    environment = describe_environment(CONFIG, RANKS, "cpu", {"norm": "torch"})
     assert json.loads(json.dumps(environment)) == environment
     assert environment["world_size"] == 8
     assert environment["launched_by"] == "slurm"
@@ -159,18 +161,21 @@ def test_git_state_is_that_of_the_codes_own_checkout(tmp_path: Path, monkeypatch
         command = ["git", "-C", str(tmp_path), *identity, *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
+    def state() -> object:
+        return describe_environment(CONFIG, RANKS, "cpu", {})["git"]
+
     monkeypatch.setattr(run_folder, "SOURCE", tmp_path.resolve())
-    assert run_folder._git() is None
+    assert state() is None
     git("init")
     (tmp_path / "code.py").write_text("")
     git("add", ".")
     git("commit", "-m", "code")
-    assert run_folder._git() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert state() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "code.py").write_text("changed")
-    assert run_folder._git() == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+    assert state() == {"commit": git("rev-parse", "HEAD"), "dirty": True}
     (tmp_path / "installed").mkdir()
     monkeypatch.setattr(run_folder, "SOURCE", tmp_path.resolve() / "installed")
-    assert run_folder._git() is None
+    assert state() is None
 
 
 class Terminal(io.StringIO):
@@ -199,7 +204,7 @@ def test_console_prints_plain_lines(tmp_path: Path) -> None:
 
 def test_console_estimates_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 60.0, 62.0, 64.0])  # the first step compiles for a minute
-    monkeypatch.setattr("griffin.trainer.reporting.console.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     stream = io.StringIO()
     with Console(RunFolder(tmp_path), steps=103, stream=stream) as console:
         assert next(clock) == 0.0

@@ -12,7 +12,7 @@ from griffin.trainer.run.signals import StopRequests
 
 @pytest.fixture
 def noted() -> Iterator[list[int]]:
-    """Signals that reach the handlers of before, which pytest's process gets for the test."""
+    """Signals that reach the previous handlers, which are installed for the test."""
     noted: list[int] = []
     previous = {number: signal.signal(number, lambda got, _: noted.append(got)) for number in StopRequests.SIGNALS}
     yield noted
@@ -26,7 +26,7 @@ def test_nothing_was_requested() -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_the_first_signal_is_noted(noted: list[int], name: str) -> None:
+def test_first_signal_is_recorded(noted: list[int], name: str) -> None:
     with StopRequests() as requests:
         signal.raise_signal(signal.Signals[name])
         assert requests.requested == name
@@ -37,7 +37,7 @@ def test_the_first_signal_is_noted(noted: list[int], name: str) -> None:
     assert noted == []
 
 
-def test_handlers_are_given_back(noted: list[int]) -> None:
+def test_previous_handlers_are_restored(noted: list[int]) -> None:
     with pytest.raises(KeyError), StopRequests():
         raise KeyError
     os.kill(os.getpid(), signal.SIGTERM)

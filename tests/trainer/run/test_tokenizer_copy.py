@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from griffin.tools.cli import main
-from griffin.tools.inference.prompts import find_language
+from griffin.tools.inference.prompts import find_prompt_tokenizer
 from griffin.trainer.checkpoint.manifest import read_manifest
 from griffin.trainer.run.folder import RunFolder
-from griffin.trainer.run.tokenizer_copy import find_tokenizer, keep_tokenizer
+from griffin.trainer.run.tokenizer_copy import copy_tokenizer, find_tokenizer
 from griffin.trainer.settings.complete import load_config
 from tests.ranks import RankPool
 from tests.small_runs import metrics, run, snapshot, write_config
@@ -33,7 +33,7 @@ def save_tokenizer(path: Path, *, last: str = "b") -> Path:
 
 
 def build(prefix: Path, tokenizer: Path, text: str = "a b b a " * 500) -> Path:
-    """Its end-of-document token has none of the usual names."""
+    """A tokenizer whose end-of-document token has none of the usual names."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     (prefix.parent / "text.txt").write_text(text)
     files = [str(prefix), str(prefix.parent / "text.txt")]
@@ -76,11 +76,11 @@ def lose_all(original: Path, prefix: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [change, lose, lose_all])
-def test_the_copy_stands_in(
+def test_copy_replaces_a_missing_tokenizer(
     folder: RunFolder, original: Path, prefix: Path, lost: Callable[[Path, Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries, content = [f"2.0 {prefix}"], original.read_bytes()
-    assert keep_tokenizer(folder, entries) is None
+    assert copy_tokenizer(folder, entries) is None
     assert sorted(file.name for file in folder.path.iterdir()) == ["tokenizer"], "nothing unfinished is left"
     assert (folder.tokenizer / "tokenizer.json").read_bytes() == content
     assert find_tokenizer(step(folder), entries).spec == str(original), "while it is there"
@@ -94,16 +94,16 @@ def test_the_copy_stands_in(
         find_tokenizer(folder.path / "elsewhere" / "step-00000001", entries)
 
 
-def test_a_later_start_leaves_it_as_it_is(folder: RunFolder, tmp_path: Path, original: Path, prefix: Path) -> None:
-    assert keep_tokenizer(folder, [str(prefix)]) is None
+def test_later_attempt_keeps_the_copy(folder: RunFolder, tmp_path: Path, original: Path, prefix: Path) -> None:
+    assert copy_tokenizer(folder, [str(prefix)]) is None
     before = snapshot(folder.path)
-    assert keep_tokenizer(folder, [str(prefix)]) is None
+    assert copy_tokenizer(folder, [str(prefix)]) is None
     original.unlink()
-    assert keep_tokenizer(folder, [str(prefix)]) is None, "there is a copy"
+    assert copy_tokenizer(folder, [str(prefix)]) is None, "there is a copy"
     other = build(tmp_path / "other" / "train", save_tokenizer(tmp_path / "other.json", last="c"))
-    said = keep_tokenizer(folder, [str(other)])
+    said = copy_tokenizer(folder, [str(other)])
     assert said is not None
-    assert "keeps another one than that of the data; it is left as it is" in said
+    assert "holds another one than that of the data; it is left as it is" in said
     assert snapshot(folder.path) == before
     assert find_tokenizer(step(folder), [str(other)]).spec == str(tmp_path / "other.json")
     for gone in (tmp_path / "other.json", tmp_path / "other" / "train.json"):
@@ -116,19 +116,19 @@ def test_a_later_start_leaves_it_as_it_is(folder: RunFolder, tmp_path: Path, ori
     ("lost", "reason"),
     [(change, "is not the tokenizer that"), (lose, "No such file"), (lose_all, "train.json is missing")],
 )
-def test_a_tokenizer_that_is_gone_is_no_error(
+def test_missing_tokenizer_is_no_error(
     folder: RunFolder, original: Path, prefix: Path, lost: Callable[[Path, Path], None], reason: str
 ) -> None:
     lost(original, prefix)
-    said = keep_tokenizer(folder, [str(prefix)])
+    said = copy_tokenizer(folder, [str(prefix)])
     assert said is not None
-    assert said.startswith("Tokenizer: there is no copy of it in the run folder (")
+    assert said.startswith("Tokenizer: not copied to the run folder (")
     assert reason in said
     assert not list(folder.path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(folder: RunFolder, prefix: Path) -> None:
-    said = keep_tokenizer(RunFolder(folder.path / "gone"), [str(prefix)])
+    said = copy_tokenizer(RunFolder(folder.path / "gone"), [str(prefix)])
     assert said is not None
     assert "No such file or directory" in said
 
@@ -137,9 +137,9 @@ def test_a_folder_that_cannot_be_written_is_no_error(folder: RunFolder, prefix: 
     "text", ["", "[]", "{}", '{"format": "griffin-tokenizer-1", "tokenizer": 1, "eod_token": 2}', "[" * 10**5]
 )
 def test_a_damaged_description(folder: RunFolder, original: Path, prefix: Path, text: str) -> None:
-    keep_tokenizer(folder, [str(prefix)])
+    copy_tokenizer(folder, [str(prefix)])
     (folder.tokenizer / "description.json").write_text(text)
-    said = keep_tokenizer(folder, [str(prefix)])
+    said = copy_tokenizer(folder, [str(prefix)])
     assert said is not None
     assert "description.json is damaged" in said
     original.unlink()
@@ -148,14 +148,14 @@ def test_a_damaged_description(folder: RunFolder, original: Path, prefix: Path, 
 
 
 def test_a_damaged_copy(folder: RunFolder, original: Path, prefix: Path) -> None:
-    keep_tokenizer(folder, [str(prefix)])
+    copy_tokenizer(folder, [str(prefix)])
     original.unlink()
     save_tokenizer(folder.tokenizer / "tokenizer.json", last="c")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not the tokenizer that description\.json beside it"):
         find_tokenizer(step(folder), [str(prefix)])
 
 
-def test_a_run_keeps_it_and_its_checkpoints_generate(
+def test_run_copies_its_tokenizer_and_generates(
     rank_pool: RankPool, original: Path, prefix: Path, tmp_path: Path
 ) -> None:
     settings = {"data.train": [str(prefix)], "data.eval": [], "model.vocabulary": 257}
@@ -166,6 +166,6 @@ def test_a_run_keeps_it_and_its_checkpoints_generate(
     assert [line["step"] for line in metrics(run_dir) if "loss" in line] == [1, 2]
     lose_all(original, prefix)
     folder = run_dir / "checkpoints" / "step-00000002"
-    language = find_language(folder, read_manifest(folder))
-    assert language.encode("a b", 257, "here") == [2, 3]
-    assert language.stops == {1}
+    prompt_tokenizer = find_prompt_tokenizer(folder, read_manifest(folder))
+    assert prompt_tokenizer.encode("a b", 257, "here") == [2, 3]
+    assert prompt_tokenizer.stops == {1}

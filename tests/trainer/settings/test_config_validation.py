@@ -123,6 +123,16 @@ def test_accepted(settings: dict[str, Any], world_size: int) -> None:
             2,
             "parallel.stages = [2, 3]: must sum to the number of blocks, 4; sums to 5",
         ),
+        (
+            {"log.profile_steps": (0, 5)},
+            1,
+            "log.profile_steps = [0, 5]: must be from 1 to train.steps = ",
+        ),
+        (
+            {"log.profile_ranks": (0, 2)},
+            2,
+            "log.profile_ranks = [0, 2]: must be from 0 to 1",
+        ),
         # batches and ranks
         (
             {"parallel.tensor": 2, "parallel.pipeline": 2},
@@ -194,5 +204,5 @@ def test_choices(setting: str) -> None:
 
 
 def test_vocabulary_must_have_been_found() -> None:
-    with pytest.raises(ValueError, match=r"^model\.vocabulary: missing; must be stated, or completed with"):
+    with pytest.raises(ValueError, match=r"^model\.vocabulary: missing; must be stated, or completed from"):
         validate(changed({"model.vocabulary": None}), 1)

@@ -57,20 +57,20 @@ def test_sets_on_the_command_line(
 @pytest.mark.parametrize(
     ("text", "words", "message"),
     [
-        ('[data.eval]\n"a b" = "x"\n', [], r"data\.eval\.'a b': a set's name must be of 1 to 64 letters"),
-        ('[data.eval]\n"a/b" = "x"\n', [], r"data\.eval\.'a/b': a set's name"),
-        ("[data.eval]\n-a = 'x'\n", [], r"data\.eval\.'-a': a set's name"),
+        ('[data.eval]\n"a b" = "x"\n', [], r"data\.eval\.'a b': the name of a set must have 1 to 64 letters"),
+        ('[data.eval]\n"a/b" = "x"\n', [], r"data\.eval\.'a/b': the name of a set"),
+        ("[data.eval]\n-a = 'x'\n", [], r"data\.eval\.'-a': the name of a set"),
         ("[data.eval]\na = []\n", [], r"data\.eval\.a = \[\]: must name at least one PREFIX"),
         ("[data.eval]\na = 3\n", [], r"data\.eval\.a = 3: must be a string or a list of strings$"),
         ("[data.eval]\na = [1]\n", [], r"data\.eval\.a = \[1\]: must be a string or a list of strings$"),
         ("[data.eval.a]\nb = 'x'\n", [], r"data\.eval\.a = \{'b': 'x'\}: must be a string or a list of strings$"),
-        ("eval = 3\n", [], r"data\.eval = 3: must be a string or a list of strings, or a table of such by name"),
-        ('eval = "b"\n', ["--data.eval.a", "x"], r"data\.eval\.a: data\.eval is one blend, \['b'\], without a name"),
-        ("", ["--data.eval.a.b", "x"], r"data\.eval\.'a\.b': a set's name"),
+        ("eval = 3\n", [], r"data\.eval = 3: must be a string, a list of strings, or a table of these by name"),
+        ('eval = "b"\n', ["--data.eval.a", "x"], r"data\.eval\.a: data\.eval is one blend without a name, \['b'\]"),
+        ("", ["--data.eval.a.b", "x"], r"data\.eval\.'a\.b': the name of a set"),
         ("", ["--data.eval.", "x"], r"data\.eval\.: no such setting"),
         ("", ["--data.train.a", "x"], r"data\.train\.a: no such setting"),
         ('"eval.a" = "x"\n', [], r"data\.eval\.a: no such setting"),
-        ("", ["--data.eval.a"], r"--data\.eval\.a: needs a value, a string or a list of strings"),
+        ("", ["--data.eval.a"], r"--data\.eval\.a: needs a value, a string, a list of strings, or a table"),
     ],
 )
 def test_refusals(tmp_path: Path, text: str, words: list[str], message: str) -> None:
@@ -85,12 +85,14 @@ def test_all_sets_are_read_and_have_one_tokenizer(tmp_path: Path) -> None:
     assert [info.prefix for info in found] == [train, books, train]
     with pytest.raises(ValueError, match=r"data\.eval\.code = '.*other': built with tokenizer .* data\.train with"):
         read_data(DataConfig(train=(train,), eval={"books": (books,), "code": (other,)}))
+    with pytest.raises(ValueError, match=r"data\.eval = '.*other': built with tokenizer"):
+        read_data(DataConfig(train=(train,), eval=(other,)))
 
 
-def test_a_changed_set_is_told(tmp_path: Path) -> None:
+def test_changed_held_out_sets(tmp_path: Path) -> None:
     config = load(tmp_path, TABLE)
-    earlier = {"eval": {"books": ["b"], "code": ["0.7 c", "0.3 d"]}, "train": ["a"]}  # as JSON has it
-    told = [text for text in changed_settings(config, {"data": earlier}) if text.startswith("data.")]
+    previous = {"eval": {"books": ["b"], "code": ["0.7 c", "0.3 d"]}, "train": ["a"]}  # as JSON has it
+    told = [text for text in changed_settings(config, {"data": previous}) if text.startswith("data.")]
     assert told == []
-    told = [text for text in changed_settings(config, {"data": earlier | {"eval": ["b"]}}) if text.startswith("data.")]
+    told = [text for text in changed_settings(config, {"data": previous | {"eval": ["b"]}}) if text.startswith("data.")]
     assert told == ['data.eval ["b"] -> {"books": ["b"], "code": ["0.7 c", "0.3 d"]}']

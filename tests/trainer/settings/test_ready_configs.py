@@ -34,7 +34,7 @@ def test_all_are_covered() -> None:
 
 @pytest.mark.parametrize("name", GPUS)
 def test_on_gpus(name: str, tmp_path: Path) -> None:
-    """The memory that the comment adds up is that of the settings, and leaves a fifth of the GPU."""
+    """The memory in the comment follows from the settings, and leaves a fifth of the GPU free."""
     path, (ranks, memory) = CONFIGS / f"{name}.toml", GPUS[name]
     prefix = write_prefix(tmp_path / "data", [[0] * 3000], vocabulary=256_000)
     config = load_config(path, [f"--data.train={prefix}", f"--data.eval={prefix}"])

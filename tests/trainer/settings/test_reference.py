@@ -1,4 +1,4 @@
-"""Each setting describes itself, once; what documents say of settings is what they say of themselves."""
+"""Settings describe themselves; the tables in documents are generated from these descriptions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def documented(text: str) -> str | None:
-    """The settings' tables of a document: from the first up to the next heading. None where it has none."""
+    """The tables of settings in a document, up to the next heading; None if it has none."""
     found = re.search(r"^`\[model\]`.*?(?=^#|\Z)", text, flags=re.MULTILINE | re.DOTALL)
     return found[0].rstrip() + "\n" if found else None
 

@@ -20,6 +20,7 @@ def test_the_table_names_what_exists_and_each_other_name_once() -> None:
     assert set(OTHER_SECTIONS) <= set(SECTIONS)
     others = " ".join([*OTHER_NAMES.values(), *ABSENT.values()]).split()
     assert len(set(others)) == len(others)
+    assert not set(others) & {setting.partition(".")[2] for setting in KNOWN}, "other names are none of ours"
 
 
 @pytest.mark.parametrize(
@@ -42,17 +43,26 @@ def test_the_table_names_what_exists_and_each_other_name_once() -> None:
         ("train.step", "train.steps"),
     ],
 )
-def test_what_was_meant(written: str, meant: str) -> None:
+def test_setting_suggestions(written: str, meant: str) -> None:
     section, _, key = written.partition(".")
     assert suggest_setting(section, key, KNOWN) == f"did you mean {meant}?"
 
 
-def test_what_there_is_no_setting_for() -> None:
+def test_suggestions_for_absent_settings() -> None:
     assert "parallel.tensor x parallel.pipeline leave" in suggest_setting("parallel", "dp", KNOWN)
 
 
-@pytest.mark.parametrize(("written", "meant"), [("training", "train"), ("optim", "optimizer"), ("modle", "model")])
-def test_section_that_was_meant(written: str, meant: str) -> None:
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("training", "train"),
+        ("modle", "model"),
+        ("architecture", "model"),
+        ("Save", "checkpoint"),
+        ("lr-scheduler", "optimizer"),
+    ],
+)
+def test_section_suggestions(written: str, meant: str) -> None:
     assert suggest_section(written, SECTIONS) == meant
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from griffin.parallel import host
+from griffin.parallel import megatron_device
 from griffin.parallel.mixers import MIXERS
 from griffin.parallel.norm import RMSNorm
 from griffin.parallel.stage import Stage, build_stages
-from griffin.parallel.world.grid import absent_grid
+from griffin.parallel.world.grid import fake_grid
 from griffin.tools.bench.count.recorder import Op, Recorder
 from griffin.trainer.settings.sections import Config
-from griffin.trainer.sharded_optimizer import in_buffers
+from griffin.trainer.sharded_optimizer import wrap_in_ddp
 from griffin.trainer.step import masked_loss
 
 
@@ -38,7 +38,7 @@ def count_rank(config: Config, world: int, rank: int) -> RankCount:
     """Of the training of `config`, which is valid for `world` ranks, with the operators that it has on GPUs."""
     layout = config.parallel
     recorder = Recorder()
-    with absent_grid(layout, world, rank) as grid, host.on_meta():
+    with fake_grid(layout, world, rank) as grid, megatron_device.on_meta():
         stages = build_stages(
             config.model,
             layout,
@@ -49,7 +49,7 @@ def count_rank(config: Config, world: int, rank: int) -> RankCount:
             kernels="triton",
             device=grid.device,
         )
-        chunks = in_buffers(stages, overlap=False)
+        chunks = wrap_in_ddp(stages, overlap=False)
         for chunk in chunks:
             for buffer in chunk.buffers:
                 recorder.memory.ignore(buffer.param_data)

@@ -1,1 +1,1 @@
-"""DeepMind's Griffin checkpoints."""
+"""Read DeepMind's RecurrentGemma weights: PyTorch files and orbax folders (Flax)."""

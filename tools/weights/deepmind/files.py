@@ -1,4 +1,4 @@
-"""DeepMind's files of weights: what torch.save wrote, or an orbax folder with the parameter tree of the JAX code."""
+"""Open DeepMind's weights: a file of torch.save, or an orbax folder with the parameter tree of the JAX code."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from griffin.tools.checkpoints.stored import StoredArray
+from griffin.tools.checkpoints.sources import StoredArray
 from griffin.tools.common.safetensors_files import DTYPES
-from griffin.tools.weights.arrays import foreign_spec
-from griffin.tools.weights.axes import Axes
+from griffin.tools.weights.axis_map import AxisMap
+from griffin.tools.weights.file_arrays import foreign_spec
 from griffin.trainer.checkpoint.arrays import ArraySpec, Box, GlobalTensor, numpy_dtype
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
@@ -27,18 +27,18 @@ _PREFIX = "params."
 
 @dataclass(frozen=True)
 class DeepMindFile:
-    """What is known of weights before any is read; `array` makes one of ours of a tensor by its name."""
+    """Names and shapes of a file's tensors; `array(name, axes, tensor)` returns one as a canonical tensor to read."""
 
     shapes: Mapping[str, tuple[int, ...]]
     flax: bool
-    array: Callable[[str, Axes, GlobalTensor], StoredArray]
+    array: Callable[[str, AxisMap, GlobalTensor], StoredArray]
 
 
 def _by_name(path: Path, stored: Collection[str]) -> dict[str, str]:
-    """Stored names by names as they are below "params", where the JAX code has its tree."""
+    """Return the stored names by name without the prefix "params.", below which the JAX code keeps its tree."""
     names = {name.removeprefix(_PREFIX): name for name in stored}
     if len(names) < len(stored):
-        raise CheckpointError(f"{path}: holds two tensors of one name, of which one is below {_PREFIX}")
+        raise CheckpointError(f"{path}: holds the same name twice, with and without the prefix {_PREFIX}")
     return names
 
 
@@ -52,19 +52,19 @@ def _require_dtype(path: Path, name: str, dtype: str) -> str:
 
 
 def open_torch_file(path: Path) -> DeepMindFile:
-    """A file of torch.save, of which nothing that it has pickled is run. Its values are not looked at.
+    """Open a file of torch.save without running pickled code. Values are not read yet.
 
-    Raises CheckpointError where it is no such file, or holds anything but a flat dictionary of tensors.
+    Raises CheckpointError unless it is such a file and holds a flat dictionary of tensors.
     """
     _require_plain_records(path)
     tensors = _tensors(path)
     for name, tensor in tensors.items():
         if tensor.is_meta or str(tensor.layout) != "torch.strided":
-            raise CheckpointError(f"{path}: {name} has no values, or not all; must be a dense tensor")
+            raise CheckpointError(f"{path}: {name} must be a dense tensor with values")
     _require_whole_records(path, tensors.values())
     names = _by_name(path, tensors)
 
-    def array(name: str, axes: Axes, tensor: GlobalTensor) -> StoredArray:
+    def array(name: str, axes: AxisMap, tensor: GlobalTensor) -> StoredArray:
         dtype = _require_dtype(path, name, str(tensors[names[name]].dtype).removeprefix("torch."))
         return TorchArray(path, names[name], axes, foreign_spec(tensor, dtype))
 
@@ -73,22 +73,22 @@ def open_torch_file(path: Path) -> DeepMindFile:
 
 @dataclass(frozen=True)
 class TorchArray:
-    """A tensor of a file of torch.save, whose values are mapped while it is read: chunks of one follow each other."""
+    """A tensor of a torch.save file. The file is memory-mapped per tensor, so read all chunks of one in sequence."""
 
     path: Path
     name: str
-    axes: Axes
+    axes: AxisMap
     spec: ArraySpec
 
     def read(self, box: Box) -> np.ndarray:
         """As `StoredArray.read`."""
-        part = _opened(self.path, self.name)[self.axes.foreign_box(box)].resolve_neg().contiguous()
-        return self.axes.ours(_numpy(part).view(numpy_dtype(self.spec.dtype)))
+        part = _mapped_tensor(self.path, self.name)[self.axes.foreign_box(box)].resolve_neg().contiguous()
+        return self.axes.to_canonical(_numpy_bits(part).view(numpy_dtype(self.spec.dtype)))
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(path: Path, name: str) -> Any:
-    """A tensor of a file that is mapped anew for each: what is read of it then leaves memory."""
+def _mapped_tensor(path: Path, name: str) -> Any:
+    """Map the file anew for each tensor, so that what was read of the last one leaves memory."""
     return _tensors(path)[name]
 
 
@@ -99,7 +99,7 @@ def _tensors(path: Path) -> dict[str, Any]:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path}: holds more than tensors, or is damaged; no pickled code is run: save its state dict alone"
+            f"{path}: holds more than tensors, or is damaged; pickled code is never run: save only the state dict"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {_first_line(error)}") from None
@@ -112,15 +112,15 @@ def _tensors(path: Path) -> dict[str, Any]:
 
 
 def _require_plain_records(path: Path) -> None:
-    """Raise CheckpointError unless it is an archive that keeps values as they are: they are mapped."""
+    """Raise CheckpointError unless the file is an uncompressed zip archive, which can be memory-mapped."""
     if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: is no file of torch.save, is of a format before PyTorch 1.6, or is cut short")
+        raise CheckpointError(f"{path}: is not a file of torch.save, is older than PyTorch 1.6, or is cut short")
     if any(record.compress_type != zipfile.ZIP_STORED for record in _records(path)):
-        raise CheckpointError(f"{path}: is compressed; must be as torch.save writes")
+        raise CheckpointError(f"{path}: is compressed; must be as torch.save writes it")
 
 
 def _require_whole_records(path: Path, tensors: Iterable[Any]) -> None:
-    """Raise CheckpointError where values were cut off or added: torch maps so many as it has pickled."""
+    """Raise CheckpointError if records and tensors differ in size: torch maps as many bytes as the pickle states."""
     storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
     sizes = [record.file_size for record in _records(path) if "/data/" in record.filename]
     if sorted(size for size in storages.values() if size) != sorted(size for size in sizes if size):
@@ -135,8 +135,8 @@ def _records(path: Path) -> list[zipfile.ZipInfo]:
         raise CheckpointError(f"{path}: cannot be read: {_first_line(error)}") from None
 
 
-def _numpy(tensor: Any) -> np.ndarray:
-    """Bits of 2 or 4 bytes: numpy knows no bfloat16 of torch."""
+def _numpy_bits(tensor: Any) -> np.ndarray:
+    """Return values of 2 or 4 bytes as integers: torch does not convert bfloat16 to numpy."""
     import torch
 
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize]).numpy()
@@ -146,19 +146,19 @@ def _numpy(tensor: Any) -> np.ndarray:
 
 
 def open_orbax_folder(path: Path) -> DeepMindFile:
-    """A folder of orbax. Raises ValueError where that is not installed, and CheckpointError where it finds no tree."""
+    """Open an orbax folder. Raises ValueError if orbax is not installed, and CheckpointError if it finds no tree."""
     leaves = {key: leaf for key, leaf in _leaves(_metadata(path)).items() if key}
     if not leaves:
         raise CheckpointError(
-            f"{path}: orbax finds no parameters there; must be the folder of the tree itself, such as "
-            "STEP/default of a CheckpointManager's"
+            f"{path}: orbax finds no parameters; must be the folder of the tree itself, such as STEP/default of a "
+            "CheckpointManager"
         )
     by_keys = {".".join(key): key for key in leaves}
     if len(by_keys) < len(leaves):
-        raise CheckpointError(f"{path}: holds two arrays of one name, joined of its keys by dots")
+        raise CheckpointError(f"{path}: two arrays have the same name once their keys are joined by dots")
     keys = {name: by_keys[stored] for name, stored in _by_name(path, by_keys).items()}
 
-    def array(name: str, axes: Axes, tensor: GlobalTensor) -> StoredArray:
+    def array(name: str, axes: AxisMap, tensor: GlobalTensor) -> StoredArray:
         dtype = _require_dtype(path, name, str(np.dtype(leaves[keys[name]].dtype)))
         return OrbaxArray(path, keys[name], axes, foreign_spec(tensor, dtype))
 
@@ -166,8 +166,8 @@ def open_orbax_folder(path: Path) -> DeepMindFile:
 
 
 @contextmanager
-def _orbax(path: Path, what: str) -> Iterator[Any]:
-    """The package, on the CPU and silent; what it raises names the folder, and what is wrong with it."""
+def _orbax(path: Path, problem: str) -> Iterator[Any]:
+    """Import orbax for the CPU, silently. Its errors become CheckpointErrors with the folder and `problem`."""
     try:
         import jax
         import orbax.checkpoint
@@ -182,21 +182,21 @@ def _orbax(path: Path, what: str) -> Iterator[Any]:
         try:
             yield orbax.checkpoint
         except (ValueError, OSError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: {what}: {_first_line(error)}") from None
+            raise CheckpointError(f"{path}: {problem}: {_first_line(error)}") from None
 
 
 @dataclass(frozen=True)
 class OrbaxArray:
-    """An array of an orbax folder, which is read as a whole: chunks of one are to follow each other."""
+    """An array of an orbax folder, which is read as a whole: read all chunks of one in sequence."""
 
     path: Path
     keys: tuple[str, ...]
-    axes: Axes
+    axes: AxisMap
     spec: ArraySpec
 
     def read(self, box: Box) -> np.ndarray:
         """As `StoredArray.read`."""
-        return self.axes.ours(_restored(self.path, self.keys)[self.axes.foreign_box(box)])
+        return self.axes.to_canonical(_restored(self.path, self.keys)[self.axes.foreign_box(box)])
 
 
 @functools.lru_cache(maxsize=1)
@@ -214,15 +214,15 @@ def _restored(path: Path, keys: tuple[str, ...]) -> np.ndarray:
 
 
 def _metadata(path: Path) -> Any:
-    """The tree of shapes and dtypes."""
-    with _orbax(path, "is no folder of orbax") as orbax, orbax.PyTreeCheckpointer() as checkpointer:
+    """Read the tree of shapes and dtypes."""
+    with _orbax(path, "is not an orbax folder") as orbax, orbax.PyTreeCheckpointer() as checkpointer:
         found = checkpointer.metadata(path.absolute())
     found = getattr(found, "item_metadata", found)
     return getattr(found, "tree", found)
 
 
 def _leaves(tree: Any, keys: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """What a tree of dictionaries and lists holds, by its keys."""
+    """Flatten a tree of dictionaries and lists to its leaves by their keys."""
     if isinstance(tree, list | tuple):
         tree = dict(enumerate(tree))
     if not isinstance(tree, Mapping):
@@ -232,7 +232,7 @@ def _leaves(tree: Any, keys: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
-    """() of what is no array."""
+    """Return a leaf's shape; () for what is not an array."""
     return tuple(getattr(leaf, "shape", None) or ())
 
 

@@ -1,4 +1,4 @@
-"""The tensors of DeepMind's RecurrentGemma code under this project's canonical names, and the model that they make."""
+"""Map canonical names to the tensors of DeepMind's RecurrentGemma code, and derive the model from their shapes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig
-from griffin.tools.weights.axes import Axes, Fixed, same_axes
+from griffin.tools.weights.axis_map import AxisMap, ExtraAxis, identity_axes
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
 EMBEDDING = "embedder.input_embedding"
-# Gemma's tokenizer has fewer ids than a table of so many rows, whose rest is padding.
+# Gemma's tokenizer has 256,000 ids; the remaining rows of the published tables are padding.
 PADDED_ROWS, PUBLISHED_VOCABULARY = 256_128, 256_000
 
 _PARTS = {
@@ -35,47 +35,47 @@ _LINEARS = {
     "recurrent.lin_y": "recurrent_block.linear_y",
     "recurrent.out": "recurrent_block.linear_out",
 }
-# Gate and up projection lie in one tensor, [2, D, F], with a bias [2, 1, 1, F].
+# Gate and up projection are stacked in one tensor, [2, D, F], with a bias [2, 1, 1, F].
 _UNSTACKED = {"mlp.gate": 0, "mlp.up": 1}
 
 
-def deepmind_place(name: str, dimensions: int, flax: bool) -> tuple[str, Axes]:
-    """The DeepMind name of a canonical tensor of so many dimensions, and how it lies there.
+def deepmind_place(name: str, dimensions: int, flax: bool) -> tuple[str, AxisMap]:
+    """Return the DeepMind name of a canonical tensor of this many dimensions, and the map of its axes.
 
-    `flax`: as in the parameter tree of the JAX code, whose linear weights are [in, out] kernels.
+    `flax`: for the parameter tree of the JAX code, whose linear weights are [in, out] kernels.
     """
     if name == "embedding.weight":
-        return EMBEDDING, same_axes(2)
+        return EMBEDDING, identity_axes(2)
     if name == "final_norm.weight":
-        return "final_norm.scale", same_axes(1)
+        return "final_norm.scale", identity_axes(1)
     match = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
     assert match, name
     block, rest = match.groups()
     if rest in _PARTS:
-        return f"{block}.{_PARTS[rest]}", same_axes(dimensions)
+        return f"{block}.{_PARTS[rest]}", identity_axes(dimensions)
     part, _, suffix = rest.rpartition(".")
     if part in _UNSTACKED:
-        stacked = Fixed(2, _UNSTACKED[part])
+        stacked = ExtraAxis(2, _UNSTACKED[part])
         if suffix == "bias":
-            return f"{block}.mlp_block.ffw_up.b", Axes((stacked, Fixed(), Fixed(), 0))
-        return f"{block}.mlp_block.ffw_up.w", Axes((stacked, 1, 0))
+            return f"{block}.mlp_block.ffw_up.b", AxisMap((stacked, ExtraAxis(), ExtraAxis(), 0))
+        return f"{block}.mlp_block.ffw_up.w", AxisMap((stacked, 1, 0))
     if suffix == "weight" and flax:
-        return f"{block}.{_LINEARS[part]}.kernel", Axes((1, 0))
-    return f"{block}.{_LINEARS[part]}.{suffix}", same_axes(dimensions)
+        return f"{block}.{_LINEARS[part]}.kernel", AxisMap((1, 0))
+    return f"{block}.{_LINEARS[part]}.{suffix}", identity_axes(dimensions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unstored:
-    """What DeepMind's files do not say of their model."""
+class ModelOptions:
+    """Settings of the model that DeepMind's files do not store."""
 
     window: int = 2048  # its attention_window_size
     soft_cap: float = 30.0  # its logits_soft_cap; 0 is off
     scale_embedding: bool = True
-    vocabulary: int | None = None  # rows of the table that are tokens; None: all, or those of the published models
+    vocabulary: int | None = None  # rows of the table that are tokens; None: all, but 256,000 of 256,128
 
 
 class _Shapes:
-    """Shapes by name, whose absence is a user's mistake."""
+    """Shapes by name; a missing or wrong one raises CheckpointError."""
 
     def __init__(self, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._path, self._shapes = path, shapes
@@ -89,8 +89,8 @@ class _Shapes:
         return shape
 
 
-def model_of_shapes(path: str, shapes: Mapping[str, tuple[int, ...]], flax: bool, unstored: Unstored) -> ModelConfig:
-    """The model that tensors of these names and shapes make. That all of them fit it is not looked at.
+def model_of_shapes(path: str, shapes: Mapping[str, tuple[int, ...]], flax: bool, options: ModelOptions) -> ModelConfig:
+    """Derive the model from names and shapes of its tensors. Not all tensors are checked against it here.
 
     Raises CheckpointError naming a tensor, and ValueError naming an option.
     """
@@ -123,10 +123,10 @@ def model_of_shapes(path: str, shapes: Mapping[str, tuple[int, ...]], flax: bool
         head_dim=head_dim,
         gate_blocks=gate_blocks if RECURRENT in pattern else heads,
         mlp_expansion=expanded // width,
-        window=_window(unstored.window),
-        vocabulary=_vocabulary(unstored.vocabulary, rows),
-        scale_embedding=unstored.scale_embedding,
-        logit_soft_cap=_soft_cap(unstored.soft_cap),
+        window=_window(options.window),
+        vocabulary=_vocabulary(options.vocabulary, rows),
+        scale_embedding=options.scale_embedding,
+        logit_soft_cap=_soft_cap(options.soft_cap),
     )
 
 
@@ -145,7 +145,7 @@ def _pattern(path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...
 
 
 def _window(stated: int) -> int:
-    """Of this project, whose window counts the query's own key: DeepMind's code sees one key more for its number."""
+    """Convert DeepMind's window to ours, which counts the query's own key: their code sees one key more."""
     if stated < 1:
         raise ValueError(f"--window {stated}: must be at least 1")
     return stated + 1

@@ -1,1 +1,1 @@
-"""Hugging Face transformers' RecurrentGemma."""
+"""Read and write transformers' RecurrentGemma folders."""

@@ -1,4 +1,4 @@
-"""The config.json of transformers' RecurrentGemma."""
+"""Read the config.json of transformers' RecurrentGemma."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from griffin.trainer.settings.presets import repeat
 
 MODEL_TYPE = "recurrent_gemma"
 ARCHITECTURE = "RecurrentGemmaForCausalLM"
-# Keys that have one value in every model that this project computes, and what a file that lacks them means.
+# Keys that must have this value, which is also their default: this project computes nothing else.
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 SAME: dict[str, Any] = {
     "conv1d_width": CONV_WIDTH,
@@ -20,16 +20,16 @@ SAME: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 _ONLY = SAME | {"embeddings_scale_by_sqrt_dim": True, "quantization_config": None}
-# Of the published models alike; sizes that differ between them must be stated.
+# Defaults: values that the published models share. Sizes in which they differ must be stated.
 _DEFAULTS: dict[str, Any] = {"vocab_size": 256_000, "attention_window_size": 2048, "logits_soft_cap": 30.0}
 _BLOCK_TYPES = (RECURRENT, RECURRENT, ATTENTION)
-_REPEATS = 100  # of block_types, that transformers makes at most
+_MOST_REPEATS = 100  # of block_types in transformers
 _MOST = {"num_attention_heads": 2**12, "head_dim": 2**12}
 _MOST_OF_OTHERS = 2**24
 
 
 def model_of_config(values: Mapping[str, Any]) -> ModelConfig:
-    """The model of a config.json. Raises ValueError naming the key, its value and what is accepted."""
+    """Return the model that a config.json describes. Raises ValueError naming key, value and what is accepted."""
     if values.get("model_type") != MODEL_TYPE:
         _refuse("model_type", values.get("model_type"), f"must be {MODEL_TYPE!r}")
     for key, only in _ONLY.items():
@@ -83,7 +83,7 @@ def _integer(values: Mapping[str, Any], key: str, default: int | None = None) ->
 
 
 def _window(values: Mapping[str, Any]) -> int:
-    """By the name that transformers puts first where both are there, which it must not be for another value."""
+    """Read the window, under either of its names. Raises ValueError if both are there and differ."""
     window = _integer(values, "attention_window_size", _DEFAULTS["attention_window_size"])
     alias = _integer(values, "sliding_window", window)
     if alias != window and "attention_window_size" in values:
@@ -92,7 +92,7 @@ def _window(values: Mapping[str, Any]) -> int:
 
 
 def _check_rope(values: Mapping[str, Any]) -> None:
-    """Its settings are keys of their own in older files, and of rope_parameters or rope_scaling in newer ones."""
+    """Check the RoPE settings: top-level keys in older files, rope_parameters or rope_scaling in newer ones."""
     for key, only in ROPE.items():
         if (found := values.get(key, only)) != only:
             _refuse(key, found, f"must be {only!r}, or left out")
@@ -115,6 +115,6 @@ def _pattern(values: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(unit, list | tuple) or not unit or any(mixer not in (RECURRENT, ATTENTION) for mixer in unit):
         _refuse("block_types", unit, f"must be a list of {RECURRENT!r} and {ATTENTION!r}")
     blocks = _integer(values, "num_hidden_layers")
-    if blocks > _REPEATS * len(unit):
-        _refuse("num_hidden_layers", blocks, f"must be at most {_REPEATS} times the {len(unit)} of block_types")
+    if blocks > _MOST_REPEATS * len(unit):
+        _refuse("num_hidden_layers", blocks, f"must be at most {_MOST_REPEATS} times the {len(unit)} of block_types")
     return repeat(tuple(unit), blocks)

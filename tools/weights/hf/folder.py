@@ -1,4 +1,4 @@
-"""A folder as transformers saves a model: config.json, and weights in one safetensors file or several."""
+"""Open a folder as transformers saves a model: config.json, and weights in one or several safetensors files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from griffin.tools.checkpoints.carried import CONFIG, read_object, require_inside
+from griffin.tools.checkpoints.auxiliary_files import CONFIG, read_object, require_inside
 from griffin.tools.common.safetensors_files import Entry, read_entries
 from griffin.trainer.checkpoint.zarr_io import CheckpointError
 
@@ -17,7 +17,7 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class TransformersFolder:
-    """What a folder holds: config.json as it stands, and its tensors by name, each with its file."""
+    """The content of a folder: config.json, and the tensors by name, each with its file."""
 
     path: Path
     config: Mapping[str, Any]
@@ -25,24 +25,25 @@ class TransformersFolder:
 
 
 def open_transformers_folder(path: Path) -> TransformersFolder:
-    """A folder, its files found whole by their headers and sizes. Reads no weights.
+    """Open a folder and check the headers and sizes of its files. Reads no weights.
 
-    Raises ValueError where it is no such folder, and CheckpointError naming a file that is missing or damaged.
+    Raises ValueError if it is not such a folder, and CheckpointError naming a missing or damaged file.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: must be a folder with {CONFIG} and {WEIGHTS} or {INDEX}")
     config = read_object(require_inside(path, CONFIG))
     if (path / INDEX).is_file():
         if (path / WEIGHTS).exists():
-            raise CheckpointError(f"{path}: holds {WEIGHTS} and {INDEX}; must hold one of them, the model's")
-        return TransformersFolder(path, config, _sharded(path))
+            raise CheckpointError(f"{path}: holds {WEIGHTS} and {INDEX}; must hold only one of them")
+        return TransformersFolder(path, config, _read_shards(path))
     if not (path / WEIGHTS).is_file():
-        raise CheckpointError(f"{path}: holds neither {WEIGHTS} nor {INDEX}; weights in other files are not read")
+        raise CheckpointError(f"{path}: holds neither {WEIGHTS} nor {INDEX}; other formats are not read")
     file = require_inside(path, WEIGHTS)
     return TransformersFolder(path, config, {name: (file, entry) for name, entry in read_entries(file).items()})
 
 
-def _sharded(path: Path) -> dict[str, tuple[Path, Entry]]:
+def _read_shards(path: Path) -> dict[str, tuple[Path, Entry]]:
+    """Read the headers of the files that the index names, and check that both agree."""
     names = read_object(require_inside(path, INDEX)).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) and _is_name(file) for file in names.values()):
         raise CheckpointError(f'{path / INDEX}: is damaged: "weight_map" must name the file of each tensor')
@@ -64,5 +65,5 @@ def _sharded(path: Path) -> dict[str, tuple[Path, Entry]]:
 
 
 def _is_name(file: str) -> bool:
-    """Whether it is a file's name in the folder itself."""
+    """Whether it names a file in the folder itself."""
     return file not in ("", ".", "..") and Path(file).name == file

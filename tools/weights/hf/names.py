@@ -1,4 +1,4 @@
-"""The tensors of transformers' RecurrentGemma under this project's canonical names."""
+"""Map canonical tensors and settings to those of transformers' RecurrentGemma."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig
-from griffin.tools.weights.axes import Axes, Fixed, same_axes
+from griffin.tools.weights.axis_map import AxisMap, ExtraAxis, identity_axes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ _BLOCK = {
 
 
 def transformers_name(name: str) -> str:
-    """The transformers name of a canonical one: `blocks.3.mlp.up.bias` -> `model.layers.3.mlp_block.up_proj.bias`."""
+    """Return the transformers name: `blocks.3.mlp.up.bias` -> `model.layers.3.mlp_block.up_proj.bias`."""
     if name in _TOP:
         return _TOP[name]
     match = re.fullmatch(r"blocks\.(\d+)\.(.*?)(?:\.(weight|bias))?", name)
@@ -45,15 +45,15 @@ def transformers_name(name: str) -> str:
     return f"model.layers.{match[1]}.{part}{suffix or ''}"
 
 
-def transformers_axes(name: str, dimensions: int) -> Axes:
-    """How a canonical tensor of so many dimensions lies in the one of transformers."""
-    if name.endswith(".conv.weight"):  # [taps, R] in [R, 1, taps]
-        return Axes((1, Fixed(), 0))
-    return same_axes(dimensions)
+def transformers_axes(name: str, dimensions: int) -> AxisMap:
+    """Return the map of axes from a canonical tensor of this many dimensions to that of transformers."""
+    if name.endswith(".conv.weight"):  # [taps, R] -> [R, 1, taps]
+        return AxisMap((1, ExtraAxis(), 0))
+    return identity_axes(dimensions)
 
 
 def from_transformers(tensors: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    """Canonical tensors `names` of a RecurrentGemma state dict (or of its gradients, by the same names)."""
+    """Return the canonical tensors `names` of a RecurrentGemma state dict, or of its gradients by the same names."""
     found = {}
     for name in names:
         value = tensors[transformers_name(name)]
@@ -63,7 +63,7 @@ def from_transformers(tensors: Mapping[str, Tensor], names: list[str]) -> dict[s
 
 
 def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of transformers' RecurrentGemma, its tied output projection left out, for canonical tensors."""
+    """Return the RecurrentGemma state dict for canonical tensors, without the tied output projection."""
     return {
         transformers_name(name): value.t().unsqueeze(1).contiguous() if name.endswith("conv.weight") else value
         for name, value in tensors.items()
@@ -71,10 +71,10 @@ def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gate_heads(model: ModelConfig) -> int:
-    """The num_attention_heads that transformers has for a model: query heads, and diagonal blocks of its gates.
+    """Return num_attention_heads for a model, which in transformers is also the number of its gates' diagonal blocks.
 
-    Where blocks are more than heads, and a multiple of them, adjacent ones are together a block that is zero outside of
-    them: the same function. Without attention, heads are of no use. Raises ValueError where neither helps.
+    If gate blocks are a multiple of the heads, adjacent ones form one block that is zero outside of them: the same
+    function. Without attention, the number of heads is free. Raises ValueError in all other cases.
     """
     if RECURRENT not in model.pattern:
         return model.heads
@@ -86,7 +86,7 @@ def gate_heads(model: ModelConfig) -> int:
 
 
 def differences(model: ModelConfig) -> list[str]:
-    """Each setting for which transformers has no such model, its value and what must stand there; none: it has one."""
+    """List the settings that transformers cannot express, each with its value and what it must be; empty if none."""
     found = []
     if foreign := set(model.pattern) - {RECURRENT, ATTENTION}:
         found.append(f"model.pattern = {min(foreign)!r}: must hold {RECURRENT} and {ATTENTION} only")
@@ -102,7 +102,7 @@ def differences(model: ModelConfig) -> list[str]:
 
 
 def transformers_settings(model: ModelConfig) -> dict[str, Any]:
-    """Arguments of transformers' RecurrentGemmaConfig for the same model; ValueError where it has no such model."""
+    """Return the arguments of RecurrentGemmaConfig for the same model. Raises ValueError if it cannot express it."""
     if found := differences(model):
         raise ValueError("; ".join(found))
     return {

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as a folder that transformers loads."""
+"""Export a checkpoint's weights as a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from griffin.tools.checkpoints.carried import CONFIG, copy_files
+from griffin.tools.checkpoints.auxiliary_files import CONFIG, copy_files
 from griffin.tools.checkpoints.rewrite import best_weights
-from griffin.tools.checkpoints.stored import Source, StoredArray, open_step
-from griffin.tools.checkpoints.write import Made, new_folder, progress_bar, refuse_target, summarize
+from griffin.tools.checkpoints.sources import SourceCheckpoint, StoredArray, open_step
+from griffin.tools.checkpoints.write import OutputArray, new_folder, progress_bar, refuse_target, summarize
 from griffin.tools.common import safetensors_files
 from griffin.tools.common.safetensors_files import Entry
 from griffin.tools.common.workers import Workers
-from griffin.tools.weights.axes import Axes
+from griffin.tools.weights.axis_map import AxisMap
 from griffin.tools.weights.hf.config import ARCHITECTURE, MODEL_TYPE, ROPE, SAME
 from griffin.tools.weights.hf.folder import INDEX, WEIGHTS
 from griffin.tools.weights.hf.names import gate_heads, transformers_axes, transformers_name, transformers_settings
-from griffin.tools.weights.tokenizer import Companions, find_companions
+from griffin.tools.weights.tokenizer import AuxiliaryFiles, find_auxiliary_files
 from griffin.trainer.checkpoint.arrays import CHUNK_BYTES, MODEL, ArraySpec, Box, numpy_dtype, shape_of, whole
 from griffin.trainer.checkpoint.steps import resolve
 from griffin.trainer.checkpoint.zarr_io import synchronise
 
-# Keys of a config.json that mean what `transformers_settings` states by other names.
+# Keys of a config.json that are other names for what `transformers_settings` states.
 _OTHER_NAMES = (
     "_block_types",
     "_name_or_path",
@@ -53,54 +53,54 @@ def export_transformers(
     """Write the model of a checkpoint to the new folder `target`, as transformers loads it.
 
     Args:
-        path: a step's folder, or of steps, of which the newest complete one is taken.
-        shard_bytes: size of the largest file, unless a tensor alone is larger.
-        dtype: of the weights, which are then rounded from the master weights where there are any.
-        tokenizer: folder of tokenizer files to take along instead of the checkpoint's own.
+        path: a step's folder, or a folder of steps, of which the newest complete one is taken.
+        shard_bytes: size of the largest file, unless a single tensor is larger.
+        dtype: of the weights; they are rounded from the master weights if there are any. None: as stored.
+        tokenizer: folder with tokenizer files to export instead of the checkpoint's own.
 
-    Raises ValueError naming the setting where transformers has no such model, and CheckpointError naming the file for
-    what is damaged or cannot be written; then nothing is left.
+    Raises ValueError naming a setting that transformers cannot express, and CheckpointError naming a file that is
+    damaged or cannot be written; nothing is left then.
     """
     refuse_target(target)
     source = open_step(resolve(path))
     model = source.manifest.model
     settings = transformers_settings(model)
-    companions = find_companions(source, tokenizer)
+    auxiliary = find_auxiliary_files(source, tokenizer)
     files = lay_out_files(_exported(source, dtype), shard_bytes)
-    dtypes = {tensor.made.spec.dtype for file in files for tensor in file.tensors}
-    config = _config_json(settings, dtypes, companions)
+    dtypes = {tensor.output.spec.dtype for file in files for tensor in file.tensors}
+    config = _config_json(settings, dtypes, auxiliary)
     begun = time.monotonic()
     size = sum(file.size for file in files)
     with new_folder(target) as tmp:
         for file in files:
             safetensors_files.create_file(tmp / file.name, file.header, file.size)
         with progress_bar(target.name, size) as bar:
-            workers.run(_write, _tasks(tmp, files, durable=workers.elsewhere), bar.update)
-        for file in files:  # once, where workers are here: each of them would wait for what all have written
+            workers.run(_write, _tasks(tmp, files, durable=workers.remote), bar.update)
+        for file in files:  # once: a worker's sync would wait for what all local workers have written
             synchronise(tmp / file.name)
         if len(files) > 1:
             names = {tensor.entry.name: file.name for file in files for tensor in file.tensors}
             total = sum(tensor.entry.nbytes for file in files for tensor in file.tensors)
             _write_json(tmp / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
         _write_json(tmp / CONFIG, config)
-        for name, values in companions.written.items():
+        for name, values in auxiliary.json_files.items():
             _write_json(tmp / name, values)
-        copy_files(companions.files, tmp)
+        copy_files(auxiliary.files, tmp)
         synchronise(tmp)
         tmp.rename(target)
         synchronise(tmp.parent)
     count = sum(len(file.tensors) for file in files)
     summarize(target, count, files=len(files), size=size, begun=begun)
     parameters = sum(int(np.prod(tensor.entry.shape)) for file in files for tensor in file.tensors)
-    print(f"{parameters:,} parameters; {companions.text}")
+    print(f"{parameters:,} parameters; {auxiliary.summary}")
 
 
-# What is written.
+# The layout of the output
 
 
 @dataclass(frozen=True)
 class MergedGates:
-    """Gates of a model with more diagonal blocks than heads: `merged` of them as one, zero outside of them."""
+    """Gate weights with `merged` adjacent diagonal blocks as one block, which is zero outside of them."""
 
     source: StoredArray
     merged: int
@@ -122,27 +122,27 @@ class MergedGates:
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """A tensor of a file, what it is made of, and how that lies in it."""
+class _OutputTensor:
+    """A tensor of an output file, its values, and the map of their axes."""
 
     entry: Entry
-    made: Made
-    axes: Axes
+    output: OutputArray
+    axes: AxisMap
 
 
 @dataclass(frozen=True)
-class _File:
+class _OutputFile:
     name: str
     header: bytes
-    tensors: tuple[_Tensor, ...]
+    tensors: tuple[_OutputTensor, ...]
 
     @property
     def size(self) -> int:
         return len(self.header) + sum(tensor.entry.nbytes for tensor in self.tensors)
 
 
-def _exported(source: Source, dtype: str | None) -> list[_Tensor]:
-    """Every tensor of the result, in the model's order, its place still open."""
+def _exported(source: SourceCheckpoint, dtype: str | None) -> list[_OutputTensor]:
+    """Plan every output tensor in model order; offsets are not set yet."""
     model = source.manifest.model
     merged = model.gate_blocks // gate_heads(model)
     best, tensors = best_weights(source), []
@@ -159,13 +159,13 @@ def _exported(source: Source, dtype: str | None) -> list[_Tensor]:
             weights = MergedGates(weights, merged, spec)
         axes = transformers_axes(spec.tensor.name, len(spec.shape))
         entry = Entry(transformers_name(spec.tensor.name), spec.dtype, axes.foreign_shape(spec.shape), 0)
-        tensors.append(_Tensor(entry, Made(spec, (weights,)), axes))
+        tensors.append(_OutputTensor(entry, OutputArray(spec, (weights,)), axes))
     return tensors
 
 
-def lay_out_files(tensors: Sequence[_Tensor], shard_bytes: int) -> list[_File]:
-    """Tensors in their order over files of at most `shard_bytes` of values, unless one alone is larger."""
-    shards: list[list[_Tensor]] = [[]]
+def lay_out_files(tensors: Sequence[_OutputTensor], shard_bytes: int) -> list[_OutputFile]:
+    """Distribute tensors in order over files of at most `shard_bytes` of values, unless a single one is larger."""
+    shards: list[list[_OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.entry.nbytes > shard_bytes:
@@ -180,16 +180,16 @@ def lay_out_files(tensors: Sequence[_Tensor], shard_bytes: int) -> list[_File]:
         described = ((tensor.entry.name, tensor.entry.dtype, tensor.entry.shape) for tensor in shard)
         header, entries = safetensors_files.lay_out(described)
         placed = (replace(tensor, entry=entry) for tensor, entry in zip(shard, entries, strict=True))
-        files.append(_File(name, header, tuple(placed)))
+        files.append(_OutputFile(name, header, tuple(placed)))
     return files
 
 
-def _config_json(settings: dict[str, Any], dtypes: set[str], companions: Companions) -> dict[str, Any]:
-    """config.json: what the checkpoint's own has besides, under what its model is now."""
-    base = {key: value for key, value in companions.config.items() if key not in _OTHER_NAMES}
+def _config_json(settings: dict[str, Any], dtypes: set[str], auxiliary: AuxiliaryFiles) -> dict[str, Any]:
+    """Build config.json: the model's settings, over the other keys of the source's config.json."""
+    base = {key: value for key, value in auxiliary.config.items() if key not in _OTHER_NAMES}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     stated = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "dtype": dtype, "torch_dtype": dtype}
-    # Older versions of transformers read these beside rope_parameters.
+    # Older versions of transformers read these keys instead of rope_parameters.
     stated |= SAME | {"rope_parameters": ROPE} | {key: ROPE[key] for key in ("rope_theta", "partial_rotary_factor")}
     return dict(sorted((base | stated | settings).items()))
 
@@ -201,14 +201,14 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
         os.fsync(stream.fileno())
 
 
-# By whom: each task is rows of one tensor, or some small tensors.
+# Tasks of the workers: rows of one tensor, or several small tensors
 
 
 @dataclass(frozen=True)
 class _Rows:
     """Rows [first, last) of a tensor of a file."""
 
-    tensor: _Tensor
+    tensor: _OutputTensor
     first: int
     last: int
 
@@ -221,9 +221,9 @@ class _Rows:
         return self.tensor.entry.offset + self.first * self.tensor.entry.row_bytes
 
     def read(self) -> np.ndarray:
-        """Their values, as they lie in the file."""
+        """Compute their values, in the file's order of axes."""
         box = (slice(self.first, self.last), *whole(self.tensor.entry.shape[1:]))
-        return self.tensor.axes.foreign(self.tensor.made.read(self.tensor.axes.box(box)))
+        return self.tensor.axes.to_foreign(self.tensor.output.read(self.tensor.axes.canonical_box(box)))
 
 
 @dataclass(frozen=True)
@@ -233,13 +233,13 @@ class _Task:
     durable: bool
 
 
-def _tasks(folder: Path, files: Sequence[_File], *, durable: bool) -> Iterator[_Task]:
-    """Of CHUNK_BYTES, unless a row of chunks of what is read is larger: it is read once only."""
+def _tasks(folder: Path, files: Sequence[_OutputFile], *, durable: bool) -> Iterator[_Task]:
+    """Split the files into tasks of CHUNK_BYTES, or of one row of source chunks if larger: each is read only once."""
     for file in files:
         batch: list[_Rows] = []
         size = 0
         for tensor in file.tensors:
-            count, step = tensor.entry.shape[0], tensor.made.spec.chunks[tensor.axes.kept[0]]
+            count, step = tensor.entry.shape[0], tensor.output.spec.chunks[tensor.axes.canonical_axes[0]]
             for first in range(0, count, step):
                 rows = _Rows(tensor, first, min(first + step, count))
                 if batch and size + rows.nbytes > CHUNK_BYTES:

@@ -1,1 +1,1 @@
-"""Saving processes: checkpoints are written while the training goes on."""
+"""Background saves: one saving process per rank writes checkpoints while training continues."""

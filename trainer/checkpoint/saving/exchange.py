@@ -1,7 +1,7 @@
-"""Connections between the saving processes of a run, which hand each other messages and raw values.
+"""Authenticated connections between the saving processes of a run, for messages and raw values.
 
-Only processes that know the run's key are let in: each side of a connection proves it by a keyed hash of a number that
-the other has drawn. Messages are JSON, and nothing is unpickled.
+Both sides of a connection prove that they know the run's key, by an HMAC of a nonce drawn by the other side. Messages
+are JSON; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ import numpy as np
 from griffin.parallel.world.axes import rank_name
 from griffin.parallel.world.ranks import is_loopback, listen_on_loopback
 
-CONTROL, VALUES = "control", "values"  # what a connection is for
-CONNECT_SECONDS = 60.0  # patience with a process that has just said where it is reached
+CONTROL, VALUES = "control", "values"  # uses of a connection
+CONNECT_SECONDS = 60.0  # to connect to a process that has just announced its address
 _LENGTH = struct.Struct("!Q")
-_LARGEST_GREETING = 1024  # bytes: a stranger cannot make this process reserve memory
+_LARGEST_GREETING = 1024  # bytes: bounds the memory that an unauthenticated peer can make this process allocate
 
 
-class NoAnswerError(ConnectionError):
-    """A process is connected but says nothing."""
+class PeerTimeoutError(ConnectionError):
+    """A process is connected but does not respond in time."""
 
 
 class Channel:
-    """A connection over which two processes send each other byte strings, each after its length.
+    """A connection between two processes that send length-prefixed byte strings.
 
-    One thread may receive; any may send. ConnectionError naming `peer` where it is gone, NoAnswerError where it neither
-    takes nor gives anything within `timeout` seconds; None waits until the connection ends.
+    One thread may receive; any thread may send. Raises ConnectionError naming `peer` when the connection is lost, and
+    PeerTimeoutError when nothing can be sent or received for `timeout` seconds (None: no timeout).
     """
 
     def __init__(self, connection: socket.socket, peer: str, timeout: float | None):
@@ -56,7 +56,7 @@ class Channel:
         self._socket.settimeout(seconds)
 
     def send(self, values: bytes | np.ndarray) -> None:
-        """Send bytes, or an array that is contiguous and not empty."""
+        """Send bytes, or a contiguous array that is not empty."""
         view = values.data.cast("B") if isinstance(values, np.ndarray) else memoryview(values)
         with self._sending:
             try:
@@ -71,7 +71,7 @@ class Channel:
         return data
 
     def receive_values(self, out: np.ndarray) -> None:
-        """Receive as many values as the contiguous array `out` takes."""
+        """Fill the contiguous array `out`."""
         view = out.data.cast("B")
         size = self._receive_length(None)
         if size != view.nbytes:
@@ -84,14 +84,14 @@ class Channel:
     def receive_message(self, largest: int | None = None) -> dict[str, Any]:
         return json.loads(self.receive(largest))
 
-    def wake(self) -> None:
-        """End the connection for both sides; a thread that sends or receives meets an error."""
+    def shut_down(self) -> None:
+        """Shut the connection down for both sides: a thread that sends or receives gets an error."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Once no thread uses the connection any longer."""
-        self.wake()
+        """Close the connection, which no thread may use any longer."""
+        self.shut_down()
         self._socket.close()
 
     def _receive_length(self, largest: int | None) -> int:
@@ -114,15 +114,15 @@ class Channel:
 
     def _lost(self, error: OSError | None) -> ConnectionError:
         if isinstance(error, TimeoutError) and self._timeout is not None:
-            return NoAnswerError(f"no answer from {self.peer} within {self._timeout:g} s")
+            return PeerTimeoutError(f"no answer from {self.peer} within {self._timeout:g} s")
         return ConnectionError(f"lost {self.peer}" + (f" ({error})" if error is not None else ""))
 
 
 class Listener:
-    """Where the saving processes of other ranks reach this one: keeps each of their connections until it is taken."""
+    """Accepts connections from the saving processes of other ranks, and keeps each until `take` asks for it."""
 
     def __init__(self, host: str, key: bytes, timeout: float):
-        """`host` is the name by which others reach this machine."""
+        """`host` is the name at which other ranks reach this machine."""
         if is_loopback(host):
             self._socket = listen_on_loopback(host, 0, backlog=1024)
         elif socket.has_dualstack_ipv6():
@@ -131,13 +131,16 @@ class Listener:
             self._socket = socket.create_server(("", 0), backlog=1024)
         self.port: int = self._socket.getsockname()[1]
         self._key, self._timeout = key, timeout
-        self._waiting: dict[tuple[int, int, str], Channel] = {}  # by save, rank and use
+        self._waiting: dict[tuple[int, int, str], Channel] = {}  # by (save, rank, use)
         self._ended = 0  # the last save that has ended
         self._changed = threading.Condition()
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
 
     def take(self, save: int, rank: int, use: str, peer: str, seconds: float | None) -> Channel:
-        """The connection that `rank` makes for a use in a save. ConnectionError after `seconds` or the save's end."""
+        """Wait for the connection of `rank` for one use in a save.
+
+        Raises ConnectionError after `seconds` (None: no limit) or when the save has ended.
+        """
         deadline = None if seconds is None else time.monotonic() + seconds
         with self._changed:
             while (save, rank, use) not in self._waiting:
@@ -145,14 +148,14 @@ class Listener:
                 if left is not None and left <= 0:
                     raise ConnectionError(f"{peer} did not connect within {seconds:g} s")
                 if save <= self._ended:
-                    raise ConnectionError("the save was given up")
+                    raise ConnectionError("the save was aborted")
                 self._changed.wait(left)
             channel = self._waiting.pop((save, rank, use))
         channel.peer = peer
         return channel
 
     def end(self, save: int) -> None:
-        """Let go of what is connected for a save or earlier ones, now and later."""
+        """Close connections of this save and of earlier ones, and refuse later ones."""
         with self._changed:
             self._ended = save
             for place in [place for place in self._waiting if place[0] <= save]:
@@ -163,7 +166,7 @@ class Listener:
         while True:
             try:
                 connection, address = self._socket.accept()
-            except OSError:  # that one is gone already, or there are too many open files for now
+            except OSError:  # that peer is gone already, or too many files are open
                 time.sleep(0.1)
                 continue
             threading.Thread(target=self._welcome, args=(connection, str(address)), daemon=True).start()
@@ -183,7 +186,7 @@ class Listener:
         except (OSError, ValueError):
             channel.close()
             return
-        channel.set_timeout(_patience(hello["use"], self._timeout))
+        channel.set_timeout(_timeout_for(hello["use"], self._timeout))
         place = (hello["save"], hello["rank"], hello["use"])
         with self._changed:
             if place[0] > self._ended:
@@ -194,7 +197,7 @@ class Listener:
 
 
 class Exchange:
-    """The connections of one save."""
+    """The connections that this rank makes and accepts in one save."""
 
     def __init__(
         self,
@@ -206,58 +209,59 @@ class Exchange:
         addresses: Sequence[tuple[str, int]],
         timeout: float,
     ):
-        """`addresses` are (host, port) of every rank; a rank alone has no listener."""
+        """`addresses` are (host, port) of every rank. A single rank needs no listener."""
         self.save, self.rank = save, rank
         self._listener, self._key, self._addresses, self._timeout = listener, key, addresses, timeout
         self._channels: dict[tuple[str, int, str], Channel] = {}
-        self._given_up = False
+        self._is_aborted = False
         self._lock = threading.Lock()
 
     def peer(self, rank: int) -> str:
         return f"the saving process of {rank_name(rank, self._addresses[rank][0])}"
 
     def connect(self, rank: int, use: str) -> Channel:
-        """The connection from this rank to another, made when it is first asked for."""
+        """The connection from this rank to another; made at the first call."""
         place = ("to", rank, use)
         if place not in self._channels:
             self._keep(place, self._connect(rank, use))
         return self._channels[place]
 
     def accept(self, rank: int, use: str, seconds: float | None = None) -> Channel:
-        """The connection from another rank to this one, waited for when it is first asked for.
+        """The connection from another rank to this one; the first call waits for it.
 
-        For `seconds` or the timeout if it is one for control; one for values is made only once there are some to send.
+        A control connection is waited for `seconds` (default: the timeout). One for values has no time limit, as the
+        peer connects when it has values to send.
         """
         place = ("from", rank, use)
         if place not in self._channels:
             assert self._listener is not None
-            patience = _patience(use, self._timeout if seconds is None else seconds)
-            self._keep(place, self._listener.take(self.save, rank, use, self.peer(rank), patience))
+            limit = _timeout_for(use, self._timeout if seconds is None else seconds)
+            self._keep(place, self._listener.take(self.save, rank, use, self.peer(rank), limit))
         return self._channels[place]
 
-    def give_up(self) -> None:
-        """Wake every thread that sends or awaits values: it meets a ConnectionError, now and later."""
+    def abort(self) -> None:
+        """Make every thread that sends or awaits values fail with a ConnectionError, now and later."""
         with self._lock:
-            self._given_up = True
+            self._is_aborted = True
             for (_, _, use), channel in self._channels.items():
                 if use == VALUES:
-                    channel.wake()
+                    channel.shut_down()
         if self._listener is not None:
             self._listener.end(self.save)
 
     def close(self) -> None:
-        """Once no thread uses the connections any longer."""
-        self.give_up()
+        """Close all connections, which no thread may use any longer."""
+        self.abort()
         for channel in self._channels.values():
             channel.close()
 
     def _connect(self, rank: int, use: str) -> Channel:
-        peer, patience = self.peer(rank), min(CONNECT_SECONDS, self._timeout)
+        peer, timeout = self.peer(rank), min(CONNECT_SECONDS, self._timeout)
         try:
-            connection = socket.create_connection(self._addresses[rank], timeout=patience)
+            connection = socket.create_connection(self._addresses[rank], timeout=timeout)
         except OSError as error:
             raise ConnectionError(f"cannot reach {peer} at port {self._addresses[rank][1]}: {error}") from error
-        channel = Channel(connection, peer, patience)
+        channel = Channel(connection, peer, timeout)
         try:
             nonce = bytes(channel.receive(_LARGEST_GREETING))
             mine = secrets.token_bytes(32)
@@ -272,18 +276,18 @@ class Exchange:
         except BaseException:
             channel.close()
             raise
-        channel.set_timeout(_patience(use, self._timeout))
+        channel.set_timeout(_timeout_for(use, self._timeout))
         return channel
 
     def _keep(self, place: tuple[str, int, str], channel: Channel) -> None:
         with self._lock:
             self._channels[place] = channel
-            if self._given_up and place[2] == VALUES:
-                channel.wake()
+            if self._is_aborted and place[2] == VALUES:
+                channel.shut_down()
 
 
-def _patience(use: str, timeout: float) -> float | None:
-    """Values are awaited by who is early, however long: `Exchange.give_up` ends that, when control finds silence."""
+def _timeout_for(use: str, timeout: float) -> float | None:
+    """No timeout for values, which a rank may await for as long as another writes: `Exchange.abort` ends the wait."""
     return None if use == VALUES else timeout
 
 

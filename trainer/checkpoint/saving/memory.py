@@ -1,4 +1,4 @@
-"""The memory that is left on a machine, of which several ranks and their control groups want parts."""
+"""Check that machines and control groups have memory for the staged state of all their ranks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_UNLIMITED = 2**62  # bytes; version 1 of control groups writes a limit that is none as nearly 2**63
+_UNLIMITED = 2**62  # bytes; cgroup v1 writes "no limit" as nearly 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What one rank needs, and what is there for it."""
+    """The memory that one rank needs, and that is available to it."""
 
     rank: int
     host: str
@@ -23,9 +23,9 @@ class Request:
 
 
 def memory_left(root: Path = Path("/")) -> dict[str, int]:
-    """Bytes left by what limits this process: its machine, and every control group around it that has a limit.
+    """Bytes available to this process, for its machine and for every enclosing control group that has a limit.
 
-    Each is named so that processes which share it, and no others, give it the same name.
+    The keys identify the machine or group: processes that share it, and no others, get the same key.
     """
     try:
         machine = (root / "proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -34,14 +34,14 @@ def memory_left(root: Path = Path("/")) -> dict[str, int]:
     available = re.search(r"^MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text(encoding="ascii"), re.M)
     left = {f"machine {machine}": int(available[1]) * 1024} if available is not None else {}
     for folder, limit, used, caches in _groups(root):
-        # A group's files come and go, and its controller may be one that this system does not fill in.
+        # A group's files may vanish meanwhile, and not every system fills them in.
         with suppress(OSError, ValueError, KeyError):
             most = (folder / limit).read_text(encoding="ascii").strip()
             if most == "max" or int(most) >= _UNLIMITED:
                 continue
             lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
             counts = dict(line.split() for line in lines)
-            # Files that were read are charged to the group as well, but make room when it is needed.
+            # The page cache is charged to the group as well, but is reclaimed when memory is needed.
             cached = sum(int(counts[name]) for name in caches)
             taken = int((folder / used).read_text(encoding="ascii"))
             left[f"group {folder.stat().st_ino} of {machine}"] = max(0, int(most) - taken + cached)
@@ -49,7 +49,7 @@ def memory_left(root: Path = Path("/")) -> dict[str, int]:
 
 
 def shortages(requests: Sequence[Request]) -> list[str]:
-    """What cannot be given to all that ask: one text for each machine or control group that has too little."""
+    """One message for each machine or control group that has too little memory for all requests."""
     problems = []
     for name in sorted({name for request in requests for name in request.left}):
         sharing = [request for request in requests if name in request.left]
@@ -65,7 +65,7 @@ def shortages(requests: Sequence[Request]) -> list[str]:
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, str, str, tuple[str, str]]]:
-    """The folders of the control groups around this process, with the names of what tells their memory."""
+    """Folders of the control groups around this process, with the names of their limit and usage files and counters."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -80,7 +80,7 @@ def _groups(root: Path) -> Iterator[tuple[Path, str, str, tuple[str, str]]]:
             caches = ("total_inactive_file", "total_active_file")
         else:
             continue
-        # In a container the path may be the machine's, of which only the mount itself is seen.
+        # In a container the path may be the host's, and only the mount itself is visible.
         folder = mount / path.lstrip("/")
         for group in (folder, *folder.parents):
             yield group, limit, used, caches

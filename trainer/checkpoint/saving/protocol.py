@@ -1,19 +1,19 @@
-"""What a rank and its saving process tell each other."""
+"""Messages between a rank and its saving process."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from griffin.trainer.checkpoint.header import Header
 from griffin.trainer.checkpoint.plan import SavePlan
 from griffin.trainer.checkpoint.saving.coordinator import Target
 
-ROWS = 3  # of the staged state: master, exp_avg, exp_avg_sq
+ROWS = 3  # of the staged state: master weights, exp_avg, exp_avg_sq
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a saving process knows from its start."""
+    """What a saving process is started with."""
 
     rank: int
     parent: int  # process id of the rank
@@ -22,45 +22,45 @@ class Setup:
     key: bytes  # known to this run's processes only
     plan: SavePlan
     target: Target
-    timeout: float  # seconds without an answer after which another process, or a file system, is given up
+    timeout: float  # seconds to wait for another process or the file system
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
-    """The rank's order to save what is staged."""
+class SaveRequest:
+    """Rank to process: save the staged state."""
 
-    save: int  # number of the save, the same on all ranks
+    save: int  # number of the save, equal on all ranks
     step: int
     addresses: tuple[tuple[str, int], ...]  # of every rank's saving process
-    header: dict[str, Any] | None  # rank 0's: the manifest but for its arrays and files
+    header: Header | None  # on rank 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """The first that a saving process says."""
+    """Process to rank, first of all: it can save."""
 
-    port: int
+    port: int  # at which other ranks' saving processes connect; 0 for a single rank
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begun:
-    """A save's folder is made; its inode stays the same when it is committed."""
+class FolderCreated:
+    """Process to rank: the step's folder was created. Its inode identifies it after the rename that commits it."""
 
     inode: int
 
 
 @dataclass(frozen=True)
-class Alive:
-    """Said now and then while a save is under way."""
+class Heartbeat:
+    """Process to rank, at intervals during a save."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
-    """The end of a save. After it the staged state is not read any longer."""
+class SaveFinished:
+    """Process to rank: a save has ended, and the staged state is no longer read."""
 
     path: str | None
     bytes: int
     error: str | None
     warning: str | None
     seconds: float
-    is_stuck: bool  # in a call that does not return: this process cannot save again
+    is_stuck: bool  # a thread is blocked in a system call: this process cannot save again

@@ -1,4 +1,4 @@
-"""A rank's side of saving: shared memory in which it stages its state, and the process that writes it from there."""
+"""The rank's side of background saves: stages its state in shared memory, from which a saving process writes it."""
 
 from __future__ import annotations
 
@@ -21,44 +21,52 @@ from typing import Any
 import numpy as np
 
 from griffin.parallel.world.axes import rank_name
+from griffin.trainer.checkpoint.header import Header
 from griffin.trainer.checkpoint.plan import SavePlan
-from griffin.trainer.checkpoint.saving.coordinator import Target, standing
+from griffin.trainer.checkpoint.saving.coordinator import Target, find_committed
 from griffin.trainer.checkpoint.saving.memory import Request, memory_left, shortages
-from griffin.trainer.checkpoint.saving.protocol import ROWS, Alive, Begun, Ended, Order, Ready, Setup
+from griffin.trainer.checkpoint.saving.protocol import (
+    ROWS,
+    FolderCreated,
+    Heartbeat,
+    Ready,
+    SaveFinished,
+    SaveRequest,
+    Setup,
+)
 
-START_SECONDS = 60.0  # patience with a saving process that starts; it takes below one
-END_SECONDS = 5.0  # and with one that ends, before it is killed
-_CODE = "from griffin.trainer.checkpoint.saving.process import main; main()"
+START_SECONDS = 60.0  # to wait for a saving process to start, which takes below one
+END_SECONDS = 5.0  # to wait for one to exit before it is killed
+PROGRAM = "from griffin.trainer.checkpoint.saving.process import main; main()"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a save."""
+    """The result of a save."""
 
     step: int
     path: Path | None  # the checkpoint; None if the save failed
     error: str | None  # None if the checkpoint stands
-    warning: str | None = None  # it stands, but something else failed
+    warning: str | None = None  # the checkpoint stands, but something else failed
     seconds: float
-    bytes: int  # of all ranks' chunks; 0 where they are not known
+    bytes: int  # of all ranks' chunks; 0 if not known
 
 
 @dataclass(kw_only=True)
-class _Flight:
-    """The save under way."""
+class _PendingSave:
+    """The save in progress."""
 
     step: int
-    begun: float
-    error: str | None = None  # it failed before it began
+    started: float
+    error: str | None = None  # it failed before the saving processes were told
     inode: int | None = None
 
 
 class Saver:
-    """Saves a training's state while it goes on. Constructor and `start` are collectives of all ranks.
+    """Saves a training's state in the background. The constructor and `start` are collectives of all ranks.
 
-    Fill `staging` after `wait`, then `start`; ask `poll` now and then. A save that fails does not raise: its Outcome
-    says why, the same on every rank as far as each can know, and the next one is tried afresh, with a new process where
-    one was lost.
+    Call `wait`, fill `staging`, call `start`, and `poll` from time to time. A failed save does not raise: its Outcome
+    has the error, the same on every rank as far as each can know. The next save starts a new process if one was lost.
     """
 
     staging: np.ndarray  # float32 [3 (master, exp_avg, exp_avg_sq), elements], shared with the saving process
@@ -77,13 +85,17 @@ class Saver:
         lock: tuple[Path, str] | None,
         timeout: float = 600.0,
     ):
-        """`root` is the folder of all steps; `host` the name at which other ranks' machines reach this one.
+        """Allocate the staged state and start the saving process.
 
-        `all_gather` is that of Grid.
+        Args:
+            root: the checkpoints folder.
+            all_gather: `Grid.all_gather`.
+            host: the name at which other ranks' machines reach this one.
+            lock: (path, token) of the run folder's lock; rank 0 commits nothing unless it holds it. None: no check.
+            timeout: seconds to wait for another process or for the file system.
 
-        `lock` is the (path, token) of the run folder's lock, without which rank 0 commits nothing; None for no check.
-        `timeout`, in seconds, is that of every wait for another process or a file. MemoryError, on every rank, where
-        a machine, or a control group, has no memory for the staged state of all its ranks.
+        Raises:
+            MemoryError: on every rank, where a machine or control group lacks memory for its ranks' staged state.
         """
         self._rank, self._host, self._timeout, self._all_gather = rank, host, timeout, all_gather
         size = max(1, ROWS * plan.elements * 4)
@@ -110,16 +122,16 @@ class Saver:
         with open(self._setup, "wb", closefd=False) as file:
             pickle.dump(setup, file)
         self._saves = 0
-        self._flight: _Flight | None = None
+        self._pending: _PendingSave | None = None
         self._process: subprocess.Popen | None = None
         self._port: int | None = None  # of the process, once it is ready
         self._launch()
 
     def _allocate(self, size: int) -> tuple[int, mmap.mmap]:
-        """Shared memory, as a file and mapped. MemoryError on every rank where one gets none."""
+        """Shared memory as a file descriptor and mapped. MemoryError on every rank if it fails on one."""
         memory, error = None, None
         try:
-            memory = _shared_memory(size)
+            memory = shared_memory(size)
         except MemoryError as caught:
             error = f"{rank_name(self._rank, self._host)}: {caught}"
         errors = [error for error in self._all_gather(error, str | None) if error is not None]
@@ -131,58 +143,58 @@ class Saver:
         return memory
 
     def wait(self) -> Outcome | None:
-        """The outcome of the save under way once it has ended; None if there is none, or poll has returned it.
+        """Wait for the save in progress and return its outcome; None if there is none, or `poll` has returned it.
 
-        A saving process that gives no sign of life for `timeout` seconds is killed: the save has failed.
+        A saving process that is silent for `timeout` seconds is killed, and the save has failed.
         """
         return self._listen(None)
 
     def poll(self) -> Outcome | None:
-        """The outcome of the save under way if it has ended."""
+        """The outcome of the save in progress, if it has ended."""
         return self._listen(0)
 
-    def start(self, step: int, header: dict[str, Any] | None) -> None:
-        """Begin to save what is staged, which is not to be changed until `wait` or `poll` return the outcome.
+    def start(self, step: int, header: Header | None) -> None:
+        """Start to save the staged state, which must not change until `wait` or `poll` returns the outcome.
 
-        `header`, of rank 0, holds the manifest's fields but for `arrays` and `files`.
+        `header` is that of the manifest, given by rank 0.
         """
-        assert self._flight is None, "the save before has not been waited for"
-        self._flight = _Flight(step=step, begun=time.monotonic())
+        assert self._pending is None, "the save before has not been waited for"
+        self._pending = _PendingSave(step=step, started=time.monotonic())
         self._saves += 1
         error = self._ensure_ready()
         answers = self._all_gather((self._host, self._port, error), tuple[str, int | None, str | None])
         errors = [error for _, _, error in answers if error is not None]
         if errors:
-            self._flight.error = "; ".join(errors)
+            self._pending.error = "; ".join(errors)
             return
         addresses = tuple((host, port) for host, port, _ in answers)
-        with suppress(OSError):  # it has just died, as _listen will find
-            self._control.send(Order(save=self._saves, step=step, addresses=addresses, header=header))
+        with suppress(OSError):  # it has just died; _listen will find out
+            self._control.send(SaveRequest(save=self._saves, step=step, addresses=addresses, header=header))
 
     def close(self) -> None:
         """End the saving process, also in the middle of a save, which is then lost."""
-        self._flight = None
+        self._pending = None
         self._discard(END_SECONDS)
 
     def _listen(self, seconds: float | None) -> Outcome | None:
-        flight = self._flight
-        if flight is None:
+        pending = self._pending
+        if pending is None:
             return None
-        if flight.error is not None:
-            return self._end(flight, None, flight.error)
+        if pending.error is not None:
+            return self._end(pending, None, pending.error)
         try:
             while self._control.poll(self._timeout if seconds is None else seconds):
                 message = self._control.recv()
-                if isinstance(message, Begun):
-                    flight.inode = message.inode
-                if isinstance(message, Begun | Alive):
+                if isinstance(message, FolderCreated):
+                    pending.inode = message.inode
+                if isinstance(message, FolderCreated | Heartbeat):
                     continue
-                assert isinstance(message, Ended), message
-                self._flight = None
+                assert isinstance(message, SaveFinished), message
+                self._pending = None
                 if message.is_stuck:
                     self._discard(0)
                 return Outcome(
-                    step=flight.step,
+                    step=pending.step,
                     path=Path(message.path) if message.path is not None else None,
                     error=message.error,
                     warning=message.warning,
@@ -195,23 +207,23 @@ class Saver:
             death = f"{self._name} gave no sign of life for {self._timeout:g} s"
         except (EOFError, OSError):
             death = self._discard(END_SECONDS)
-        # The process may have been lost after the checkpoint was committed.
-        path = standing(self._root, flight.step, flight.inode)
-        return self._end(flight, path, None if path is not None else death)
+        # The process may have been lost after the commit.
+        path = find_committed(self._root, pending.step, pending.inode)
+        return self._end(pending, path, None if path is not None else death)
 
-    def _end(self, flight: _Flight, path: Path | None, error: str | None) -> Outcome:
-        self._flight = None
-        return Outcome(step=flight.step, path=path, error=error, seconds=time.monotonic() - flight.begun, bytes=0)
+    def _end(self, pending: _PendingSave, path: Path | None, error: str | None) -> Outcome:
+        self._pending = None
+        return Outcome(step=pending.step, path=path, error=error, seconds=time.monotonic() - pending.started, bytes=0)
 
     def _launch(self) -> None:
         ours, theirs = socket.socketpair()
         files = (theirs.fileno(), self._memory, self._setup)
-        # The same modules as in this process, however it found them; and no threads for algebra.
+        # Import the same modules as this process does; use no threads for linear algebra.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         environment = os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _CODE, *map(str, files)],
+                [sys.executable, "-P", "-c", PROGRAM, *map(str, files)],
                 env=environment,
                 pass_fds=files,
                 stdin=subprocess.DEVNULL,
@@ -221,7 +233,7 @@ class Saver:
         self._port = None
 
     def _ensure_ready(self) -> str | None:
-        """Start the saving process anew if it is gone, and wait until it can save. What is wrong, if anything."""
+        """Restart the saving process if it is gone, and wait until it can save. Returns what is wrong, if anything."""
         try:
             if self._process is not None and self._process.poll() is not None:
                 self._discard(END_SECONDS)
@@ -242,7 +254,7 @@ class Saver:
         return None
 
     def _discard(self, seconds: float) -> str:
-        """Let go of the saving process, killed if it has not ended in time. Says how it ended."""
+        """Disconnect from the saving process, and kill it if it does not exit in time. Returns how it ended."""
         process, self._process, self._port = self._process, None, None
         if process is None:
             return f"{self._name} is gone"
@@ -252,7 +264,7 @@ class Saver:
         except subprocess.TimeoutExpired:
             process.kill()
             code = -signal.SIGKILL
-            with suppress(subprocess.TimeoutExpired):  # in a call to a file system that does not return
+            with suppress(subprocess.TimeoutExpired):  # blocked in a system call
                 process.wait(END_SECONDS)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return f"{self._name} {how}"
@@ -262,8 +274,8 @@ class Saver:
         return f"the saving process of {rank_name(self._rank, self._host)}"
 
 
-def _shared_memory(size: int) -> tuple[int, mmap.mmap]:
-    """A file without a name in memory, and all of it mapped. MemoryError if there is not enough."""
+def shared_memory(size: int) -> tuple[int, mmap.mmap]:
+    """An anonymous file in memory, and its mapping. MemoryError if there is not enough memory."""
     try:
         memory = os.memfd_create("griffin staged state")
         os.posix_fallocate(memory, 0, size)

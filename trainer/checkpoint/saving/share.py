@@ -1,4 +1,4 @@
-"""One rank's share of a save: what it sends to other ranks, and the chunks that it puts together and writes."""
+"""One rank's share of a save: the values that it sends to other ranks, and the chunks that it assembles and writes."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from griffin.trainer.checkpoint.saving.protocol import ROWS, Setup
 from griffin.trainer.checkpoint.zarr_io import SYNCS, Array, FileRecord, Write, create_array
 
 WRITERS = 4  # chunks being written at a time, of at most 64 MiB each
-# Chunks that are written are made durable together, when they are as many or as large (and WRITERS more).
+# Written chunks are synchronised to disk together, once there are so many or so large (plus WRITERS more).
 OPEN_FILES = 128
 OPEN_BYTES = 2**30
-LEAVE_SECONDS = 30.0  # patience with the writes under way of a save that has failed
+JOIN_SECONDS = 30.0  # to wait for the writes in progress of a failed save
 
 T = TypeVar("T")
 
 
 class Share:
-    """One rank's share of one save: two threads send what others write, and put together and write its own chunks.
+    """One rank's share of one save. One thread sends values to the owners of chunks, one writes the rank's own chunks.
 
-    It ends with its first failure, or when it is given up: no chunk is begun any longer.
+    The first failure, or `abort`, ends it: no further chunk is started.
     """
 
     def __init__(self, setup: Setup, staged: np.ndarray, exchange: Exchange, folder: Path, report: Callable) -> None:
-        """`report` is told once: {"files": {path: [size, checksum]}} or {"error": text}."""
+        """`report` is called once, with {"files": {path: [size, checksum]}} or {"error": text}."""
         self._plan, self._staged, self._exchange, self._folder = setup.plan, staged, exchange, folder
         self._timeout, self._name, self._report = setup.timeout, rank_name(setup.rank, setup.host), report
         self._arrays: dict[str, Array] = {}
@@ -45,39 +45,39 @@ class Share:
         self._running, self._has_failed = 2, False
         self._lock = threading.Lock()
         self._creations: dict[str, threading.Lock] = {}  # by array
-        self._given_up = threading.Event()
+        self._aborted = threading.Event()
         self._writers, self._syncers = ThreadPoolExecutor(WRITERS), ThreadPoolExecutor(SYNCS)
-        self._writes: deque[Future[tuple[str, Write]]] = deque()  # under way, at most WRITERS
-        self._written: list[tuple[str, Write]] = []  # not yet durable
-        self._syncs: deque[Future[tuple[str, FileRecord]]] = deque()  # under way, of chunks
-        self._ends: deque[Future[None]] = deque()  # and of the arrays' metadata and folders, last of all
+        self._writes: deque[Future[tuple[str, Write]]] = deque()  # in progress, at most WRITERS
+        self._written: list[tuple[str, Write]] = []  # not yet synchronised
+        self._syncs: deque[Future[tuple[str, FileRecord]]] = deque()  # in progress, of chunks
+        self._array_syncs: deque[Future[None]] = deque()  # of the arrays' metadata and folders, last of all
         self._threads = [
             threading.Thread(target=self._run, args=(task,), daemon=True) for task in (self._send, self._write)
         ]
         for thread in self._threads:
             thread.start()
 
-    def give_up(self) -> None:
-        """Begin no chunk any longer. Who awaits values is woken by the exchange."""
-        self._given_up.set()
+    def abort(self) -> None:
+        """Start no further chunk. `Exchange.abort` ends the wait for values."""
+        self._aborted.set()
 
     def join(self) -> bool:
-        """Wait until nothing of it runs, nor reads what is staged. False if something still does after some patience.
+        """Wait until no thread runs or reads the staged state; False if one still does after JOIN_SECONDS.
 
-        For a share that has ended or was given up.
+        For a share that has ended or was aborted.
         """
-        deadline = time.monotonic() + min(self._timeout, LEAVE_SECONDS)
+        deadline = time.monotonic() + min(self._timeout, JOIN_SECONDS)
         for thread in self._threads:
             thread.join(max(0, deadline - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
             return False
-        under_way: list[Future[Any]] = [*self._writes, *self._syncs, *self._ends]
-        _, running = wait(under_way, max(0, deadline - time.monotonic()))
+        in_progress: list[Future[Any]] = [*self._writes, *self._syncs, *self._array_syncs]
+        _, running = wait(in_progress, max(0, deadline - time.monotonic()))
         for pool in (self._writers, self._syncers):
             pool.shutdown(wait=False)
         if running:
             return False
-        # An open file that is removed keeps its space.
+        # A removed file keeps its disk space while it is open.
         for _, write in [*self._written, *(future.result() for future in self._writes if not future.exception())]:
             write.close()
         return True
@@ -90,13 +90,13 @@ class Share:
             error = describe(caught)
         with self._lock:
             self._running -= 1
-            is_last_word = not self._has_failed and (error is not None or self._running == 0)
+            is_report_due = not self._has_failed and (error is not None or self._running == 0)
             self._has_failed = self._has_failed or error is not None
         if error is not None:
-            self.give_up()
-        if is_last_word and error is not None:
+            self.abort()
+        if is_report_due and error is not None:
             self._report({"error": f"{self._name}: {error}"})
-        elif is_last_word:
+        elif is_report_due:
             self._report({"files": {name: [record.size, record.checksum] for name, record in self._files.items()}})
 
     def _send(self) -> None:
@@ -104,7 +104,7 @@ class Share:
             if chunk.owner == self._plan.rank:
                 continue
             for row in range(ROWS):
-                self._go_on()
+                self._check_not_aborted()
                 for segment in chunk.segments:
                     if segment.rank == self._plan.rank:
                         self._exchange.connect(chunk.owner, VALUES).send(self._take(row, segment))
@@ -114,7 +114,7 @@ class Share:
             if chunk.owner != self._plan.rank:
                 continue
             for row in range(ROWS):
-                self._go_on()
+                self._check_not_aborted()
                 values = self._assemble(chunk, row)
                 for spec in self._arrays_of(chunk, row):
                     if len(self._writes) >= WRITERS:
@@ -123,19 +123,19 @@ class Share:
         while self._writes:
             self._finish()
         self._synchronise()
-        self._ends.extend(self._syncers.submit(array.synchronise) for array in self._arrays.values())
-        while self._ends:
-            self._first(self._ends)
+        self._array_syncs.extend(self._syncers.submit(array.synchronise) for array in self._arrays.values())
+        while self._array_syncs:
+            self._first(self._array_syncs)
 
     def _finish(self) -> None:
-        """Wait for the first of the writes under way."""
+        """Wait for the oldest write in progress."""
         self._written.append(self._first(self._writes))
         size = sum(write.size for _, write in self._written)
         if len(self._written) >= OPEN_FILES or size >= OPEN_BYTES:
             self._synchronise()
 
     def _synchronise(self) -> None:
-        """Wait until what is written is durable."""
+        """Synchronise the written chunks to disk."""
         self._syncs.extend(self._syncers.submit(self._sync, name, write) for name, write in self._written)
         self._written.clear()
         while self._syncs:
@@ -144,7 +144,7 @@ class Share:
             self._files[name] = record
 
     def _first(self, futures: deque[Future[T]]) -> T:
-        """The result of the first, which stays among them if it does not end."""
+        """Remove the first future and return its result. If it does not end in time, it stays."""
         try:
             result = futures[0].result(self._timeout)
         except TimeoutError as error:
@@ -154,18 +154,18 @@ class Share:
 
     def _sync(self, name: str, write: Write) -> tuple[str, FileRecord]:
         try:
-            self._go_on()
+            self._check_not_aborted()
         except ConnectionError:
             write.close()
             raise
         return name, write.result()
 
-    def _go_on(self) -> None:
-        if self._given_up.is_set():
-            raise ConnectionError("the save was given up")
+    def _check_not_aborted(self) -> None:
+        if self._aborted.is_set():
+            raise ConnectionError("the save was aborted")
 
     def _write_chunk(self, spec: ArraySpec, index: tuple[int, ...], values: np.ndarray) -> tuple[str, Write]:
-        self._go_on()
+        self._check_not_aborted()
         with self._lock:
             creation = self._creations.setdefault(spec.name, threading.Lock())
         with creation:
@@ -173,12 +173,12 @@ class Share:
             if array is None:
                 array = self._arrays[spec.name] = create_array(self._folder, spec)
         shape = tuple(extent.stop - extent.start for extent in spec.box(index))
-        # Rounds to nearest even where the array is of fewer bits.
+        # Rounds to nearest even where the array has fewer bits.
         values = values.astype(numpy_dtype(spec.dtype), copy=False).reshape(shape)
         return spec.file(index), array.write(index, values)
 
     def _arrays_of(self, chunk: ChunkPlan, row: int) -> list[ArraySpec]:
-        """The arrays that are written from a row of the staged state."""
+        """The arrays whose chunks are written from a row of the staged state."""
         kinds = [[MODEL], [EXP_AVG], [EXP_AVG_SQ]][row]
         if row == 0 and self._plan.dtype != "float32":
             kinds = [MODEL, MASTER]
@@ -198,7 +198,7 @@ class Share:
         return take(held, segment.local, segment.first, segment.last, origin=shard.start)
 
     def _assemble(self, chunk: ChunkPlan, row: int) -> np.ndarray:
-        """The chunk's values, flat: where they lie together in the staged state, a view of it."""
+        """The chunk's values, flat; a view of the staged state if this rank holds them contiguously."""
         if len(chunk.segments) == 1 and chunk.segments[0].rank == self._plan.rank:
             return self._take(row, chunk.segments[0])
         values = np.empty(chunk.size, np.float32)

@@ -1,4 +1,4 @@
-"""How ranks agree without a collective, which one that hangs would hold up: through the store, within a time limit."""
+"""Agreement of all ranks through the store, within a time limit, which a rank that hangs cannot block."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 POLL_SECONDS = 0.005
-GRACE_SECONDS = 5.0  # beyond the limit, for rank 0 to name who was late, and for the others to hear of a failure
-HEARING_SECONDS = 0.5  # in which ranks that wait for a word of rank 0 hear it
+GRACE_SECONDS = 5.0  # beyond the limit, for rank 0 to name late ranks, and for the others to read about a failure
+HEARING_SECONDS = 0.5  # in which ranks that wait for a key of rank 0 read it
 
 
 class PreflightError(RunError):
-    """Checks failed: the same on every rank. `lines` tell what was found to be well, `warnings` what was odd."""
+    """Checks have failed. The same on every rank. `lines` are the results of checks that passed."""
 
     def __init__(self, failures: Sequence[str], warnings: Sequence[str] = (), lines: Sequence[str] = ()) -> None:
         super().__init__(tuple(failures), tuple(warnings), tuple(lines))
@@ -40,7 +40,7 @@ class PreflightError(RunError):
 
 @dataclass(frozen=True, kw_only=True)
 class _Failed:
-    """A PreflightError as it travels."""
+    """A PreflightError, as rank 0 sends it to the others."""
 
     failures: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -48,7 +48,9 @@ class _Failed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RankLocation:
+    """The host of a rank."""
+
     rank: int
     local_rank: int
     host: str
@@ -57,18 +59,18 @@ class Place:
         return rank_name(self.rank, self.host)
 
 
-class Meeting:
-    """All ranks of a grid, which have `seconds` from now for everything that they agree on here."""
+class Agreement:
+    """Gathers values of all ranks on rank 0, and sends its answer to all. All calls together may take `seconds`."""
 
-    def __init__(self, grid: Grid, place: Place, seconds: float) -> None:
-        self._grid, self._store, self._place, self._world_size = grid, grid.store, place, grid.world_size
+    def __init__(self, grid: Grid, location: RankLocation, seconds: float) -> None:
+        self._grid, self._store, self._location, self._world_size = grid, grid.store, location, grid.world_size
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
-        self._hosts: dict[int, str] = {}  # of ranks that have been heard of, on rank 0
+        self._hosts: dict[int, str] = {}  # on rank 0: of the ranks that have answered
 
     @property
     def deadline(self) -> float:
-        """Of time.monotonic."""
+        """The end of the time limit, in time.monotonic."""
         return self._deadline
 
     def agree(
@@ -76,40 +78,42 @@ class Meeting:
         name: str,
         value: T,
         kind: Any,
-        judge: Callable[[list[T]], R],
+        decide: Callable[[list[T]], R],
         answer_kind: Any,
-        complaints: Callable[[T], Iterable[str]] | None = None,
+        failures_of: Callable[[T], Iterable[str]] | None = None,
     ) -> R:
-        """What rank 0's `judge` makes of all ranks' values, on every rank. `name` is what the ranks have been doing.
+        """Gather the values of all ranks, call `decide` with them on rank 0, and return its answer on every rank.
 
-        Raises PreflightError everywhere where `judge` raises it, or where ranks are late: it names them, with the
-        complaints of those that are there. Values are read as `kind`, the answer as `answer_kind` (see
-        `parallel.world.messages`); a name is used once. What no rank has written is a failure too.
+        Values are read as `kind`, the answer as `answer_kind` (see `parallel.world.messages`). `name` says what ranks
+        have been doing, and is used once.
+
+        Raises PreflightError on every rank if `decide` does, if ranks are late, or if a message is not from a rank of
+        the run. For late ranks it names them, with the failures (`failures_of`) that the others have found.
         """
         key = f"griffin/preflight/{name}"
-        if self._place.rank != 0:
-            self._grid.put(f"{key}/{self._place.rank}", (self._place.host, value))
+        if self._location.rank != 0:
+            self._grid.put(f"{key}/{self._location.rank}", (self._location.host, value))
             self._store.add(f"{key}/count", 1)
             return self._answer(name, key, answer_kind)
         try:
-            answer = judge(self._collect(name, key, value, kind, complaints))
+            answer = decide(self._collect(name, key, value, kind, failures_of))
         except BaseException as error:
-            told = error if isinstance(error, PreflightError) else PreflightError([f"rank 0 failed at {name}: {error}"])
-            self._grid.put(key, (_Failed(failures=told.failures, warnings=told.warnings, lines=told.lines), None))
-            # Rank 0 may serve the store: it stays until the others have heard.
+            sent = error if isinstance(error, PreflightError) else PreflightError([f"rank 0 failed at {name}: {error}"])
+            self._grid.put(key, (_Failed(failures=sent.failures, warnings=sent.warnings, lines=sent.lines), None))
+            # Rank 0 may serve the store: it waits until the others have read this.
             self._wait_for_count(f"{key}/heard", time.monotonic() + GRACE_SECONDS, self._store.add(f"{key}/count", 0))
             raise
         self._grid.put(key, (None, answer))
         return answer
 
-    def part(self) -> None:
-        """After a failure, the others stay until rank 0 has called this: a launcher ends all ranks when one leaves."""
+    def leave(self) -> None:
+        """After a failure, wait until rank 0 has called this too: a launcher ends all ranks when one exits."""
         key = "griffin/preflight/parting"
-        if self._place.rank == 0:
+        if self._location.rank == 0:
             self._store.set(key, "")
-            time.sleep(HEARING_SECONDS)  # it may serve the store
+            time.sleep(HEARING_SECONDS)  # rank 0 may serve the store
         else:
-            with suppress(dist.DistError):  # rank 0 hangs, or is gone
+            with suppress(dist.DistError):  # rank 0 hangs or has exited
                 self._store.wait([key], timedelta(seconds=2 * GRACE_SECONDS))
 
     def _get(self, key: str, kind: Any) -> Any:
@@ -131,23 +135,23 @@ class Meeting:
         return answer
 
     def _collect(
-        self, name: str, key: str, value: T, kind: Any, complaints: Callable[[T], Iterable[str]] | None
+        self, name: str, key: str, value: T, kind: Any, failures_of: Callable[[T], Iterable[str]] | None
     ) -> list[T]:
         others = range(1, self._world_size)
         complete = self._wait_for_count(f"{key}/count", self._deadline, len(others))
         keys = {rank: f"{key}/{rank}" for rank in others if complete or self._store.check([f"{key}/{rank}"])}
         values = {0: value}
-        self._hosts[0] = self._place.host
+        self._hosts[0] = self._location.host
         for rank in keys:
             self._hosts[rank], values[rank] = self._get(keys[rank], tuple[str, kind])
         if complete:
             return [values[rank] for rank in range(self._world_size)]
         late = rank_names([rank for rank in others if rank not in keys], self._hosts)
-        said = [text for value in values.values() for text in complaints(value)] if complaints else []
-        raise PreflightError([f"{late}: not done with {name} within {self._seconds:g} s", *said])
+        failures = [text for value in values.values() for text in failures_of(value)] if failures_of else []
+        raise PreflightError([f"{late}: not done with {name} within {self._seconds:g} s", *failures])
 
     def _wait_for_count(self, key: str, deadline: float, count: int) -> bool:
-        """Whether the counter has come to `count` by the deadline."""
+        """Wait for a counter of the store. Returns whether it has reached `count` by the deadline."""
         while self._store.add(key, 0) < count:
             if time.monotonic() >= deadline:
                 return False

@@ -1,4 +1,4 @@
-"""What `griffin monitor` shows of a run's state."""
+"""Render the state of runs for `griffin monitor`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from griffin.trainer.reporting.metrics import NOTHING_PREDICTED, is_predicted
 
 COLOURS = {RUNNING: "green", FINISHED: "green", SILENT: "yellow", HUNG: "red", GONE: "red", FAILED: "red"}
 BLOCKS = "▁▂▃▄▅▆▇█"
-SPARKS = 60  # losses that are drawn
-MOST_TIME = 2.0**35  # Unix time, that of the year 3058
-WIDE = 100  # columns that two figures beside each other take
+SPARKS = 60  # number of losses drawn
+MOST_TIME = 2.0**35  # largest Unix time shown, in the year 3058
+WIDE = 100  # columns needed for two columns of figures
 ABSENT = "-"
 SPIKES = {"skipped_updates": "{:.0f} skipped", "rewinds": "{:.0f} rewound"}
 HELD_OUT = {
@@ -28,8 +28,8 @@ HELD_OUT = {
 PARTS = {"forward-backward": "forward_backward", "optimizer": "optimizer", "data wait": "data_wait", "rest": "other"}
 
 
-def one_run(state: RunState, *, blocks: bool = True, width: int = WIDE) -> RenderableType:
-    """All of it, for a terminal of so many columns; with `blocks`, losses are drawn with block characters."""
+def render_run(state: RunState, *, blocks: bool = True, width: int = WIDE) -> RenderableType:
+    """Render everything about a run for a terminal of `width` columns; `blocks`: draw losses in block characters."""
     figures = Table.grid(padding=(0, 3))
     training, machine = _training(state, blocks), _machine(state)
     columns = (training, machine) if width >= WIDE else ([*training, *machine],)
@@ -48,42 +48,42 @@ def one_run(state: RunState, *, blocks: bool = True, width: int = WIDE) -> Rende
     return Group(*parts)
 
 
-def several_runs(states: Sequence[RunState]) -> Table:
-    """A line for each."""
+def render_runs(states: Sequence[RunState]) -> Table:
+    """Render one line per run."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("run", "state", "step", "left", "loss", "eval", "tokens/s", "MFU", "goodput", "restarts"):
-        is_run = title == "run"  # what gives way where the terminal is narrow
+        is_run = title == "run"  # the column that is folded on a narrow terminal
         table.add_column(title, justify="left" if is_run or title == "state" else "right", no_wrap=not is_run)
     for state in states:
-        find = _Find(state.figures)
+        figure = _FigureText(state.figures)
         table.add_row(
             Text(str(state.path), overflow="fold"),
             Text(state.status, COLOURS.get(state.status, "")),
             f"{state.step:,}/{state.steps:,}",
             _left(state),
-            find("loss", "{:.4f}".format),
-            " ".join(find(f"eval_loss{name and '/'}{name}", "{:.4f}".format) for name in held_out_sets(state)),
-            find("tokens_per_second", "{:,.0f}".format),
-            find("mfu", "{:.1%}".format),
-            find("goodput", "{:.1%}".format),
+            figure("loss", "{:.4f}".format),
+            " ".join(figure(f"eval_loss{name and '/'}{name}", "{:.4f}".format) for name in held_out_sets(state)),
+            figure("tokens_per_second", "{:,.0f}".format),
+            figure("mfu", "{:.1%}".format),
+            figure("goodput", "{:.1%}".format),
             str(state.attempt - 1),
         )
     return table
 
 
-class _Find:
-    """Figures as text; those that are not there, or were not finite, as such."""
+class _FigureText:
+    """Formats figures by name; missing ones and those that were not finite are shown as such."""
 
     def __init__(self, figures: Mapping[str, float]):
         self._figures = figures
 
-    def __call__(self, name: str, form: Callable[[float], str]) -> str:
+    def __call__(self, name: str, format_value: Callable[[float], str]) -> str:
         if name not in self._figures:
             return ABSENT
         value = self._figures[name]
         if not is_predicted(name, self._figures):
             return NOTHING_PREDICTED
-        return "not finite" if value is None else form(value)
+        return "not finite" if value is None else format_value(value)
 
 
 def _head(state: RunState) -> Text:
@@ -103,47 +103,47 @@ def _left(state: RunState) -> str:
 
 
 def _training(state: RunState, blocks: bool) -> list[tuple[str, str]]:
-    find = _Find(state.figures)
+    figure = _FigureText(state.figures)
     kinds = [
         f"{name.partition('/')[2]} {value:.3g}"
         for name, value in state.figures.items()
         if name.startswith("grad_norm/") and value is not None
     ]
     rows = [
-        ("loss", find("loss", "{:.4f} nats per token".format)),
+        ("loss", figure("loss", "{:.4f} nats per token".format)),
         ("", sparkline([loss for _, loss in state.losses][-SPARKS:]) if blocks else ""),
         *_held_out(state),
-        ("gradient norm", find("grad_norm", "{:.3g}".format)),
+        ("gradient norm", figure("grad_norm", "{:.3g}".format)),
         ("", ", ".join(kinds)),
-        ("parameter norm", find("param_norm", "{:.4g}".format)),
-        ("learning rate", find("learning_rate", "{:.3g}".format)),
-        ("tokens", find("tokens", "{:,.0f}".format)),
+        ("parameter norm", figure("param_norm", "{:.4g}".format)),
+        ("learning rate", figure("learning_rate", "{:.3g}".format)),
+        ("tokens", figure("tokens", "{:,.0f}".format)),
     ]
     return [row for row in rows if any(row)]
 
 
 def held_out_sets(state: RunState) -> list[str]:
-    """Names of the held-out sets that have a loss; [""] for the one that has no name, or none yet."""
+    """Return the names of held-out sets that have a loss; "" is the unnamed one, and returned if there is none yet."""
     names = [name.removeprefix("eval_loss/") for name in state.figures if name.startswith("eval_loss/")]
     return names if names and "eval_loss" not in state.figures else ["", *names]
 
 
 def _held_out(state: RunState) -> list[tuple[str, str]]:
-    """Lines for each held-out set."""
-    find = _Find(state.figures)
+    """Return the rows for each held-out set."""
+    figure = _FigureText(state.figures)
     at = f" at step {state.evaluation:,}" if state.evaluation is not None else ""
     rows = []
     for name in held_out_sets(state):
-        rows.append((f"held-out {name or 'loss'}", find(f"eval_loss{name and '/'}{name}", "{:.4f}".format) + at))
+        rows.append((f"held-out {name or 'loss'}", figure(f"eval_loss{name and '/'}{name}", "{:.4f}".format) + at))
         keys = {f"{figure}/{name}": form for figure, form in HELD_OUT.items()}
         known = [key for key in keys if key in state.figures and is_predicted(key, state.figures)]
         if known:
-            rows.append(("", ", ".join(find(key, keys[key].format) for key in known)))
+            rows.append(("", ", ".join(figure(key, keys[key].format) for key in known)))
     return rows
 
 
 def _machine(state: RunState) -> list[tuple[str, str]]:
-    find = _Find(state.figures)
+    figure = _FigureText(state.figures)
     step = state.figures.get("step_seconds")
     shares = [
         f"{title} {value / step:.0%}"
@@ -151,7 +151,7 @@ def _machine(state: RunState) -> list[tuple[str, str]]:
         if step and (value := state.figures.get(f"{name}_seconds")) is not None
     ]
     memory = ", ".join(
-        find(f"memory_{name}_gib", f"{name} {{:.2f}}".format)
+        figure(f"memory_{name}_gib", f"{name} {{:.2f}}".format)
         for name in ("allocated", "reserved", "peak")
         if f"memory_{name}_gib" in state.figures
     )
@@ -159,23 +159,26 @@ def _machine(state: RunState) -> list[tuple[str, str]]:
     if state.checkpoint is not None:
         checkpoint = f"step {state.checkpoint[0]:,}, {duration(state.checkpoint[1])} ago"
     if "checkpoint_stall_seconds" in state.figures:
-        checkpoint += find("checkpoint_stall_seconds", "; stalled {:.2g} s".format)
+        checkpoint += figure("checkpoint_stall_seconds", "; stalled {:.2g} s".format)
     return [
-        ("speed", find("tokens_per_second", "{:,.0f} tokens/s".format)),
-        ("per device", find("model_tflops_per_device", "{:.3g} TFLOP/s, MFU ".format) + find("mfu", "{:.1%}".format)),
-        ("step time", find("step_seconds", "{:.3g} s".format) + (f": {', '.join(shares)}" if shares else "")),
-        ("pipeline bubble", find("pipeline_bubble", "{:.1%}".format)),
-        ("slowest replica", find("data_parallel_imbalance", "{:.2f} x the mean".format)),
+        ("speed", figure("tokens_per_second", "{:,.0f} tokens/s".format)),
+        (
+            "per device",
+            figure("model_tflops_per_device", "{:.3g} TFLOP/s, MFU ".format) + figure("mfu", "{:.1%}".format),
+        ),
+        ("step time", figure("step_seconds", "{:.3g} s".format) + (f": {', '.join(shares)}" if shares else "")),
+        ("pipeline bubble", figure("pipeline_bubble", "{:.1%}".format)),
+        ("slowest replica", figure("data_parallel_imbalance", "{:.2f} x the mean".format)),
         ("memory (GiB)", memory or ABSENT),
-        ("goodput", find("goodput", "{:.1%}".format)),
+        ("goodput", figure("goodput", "{:.1%}".format)),
         ("restarts", str(state.attempt - 1)),
-        ("spikes", ", ".join(find(name, form.format) for name, form in SPIKES.items())),
+        ("spikes", ", ".join(figure(name, form.format) for name, form in SPIKES.items())),
         ("checkpoint", checkpoint),
     ]
 
 
 def _layers(state: RunState) -> Table | None:
-    """The RG-LRU's figures, a line for each recurrent layer and one for all."""
+    """Return a table of the RG-LRU's figures: one row per recurrent layer and one for all."""
     names = sorted({name.split("/")[2] for name in state.figures if name.startswith("rglru/")})
     if not names:
         return None
@@ -184,14 +187,14 @@ def _layers(state: RunState) -> Table | None:
     titles = ("layer", "memory 5 %", "50 %", "95 %", "mean decay", "input closed", "open", "recurrence closed", "open")
     for title in titles:
         table.add_column(title, justify="left" if title == "layer" else "right")
-    find = _Find(state.figures)
+    figure = _FigureText(state.figures)
     shares = [f"{gate}_{end}" for gate in ("input_gate", "recurrence_gate") for end in ("closed", "open")]
     for name in names:
         table.add_row(
             name,
-            *(find(f"rglru/memory_{quantile}/{name}", "{:,.3g}".format) for quantile in ("p05", "p50", "p95")),
-            find(f"rglru/decay_mean/{name}", "{:.4f}".format),
-            *(find(f"rglru/{share}/{name}", "{:.1%}".format) for share in shares),
+            *(figure(f"rglru/memory_{quantile}/{name}", "{:,.3g}".format) for quantile in ("p05", "p50", "p95")),
+            figure(f"rglru/decay_mean/{name}", "{:.4f}".format),
+            *(figure(f"rglru/{share}/{name}", "{:.1%}".format) for share in shares),
         )
     return table
 
@@ -206,23 +209,23 @@ def _events(state: RunState) -> list[Text]:
     if state.events:
         lines.append(Text("Ledger", "bold"))
         lines += [Text(_event(event)) for event in state.events]
-    if state.said:
-        lines.append(Text.assemble(("Console: ", "bold"), state.said))
+    if state.last_line:
+        lines.append(Text.assemble(("Console: ", "bold"), state.last_line))
     return lines
 
 
 def _event(event: Mapping[str, object]) -> str:
     when = event.get("time")
-    said = ""
+    date = ""
     if isinstance(when, float) and 0 <= when < MOST_TIME:
-        said = time.strftime("%m-%d %H:%M", time.localtime(when))
+        date = time.strftime("%m-%d %H:%M", time.localtime(when))
     words = [str(event[key]) for key in ("kind", "action") if key in event]
     rest = [f"{key} {value}" for key, value in event.items() if key not in ("time", "step", "kind", "action")]
-    return f"{said} step {event.get('step', ABSENT)}: {', '.join([*words, *rest])}"
+    return f"{date} step {event.get('step', ABSENT)}: {', '.join([*words, *rest])}"
 
 
 def _stragglers(found: Mapping[str, object]) -> str:
-    """The slowest hosts and ranks, as the run's last report has them."""
+    """Return the slowest hosts and ranks of the run's last report."""
 
     def slowest(key: str, name: Callable[[Mapping[str, object]], str]) -> Iterable[str]:
         rows = found.get(key)
@@ -240,7 +243,7 @@ def _stragglers(found: Mapping[str, object]) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """One block per value, from the lowest to the highest of them."""
+    """Draw one block character per finite value, scaled from their minimum to their maximum."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""

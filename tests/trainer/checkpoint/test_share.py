@@ -1,4 +1,4 @@
-"""A rank's share of a save: what it says is on disk is, and it leaves nothing behind when it fails."""
+"""A rank's share of a save: files that it reports are on disk, and a failure leaves no file open."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from tests.saving import Layout, random_state
 
 
 class Reports:
-    """What a share reports, once."""
+    """Receives the one report of a share."""
 
     def __init__(self) -> None:
         self.found: dict[str, Any] = {}
-        self.come = threading.Event()
+        self.has_come = threading.Event()
 
     def __call__(self, message: dict[str, Any]) -> None:
-        assert not self.come.is_set()
+        assert not self.has_come.is_set()
         self.found = message
-        self.come.set()
+        self.has_come.set()
 
 
 @contextmanager
 def share_of_one(folder: Path, report: Any) -> Iterator[Share]:
-    """Of a rank that has nobody to exchange with."""
+    """The share of a single rank, which has no other to exchange values with."""
     layout = Layout(1, 1)
     folder.mkdir()
     staged = np.empty((3, layout.plans[0].elements), np.float32)
@@ -43,7 +43,7 @@ def share_of_one(folder: Path, report: Any) -> Iterator[Share]:
     setup = Setup(rank=0, parent=0, world_size=1, host="here", key=b"", plan=layout.plans[0], target=unused, timeout=30)
     share = Share(setup, staged, unused, folder, report)
     yield share
-    share.give_up()
+    share.abort()
     assert share.join()
 
 
@@ -52,7 +52,7 @@ def open_below(folder: Path) -> list[str]:
     return [path for link in links if os.path.lexists(link) and (path := os.readlink(link)).startswith(str(folder))]
 
 
-def test_all_that_it_reports_is_durable(tmp_path: Path) -> None:
+def test_reported_files_are_synchronised(tmp_path: Path) -> None:
     synchronised, fsync = set(), os.fsync
 
     def observed(descriptor: int) -> None:
@@ -67,16 +67,16 @@ def test_all_that_it_reports_is_durable(tmp_path: Path) -> None:
         reports(message)
 
     with mock.patch("os.fsync", observed), share_of_one(folder, report):
-        assert reports.come.wait(60)
+        assert reports.has_come.wait(60)
     files = {path for path in folder.rglob("*") if path.is_file()}
     assert {folder / name for name in reports.found["files"]} == {path for path in files if path.name != "zarr.json"}
     assert when_reported == files | {path.parent for path in files}
     assert open_below(folder) == []
 
 
-@pytest.mark.parametrize("harm", ["no space to write", "no space to synchronise", "given up"])
+@pytest.mark.parametrize("harm", ["no space to write", "no space to synchronise", "aborted"])
 def test_a_share_that_fails_leaves_no_file_open(tmp_path: Path, harm: str) -> None:
-    """An open file keeps its space when it is removed, which the next save may need."""
+    """A removed file keeps its disk space while it is open, and the next save may need it."""
     folder, reports, write_begun = tmp_path / "step", Reports(), threading.Semaphore(0)
     count, lock, fsync, fadvise = 0, threading.Lock(), os.fsync, os.posix_fadvise
 
@@ -95,15 +95,15 @@ def test_a_share_that_fails_leaves_no_file_open(tmp_path: Path, harm: str) -> No
         mock.patch("os.posix_fadvise", lambda *arguments: failing("no space to write", fadvise, *arguments)),
         share_of_one(folder, reports) as share,
     ):
-        if harm == "given up":
+        if harm == "aborted":
             for _ in range(30):
                 assert write_begun.acquire(timeout=60)
-            share.give_up()
-        assert reports.come.wait(60)
+            share.abort()
+        assert reports.has_come.wait(60)
         assert share.join()
         error = reports.found["error"]
-        if harm == "given up":
-            assert "given up" in error
+        if harm == "aborted":
+            assert "aborted" in error
         else:
             assert f"{folder}/" in error
             assert "No space left on device" in error

@@ -1,4 +1,4 @@
-"""Which rank this process is, where torchrun, srun or mpiexec started it."""
+"""Discovery of this process's rank under torchrun, srun or mpiexec."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from typing import Any, NoReturn
 from griffin.parallel.world.messages import pack, unpack
 from griffin.parallel.world.ranks import LOOPBACK, Ranks, RunError, is_loopback, serve_store
 
-# Ports for jobs whose ranks have no other channel to agree on one: below Linux's ephemeral range.
+# Ports for jobs whose ranks cannot agree on one otherwise: below Linux's ephemeral range.
 FIRST_PORT, PORTS = 20_000, 10_000
-# The run's key, as hexadecimal digits: a job's script draws it, and srun hands it on to the ranks alone.
+# The run's key in hexadecimal digits: the job script generates it, and srun passes it to the ranks only.
 KEY = "GRIFFIN_RUN_KEY"
-PLACE_BYTES = 512  # of the message in which MPI's rank 0 says where the store is: host names have at most 253
+MESSAGE_BYTES = 512  # of the broadcast with the store's address over MPI; host names have at most 253
 
 
 def discover() -> Ranks | None:
-    """This process's place among the ranks of the launcher that started it; None where no launcher did.
+    """Return this process's rank as set by its launcher, or None without a launcher.
 
-    Call it once per process, and end a rank that fails with `leave`: where mpiexec is the launcher, this starts MPI.
-    Raises ValueError where the launcher's variables contradict one another.
+    Call it once per process, and end failed ranks with `leave`: under mpiexec, this initialises MPI. Raises ValueError
+    if the launcher's environment variables contradict one another.
     """
     environment = os.environ
     if "RANK" in environment:
         return _torchrun(environment)
-    # mpiexec inside a SLURM job starts its own daemons with srun, whose variables reach the ranks: look here first.
+    # Before SLURM: mpiexec inside a SLURM job starts its daemons with srun, whose variables reach the ranks.
     if "OMPI_COMM_WORLD_SIZE" in environment or "MPI_LOCALNRANKS" in environment:
         return _mpi(environment)
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
@@ -43,29 +43,31 @@ def discover() -> Ranks | None:
 
 
 def failure_text(error: BaseException) -> str:
-    """What a rank that fails prints: the error alone where it tells all, else its traceback too.
+    """Return what a failed rank prints: the message of a self-explanatory error, else the traceback.
 
-    That the store is lost is a consequence: the process that serves it has ended, perhaps for what was put there.
+    A lost store is a consequence of another failure: the process that serves it has ended.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and isinstance(error, distributed.DistNetworkError):
-        said = str(error).partition("\n")[0]  # C++ frames follow
-        return f"{type(error).__name__}: lost the rendezvous store: {said}\n"
-    tells_all = isinstance(error, RunError) or (isinstance(error, OSError) and error.filename is not None)
-    return f"{type(error).__name__}: {error}\n" if tells_all else "".join(traceback.format_exception(error))
+        message = str(error).partition("\n")[0]  # C++ frames follow
+        return f"{type(error).__name__}: lost the rendezvous store: {message}\n"
+    is_self_explanatory = isinstance(error, RunError) or (isinstance(error, OSError) and error.filename is not None)
+    return f"{type(error).__name__}: {error}\n" if is_self_explanatory else "".join(traceback.format_exception(error))
 
 
 def leave(code: int) -> NoReturn:
-    """End this rank at once, so that its launcher ends the others: on the usual way out, destructors and MPI's
-    finalisation would wait for them."""
-    with suppress(OSError):  # a full disk, or a reader that is gone
+    """Exit at once, so that the launcher ends the other ranks.
+
+    A normal exit would wait for them in destructors and MPI's finalisation.
+    """
+    with suppress(OSError):  # a full disk, or a closed pipe
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
 
 
 def slurm_tasks_unused() -> int:
-    """Tasks of the SLURM allocation that this process was started in without srun, so not as one of them; else 0."""
+    """Return the number of tasks of a SLURM allocation in which this process was started without srun; else 0."""
     started_by_srun = "SLURM_STEP_ID" in os.environ
     return 0 if started_by_srun else int(os.environ.get("SLURM_NTASKS", 0))
 
@@ -86,8 +88,8 @@ def _key(environment: Mapping[str, str]) -> bytes:
     return text.encode()
 
 
-def _agree(name: str, value: int, environment: Mapping[str, str], *others: str) -> None:
-    """Refuse to start where the launchers involved count different worlds."""
+def _check_agreement(name: str, value: int, environment: Mapping[str, str], *others: str) -> None:
+    """Raise ValueError if the launchers involved disagree about the world size."""
     for other in others:
         if other in environment and _integer(environment, other, name) != value:
             raise ValueError(
@@ -96,12 +98,12 @@ def _agree(name: str, value: int, environment: Mapping[str, str], *others: str) 
             )
 
 
-def _agree_with_slurm(world_size: int, on_one_node: bool, environment: Mapping[str, str]) -> None:
-    """Refuse a world of mpiexec's that is not that of the SLURM job around it."""
+def _check_slurm_agreement(world_size: int, on_one_node: bool, environment: Mapping[str, str]) -> None:
+    """Raise ValueError if mpiexec's world is not that of the surrounding SLURM job."""
     tasks, name = int(environment.get("SLURM_NTASKS") or 1), "SLURM_NTASKS"
     nodes = int(environment.get("SLURM_STEP_NUM_NODES") or 1)
     if "SLURM_STEP_ID" in environment and tasks == nodes:
-        # It looks like mpiexec's own step of one daemon per node, whose variables hide the job's number of tasks.
+        # Probably mpiexec's own step of one daemon per node, whose variables hide the job's number of tasks.
         if "SLURM_NTASKS_PER_NODE" in environment:
             per_node = _integer(environment, "SLURM_NTASKS_PER_NODE", "SLURM")
             tasks = per_node * int(environment.get("SLURM_JOB_NUM_NODES") or 1)
@@ -125,9 +127,9 @@ def _torchrun(environment: Mapping[str, str]) -> Ranks:
     if not address:
         raise ValueError("MASTER_ADDR: missing from the environment, which otherwise looks like that of torchrun")
     if "SLURM_STEP_ID" in environment and "SLURM_NTASKS" in environment:
-        # One torchrun per task of srun, each with a group of ranks; without torchrun, the variables are a script's own.
+        # One torchrun per srun task, each with a group of ranks. Without torchrun, a script set the variables.
         groups = "GROUP_WORLD_SIZE" if "GROUP_WORLD_SIZE" in environment else "WORLD_SIZE"
-        _agree(groups, _integer(environment, groups, "torchrun"), environment, "SLURM_NTASKS")
+        _check_agreement(groups, _integer(environment, groups, "torchrun"), environment, "SLURM_NTASKS")
     return Ranks(
         rank=_integer(environment, "RANK", "torchrun"),
         world_size=_integer(environment, "WORLD_SIZE", "torchrun"),
@@ -142,7 +144,7 @@ def _torchrun(environment: Mapping[str, str]) -> Ranks:
 
 def _slurm(environment: Mapping[str, str]) -> Ranks:
     world_size = _integer(environment, "SLURM_NTASKS", "srun")
-    _agree("SLURM_NTASKS", world_size, environment, "SLURM_STEP_NUM_TASKS", "WORLD_SIZE", "PMI_SIZE")
+    _check_agreement("SLURM_NTASKS", world_size, environment, "SLURM_STEP_NUM_TASKS", "WORLD_SIZE", "PMI_SIZE")
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if not hosts:
         raise ValueError("SLURM_STEP_NODELIST: missing from the environment, which otherwise looks like that of srun")
@@ -153,9 +155,9 @@ def _slurm(environment: Mapping[str, str]) -> Ranks:
         raise ValueError(f"MASTER_ADDR = {address!r}: must be reachable from all {nodes} nodes, or left out")
     if "MASTER_PORT" in environment:
         port = _integer(environment, "MASTER_PORT", "srun")
-    else:  # jobs that share a node have different ids, and the steps of a job too
+    else:  # jobs that share a node have different ids, as have the steps of a job
         job, step = (_integer(environment, name, "srun") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-        # Whoever knows the job's number alone does not know the port, where there is a key.
+        # With a key, the port cannot be guessed from the job's number.
         secret = int.from_bytes(hashlib.sha256(b"port" + key).digest()) if (key := _key(environment)) else 0
         port = FIRST_PORT + (secret + job * 17 + step) % PORTS
     return Ranks(
@@ -171,7 +173,7 @@ def _slurm(environment: Mapping[str, str]) -> Ranks:
 
 
 def first_host(nodelist: str) -> str:
-    """First host of a SLURM node list: "n[01-03,7],m2" gives "n01", "a,b" gives "a"."""
+    """Return the first host of a SLURM node list: "n01" of "n[01-03,7],m2", "a" of "a,b"."""
     host = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
     if host is None:
         raise ValueError(f"SLURM_STEP_NODELIST = {nodelist!r}: must be a list of hosts")
@@ -179,13 +181,13 @@ def first_host(nodelist: str) -> str:
 
 
 def mpi_world(environment: Mapping[str, str]) -> Any:
-    """mpi4py's communicator of all ranks that mpiexec started.
+    """Return mpi4py's communicator of all ranks that mpiexec started.
 
-    Raises ValueError where mpi4py cannot be used, or counts other ranks than mpiexec does.
+    Raises ValueError if mpi4py cannot be used, or disagrees with mpiexec about the number of ranks.
     """
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # mpi4py raises RuntimeError where it finds no MPI library
+    except (ImportError, RuntimeError) as error:  # mpi4py raises RuntimeError without an MPI library
         raise ValueError(
             f"started by mpiexec, but mpi4py cannot be used ({str(error).splitlines()[0]}): install "
             "griffin-megatron[mpi] and the MPI that mpiexec belongs to"
@@ -205,15 +207,15 @@ def _mpi(environment: Mapping[str, str]) -> Ranks:
     from mpi4py import MPI
 
     node: Any = world.Split_type(MPI.COMM_TYPE_SHARED)
-    _agree_with_slurm(world.size, node.size == world.size, environment)
-    server, word = None, bytearray(PLACE_BYTES)
+    _check_slurm_agreement(world.size, node.size == world.size, environment)
+    server, message = None, bytearray(MESSAGE_BYTES)
     if world.rank == 0:
         host = LOOPBACK if node.size == world.size else socket.gethostname()
         address = environment.get("MASTER_ADDR") or host
         server = serve_store(address, 0, world.size)
-        word[:] = pack((address, server.port, secrets.token_bytes(32))).ljust(PLACE_BYTES)
-    world.Bcast(word, root=0)  # mpi4py's bcast would unpickle
-    address, port, key = unpack(bytes(word), tuple[str, int, bytes])
+        message[:] = pack((address, server.port, secrets.token_bytes(32))).ljust(MESSAGE_BYTES)
+    world.Bcast(message, root=0)  # mpi4py's lower-case bcast would unpickle
+    address, port, key = unpack(bytes(message), tuple[str, int, bytes])
     return Ranks(
         rank=world.rank,
         world_size=world.size,

@@ -1,4 +1,4 @@
-"""Launches of the Triton programs of a recurrence: what runs forward and backward, and in what order."""
+"""Forward and backward passes of a recurrence as sequences of Triton program launches."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin.kernels.launch import launch, multiprocessors
-from griffin.kernels.layout import like, rows, strides
+from griffin.kernels.memory_layout import dense_channels, dense_like, stride_arguments
 from griffin.kernels.recurrence import programs
 from griffin.kernels.recurrence.plan import (
     CARRIES_BLOCK,
     CARRIES_CHUNKS,
     CARRIES_WARPS,
     Plan,
-    loop,
     select_plan,
+    unroll_and_stages,
 )
+from griffin.kernels.triton_launch import launch, multiprocessors
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What both directions read; see `programs`. With an input gate the terms are made by RG-LRU gates, else given."""
+class ScanInputs:
+    """Inputs of both passes; see `programs`. With an input gate, the terms are computed by RG-LRU gates."""
 
     term: Tensor
     gate: Tensor
@@ -47,29 +47,29 @@ class Inputs:
         starts: Tensor | None,
         initial_state: Tensor | None,
         chunk: int | None,
-    ) -> Inputs:
-        """Copies tensors whose channels do not adjoin, and no others."""
+    ) -> ScanInputs:
+        """Collect the inputs. Only tensors without contiguous channels are copied."""
         steps, batch, width = term.shape
         if initial_state is None:
             state = term.new_zeros(batch, width, dtype=torch.float32)
         else:
             state = initial_state.contiguous()
         return cls(
-            term=rows(term),
-            gate=rows(gate),
-            input_gate=None if input_gate is None else rows(input_gate),
+            term=dense_channels(term),
+            gate=dense_channels(gate),
+            input_gate=None if input_gate is None else dense_channels(input_gate),
             rate=rate,
-            branch=None if branch is None else rows(branch),
+            branch=None if branch is None else dense_channels(branch),
             starts=starts,
             initial_state=state,
             first_is_start=starts is None and initial_state is None,
             plan=select_plan(steps, batch, width, multiprocessors(term.device), chunk),
         )
 
-    def launch(self, program: Any, spans: int, **outputs: Any) -> None:
-        """Run a program for so many spans of time; tensors among its arguments may be None."""
+    def launch(self, program: Any, chunks: int, **outputs: Any) -> None:
+        """Launch a program over `chunks` chunks of time. Tensors among `outputs` may be None."""
         steps, batch, width = self.term.shape
-        unroll, stages = loop(program.__name__, self.term.element_size())
+        unroll, stages = unroll_and_stages(program.__name__, self.term.element_size())
         tensors = {
             "term": self.term,
             "gate": self.gate,
@@ -87,7 +87,7 @@ class Inputs:
             "B": batch,
             "R": width,
             "L": self.plan.chunk,
-            **strides(tensors),
+            **stride_arguments(tensors),
             "GATED": self.input_gate is not None,
             "HAS_BRANCH": self.branch is not None,
             "HAS_STARTS": self.starts is not None,
@@ -95,23 +95,25 @@ class Inputs:
             "STAGES": stages,
             **outputs,
         }
-        launch(program, spans, arguments, self.term)
+        launch(program, chunks, arguments, self.term)
 
     def new_states(self, chunks: int) -> Tensor:
         return self.term.new_empty((chunks, *self.term.shape[1:]), dtype=torch.float32)
 
 
-def first_states(inputs: Inputs) -> Tensor:
-    """[chunks, B, R], or [B, R] for a single chunk: the state each chunk begins with."""
-    return inputs.initial_state if inputs.plan.chunks == 1 else _carries(inputs, inputs.initial_state, grad_y=None)
+def first_states(inputs: ScanInputs) -> Tensor:
+    """Return the initial state of each chunk: [chunks, B, R], or [B, R] for a single chunk."""
+    return (
+        inputs.initial_state if inputs.plan.chunks == 1 else _chunk_carries(inputs, inputs.initial_state, grad_y=None)
+    )
 
 
-def _carries(inputs: Inputs, first: Tensor, grad_y: Tensor | None) -> Tensor:
-    """States that chunks begin with, or with grad_y the gradients that reach their last states from later chunks."""
+def _chunk_carries(inputs: ScanInputs, first: Tensor, grad_y: Tensor | None) -> Tensor:
+    """Return the initial states of the chunks, or with grad_y the gradients of their last states from later chunks."""
     chunks, reverse = inputs.plan.chunks, grad_y is not None
     end, carries = inputs.new_states(chunks), inputs.new_states(chunks)
     product = torch.empty_like(end, dtype=torch.float64)
-    # Forward, nothing needs the last chunk's sum.
+    # The forward pass does not need the last chunk's summary.
     inputs.launch(
         programs.chunk_summaries,
         chunks if reverse else chunks - 1,
@@ -119,7 +121,7 @@ def _carries(inputs: Inputs, first: Tensor, grad_y: Tensor | None) -> Tensor:
         product=product,
         end=end,
         REVERSE=reverse,
-        **strides({"grad": grad_y}),
+        **stride_arguments({"grad": grad_y}),
     )
     chained = {"product": product, "end": end, "first": first, "carries": carries, "chunks": chunks}
     chained |= {"B": inputs.term.shape[1], "R": inputs.term.shape[2], "REVERSE": reverse, "CHUNKS": CARRIES_CHUNKS}
@@ -127,19 +129,19 @@ def _carries(inputs: Inputs, first: Tensor, grad_y: Tensor | None) -> Tensor:
     return carries
 
 
-def forward(inputs: Inputs, firsts: Tensor, *, keep_states: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y, the states apart from it where there is a branch and they are to be kept, and the last state [B, R]."""
-    y, last_state = like(inputs.term), inputs.new_states(1)[0]
-    states = like(inputs.term) if keep_states and inputs.branch is not None else None
+def forward(inputs: ScanInputs, initial_states: Tensor, *, keep_states: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return y, the states if they differ from y (there is a branch) and `keep_states` is set, and the last state."""
+    y, last_state = dense_like(inputs.term), inputs.new_states(1)[0]
+    states = dense_like(inputs.term) if keep_states and inputs.branch is not None else None
     inputs.launch(
         programs.scan_forward,
         inputs.plan.chunks,
-        first_states=firsts,
+        first_states=initial_states,
         y=y,
         states=states,
         last_state=last_state,
         HAS_STATES=states is not None,
-        **strides({"y": y, "states": states}),
+        **stride_arguments({"y": y, "states": states}),
     )
     return y, states, last_state
 
@@ -154,16 +156,16 @@ class Gradients:
     initial_state: Tensor
 
 
-def backward(inputs: Inputs, states: Tensor, grad_y: Tensor, grad_last: Tensor) -> Gradients:
-    """Gradients of everything that `inputs` holds, from h of every step in the dtype of y."""
+def backward(inputs: ScanInputs, states: Tensor, grad_y: Tensor, grad_last: Tensor) -> Gradients:
+    """Return the gradients of all inputs. `states` is h of every step in the dtype of y."""
     chunks = inputs.plan.chunks
-    grad_y, grad_last = rows(grad_y), grad_last.contiguous()
-    carries = grad_last if chunks == 1 else _carries(inputs, grad_last, grad_y)
+    grad_y, grad_last = dense_channels(grad_y), grad_last.contiguous()
+    carries = grad_last if chunks == 1 else _chunk_carries(inputs, grad_last, grad_y)
     grads = {
-        "grad_term": like(inputs.term),
-        "grad_gate": like(inputs.gate),
-        "grad_input": None if inputs.input_gate is None else like(inputs.input_gate),
-        "grad_branch": None if inputs.branch is None else like(inputs.branch),
+        "grad_term": dense_like(inputs.term),
+        "grad_gate": dense_like(inputs.gate),
+        "grad_input": None if inputs.input_gate is None else dense_like(inputs.input_gate),
+        "grad_branch": None if inputs.branch is None else dense_like(inputs.branch),
     }
     grad_rates = None if inputs.rate is None else inputs.new_states(chunks)
     grad_initial_state = inputs.new_states(1)[0]
@@ -177,13 +179,13 @@ def backward(inputs: Inputs, states: Tensor, grad_y: Tensor, grad_last: Tensor) 
         grad_rates=grad_rates,
         grad_initial_state=grad_initial_state,
         **grads,
-        **strides({"states": states, "grad": grad_y, **grads}),
+        **stride_arguments({"states": states, "grad": grad_y, **grads}),
     )
     return Gradients(
         term=grads["grad_term"],  # type: ignore[arg-type]
         gate=grads["grad_gate"],  # type: ignore[arg-type]
         input_gate=grads["grad_input"],
-        # Summed in a fixed order: two runs give the same bits.
+        # Summed in a fixed order: deterministic.
         rate=None if grad_rates is None else grad_rates.sum((0, 1)),
         branch=grads["grad_branch"],
         initial_state=grad_initial_state,

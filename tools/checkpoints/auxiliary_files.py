@@ -1,4 +1,4 @@
-"""Files that go along with a model's weights from format to format: its tokenizer, and how it is to be used."""
+"""Auxiliary files of a model, kept with its weights through conversions: tokenizer, config.json, generation config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from griffin.trainer.checkpoint.zarr_io import CheckpointError, naming, synchronise
 from griffin.trainer.files import open_regular, parse_json, read_regular
 
-SOURCE = "source"  # the subfolder of a checkpoint that holds them
+SOURCE_FOLDER = "source"  # subfolder of a checkpoint with the auxiliary files of the model that it was converted from
 CONFIG = "config.json"
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
@@ -23,22 +23,22 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-CARRIED = (*TOKENIZER_FILES, "generation_config.json", CONFIG)
+AUXILIARY_FILES = (*TOKENIZER_FILES, "generation_config.json", CONFIG)
 
 
-def files_of(folder: Path, names: Iterable[str] = CARRIED) -> dict[str, Path]:
-    """Those of `names` that a folder holds, with where they are; none if there is no such folder.
+def find_files(folder: Path, names: Iterable[str] = AUXILIARY_FILES) -> dict[str, Path]:
+    """Return the paths of those of `names` that a folder holds; empty if there is no such folder.
 
-    Raises CheckpointError for a symbolic link that leads out of it.
+    Raises CheckpointError for a symbolic link that leads out of the folder.
     """
     return {name: require_inside(folder, name) for name in names if (folder / name).is_file()}
 
 
 def require_inside(folder: Path, name: str) -> Path:
-    """The path of a folder's file. CheckpointError where it is a symbolic link that leads out of the folder.
+    """Return the path of a file in a folder. Raises CheckpointError for a symbolic link that leads out of the folder.
 
-    Whoever made the folder would have other files of the reader's copied. In Hugging Face's cache a folder
-    `snapshots/X` is of links to `blobs` beside `snapshots`, which are followed.
+    Following such links would let whoever made the folder have other files of this user copied. Links from a
+    `snapshots/X` folder of Hugging Face's cache to `blobs` beside `snapshots` are followed.
     """
     path, root = folder / name, folder.resolve()
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
@@ -47,13 +47,13 @@ def require_inside(folder: Path, name: str) -> Path:
     return path
 
 
-def carried_files(checkpoint: Path) -> dict[str, Path]:
-    """What a checkpoint carries along."""
-    return files_of(checkpoint / SOURCE)
+def checkpoint_auxiliary_files(checkpoint: Path) -> dict[str, Path]:
+    """Return the auxiliary files that a checkpoint holds, by name."""
+    return find_files(checkpoint / SOURCE_FOLDER)
 
 
 def copy_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copy files into a folder under new names, durably. Raises CheckpointError naming one that cannot be read."""
+    """Copy files into a folder under the given names and sync them. Raises CheckpointError for an unreadable file."""
     for name, path in files.items():
         with naming(path), open_regular(path) as source, open(folder / name, "xb") as copy:
             shutil.copyfileobj(source, copy)
@@ -63,19 +63,19 @@ def copy_files(files: Mapping[str, Path], folder: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a file. Raises CheckpointError naming the file for anything else."""
+    """Read a JSON object from a file. Raises CheckpointError naming the file for anything else."""
     with naming(path):
         text = read_regular(path)
     try:
         values = parse_json(text)
     except ValueError as error:
-        raise CheckpointError(f"{path}: is no JSON: {error}") from None
+        raise CheckpointError(f"{path}: is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: must be a JSON object")
     return values
 
 
 def tokenizer_text(names: Iterable[str]) -> str:
-    """Which of some carried files are a tokenizer's, for people."""
+    """Describe which of some auxiliary files belong to a tokenizer, for messages."""
     found = [name for name in names if name in TOKENIZER_FILES]
     return f"tokenizer files: {', '.join(found)}" if found else "no tokenizer files"

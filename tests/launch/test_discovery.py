@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from griffin.launch.ranks import discover, failure_text, first_host, slurm_tasks_unused
+from griffin.launch.discovery import discover, failure_text, first_host, slurm_tasks_unused
 from griffin.parallel.world.ranks import Ranks, serve_store
 from griffin.trainer.checkpoint.saving.exchange import Listener
 
@@ -63,7 +63,7 @@ def without(variables: dict[str, str], name: str) -> dict[str, str]:
     return {key: value for key, value in variables.items() if key != name}
 
 
-def test_a_store_that_is_lost_is_one_line() -> None:
+def test_a_lost_store_is_reported_in_one_line() -> None:
     error = dist.DistNetworkError("Failed to recv\nException raised from recvBytes\nframe #0: ...")
     assert failure_text(error) == "DistNetworkError: lost the rendezvous store: Failed to recv\n"
 
@@ -95,7 +95,7 @@ def test_torchrun_variable_missing(environment, name: str) -> None:
         discover()
 
 
-def test_variable_that_is_no_number(environment) -> None:
+def test_variable_that_is_not_a_number(environment) -> None:
     environment(TORCHRUN | {"WORLD_SIZE": "four"})
     with pytest.raises(ValueError, match=re.escape("WORLD_SIZE = 'four' (torchrun): must be an integer")):
         discover()
@@ -126,7 +126,7 @@ def test_slurm_steps_of_one_job_use_different_ports(environment) -> None:
     assert len(ports) == 3
 
 
-def test_slurm_port_is_not_known_without_the_key(environment) -> None:
+def test_slurm_port_depends_on_the_key(environment) -> None:
     ports = set()
     for key in ("", "0" * 64, "1" * 64):
         environment(SLURM | {"GRIFFIN_RUN_KEY": key})
@@ -141,7 +141,7 @@ def test_slurm_port_is_not_known_without_the_key(environment) -> None:
         discover()
 
 
-def test_slurm_on_one_node_stays_on_it(environment) -> None:
+def test_slurm_on_one_node_uses_loopback(environment) -> None:
     environment(SLURM | {"SLURM_STEP_NUM_NODES": "1"})
     ranks = discover()
     assert ranks is not None
@@ -207,7 +207,7 @@ def test_first_host(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
 
 
-def test_mpi_of_another_make_than_mpiexec(environment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mpi4py_with_another_mpi_than_mpiexec(environment, monkeypatch: pytest.MonkeyPatch) -> None:
     environment({"PMI_RANK": "1", "PMI_SIZE": "4"})
     alone = types.SimpleNamespace(COMM_WORLD=types.SimpleNamespace(size=1, rank=0))
     monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=alone))
@@ -313,7 +313,7 @@ def test_rank_0_serves_the_store_where_no_launcher_does() -> None:
 
 
 ADD_UP = """
-from griffin.launch.ranks import discover
+from griffin.launch.discovery import discover
 import torch, torch.distributed as dist
 ranks = discover()
 dist.init_process_group("gloo", store=ranks.store(), rank=ranks.rank, world_size=ranks.world_size)

@@ -1,6 +1,6 @@
-"""What `griffin bench kernels` runs: our operations with their inputs, the check of their results, and the clock.
+"""Operations that `griffin bench kernels` measures: their inputs, the check of their results, and their timing.
 
-Tensors are [T, B, R]: positions, sequences, channels. Whoever imports this has imported torch.
+Tensors are [T, B, R]: positions, sequences, channels. This module imports torch.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from griffin.kernels.rglru.reference import GATE_SCALE
 
 Tensors = dict[str, Tensor]
 
-# Largest difference from float64, relative to the largest value of each result. bfloat16: results and the states that
-# the backward reads are rounded to 8 bits, which makes 3e-3 of it. float32: channels remember some thousand positions,
-# over which errors of a decay in its last bits add up.
+# Largest difference from float64, relative to the largest value of each result. bfloat16: results, and states that the
+# backward reads, are rounded to 8 bits, which gives about 3e-3. float32: channels remember some thousand positions,
+# over which rounding errors of the decay add up.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-3}
-CHANNELS = 64  # that are compared: channels do not mix, so a full-width result can be checked on some of them
+CHANNELS = 64  # channels compared: they do not mix, so some of them are enough to check a full-width result
 
-SETS = 3  # of inputs that rounds take in turn
-LARGE_SET = 2**30  # bytes, of which no cache holds a noticeable part: one set of such is enough
+SETS = 3  # sets of inputs that rounds use in turn
+LARGE_SET = 2**30  # bytes: a set this large does not fit into any cache, so one is enough
 FLUSH_BYTES = 2**29  # more than any cache holds
-HEAD_START = 2.0  # ms for which a device is kept busy before what is timed
-WARM_UP = 2  # rounds that are not counted
-MARGIN = 1.1  # of memory, for states of chunks and what the allocator cannot use
+HEAD_START = 2.0  # ms for which the device is kept busy before the timed work
+WARM_UP = 2  # untimed rounds
+MARGIN = 1.1  # factor on memory, for states of chunks and fragmentation
 
 
 @dataclass(frozen=True)
@@ -54,31 +54,32 @@ class Shape:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation of ours. `run` takes the inputs, a backend and the selector's override, and returns y first.
+    """One of our operations. `run` takes the inputs, a backend and a chunk length (None: chosen), and returns y first.
 
-    forward_tensors, backward_tensors: tensors [T, B, R] that each pass cannot but read or write once.
+    forward_tensors, backward_tensors: number of tensors [T, B, R] that each pass must read or write at least once.
     """
 
     name: str
-    inputs: tuple[str, ...]  # those [T, B, R]
-    parameters: Mapping[str, int]  # rows of those [rows, R], 0 for [R]
+    inputs: tuple[str, ...]  # names of inputs [T, B, R]
+    parameters: Mapping[str, int]  # rows of parameters [rows, R]; 0 for [R]
     forward_tensors: int
     backward_tensors: int
     run: Callable[[Tensors, str, int | None], Tensors]
-    in_chunks: bool = True  # whether the selector of a recurrence chooses its path
+    in_chunks: bool = True  # whether it is a recurrence, which can be cut into chunks
 
     def floor_bytes(self, shape: Shape, element_size: int) -> int:
-        """Bytes that forward and backward move at the least."""
+        """Return the least number of bytes that forward and backward move."""
         return (self.forward_tensors + self.backward_tensors) * shape.elements * element_size
 
     def memory(self, shape: Shape, element_size: int) -> int:
-        """Bytes for all sets of inputs, one forward and backward, and the comparison in float64."""
+        """Return the bytes needed for all sets of inputs, one forward and backward, and the check in float64."""
         tensor = shape.elements * element_size
         at_work = self.backward_tensors + 1 + (self.sets(shape, element_size) - 1) * (len(self.inputs) + 1)
         compared = 24 * 8 * shape.elements // shape.width * min(CHANNELS, shape.width)
         return int(MARGIN * (at_work * tensor + compared))
 
     def sets(self, shape: Shape, element_size: int) -> int:
+        """Return the number of sets of inputs."""
         return 1 if (len(self.inputs) + 1) * shape.elements * element_size >= LARGE_SET else SETS
 
 
@@ -88,7 +89,7 @@ def _rglru(inputs: Tensors, backend: str, chunk: int | None) -> Tensors:
 
 
 def _rglru_from_zero(inputs: Tensors, backend: str, chunk: int | None) -> Tensors:
-    """The first position is like any other, as in the scans of peers, which know nothing of documents."""
+    """Run from a zero state, so that the first position is like any other, as in peers, which have no documents."""
     x = inputs["x"]
     zero = x.new_zeros(x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32))
     y, last_state = rglru(**inputs, initial_state=zero, backend=backend, chunk=chunk)  # type: ignore[arg-type]
@@ -101,7 +102,7 @@ def _conv1d(inputs: Tensors, backend: str, chunk: int | None) -> Tensors:
 
 GATES = ("x", "input_gate", "recurrence_gate")
 RGLRU = Operation("rglru", GATES, {"decay": 0}, 4, 8, _rglru)
-# Forward it writes y and h, of which the backward reads h.
+# The forward writes y and h; the backward reads h.
 RGLRU_BRANCH = Operation("rglru + branch", (*GATES, "branch"), {"decay": 0}, 6, 10, _rglru)
 CONV1D = Operation("causal_conv1d", ("x",), {"weight": TRITON_WIDTH, "bias": 0}, 2, 3, _conv1d, in_chunks=False)
 OPERATIONS = (RGLRU, RGLRU_BRANCH, CONV1D)
@@ -115,9 +116,9 @@ class Inputs:
 
 
 def make_inputs(operation: Operation, shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
-    """Sets of random inputs; decays for which a is between 0.9 and 0.999 where r = 1: long memories.
+    """Make sets of random inputs. Decays give a between 0.9 and 0.999 for r = 1: long memories.
 
-    A Griffin begins with shorter ones: there the eighth root of a is in that range.
+    A Griffin starts with shorter memories: there the eighth root of a is in that range.
     """
     generator = torch.Generator(device).manual_seed(0)
     full = (shape.steps, shape.batch, shape.width)
@@ -138,10 +139,10 @@ def make_inputs(operation: Operation, shape: Shape, dtype: torch.dtype, device: 
 
 
 @dataclass(frozen=True)
-class Side:
-    """Something that is timed: a forward of leaves, whose result y is differentiated, with its sets of inputs.
+class Implementation:
+    """An implementation to time: a forward of leaves, whose result y is differentiated, with its sets of inputs.
 
-    Its tensors of three axes have them in an `order` of its own: places among ours.
+    `order` is the permutation of our axes in its three-dimensional tensors.
     """
 
     forward: Callable[[Tensors], Tensors]
@@ -149,54 +150,57 @@ class Side:
     order: tuple[int, int, int] = (0, 1, 2)
 
     def results(self, inputs: Inputs) -> Tensors:
-        """What the forward returns, and the gradients of all leaves."""
+        """Return the forward's results and the gradients of all leaves."""
         outputs = self.forward(inputs.leaves)
         grads = torch.autograd.grad(outputs["y"], list(inputs.leaves.values()), inputs.grad_y)
         named = {f"gradient of {name}": grad for name, grad in zip(inputs.leaves, grads, strict=True)}
         return {name: tensor.detach() for name, tensor in outputs.items()} | named
 
     def ours(self, tensor: Tensor) -> Tensor:
-        """A tensor of this side in our order of axes."""
+        """Permute a tensor of this implementation to our order of axes."""
         return tensor if tensor.ndim != 3 else tensor.permute([self.order.index(axis) for axis in range(3)])
 
 
-def our_side(operation: Operation, sets: list[Inputs], chunk: int | None) -> Side:
-    return Side(lambda leaves: operation.run(leaves, "triton", chunk), sets)
+def our_implementation(operation: Operation, sets: list[Inputs], chunk: int | None) -> Implementation:
+    return Implementation(lambda leaves: operation.run(leaves, "triton", chunk), sets)
 
 
-def check(what: str, side: Side, operation: Operation, inputs: Inputs) -> None:
-    """Compare the results of a side's first set of inputs with float64 on the same device, on some channels.
+def check(name: str, implementation: Implementation, operation: Operation, inputs: Inputs) -> None:
+    """Compare results for an implementation's first set of inputs with float64 on the same device, on some channels.
 
     Args:
-        operation: that the side does, and whose backend "cpu" is the reference.
-        inputs: the same set as ours.
+        name: of the implementation, for the error.
+        implementation: what to check.
+        operation: the operation that it implements; its backend "cpu" is the reference.
+        inputs: the same set of inputs in our layout.
 
     Raises:
-        RuntimeError: y, the last state where the side has it, or a gradient differs by more than TOLERANCE.
+        RuntimeError: y, the last state if it is returned, or a gradient differs by more than TOLERANCE.
     """
     width = inputs.grad_y.shape[-1]
     some = torch.linspace(0, width - 1, min(CHANNELS, width)).round().long().to(inputs.grad_y.device)
-    found = {name: side.ours(tensor)[..., some] for name, tensor in side.results(side.sets[0]).items()}
+    results = implementation.results(implementation.sets[0])
+    found = {result: implementation.ours(tensor)[..., some] for result, tensor in results.items()}
 
     leaves = {name: leaf.detach()[..., some].double().requires_grad_() for name, leaf in inputs.leaves.items()}
-    reference = Side(lambda leaves: operation.run(leaves, "cpu", None), [])
+    reference = Implementation(lambda leaves: operation.run(leaves, "cpu", None), [])
     expected = reference.results(Inputs(leaves, inputs.grad_y[..., some].double()))
     tolerance = TOLERANCE[inputs.grad_y.dtype]
-    for name, value in found.items():
-        size = expected[name].abs().max()
-        difference = ((value.double() - expected[name]).abs().max() / size).item()
+    for result, value in found.items():
+        size = expected[result].abs().max()
+        difference = ((value.double() - expected[result]).abs().max() / size).item()
         if not difference <= tolerance:
             raise RuntimeError(
-                f"{what}: {name} differs from the float64 result by {difference:.1e} of its size, more than "
+                f"{name}: {result} differs from the float64 result by {difference:.1e} of its size, more than "
                 f"{tolerance:.0e}; it was not timed"
             )
 
 
 class Clock:
-    """Milliseconds that work takes on a device: on a GPU between events of its own, elsewhere by the wall clock.
+    """Times work on a device in milliseconds: with events on a GPU, else with the wall clock.
 
-    Before the work, a buffer larger than any cache is written over and over: the inputs then come from memory, and the
-    host has queued the work by the time the device begins with it, so that launches are not part of the figure.
+    Before the work, a buffer larger than any cache is overwritten repeatedly. The inputs then come from memory, and the
+    host has queued the work before the device starts it, so that launch overhead is not included.
     """
 
     def __init__(self, device: torch.device, flush_bytes: int = FLUSH_BYTES) -> None:
@@ -208,7 +212,7 @@ class Clock:
             self._fills = math.ceil(HEAD_START / self.time(self._buffer.zero_)[0])
 
     def time(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        """Milliseconds of the work, and what it returns."""
+        """Run the work; returns its milliseconds and its result."""
         for _ in range(self._fills):
             self._buffer.zero_()
         if not self._on_gpu:
@@ -235,13 +239,13 @@ class Times:
         return self.forward + self.backward
 
 
-def time_sides(clock: Clock, sides: Mapping[str, Side], repeats: int) -> dict[str, Times]:
-    """Time forward and backward apart, the sides in turn, so that a change of the device's speed meets all."""
-    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+def time_implementations(clock: Clock, implementations: Mapping[str, Implementation], repeats: int) -> dict[str, Times]:
+    """Time forward and backward separately, implementations in turn, so that changes of speed affect all of them."""
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in implementations}
     for number in range(WARM_UP + repeats):
-        for name, side in sides.items():
-            inputs = side.sets[number % len(side.sets)]
-            forward, outputs = clock.time(partial(side.forward, inputs.leaves))
+        for name, implementation in implementations.items():
+            inputs = implementation.sets[number % len(implementation.sets)]
+            forward, outputs = clock.time(partial(implementation.forward, inputs.leaves))
             leaves = list(inputs.leaves.values())
             backward = clock.time(partial(torch.autograd.grad, outputs.pop("y"), leaves, inputs.grad_y))[0]
             del outputs  # before the next forward
@@ -253,7 +257,7 @@ def time_sides(clock: Clock, sides: Mapping[str, Side], repeats: int) -> dict[st
 
 
 def copy_bandwidth(clock: Clock, device: torch.device, size: int, repeats: int) -> float:
-    """Bytes per second of copying a bfloat16 tensor of `size` bytes, read and written bytes counted."""
+    """Measure the bytes per second, read plus written, of copying a bfloat16 tensor of `size` bytes."""
     source = torch.empty(size // 2, dtype=torch.bfloat16, device=device).normal_()
     target = torch.empty_like(source)
     times = [clock.time(lambda: target.copy_(source))[0] for _ in range(WARM_UP + repeats)]
@@ -261,7 +265,7 @@ def copy_bandwidth(clock: Clock, device: torch.device, size: int, repeats: int) 
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that new tensors can have, after giving back what none uses."""
+    """Return the memory available for new tensors, after freeing the allocator's unused memory."""
     gc.collect()
     if device.type != "cuda":
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

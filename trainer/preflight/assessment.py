@@ -1,4 +1,4 @@
-"""Rank 0's verdict on what all ranks found: what ends the run, what is only odd, and the summary."""
+"""Rank 0's assessment of the results of all ranks: failures, which end the run, warnings, and the summary."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from griffin.parallel.sharding import named_pieces
 from griffin.parallel.stage import meta_stage
 from griffin.parallel.world.axes import Axes, rank_name, rank_names
 from griffin.parallel.world.grid import Grid
+from griffin.trainer.preflight.agreement import PreflightError, RankLocation
 from griffin.trainer.preflight.links import AllReduce, Exchanges, Link
 from griffin.trainer.preflight.machine import GIB, Machine, Rates
-from griffin.trainer.preflight.meeting import Place, PreflightError
 from griffin.trainer.run.folder import changed_settings
 from griffin.trainer.settings.sections import Config
 
-DEVICE_SHARE = 0.7  # of the median rate of devices of a name, below which one is an outlier
-LINK_SHARE = 0.5  # of the usual bandwidth of links of a kind
-# Nothing that a run does compares the clocks of two machines (its lock is watched by one's own), but logs are read
-# side by side.
+DEVICE_SHARE = 0.7  # a device below this share of the median rate of devices of its name is slow
+LINK_SHARE = 0.5  # a link below this share of the usual bandwidth of its kind is slow
+# A run never compares the clocks of two machines, but people compare their logs.
 SKEW_SECONDS = 1.0
-TOKEN_BYTES = 64  # of a sample in shared memory, at most
-PREFETCHED = 2  # batches that each loader process has ready
-MOST_WARNINGS = 8  # of a kind
+TOKEN_BYTES = 64  # most bytes per token of a sample in shared memory
+PREFETCHED = 2  # batches that each data loader process prefetches
+MOST_WARNINGS = 8  # of each kind
 WITHIN, BETWEEN = "within a host", "between hosts"
 
 
-class Judge:
-    """Collects what rank 0 is told; each method raises PreflightError where it finds a reason not to train."""
+class Assessment:
+    """Collects the results of all ranks on rank 0. Its methods raise PreflightError for a reason not to train."""
 
     def __init__(self, config: Config | None, grid: Grid, run_dir: Path) -> None:
         self._config, self._grid, self._run_dir = config, grid, run_dir
@@ -44,35 +43,40 @@ class Judge:
         self._rates: list[Rates] = []
         self._links: dict[tuple[int, int], Link] = {}
 
-    def arrived(self, places: Sequence[Place]) -> None:
-        self._hosts = {place.rank: place.host for place in places}
+    def add_ranks(self, locations: Sequence[RankLocation]) -> None:
+        self._hosts = {location.rank: location.host for location in locations}
         counts = Counter(self._hosts.values())
         if len(set(counts.values())) == 1 and len(counts) > 2:
             spread = f"{len(counts)} hosts, {next(iter(counts.values()))} on each"
         else:
             spread = ", ".join(f"{count} on {host}" for host, count in counts.items())
-        self.lines.append(f"ranks: {len(places)}: {spread}")
+        self.lines.append(f"ranks: {len(locations)}: {spread}")
 
-    def saw(self, machines: Sequence[Machine], unseen: Sequence[int], skews: Mapping[int, float]) -> frozenset[int]:
-        """The ranks whose devices are to be measured again: an outlier is named after a second look only."""
+    def add_machines(
+        self, machines: Sequence[Machine], unseen: Sequence[int], skews: Mapping[int, float]
+    ) -> frozenset[int]:
+        """Returns the ranks whose devices must be measured again, as slow ones are reported after two measurements.
+
+        `unseen` are ranks whose files in the run folder rank 0 does not see, `skews` clock differences by rank.
+        """
         self._machines = list(machines)
         self._rates = [machine.device.rates for machine in machines]
-        self._agreement()
+        self._versions_and_settings()
         self._devices()
         self._folder(unseen)
         self._clocks(skews)
         self._memory()
-        self._conclude()
+        self._raise_failures()
         return frozenset(self._slow())
 
-    def measured_again(self, rates: Sequence[Rates | None]) -> None:
+    def add_second_rates(self, rates: Sequence[Rates | None]) -> None:
         for rank, new in enumerate(rates):
             if new is not None:
                 old = self._rates[rank]
                 self._rates[rank] = Rates(tflops=max(old.tflops, new.tflops), copy=max(old.copy, new.copy))
 
-    def rated(self) -> None:
-        """No device is measured again."""
+    def conclude_devices(self) -> None:
+        """Report the speed of devices, once no device is measured again."""
         self._warn(list(self._slow().values()))
         for name in dict.fromkeys(machine.device.name for machine in self._machines):
             mine = [
@@ -82,17 +86,17 @@ class Judge:
             copies = _spread([rates.copy for rates in mine], 1e9)
             self.lines.append(f"devices: {len(mine)} x {name}: {products} TFLOP/s, copies at {copies} GB/s")
 
-    def exchanged(self, exchanges: Sequence[Exchanges]) -> bool:
-        """Whether all links are to be measured again."""
-        self._complain([each.complaints for each in exchanges])
+    def add_links(self, exchanges: Sequence[Exchanges]) -> bool:
+        """Returns whether all links must be measured again."""
+        self._add_failures([each.failures for each in exchanges])
         for link in (link for each in exchanges for link in each.links):
             old = self._links.get(link.pair)
             self._links[link.pair] = link if old is None or link.bandwidth > old.bandwidth else old
         return bool(self._slow_links())
 
-    def reduced(self, results: Sequence[AllReduce]) -> None:
-        self._complain([each.complaints for each in results])
-        self._linked()
+    def add_all_reduce(self, results: Sequence[AllReduce]) -> None:
+        self._add_failures([each.failures for each in results])
+        self._conclude_links()
         slowest = max(results, key=lambda each: each.seconds)
         size = len(results)
         bus = 2 * (size - 1) / size * slowest.bytes / slowest.seconds
@@ -101,7 +105,7 @@ class Judge:
             f"{_gigabytes(bus)} of bus bandwidth, exact"
         )
 
-    def _linked(self) -> None:
+    def _conclude_links(self) -> None:
         self._warn(self._slow_links())
         for kind, links in self._kinds().items():
             slowest, fastest = (choose(links, key=lambda link: link.bandwidth) for choose in (min, max))
@@ -111,7 +115,7 @@ class Judge:
                 f"{latency * 1e6:.0f} us; slowest {self._named(slowest)}; fastest {self._named(fastest)}"
             )
 
-    def _conclude(self) -> None:
+    def _raise_failures(self) -> None:
         if self._failures:
             raise PreflightError(self._failures, self.warnings, self.lines)
 
@@ -120,13 +124,13 @@ class Judge:
         if len(texts) > MOST_WARNINGS:
             self.warnings.append(f"and {len(texts) - MOST_WARNINGS} more like the last")
 
-    def _complain(self, complaints: Sequence[Sequence[str]]) -> None:
-        """Fail where ranks, in order, have complaints."""
-        for rank, texts in enumerate(complaints):
+    def _add_failures(self, failures: Sequence[Sequence[str]]) -> None:
+        """Add the failures that each rank has found, and raise them if there are any."""
+        for rank, texts in enumerate(failures):
             self._failures += [f"{text} (rank {rank} is on {self._hosts[rank]})" for text in texts]
-        self._conclude()
+        self._raise_failures()
 
-    def _agreement(self) -> None:
+    def _versions_and_settings(self) -> None:
         versions = [machine.versions for machine in self._machines]
         differing = disagreements(versions, self._hosts)
         self._failures += differing
@@ -153,7 +157,9 @@ class Judge:
         self._warn(disagreements(names, self._hosts))
 
     def _folder(self, unseen: Sequence[int]) -> None:
-        problems = [(rank, machine.folder) for rank, machine in enumerate(self._machines) if machine.folder]
+        problems = [
+            (rank, machine.folder_problem) for rank, machine in enumerate(self._machines) if machine.folder_problem
+        ]
         self._failures += [f"{self._hosts[rank]} (rank {rank}) {text}" for rank, text in problems]
         if unseen:
             path = self._run_dir.absolute()
@@ -210,12 +216,12 @@ class Judge:
         self._warn(texts)
 
     def _slow(self) -> dict[int, str]:
-        """What is slow about the devices that are, by rank."""
+        """A text for each slow device, by rank."""
         texts: dict[int, str] = {}
         for name in dict.fromkeys(machine.device.name for machine in self._machines):
             ranks = [rank for rank, machine in enumerate(self._machines) if machine.device.name == name]
             rates = {rank: self._rates[rank] for rank in ranks}
-            if name == "CPU":  # ranks share a machine's cores, and with others: it is judged by the best of its ranks
+            if name == "CPU":  # ranks share a machine's cores with each other and with others: its best rank counts
                 rates = self._best_of_hosts(ranks)
             middle = Rates(
                 tflops=median(each.tflops for each in rates.values()), copy=median(each.copy for each in rates.values())
@@ -229,7 +235,7 @@ class Judge:
         return texts
 
     def _best_of_hosts(self, ranks: Sequence[int]) -> dict[int, Rates]:
-        """By the first of `ranks` on each host."""
+        """The best rates of each host, by the first of `ranks` on it."""
         firsts: dict[str, int] = {}
         best: dict[int, Rates] = {}
         for rank in ranks:
@@ -246,16 +252,16 @@ class Judge:
         return kinds
 
     def _slow_links(self) -> list[str]:
-        """A host whose links of a kind are all slow is named once; other slow links one by one."""
+        """A text for each host whose links of a kind are all slow, and for each other slow link."""
         texts = []
-        # Ranks of a machine without GPUs share its cores, and their exchanges wait for one: that is no link's fault.
+        # Ranks on a machine without GPUs share its cores, which slows down exchanges between them.
         shared = {self._hosts[rank] for rank, machine in enumerate(self._machines) if machine.device.name == "CPU"}
-        for kind, every in self._kinds().items():
-            links = [link for link in every if kind == BETWEEN or not self._ends(link) & shared]
+        for kind, all_links in self._kinds().items():
+            links = [link for link in all_links if kind == BETWEEN or not self._ends(link) & shared]
             if not links:
                 continue
             rates = sorted(link.bandwidth for link in links)
-            # On a ring of few hosts, half of the links are those of a sick one: there the upper quartile is the usual.
+            # On a ring of few hosts, one faulty host has half of all links: the upper quartile is the usual bandwidth.
             usual = median(rates) if kind == WITHIN else rates[3 * len(rates) // 4]
             slow = [link for link in links if link.bandwidth < LINK_SHARE * usual]
             of_host = Counter(host for link in links for host in self._ends(link))
@@ -281,13 +287,13 @@ class Judge:
 
 
 def disagreements(values: Sequence[Mapping[str, str]], hosts: Mapping[int, str]) -> list[str]:
-    """For each name whose value differs over ranks, those ranks that have another one than most."""
+    """A text for each name whose value differs between ranks: the ranks whose value is not that of most."""
     texts = []
     for name in sorted({name for mine in values for name in mine}):
         ranks: dict[str, list[int]] = {}
         for rank, mine in enumerate(values):
             ranks.setdefault(mine.get(name, "unset"), []).append(rank)
-        usual = max(ranks, key=lambda value: len(ranks[value]))  # of equally many, the lowest rank's
+        usual = max(ranks, key=lambda value: len(ranks[value]))  # on a tie, that of the lowest rank
         texts += [
             f"{name} differs: {value} on {rank_names(others, hosts)}; {usual} on {_others(len(ranks[usual]))}"
             for value, others in ranks.items()
@@ -297,7 +303,7 @@ def disagreements(values: Sequence[Mapping[str, str]], hosts: Mapping[int, str])
 
 
 def differing_settings(configs: Sequence[Config | None], hosts: Mapping[int, str]) -> list[str]:
-    """For each config that is not that of most ranks: where it is, and in which settings it differs."""
+    """A text for each config that is not that of most ranks: its ranks, and the settings that differ."""
     ranks: dict[Config | None, list[int]] = {}
     for rank, config in enumerate(configs):
         ranks.setdefault(config, []).append(rank)
@@ -315,7 +321,7 @@ def differing_settings(configs: Sequence[Config | None], hosts: Mapping[int, str
 
 
 def checkpoint_bytes(config: Config, grid: Grid) -> int:
-    """Size of a step's values: weights, master weights where those are not float32, and Adam's two moments."""
+    """Bytes of a checkpoint: weights, master weights unless weights are float32, and Adam's two moments."""
     whole = dataclasses.replace(grid, rank=0, axes=Axes.of())
     parameters = sum(math.prod(piece.shape) for piece, _ in named_pieces([meta_stage(config.model, whole)]))
     weight = {"float32": 4, "bfloat16": 2 + 4}[config.train.dtype]

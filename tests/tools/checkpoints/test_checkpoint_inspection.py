@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from griffin.parallel.config import ParallelConfig
+from griffin.tools.checkpoints import inspection
 from griffin.tools.cli import main
 from griffin.trainer.checkpoint.arrays import GlobalTensor
 from griffin.trainer.checkpoint.manifest import Manifest, commit, read_manifest
@@ -35,7 +36,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(saved: Path, tmp_path: Path) -> Path:
-    """A run's folder with steps 100 and 200."""
+    """A run folder with steps 100 and 200."""
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
@@ -71,7 +72,7 @@ def test_list_says_why_a_step_is_incomplete(run: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("command", ["list", "inspect", "verify"])
-def test_where_no_checkpoint_is(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_without_checkpoint(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", command, str(tmp_path)]) == 2
     assert f"griffin: error: {tmp_path} is no checkpoint" in capsys.readouterr().err
 
@@ -120,6 +121,75 @@ def test_inspect_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown["totals"]["files"] == len(manifest.files)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inspect_array(tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Statistics of an array of several chunks, read a few rows at a time, equal numpy's."""
+    monkeypatch.setattr(inspection, "READ_ELEMENTS", 64 * 8)
+    monkeypatch.setattr(inspection, "COUNTED_ELEMENTS", 100)
+    values = make_checkpoint(tmp_path / "step", tensors=FEW, dtype=dtype)["model.embedding.weight"].astype(np.float64)
+    assert main(["checkpoint", "inspect", str(tmp_path / "step"), "--array", "model.embedding.weight"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:5] == [
+        "array       model.embedding.weight",
+        f"step        {tmp_path / 'step'}",
+        f"shape       [130, 8], {dtype}, {130 * 8 * (4 if dtype == 'float32' else 2):,} bytes",
+        "chunks      5 x [32, 8]",
+        "sharded     along axis 0, padded to 256 in memory",
+    ]
+    statistics = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
+    assert lines[5:11] == [
+        *(f"{name:<11} {value:.6g}" for name, value in statistics.items()),
+        f"zeros       {(values == 0).sum()}",
+        "non_finite  0",
+    ]
+    rows = [line.strip("[] ").split() for line in lines[11:]]
+    assert rows.pop(3) == ["..."]
+    corner = np.array([[float(word) for word in row if word != "..."] for row in rows])
+    assert np.allclose(corner, values[np.ix_([0, 1, 2, -3, -2, -1], [0, 1, 2, -3, -2, -1])], atol=1e-5)
+    assert main(["checkpoint", "inspect", str(tmp_path / "step"), "--array", "model.final_norm.weight", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["array"], shown["shape"], shown["axis"]) == ("model.final_norm.weight", [8], None)
+    assert shown["statistics"].keys() == {*statistics, "zeros", "non_finite"}
+
+
+def test_statistics_of_values_that_are_not_finite() -> None:
+    from griffin.tools.checkpoints.inspection import statistics_of
+
+    blocks = [np.array([np.nan, 1e8]), np.array([np.inf]), np.array([0, 1e8 + 2, -np.inf])]
+    finite = np.array([1e8, 0, 1e8 + 2])
+    found = statistics_of(block.astype(np.float64) for block in blocks)
+    assert (found["min"], found["max"], found["zeros"], found["non_finite"]) == (0, 1e8 + 2, 1, 3)
+    assert (found["mean"], found["std"]) == pytest.approx((finite.mean(), finite.std()), rel=1e-14)
+    assert statistics_of([np.full(3, np.nan)]) == {"zeros": 0, "non_finite": 3}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda array: flip(array / "c.1.0"), "checksum"),
+        (lambda array: (array / "c.1.0").unlink(), "c.1.0 is missing"),  # which Zarr takes for zeros
+        (lambda array: flip(array / "zarr.json", 2), "zarr.json"),
+    ],
+    ids=["chunk", "missing", "metadata"],
+)
+def test_inspect_refuses_a_damaged_array(run: Path, damage, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    array = run / "checkpoints/step-00000200/model.embedding.weight"
+    damage(array)
+    assert main(["checkpoint", "inspect", str(array.parent), "--array", array.name]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(array) in error
+    assert message in error
+
+
+def test_inspect_names_an_array_that_there_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "inspect", str(run), "--array", "embedding.weight"]) == 2
+    step = run / "checkpoints/step-00000200"
+    assert capsys.readouterr().err == (
+        f"griffin: error: --array embedding.weight: must be an array of {step}, such as model.embedding.weight\n"
+    )
+
+
 def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "verify", str(run), "--workers", "2"]) == 0
     captured = capsys.readouterr()
@@ -143,7 +213,7 @@ def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids=["flipped", "checksum", "truncated", "empty", "missing", "other"],
 )
 def test_verify_names_the_damaged_file(run: Path, damage, capsys: pytest.CaptureFixture[str]) -> None:
-    """The newest step's, which a search for a complete one would pass over."""
+    """The damaged step is the newest, which a search for a complete one would skip."""
     path = run / "checkpoints/step-00000200/model.embedding.weight/c.1.0"
     damage(path)
     assert main(["checkpoint", "verify", str(run)]) == 1
@@ -159,7 +229,7 @@ def test_verify_refuses_no_workers(run: Path, capsys: pytest.CaptureFixture[str]
 
 
 def write_step(target: Path, manifest: Manifest, arrays: Path) -> None:
-    """The step at `arrays` with another manifest."""
+    """Write the step at `arrays` with another manifest."""
     tmp = target.with_name(f"{target.name}.tmp")
     shutil.copytree(arrays, tmp, ignore=shutil.ignore_patterns("manifest.json"))
     (tmp / "zarr.json").unlink()
@@ -180,7 +250,7 @@ def test_diff_of_equal_checkpoints_with_other_chunks(tmp_path: Path, capsys: pyt
 
 
 def test_diff_of_equal_checkpoints_of_other_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where and when a training ran is told, and makes no other checkpoint."""
+    """Where and when a training ran is printed, but does not count as a difference."""
     config = config_json(parallel=ParallelConfig(tensor=2))
     config["log"]["interval"] = 7
     config["checkpoint"]["interval"] = 8
@@ -216,7 +286,7 @@ def test_diff_of_equal_checkpoints_of_other_layouts(tmp_path: Path, capsys: pyte
 
 
 def test_diff_counts_and_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Against what is known of two checkpoints; the last chunk's elements count as all others do."""
+    """Printed differences equal those computed from the values, including those in the last chunk."""
     a = make_checkpoint(tmp_path / "a", tensors=FEW, dtype="bfloat16", seed=1)
     b = make_checkpoint(tmp_path / "b", tensors=FEW, dtype="bfloat16", seed=2, step=101)
     assert diff(tmp_path / "a", tmp_path / "b") == 1
@@ -242,18 +312,18 @@ def test_diff_counts_and_measures(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_diff_of_bits_that_are_equal_or_no_numbers() -> None:
-    from griffin.tools.checkpoints.report import Difference, _difference
+    from griffin.tools.checkpoints.comparison import Difference, difference
 
     zeros, nans = np.zeros(3, np.float32), np.full(3, np.nan, np.float32)
-    assert _difference("x", nans, nans) == Difference("x", 3)
-    assert _difference("x", zeros, -zeros) == Difference("x", 3, 3)  # other bits, equal values
+    assert difference("x", nans, nans) == Difference("x", 3)
+    assert difference("x", zeros, -zeros) == Difference("x", 3, 3)  # other bits, equal values
     for pair in ((zeros, nans), (nans, zeros)):
-        found = Difference("x").joined(_difference("x", *pair)).joined(Difference("x", 5))
+        found = Difference("x").merged(difference("x", *pair)).merged(Difference("x", 5))
         assert (found.elements, found.differing) == (8, 3)
         assert np.isnan(found.absolute)
     half = zeros.astype(ml_dtypes.bfloat16)
-    assert _difference("x", zeros, half) == Difference("x", 3)
-    assert _difference("x", zeros + 1, half) == Difference("x", 3, 3, 1.0, 1.0)
+    assert difference("x", zeros, half) == Difference("x", 3)
+    assert difference("x", zeros + 1, half) == Difference("x", 3, 3, 1.0, 1.0)
 
 
 def test_diff_names_what_only_one_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Arrays of checkpoints as tools read them: any box of one, whatever it is stored in, a bounded part at a time."""
+"""Checkpoints as tools read them: any box of any array, whatever the storage format, in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from griffin.trainer.checkpoint.zarr_io import Array, FileRecord, open_array
 
 
 class StoredArray(Protocol):
-    """An array that worker processes read; it travels by pickle."""
+    """An array that worker processes read. Instances are pickled to the workers."""
 
     @property
     def spec(self) -> ArraySpec: ...
 
     def read(self, box: Box) -> np.ndarray:
-        """The box, [box's shape] of `spec.dtype`. Raises CheckpointError naming a file that is missing or damaged."""
+        """Read a box: [box's shape] of `spec.dtype`. Raises CheckpointError naming a missing or damaged file."""
         ...
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint to read from: its manifest, and its arrays by name."""
+class SourceCheckpoint:
+    """A checkpoint to read from: its manifest and its arrays by name."""
 
     path: Path
     manifest: Manifest
@@ -37,37 +37,42 @@ class Source:
 
 @dataclass(frozen=True)
 class ZarrArray:
-    """An array of a step's folder, with what the manifest says of each chunk."""
+    """An array of a step's folder, with the manifest's record of each chunk.
+
+    It is read by our own chunk reader, not by zarr: workers start without that import, every chunk is compared with
+    the manifest, and errors name the damaged file.
+    """
 
     folder: Path
     spec: ArraySpec
     records: Mapping[tuple[int, ...], FileRecord]
 
     def read(self, box: Box) -> np.ndarray:
-        """As `StoredArray.read`, with one chunk besides the result in memory."""
-        return opened(self.folder, self.spec).read(box, self.records)
+        """As `StoredArray.read`; holds one chunk besides the result in memory."""
+        return open_cached(self.folder, self.spec).read(box, self.records)
 
 
-def open_step(folder: Path) -> Source:
-    """A step's folder. Raises CheckpointError where it is not complete."""
+def open_step(folder: Path) -> SourceCheckpoint:
+    """Open a step's folder. Raises CheckpointError if it is not complete."""
     manifest = check(folder)
     arrays = {
         name: ZarrArray(folder, spec, {index: manifest.files[spec.file(index)] for index in spec.indices()})
         for name, spec in manifest.arrays.items()
     }
-    return Source(folder, manifest, arrays)
+    return SourceCheckpoint(folder, manifest, arrays)
 
 
 @functools.lru_cache(maxsize=64)
-def opened(folder: Path, spec: ArraySpec) -> Array:
-    """The open array, which a worker uses for many chunks."""
+def open_cached(folder: Path, spec: ArraySpec) -> Array:
+    """Open an array; cached, since a worker reads or writes many chunks of one array."""
     return open_array(folder, spec)
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays of one dtype are equal bit by bit, which NaN is and 0 and -0 are not."""
+    """Whether two arrays of one dtype are bitwise equal: equal NaNs are, 0 and -0 are not."""
     return np.array_equal(bits(a), bits(b))
 
 
 def bits(values: np.ndarray) -> np.ndarray:
+    """View values as unsigned integers of the same size."""
     return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")

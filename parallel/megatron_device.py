@@ -1,7 +1,7 @@
-"""Runs megatron-core on a machine without a GPU, and parts of it on no device at all.
+"""Runs megatron-core on the CPU or on the meta device, and selects the device of a rank.
 
-megatron-core 0.16.1 names the CUDA device in its code. `install()` redirects exactly those places, and only where no
-GPU is present; with one, nothing here does anything. Line numbers below are those of megatron-core 0.16.1.
+megatron-core 0.16.1 hard-codes the CUDA device. `install()` redirects exactly those places, and only on machines
+without a GPU. Line numbers below are those of megatron-core 0.16.1.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron.core.tensor_parallel import layers, mappings
 
 _FACTORIES = ("empty", "ones", "tensor", "zeros")
 
-# Modules that create tensors with device="cuda" or device=torch.cuda.current_device(), and where.
-_MODULES = (
+# Modules that create tensors with device="cuda" or device=torch.cuda.current_device(), with the lines.
+MODULES = (
     clip_grads,  # 90, 103, 115, 174, 207: the gradient norm and the scale's overflow flag
     distrib_optimizer,  # 791: shards of the optimizer state
     layers,  # 261, 552, 873, 899, 1197, 1218: weights and the sequence-parallel gradient
@@ -31,12 +31,12 @@ _MODULES = (
     parallel_state,  # 198: synchronize
     param_and_grad_buffer,  # 783, 800, 806: parameter and gradient buffers
     schedules,  # 596, 983, 2138: the count of tokens
-    utils,  # 631: the buffer that sequence parallelism gathers into; 1207: the gradient norm
+    utils,  # 631: the all-gather buffer of sequence parallelism; 1207: the gradient norm
 )
 
 
 class _Cuda(types.ModuleType):
-    """`torch.cuda` whose current device is another one, and that has nothing to wait for."""
+    """`torch.cuda` with another current device and a no-op synchronize()."""
 
     def __init__(self, device: torch.device):
         super().__init__("torch.cuda")
@@ -53,7 +53,7 @@ class _Cuda(types.ModuleType):
 
 
 class _Torch(types.ModuleType):
-    """`torch` whose factory functions answer device="cuda" with another device."""
+    """`torch` whose factory functions replace device="cuda" by another device."""
 
     def __init__(self, device: torch.device):
         super().__init__("torch")
@@ -73,10 +73,10 @@ class _Torch(types.ModuleType):
 
 
 def device(local_rank: int = 0) -> torch.device:
-    """The device of a rank: its GPU where there are any, else the CPU.
+    """Return the device of a rank: its GPU, or the CPU on machines without GPUs.
 
-    A launcher may show each rank its own GPU only, which then has number 0 whatever the rank. Raises ValueError where
-    this machine has several GPUs but none for the rank.
+    If the launcher makes only one GPU visible to each rank, it is GPU 0 for every rank. Raises ValueError if several
+    GPUs are visible but none is left for this rank.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -89,34 +89,34 @@ def device(local_rank: int = 0) -> torch.device:
 
 
 def install() -> None:
-    """Let megatron-core run on the CPU; no effect with a GPU or when called again."""
+    """Redirect megatron-core to the CPU. No effect with a GPU, or when called again."""
     if not torch.cuda.is_available():
         _redirect(torch.device("cpu"))
 
 
 def _redirect(target: torch.device) -> None:
     proxy = _Torch(target)
-    for module in _MODULES:
+    for module in MODULES:
         module.torch = proxy
 
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Within it, megatron-core's layers allocate no memory: their weights are meta tensors."""
-    before = [module.torch for module in _MODULES]
+    """Context in which megatron-core's layers create their weights as meta tensors."""
+    before = [module.torch for module in MODULES]
     _redirect(torch.device("meta"))
     try:
         yield
     finally:
-        for module, torch_module in zip(_MODULES, before, strict=True):
+        for module, torch_module in zip(MODULES, before, strict=True):
             module.torch = torch_module
 
 
 @contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Within it, `tensor.type()` names a CUDA type on a machine without a GPU.
+    """Context in which `tensor.type()` returns the name of a CUDA type also on machines without a GPU.
 
-    distrib_optimizer 361-435 and 582 sort parameters, and clip_grads 167 checks gradients, by those names.
+    distrib_optimizer 361-435 and 582 group parameters, and clip_grads 167 checks gradients, by these names.
     """
     if torch.cuda.is_available():
         yield
