@@ -180,7 +180,7 @@ def _reduce_scatter(y: Tensor, group: dist.ProcessGroup, async_op: bool = False)
 
 def _gathered_product(x: Tensor, matrix: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """x gathered over T, and its product [T, B, N] with matrix [K, N]."""
-    gather = torch.ops.symm_mem.fused_all_gather_matmul
+    gather: Callable[..., Any] = torch.ops.symm_mem.fused_all_gather_matmul
     if x.device.type == "cpu":
         gather = symmetric_memory._fused_all_gather_matmul_fallback
     whole, (product,) = gather(x.contiguous(), [matrix], 0, group.group_name)
@@ -189,7 +189,7 @@ def _gathered_product(x: Tensor, matrix: Tensor, group: dist.ProcessGroup) -> tu
 
 def _product_scattered(x: Tensor, matrix: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks of x [T, B, K] times matrix [K, N], this rank's part of T."""
-    scatter = torch.ops.symm_mem.fused_matmul_reduce_scatter
+    scatter: Callable[..., Any] = torch.ops.symm_mem.fused_matmul_reduce_scatter
     if x.device.type == "cpu":
         scatter = symmetric_memory._fused_matmul_reduce_scatter_fallback
     return scatter(x.contiguous(), matrix, "sum", 0, group.group_name)

@@ -32,8 +32,7 @@ BACKENDS: dict[str, Callable[[Tensor, int | None], AttentionMask]] = {
 
 
 def select_backend(device: torch.device) -> str:
-    """Return the backend for "auto": "flex" on CUDA devices, "counted" for meta tensors (they stand for those of a GPU),
-    else "sdpa"."""
+    """Return the backend for "auto": "flex" on CUDA devices, else "sdpa", and "counted" for meta tensors."""
     return {"cuda": "flex", "meta": "counted"}.get(device.type, "sdpa")
 
 
@@ -47,8 +46,8 @@ def attention_mask(documents: Tensor, window: int | None, *, backend: str = "aut
     Args:
         documents: [B, T] integer document ids, non-decreasing along T.
         window: W, or None for global attention.
-        backend: "flex" (FlexAttention; no backward on CPUs), "sdpa", "counted" (meta tensors, to count costs), or "auto",
-            which selects by `select_backend`.
+        backend: "flex" (FlexAttention; no backward on CPUs), "sdpa", "counted" (meta tensors only), or "auto", which
+            selects by `select_backend`.
 
     Raises:
         ValueError: wrong shape or dtype of documents, a window below 1, or an unknown backend.

@@ -21,6 +21,14 @@ def inputs(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
+def _errors(pairs: dict[str, tuple[Tensor | None, Tensor]]) -> dict[str, float]:
+    found = {}
+    for name, (got, wanted) in pairs.items():
+        assert got is not None, f"{name} has no gradient"
+        found[name] = (got - wanted).abs().max().item()
+    return found
+
+
 def _part(tensor: Tensor, dim: int) -> Tensor:
     return tensor.chunk(dist.get_world_size(), dim)[dist.get_rank()].clone()
 
@@ -44,7 +52,7 @@ def _column(group: dist.ProcessGroup, sequence_parallel: bool, overlap: bool, in
     result.backward(torch.cat([_part(each, -1) for each in grads], -1))
     grad_x = sum(torch.einsum("tbn,nd->tbd", each, weight) for each, weight in zip(grads, (first, second), strict=True))
     assert isinstance(grad_x, Tensor)
-    pairs = {
+    pairs: dict[str, tuple[Tensor | None, Tensor]] = {
         "y": (result.detach(), torch.cat([_part(each, -1) for each in y.split(N, -1)], -1)),
         "x": (here.grad, _part(grad_x, 0) if sequence_parallel else grad_x),
     }
@@ -55,7 +63,7 @@ def _column(group: dist.ProcessGroup, sequence_parallel: bool, overlap: bool, in
             pairs[name] = (part.main_grad - 1, expected)  # type: ignore[attr-defined]
         else:
             pairs[name] = (part.grad, expected)
-    return {name: (got - wanted).abs().max().item() for name, (got, wanted) in pairs.items()}
+    return _errors(pairs)
 
 
 def _row(group: dist.ProcessGroup, sequence_parallel: bool, overlap: bool, in_buffers: bool) -> dict[str, float]:
@@ -68,12 +76,12 @@ def _row(group: dist.ProcessGroup, sequence_parallel: bool, overlap: bool, in_bu
     result.backward(_part(grad, 0) if sequence_parallel else grad)
     expected = _part(torch.einsum("tbd,tbn->dn", grad, x), 1)
     got = part.main_grad - 1 if in_buffers else part.grad  # type: ignore[attr-defined]
-    pairs = {
+    pairs: dict[str, tuple[Tensor | None, Tensor]] = {
         "y": (result.detach(), _part(y, 0) if sequence_parallel else y),
         "x": (here.grad, _part(torch.einsum("tbd,dn->tbn", grad, weight), -1)),
         "weight": (got, expected),
     }
-    return {name: (a - b).abs().max().item() for name, (a, b) in pairs.items()}
+    return _errors(pairs)
 
 
 @pytest.mark.parametrize("product", ["column", "row"])

@@ -80,10 +80,11 @@ class Step:
 def count_step(config: Config, world: int, device: Device) -> Step:
     """A step of `config`, which is valid for `world` ranks."""
     layout, train = config.parallel, config.train
-    axes = Axes.of(tensor=layout.tensor, data=world // layout.model_ranks, pipeline=layout.pipeline)
+    axes = Axes.of_layout(layout, world)
     data_size = world // layout.model_ranks
     ranks = tuple(
-        micro_batch(count_rank(config, world, axes.rank(pipeline=place)), device) for place in range(layout.pipeline)
+        micro_batch(count_rank(config, world, axes.ranks(pipeline=place)[0]), device)
+        for place in range(layout.pipeline)
     )
     slowest = max(ranks, key=lambda rank: rank.total)
     sends = 0.0
