@@ -118,6 +118,12 @@ class ParallelConfig:
         1, "stages per pipeline rank; more than 1 interleaves their schedules", least=1, most=2**12
     )
     sequence_parallel: bool = setting(False, "shard activations between blocks over tensor ranks")
+    overlap_tensor: str = setting(
+        AUTO,
+        "sequence parallelism's communication behind matrix products, in pieces, over symmetric memory: "
+        '`"on"`, `"off"`, or on GPUs where a check at the start finds that it works',
+        choices=("auto", "on", "off"),
+    )
     stages: tuple[int, ...] = setting(
         (),
         "blocks of each of the pipeline x virtual stages, in model order",

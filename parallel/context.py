@@ -28,6 +28,7 @@ class Context:
     megatron: TransformerConfig
     device: torch.device  # of the parameters; meta if only their shapes are needed
     kernels: str = AUTO  # backend of convolution and recurrence
+    overlap_tensor: bool = False  # all-gather and reduce-scatter behind matrix products; with sequence parallelism only
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """Return an uninitialised parameter of this local shape."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from griffin.parallel.config import axis_atoms
 from griffin.parallel.context import Context
-from griffin.parallel.linear import LayerStep, column_step, fused_column_linear, row_linear, row_step
+from griffin.parallel.linear import ColumnLinear, LayerStep, RowLinear
 
 
 class MLP(nn.Module):
@@ -24,18 +24,16 @@ class MLP(nn.Module):
         model = context.model
         atoms = axis_atoms(model.mlp_width)
         std = math.sqrt(1 / (2 if model.init == "jax" else 1) / model.width)
-        self.gate_up = fused_column_linear(
-            context, (f"{name}.gate", f"{name}.up"), model.mlp_width, atoms=atoms, std=std
-        )
-        self.down = row_linear(context, f"{name}.down", model.mlp_width, atoms=atoms)
+        self.gate_up = ColumnLinear(context, (f"{name}.gate", f"{name}.up"), model.mlp_width, atoms=atoms, std=std)
+        self.down = RowLinear(context, f"{name}.down", model.mlp_width, atoms=atoms)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x)[0].chunk(2, dim=-1)
-        return self.down(F.gelu(gate, approximate="tanh") * up)[0]
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.gelu(gate, approximate="tanh") * up)
 
     def stepper(self) -> LayerStep:
         """Return the MLP for one token, x [D, B], with the current weights."""
-        gate_up, down = column_step(self.gate_up), row_step(self.down)
+        gate_up, down = self.gate_up.stepper(), self.down.stepper()
 
         def step(x: Tensor) -> Tensor:
             gate, up = gate_up(x).chunk(2)

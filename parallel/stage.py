@@ -18,6 +18,7 @@ from griffin.parallel.block import ResidualBlock
 from griffin.parallel.config import ModelConfig, ParallelConfig, axis_atoms
 from griffin.parallel.context import Context, Documents, megatron_config
 from griffin.parallel.cost import split_blocks
+from griffin.parallel.linear import overlaps_tensor
 from griffin.parallel.norm import RMSNorm
 from griffin.parallel.sharding import Piece, describe, normal
 from griffin.parallel.world.grid import Grid
@@ -207,6 +208,7 @@ def build_stages(
         megatron=megatron_config(model, layout, dtype, grid.device),
         device=device,
         kernels=kernels,
+        overlap_tensor=overlaps_tensor(layout, grid),
     )
     sizes = stage_blocks(model, layout, sequence)
     assert len(sizes) == layout.pipeline * layout.virtual_pipeline, sizes

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from griffin.kernels.local_attention import apply_rotary, multi_query_attention, rotary, rotary_cos_sin
 from griffin.parallel.config import ModelConfig
 from griffin.parallel.context import Context, DecodePosition, Documents
-from griffin.parallel.linear import row_linear, row_step
+from griffin.parallel.linear import RowLinear, column_product
 from griffin.parallel.mixers.base import Cost
 from griffin.parallel.sharding import Piece, describe, normal
 
@@ -49,11 +48,10 @@ class AttentionMixer(nn.Module):
         self.heads = model.heads // context.grid.tensor_size
         self.head_dim = model.head_dim
         self.window = window
-        self._group = context.grid.tensor_group
-        self._sequence_parallel = context.megatron.sequence_parallel
+        self._context = context
         self.query = context.parameter(self.heads * self.head_dim, model.width)
         self.key_value = context.parameter(2 * self.head_dim, model.width)
-        self.out = row_linear(context, f"{name}.out", model.attention_width, atoms=model.heads)
+        self.out = RowLinear(context, f"{name}.out", model.attention_width, atoms=model.heads)
         init = normal(math.sqrt(1 / model.width))
         describe(
             self.query,
@@ -96,19 +94,11 @@ class AttentionMixer(nn.Module):
     def _attend(self, u: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixer's output, and its keys and values [T, B, hd]."""
         # One matrix product for q, k and v: the input is gathered, and its gradient reduced, once.
-        qkv = linear_with_grad_accumulation_and_async_allreduce(
-            u,
-            torch.cat((self.query, self.key_value)),
-            bias=None,
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=self._group.size() > 1 and not self._sequence_parallel,
-            sequence_parallel=self._sequence_parallel,
-            tp_group=self._group,
-        )
+        qkv = column_product(u, (self.query, self.key_value), self._context)
         q, k, v = qkv.split((self.heads * self.head_dim, self.head_dim, self.head_dim), dim=-1)
         q = rotary(q.unflatten(-1, (self.heads, self.head_dim)), documents.positions)
         k = rotary(k, documents.positions)
-        return self.out(multi_query_attention(q, k, v, documents.mask(self.window)))[0], k, v
+        return self.out(multi_query_attention(q, k, v, documents.mask(self.window))), k, v
 
 
 class LocalAttention(AttentionMixer):
@@ -170,7 +160,7 @@ class AttentionStep:
     def __init__(self, mixer: AttentionMixer):
         self._heads, self._head_dim = mixer.heads, mixer.head_dim
         self._qkv = torch.cat((mixer.query, mixer.key_value))
-        self._out = row_step(mixer.out)
+        self._out = mixer.out.stepper()
 
     def prepare(self, state: AttentionState, position: DecodePosition) -> tuple[CosSin, CacheSlot]:
         slots = state.keys.shape[1]

@@ -15,7 +15,7 @@ from griffin.kernels.rglru import rglru, rglru_step
 from griffin.kernels.selection import resolve_backend
 from griffin.parallel.config import CONV_WIDTH, ModelConfig
 from griffin.parallel.context import Context, DecodePosition, Documents
-from griffin.parallel.linear import column_step, fused_column_linear, row_linear, row_step
+from griffin.parallel.linear import ColumnLinear, RowLinear
 from griffin.parallel.mixers.base import Cost
 from griffin.parallel.sharding import Piece, decay, describe, normal, zeros
 
@@ -123,7 +123,7 @@ class RecurrentMixer(nn.Module):
         self.kernels, self.save_states = context.kernels, save_states
         model = context.model
         R, blocks = model.recurrent_width, model.gate_blocks
-        self.lin_xy = fused_column_linear(
+        self.lin_xy = ColumnLinear(
             context, (f"{name}.lin_x", f"{name}.lin_y"), R, atoms=blocks, std=math.sqrt(1 / model.width)
         )
         held = R // context.grid.tensor_size
@@ -131,7 +131,7 @@ class RecurrentMixer(nn.Module):
         self.conv_bias = context.parameter(held)
         self.gates = BlockDiagonalGates(name, context)
         self.decay = context.parameter(held)
-        self.out = row_linear(context, f"{name}.out", R, atoms=blocks)
+        self.out = RowLinear(context, f"{name}.out", R, atoms=blocks)
         describe(
             self.conv_weight,
             Piece(
@@ -185,7 +185,7 @@ class RecurrentMixer(nn.Module):
 
     def _mix(self, u: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixer's output, the convolution's input and the recurrence's last state."""
-        conv_input, branch = self.lin_xy(u)[0].chunk(2, dim=-1)
+        conv_input, branch = self.lin_xy(u).chunk(2, dim=-1)
         x = causal_conv1d(conv_input, self.conv_weight, self.conv_bias, starts=documents.starts, backend=self.kernels)
         input_gate, recurrence_gate = self.gates(x)
         y, last = rglru(
@@ -198,14 +198,14 @@ class RecurrentMixer(nn.Module):
             backend=self.kernels,
             save_states=self.save_states,
         )
-        return self.out(y)[0], conv_input, last
+        return self.out(y), conv_input, last
 
 
 class RecurrentStep:
     """Single-token recurrent mixer, with R/t channels in N gate blocks of w."""
 
     def __init__(self, mixer: RecurrentMixer):
-        self._lin_xy, self._out = column_step(mixer.lin_xy), row_step(mixer.out)
+        self._lin_xy, self._out = mixer.lin_xy.stepper(), mixer.out.stepper()
         self._taps, self._conv_bias = mixer.conv_weight[..., None], mixer.conv_bias[:, None]
         weight, bias = mixer.gates.weight.mT, mixer.gates.bias[..., None]  # [N, 2 w, w], [N, 2 w, 1]
         self._gates = tuple(zip(bias.chunk(2, dim=1), weight.chunk(2, dim=1), strict=True))

@@ -20,7 +20,7 @@ from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelC
 from griffin.parallel.context import Context, DecodePosition, Documents
 from griffin.parallel.cost import block_cost, train_flops_per_token
 from griffin.parallel.decode import Decoder
-from griffin.parallel.linear import column_step, fused_column_linear, row_linear, row_step
+from griffin.parallel.linear import ColumnLinear, RowLinear
 from griffin.parallel.mixers import MIXERS, kinds, used
 from griffin.parallel.mixers.base import Cost, Mixer, Multiple
 from griffin.parallel.sharding import Piece, describe
@@ -63,9 +63,9 @@ class Average(nn.Module):
         self.kernels = context.kernels
         R, atoms = context.model.recurrent_width, context.model.gate_blocks
         std = math.sqrt(1 / context.model.width)
-        self.value_gate = fused_column_linear(context, (f"{name}.value", f"{name}.gate"), R, atoms=atoms, std=std)
+        self.value_gate = ColumnLinear(context, (f"{name}.value", f"{name}.gate"), R, atoms=atoms, std=std)
         self.keep = context.parameter(R // context.grid.tensor_size)
-        self.out = row_linear(context, f"{name}.out", R, atoms=atoms)
+        self.out = RowLinear(context, f"{name}.out", R, atoms=atoms)
         piece = Piece(name=f"{name}.keep", shape=(R,), init=ramp, axis=0, atoms=atoms)
         describe(self.keep, piece, weight_decay=False)
 
@@ -88,17 +88,17 @@ class Average(nn.Module):
         return AverageStep(self)
 
     def _mix(self, u: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
-        value, gate = self.value_gate(u)[0].chunk(2, dim=-1)
+        value, gate = self.value_gate(u).chunk(2, dim=-1)
         keep = self.keep.sigmoid()
         average, last = linear_scan(
             keep.expand_as(value), (1 - keep) * value, starts=documents.starts, backend=self.kernels
         )
-        return self.out(average * nn.functional.silu(gate))[0], last
+        return self.out(average * nn.functional.silu(gate)), last
 
 
 class AverageStep:
     def __init__(self, mixer: Average):
-        self._value_gate, self._out = column_step(mixer.value_gate), row_step(mixer.out)
+        self._value_gate, self._out = mixer.value_gate.stepper(), mixer.out.stepper()
         self._keep = mixer.keep.sigmoid()[:, None]
 
     def prepare(self, state: AverageState, position: DecodePosition) -> None:

@@ -116,6 +116,9 @@ def _validate_layout(config: Config) -> None:
         accepted = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
         _refuse("parallel.tensor", parallel.tensor, f"must divide {' and '.join(undivided)}; accepted: {accepted}")
 
+    if parallel.overlap_tensor == "on" and not (parallel.sequence_parallel and parallel.tensor > 1):
+        accepted = "needs parallel.tensor above 1 and parallel.sequence_parallel = true"
+        _refuse("parallel.overlap_tensor", parallel.overlap_tensor, accepted)
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         accepted = "must be 1 where parallel.pipeline is 1"
         _refuse("parallel.virtual_pipeline", parallel.virtual_pipeline, accepted)

@@ -7,12 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from griffin.parallel.config import ParallelConfig
-from griffin.parallel.products import add_weight_gradient, column_product, row_product
+from griffin.parallel.config import ATTENTION, ModelConfig, ParallelConfig
+from griffin.parallel.context import Context, megatron_config
+from griffin.parallel.linear import add_weight_gradient, column_product, row_product
 from griffin.parallel.world.grid import rank_grid
 from griffin.parallel.world.ranks import Ranks
 from tests.ranks import RankPool
 
+MODEL = ModelConfig(pattern=(ATTENTION,), width=12, recurrent_width=12, heads=4, head_dim=4, vocabulary=8)
 T, B, D, N = 8, 3, 12, (8, 4)  # time, sequences, model width, rows of two weights over all ranks
 
 
@@ -35,11 +37,19 @@ def _part(tensor: Tensor, dim: int) -> Tensor:
 
 def errors(ranks: Ranks, product: str, sequence_parallel: bool, overlap: bool, in_buffers: bool) -> dict[str, float]:
     """The largest error of this rank's parts of the output and of every gradient."""
-    with rank_grid(ParallelConfig(tensor=ranks.world_size), ranks) as grid:
-        return {"column": _column, "row": _row}[product](grid.tensor_group, sequence_parallel, overlap, in_buffers)
+    layout = ParallelConfig(tensor=ranks.world_size, sequence_parallel=sequence_parallel)
+    with rank_grid(layout, ranks) as grid:
+        context = Context(
+            model=MODEL,
+            grid=grid,
+            megatron=megatron_config(MODEL, layout, torch.float64, grid.device),
+            device=grid.device,
+            overlap_tensor=overlap,
+        )
+        return {"column": _column, "row": _row}[product](context, in_buffers)
 
 
-def _column(group: dist.ProcessGroup, sequence_parallel: bool, overlap: bool, in_buffers: bool) -> dict[str, float]:
+def _column(context: Context, in_buffers: bool) -> dict[str, float]:
     x, first, second, grad = inputs(0, (T, B, D), (N[0], D), (N[1], D), (T, B, sum(N)))
     y = torch.cat([torch.einsum("tbd,nd->tbn", x, weight) for weight in (first, second)], -1)
     grads = grad.split(N, -1)
@@ -47,14 +57,14 @@ def _column(group: dist.ProcessGroup, sequence_parallel: bool, overlap: bool, in
     if in_buffers:
         for part in parts:
             part.main_grad = torch.ones_like(part)  # type: ignore[attr-defined]
-    here = (_part(x, 0) if sequence_parallel else x.clone()).requires_grad_()
-    result = column_product(here, parts, group, sequence_parallel=sequence_parallel, overlap=overlap)
+    here = (_part(x, 0) if context.megatron.sequence_parallel else x.clone()).requires_grad_()
+    result = column_product(here, parts, context)
     result.backward(torch.cat([_part(each, -1) for each in grads], -1))
     grad_x = sum(torch.einsum("tbn,nd->tbd", each, weight) for each, weight in zip(grads, (first, second), strict=True))
     assert isinstance(grad_x, Tensor)
     pairs: dict[str, tuple[Tensor | None, Tensor]] = {
         "y": (result.detach(), torch.cat([_part(each, -1) for each in y.split(N, -1)], -1)),
-        "x": (here.grad, _part(grad_x, 0) if sequence_parallel else grad_x),
+        "x": (here.grad, _part(grad_x, 0) if context.megatron.sequence_parallel else grad_x),
     }
     for name, part, each in zip(("first", "second"), parts, grads, strict=True):
         expected = _part(torch.einsum("tbn,tbd->nd", each, x), 0)
@@ -66,18 +76,18 @@ def _column(group: dist.ProcessGroup, sequence_parallel: bool, overlap: bool, in
     return _errors(pairs)
 
 
-def _row(group: dist.ProcessGroup, sequence_parallel: bool, overlap: bool, in_buffers: bool) -> dict[str, float]:
+def _row(context: Context, in_buffers: bool) -> dict[str, float]:
     x, weight, grad = inputs(1, (T, B, N[0]), (D, N[0]), (T, B, D))
     y = torch.einsum("tbn,dn->tbd", x, weight)
     here, part = _part(x, -1).requires_grad_(), _part(weight, 1).requires_grad_()
     if in_buffers:
         part.main_grad = torch.ones_like(part)  # type: ignore[attr-defined]
-    result = row_product(here, part, group, sequence_parallel=sequence_parallel, overlap=overlap)
-    result.backward(_part(grad, 0) if sequence_parallel else grad)
+    result = row_product(here, part, context)
+    result.backward(_part(grad, 0) if context.megatron.sequence_parallel else grad)
     expected = _part(torch.einsum("tbd,tbn->dn", grad, x), 1)
     got = part.main_grad - 1 if in_buffers else part.grad  # type: ignore[attr-defined]
     pairs: dict[str, tuple[Tensor | None, Tensor]] = {
-        "y": (result.detach(), _part(y, 0) if sequence_parallel else y),
+        "y": (result.detach(), _part(y, 0) if context.megatron.sequence_parallel else y),
         "x": (here.grad, _part(torch.einsum("tbd,dn->tbn", grad, weight), -1)),
         "weight": (got, expected),
     }
