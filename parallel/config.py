@@ -119,7 +119,7 @@ class ParallelConfig:
     )
     sequence_parallel: bool = setting(False, "shard activations between blocks over tensor ranks")
     overlap_tensor: str = setting(
-        AUTO,
+        "auto",
         "sequence parallelism's communication behind matrix products, in pieces, over symmetric memory: "
         '`"on"`, `"off"`, or on GPUs where a check at the start finds that it works',
         choices=("auto", "on", "off"),
