@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,15 +19,15 @@ LayerStep = Callable[[Tensor], Tensor]
 
 
 def fused_column_linear(
-    context: Context, names: tuple[str, str], outputs: int, *, atoms: int, std: float
+    context: Context, names: Sequence[str], outputs: int, *, atoms: int, std: float
 ) -> ColumnParallelLinear:
-    """Return two column-parallel linears [outputs, D] of the same input, fused into one.
+    """Return several column-parallel linears [outputs, D] of the same input, fused into one.
 
-    A rank's weight holds its rows of the first, then its rows of the second. Biases are initialised to zero.
+    A rank's weight holds its rows of the first, then its rows of the second, and so on. Biases are initialised to zero.
     """
     linear = ColumnParallelLinear(
         context.model.width,
-        2 * outputs,
+        len(names) * outputs,
         config=context.megatron,
         init_method=None,
         bias=True,
