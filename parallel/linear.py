@@ -1,7 +1,7 @@
 """Tensor-parallel linear layers: their products, communication, weight gradients, and single-token counterparts.
 
-The input of a column-parallel linear is the same on all tensor ranks and its output sharded; the input of a row-parallel
-linear is sharded and its output all-reduced. With sequence parallelism, what is the same on all ranks is sharded over
+The input of a column-parallel linear is replicated over tensor ranks and its output sharded; the input of a
+row-parallel linear is sharded and its output all-reduced. With sequence parallelism, what is replicated is sharded over
 time instead: all-gathered before the product, or reduce-scattered after it (Korthikanti et al., arXiv 2205.05198).
 """
 
@@ -28,10 +28,10 @@ LayerStep = Callable[[Tensor], Tensor]
 
 
 class ColumnLinear(nn.Module):
-    """Column-parallel linears [outputs, D] of the same input, fused into one: x [T, B, D] -> [T, B, parts x outputs / t].
+    """Column-parallel linears [outputs, D] of the same input, fused: x [T, B, D] -> [T, B, linears x outputs / t].
 
-    A rank's weight holds its rows of the first, then its rows of the second. With sequence parallelism x is this rank's
-    part of T. Biases are initialised to zero.
+    A rank's weight holds its rows of the first, then its rows of the second, and so on. With sequence parallelism x is
+    this rank's part of T. Biases are initialised to zero.
     """
 
     def __init__(self, context: Context, names: Sequence[str], outputs: int, *, atoms: int, std: float):
@@ -108,8 +108,8 @@ class RowLinear(nn.Module):
 def column_product(x: Tensor, weights: Sequence[Tensor], context: Context) -> Tensor:
     """Return x [T, B, D] times each weight [N, D], side by side: [T, B, sum of N], of this rank's rows.
 
-    With sequence parallelism x is this rank's part of T, and with `overlap_tensor` it is all-gathered behind the product.
-    In the backward pass the gradient of x is reduced behind the products for the gradients of the weights.
+    With sequence parallelism x is this rank's part of T; `overlap_tensor` all-gathers it behind the product. In the
+    backward pass the gradient of x is reduced behind the products for the gradients of the weights.
     """
     return _ColumnProduct.apply(x, *_communication(context), *weights)
 
@@ -240,8 +240,8 @@ def _reduce_scatter(y: Tensor, group: dist.ProcessGroup, async_op: bool = False)
     return part, dist.reduce_scatter_tensor(part, y.contiguous(), group=group, async_op=async_op)
 
 
-# Products whose communication runs behind them, in pieces: PyTorch's over symmetric memory, for GPUs that can access each
-# other's memory. On CPUs, PyTorch's definitions of these operators, which communicate before or after the product.
+# Products whose communication runs behind them, in pieces: PyTorch's over symmetric memory, for GPUs that can access
+# each other's memory. On CPUs, PyTorch's definitions of these operators, which communicate before or after the product.
 
 
 def overlaps_tensor(layout: ParallelConfig, grid: Grid) -> bool:

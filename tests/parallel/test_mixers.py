@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from griffin.kernels.linear_scan import linear_scan
 from griffin.parallel import sharding
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelConfig
-from griffin.parallel.context import Context, DecodePosition, Documents
+from griffin.parallel.context import Context, DecodePosition, Documents, megatron_config
 from griffin.parallel.cost import block_cost, train_flops_per_token
 from griffin.parallel.decode import Decoder
 from griffin.parallel.linear import ColumnLinear, RowLinear
@@ -245,6 +245,22 @@ def test_its_widths_must_be_stated(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('[model]\npattern = ["average"]\nwidth = 32\nvocabulary = 9\n')
     with pytest.raises(ValueError, match=r"^model\.recurrent_width: missing"):
         load_config(tmp_path / "config.toml", [])
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "b", "c")])
+def test_any_number_of_projections_is_fused(folder: Path, names: tuple[str, ...]) -> None:
+    model, outputs = configured(folder).model, 12
+    with single_rank_grid() as grid:
+        device = torch.device("cpu")
+        megatron = megatron_config(model, ParallelConfig(), torch.float32, device)
+        context = Context(model=model, grid=grid, megatron=megatron, device=device, kernels="cpu")
+        linear = ColumnLinear(context, names, outputs, atoms=4, std=1.0)
+    for place, piece in enumerate(linear.weight.pieces):
+        assert piece.name == f"{names[place]}.weight"
+        rows = linear.weight[place * outputs : (place + 1) * outputs]
+        assert piece.view(linear.weight, 1).data_ptr() == rows.data_ptr()
+    assert linear.weight.shape == (len(names) * outputs, model.width)
+    assert len(linear.bias.pieces) == len(names)
 
 
 def test_every_entry_is_complete() -> None:

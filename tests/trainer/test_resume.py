@@ -170,7 +170,7 @@ def test_longer_run_keeps_its_schedule(
     assert list(series(runs[0], "learning_rate").values())[-2:] == pytest.approx([1e-3, 1e-3])
     assert ", train.steps 12 -> 40, " in text(runs[0])
     assert "optimizer." not in text(runs[0]).partition("Changed since then: ")[2].partition("\n")[0]
-    assert "Learning rate: steps after 12, where its decay ends, run at optimizer.min_learning_rate = 0.001;" in (
+    assert "Learning rate: its decay ends at step 12; later steps keep optimizer.min_learning_rate = 0.001" in (
         text(runs[0])
     )
 
