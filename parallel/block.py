@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from griffin.parallel.config import RECOMPUTES
 from griffin.parallel.context import Context, Documents
+from griffin.parallel.layers.mlp import MLP
+from griffin.parallel.layers.norm import RMSNorm
 from griffin.parallel.mixers import MIXERS
 from griffin.parallel.mixers.base import MixerStep
-from griffin.parallel.mlp import MLP
-from griffin.parallel.norm import RMSNorm
 
 
 class ResidualBlock(nn.Module):

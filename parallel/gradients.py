@@ -52,14 +52,14 @@ def scale_shards(chunks: Sequence[DistributedDataParallel], tokens: Tensor, grid
 def finalize_gradients(grid: Grid) -> Any:
     """Return a `config.finalize_model_grads_func`: megatron-core's finalize_model_grads, then `sum_tensor_gradients`.
 
-    Data-parallel reduction, tensor-parallel sum and division by the number of tokens are linear, so their order does
-    not matter. The division is ours: megatron-core's divides the whole buffer, and synchronises with the device first.
+    The division by the number of tokens is ours: megatron-core's divides the whole buffer, and synchronises with the
+    device first. Dividing before the tensor-parallel sum rounds as megatron-core does.
     """
 
     def finalize(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         finalize_model_grads(model, None, **kwargs)
-        sum_tensor_gradients(model, grid)
         if num_tokens is not None:
             scale_shards(model, num_tokens, grid)
+        sum_tensor_gradients(model, grid)
 
     return finalize

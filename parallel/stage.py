@@ -18,8 +18,8 @@ from griffin.parallel.block import ResidualBlock
 from griffin.parallel.config import ModelConfig, ParallelConfig, axis_atoms
 from griffin.parallel.context import Context, Documents, megatron_config
 from griffin.parallel.cost import split_blocks
-from griffin.parallel.linear import overlaps_tensor
-from griffin.parallel.norm import RMSNorm
+from griffin.parallel.layers.linear import overlaps_tensor
+from griffin.parallel.layers.norm import RMSNorm
 from griffin.parallel.sharding import Piece, describe, normal
 from griffin.parallel.world.grid import Grid
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# By floor: the floors that it may import. `trainer.settings` and `data` describe runs that `launch` starts.
-FLOORS = {
+# By top-level folder: those that it may import. `trainer.settings` and `data` describe runs that `launch` starts.
+LAYERS = {
     "kernels": set(),
     "parallel": {"kernels"},
     "launch": {"parallel"},
@@ -24,7 +24,7 @@ MOST_FILES, MOST_LINES = 14, 400
 
 def modules() -> dict[str, Path]:
     """Every module of the product, such as "trainer.run.folder", and its file."""
-    files = (file for floor in FLOORS for file in (ROOT / floor).rglob("*.py"))
+    files = (file for layer in LAYERS for file in (ROOT / layer).rglob("*.py"))
     return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
@@ -62,10 +62,10 @@ def imports() -> dict[str, set[str]]:
 IMPORTS = imports()
 
 
-def room(name: str) -> str:
-    """The folder of a module, such as "trainer.run"; a module that lies on a floor itself is a room of its own."""
+def folder_of(name: str) -> str:
+    """The folder of a module, such as "trainer.run"; a module of a top-level folder stands for itself."""
     folder = ".".join(MODULES[name].relative_to(ROOT).parts[:-1])
-    return name if folder in FLOORS else folder
+    return name if folder in LAYERS else folder
 
 
 def assert_no_circle(graph: Mapping[str, set[str]]) -> None:
@@ -79,28 +79,28 @@ def test_files_import_in_no_circle() -> None:
     assert_no_circle(IMPORTS)
 
 
-def test_rooms_import_in_no_circle() -> None:
-    rooms: dict[str, set[str]] = {}
+def test_folders_import_in_no_circle() -> None:
+    folders: dict[str, set[str]] = {}
     for name, found in IMPORTS.items():
-        # A folder's rooms stand between its own files: `checkpoint.checkpoints` -> `saving` -> `checkpoint.plan`.
-        outside = {room(each) for each in found if not is_within(room(each), room(name))}
-        rooms.setdefault(room(name), set()).update(outside)
-    assert_no_circle(rooms)
+        # Subfolders stand between the files of their folder: `checkpoint.checkpoints` -> `saving` -> `checkpoint.plan`.
+        outside = {folder_of(each) for each in found if not is_within(folder_of(each), folder_of(name))}
+        folders.setdefault(folder_of(name), set()).update(outside)
+    assert_no_circle(folders)
 
 
 def is_within(one: str, other: str) -> bool:
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
-def test_floors_import_those_below() -> None:
+def test_layers_import_those_below() -> None:
     for name, found in IMPORTS.items():
-        floor = name.partition(".")[0]
+        layer = name.partition(".")[0]
         for each in found:
-            assert each.partition(".")[0] in FLOORS[floor] | {floor}, f"{name} imports {each}"
+            assert each.partition(".")[0] in LAYERS[layer] | {layer}, f"{name} imports {each}"
 
 
 def test_commands_are_the_top_of_the_tools() -> None:
-    """common <- the rooms <- commands <- cli."""
+    """common <- the other folders <- commands <- cli."""
     for name, found in IMPORTS.items():
         for each in found:
             if name.startswith("tools.") and each.startswith("tools."):

@@ -1,7 +1,7 @@
 """Evaluations of a model during training, such as the loss on held-out data.
 
-To add one, append an `Evaluation` to the list in `trainer.loop`. Its figures are written to metrics.jsonl, the console
-and TensorBoard under the names that it returns.
+To add one, append an `Evaluation` to the list in `trainer.loop`; trainer/README.md says how. Its figures are written
+to metrics.jsonl, the console and TensorBoard under the names that it returns.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 
 from griffin.kernels import local_attention
 from griffin.kernels.selection import resolve_backend
-from griffin.parallel.norm import apex_rms_norm
+from griffin.parallel.layers.norm import apex_rms_norm
 from griffin.parallel.world.grid import Grid, rank_grid
 from griffin.parallel.world.ranks import Ranks, RunError
 from griffin.trainer.checkpoint.checkpoints import Checkpoints, Position

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from griffin.kernels.local_attention import apply_rotary, multi_query_attention, rotary, rotary_cos_sin
 from griffin.parallel.config import ModelConfig
 from griffin.parallel.context import Context, DecodePosition, Documents
-from griffin.parallel.linear import RowLinear, column_product
+from griffin.parallel.layers.linear import RowLinear, column_product
 from griffin.parallel.mixers.base import Cost
 from griffin.parallel.sharding import Piece, describe, normal
 

@@ -15,7 +15,7 @@ from griffin.kernels.rglru import rglru, rglru_step
 from griffin.kernels.selection import resolve_backend
 from griffin.parallel.config import CONV_WIDTH, ModelConfig
 from griffin.parallel.context import Context, DecodePosition, Documents
-from griffin.parallel.linear import ColumnLinear, RowLinear
+from griffin.parallel.layers.linear import ColumnLinear, RowLinear
 from griffin.parallel.mixers.base import Cost
 from griffin.parallel.sharding import Piece, decay, describe, normal, zeros
 

@@ -13,9 +13,9 @@ from griffin.kernels.conv1d import causal_conv1d
 from griffin.kernels.rglru import rglru
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.context import Context, Documents, megatron_config
+from griffin.parallel.layers.mlp import MLP
 from griffin.parallel.mixers.attention import AttentionMixer
 from griffin.parallel.mixers.recurrent import BlockDiagonalGates, RecurrentMixer
-from griffin.parallel.mlp import MLP
 from griffin.parallel.sharding import initialize
 from griffin.parallel.world.grid import rank_grid
 from griffin.trainer.step import Training

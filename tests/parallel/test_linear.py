@@ -9,7 +9,7 @@ from torch import Tensor
 
 from griffin.parallel.config import ATTENTION, ModelConfig, ParallelConfig
 from griffin.parallel.context import Context, megatron_config
-from griffin.parallel.linear import add_weight_gradient, column_product, row_product
+from griffin.parallel.layers.linear import add_weight_gradient, column_product, row_product
 from griffin.parallel.world.grid import rank_grid
 from griffin.parallel.world.ranks import Ranks
 from tests.ranks import RankPool

@@ -20,7 +20,7 @@ from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelC
 from griffin.parallel.context import Context, DecodePosition, Documents, megatron_config
 from griffin.parallel.cost import block_cost, train_flops_per_token
 from griffin.parallel.decode import Decoder
-from griffin.parallel.linear import ColumnLinear, RowLinear
+from griffin.parallel.layers.linear import ColumnLinear, RowLinear
 from griffin.parallel.mixers import MIXERS, kinds, used
 from griffin.parallel.mixers.base import Cost, Mixer, Multiple
 from griffin.parallel.sharding import Piece, describe

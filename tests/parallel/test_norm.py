@@ -13,7 +13,7 @@ from torch import Tensor
 
 from griffin.parallel.config import RECURRENT, ModelConfig, ParallelConfig
 from griffin.parallel.context import Context, megatron_config
-from griffin.parallel.norm import RMSNorm, apex_rms_norm
+from griffin.parallel.layers.norm import RMSNorm, apex_rms_norm
 from griffin.parallel.world.grid import single_rank_grid
 
 T, B, D = 5, 3, 48

@@ -64,7 +64,7 @@ def _total_bytes(manifest: Manifest) -> int:
 
 def _layout_text(manifest: Manifest) -> str:
     sizes = {axis: str(manifest.layout.get(axis, 1)) for axis in (*ParallelConfig().model_axes, "data")}
-    sizes["pipeline"] += f" x {manifest.layout['virtual_pipeline']}"
+    sizes["pipeline"] += f" x {manifest.layout.get('virtual_pipeline', 1)}"
     return ", ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 

@@ -21,7 +21,7 @@ import torch
 from griffin.kernels.rglru import rglru
 from griffin.kernels.selection import HAS_TRITON
 from griffin.launch.local import cores
-from griffin.parallel.norm import apex_rms_norm
+from griffin.parallel.layers.norm import apex_rms_norm
 from griffin.tools.runs.check_results import FAILED, OK, WARNING, CheckResult
 from griffin.trainer.checkpoint.saving.memory import memory_left
 

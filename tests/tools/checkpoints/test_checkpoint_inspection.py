@@ -71,6 +71,14 @@ def test_list_says_why_a_step_is_incomplete(run: Path, capsys: pytest.CaptureFix
     assert str(run / "checkpoints/step-00000200/manifest.json") in lines[2]
 
 
+def test_list_of_a_layout_that_is_not_recorded_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A layout is for information only: another writer's need not name every axis."""
+    make_checkpoint(tmp_path / "a", tensors=FEW)
+    write_step(tmp_path / "b", replace(read_manifest(tmp_path / "a"), layout={"tensor": 2}, files={}), tmp_path / "a")
+    assert main(["checkpoint", "list", str(tmp_path / "b")]) == 0
+    assert "tensor 2, pipeline 1 x 1, data 1  complete" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["list", "inspect", "verify"])
 def test_folder_without_checkpoint(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", command, str(tmp_path)]) == 2

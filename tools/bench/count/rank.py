@@ -11,8 +11,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from griffin.parallel import megatron_device
+from griffin.parallel.layers.norm import RMSNorm
 from griffin.parallel.mixers import MIXERS
-from griffin.parallel.norm import RMSNorm
 from griffin.parallel.stage import Stage, build_stages
 from griffin.parallel.world.grid import fake_grid
 from griffin.tools.bench.count.recorder import Op, Recorder

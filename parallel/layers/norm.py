@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from griffin.parallel.context import Context
-from griffin.parallel.linear import LayerStep
+from griffin.parallel.layers.linear import LayerStep
 from griffin.parallel.sharding import Piece, describe, zeros
 
 EPSILON = 1e-6

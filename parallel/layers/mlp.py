@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from griffin.parallel.config import axis_atoms
 from griffin.parallel.context import Context
-from griffin.parallel.linear import ColumnLinear, LayerStep, RowLinear
+from griffin.parallel.layers.linear import ColumnLinear, LayerStep, RowLinear
 
 
 class MLP(nn.Module):

@@ -1,0 +1,1 @@
+"""Layers of a block and of the stage: tensor-parallel linears, the MLP and RMSNorm."""
