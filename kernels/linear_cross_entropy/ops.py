@@ -1,0 +1,65 @@
+"""The steps of the loss on a chunk of logits as custom operators.
+
+They have no gradient: the loss that they are part of has one, in `griffin.kernels.linear_cross_entropy.chunks`.
+"""
+
+# No postponed annotations: the operators' schemas are read from them.
+
+import torch
+from torch import Tensor
+
+from griffin.kernels.costs import OperatorCost, states_cost, touched
+from griffin.kernels.layout import accumulation_dtype
+from griffin.kernels.selection import implementation
+
+
+@torch.library.custom_op("griffin::linear_cross_entropy_statistics", mutates_args=())
+def statistics(logits: Tensor, labels: Tensor, soft_cap: float, first: int, valid: int, backend: str) -> Tensor:
+    """float32 (float64 where logits are) [3, N] of logits [N, V], which are no longer needed in full:
+
+    each row's maximum, its sum of exp(logit - maximum), and the logit of its label, int64 [N], or 0 where that is none
+    of `first` to `first + valid - 1`, whose logits are the first `valid` columns. Logits are soft-capped before.
+    """
+    return implementation("linear_cross_entropy", backend).statistics(logits, labels, soft_cap, first, valid)
+
+
+@statistics.register_fake
+def _(logits, labels, soft_cap, first, valid, backend):
+    return logits.new_empty((3, logits.shape[0]), dtype=accumulation_dtype(logits))
+
+
+@torch.library.custom_op("griffin::linear_cross_entropy_gradient", mutates_args=("logits",))
+def gradient_(
+    logits: Tensor,
+    labels: Tensor,
+    maxima: Tensor,
+    scales: Tensor,
+    weights: Tensor,
+    soft_cap: float,
+    first: int,
+    valid: int,
+    backend: str,
+) -> None:
+    """Replace logits [N, V] by the gradient of the loss in them, 0 in columns from `valid` on:
+
+    scale exp(logit - maximum), less the weight at the row's label; the three are [N] as `statistics` are. Both logits
+    and gradient go through the soft cap.
+    """
+    implementation("linear_cross_entropy", backend).gradient_(
+        logits, labels, maxima, scales, weights, soft_cap, first, valid
+    )
+
+
+@gradient_.register_fake
+def _(logits, labels, maxima, scales, weights, soft_cap, first, valid, backend):
+    return None
+
+
+@states_cost(statistics)
+def _(given, results) -> OperatorCost:
+    return OperatorCost(kind="loss", bytes=touched(given) + touched(results), kernels=1)
+
+
+@states_cost(gradient_)
+def _(given, results) -> OperatorCost:
+    return OperatorCost(kind="loss", bytes=touched(given) + touched(given[:1]), kernels=1)
