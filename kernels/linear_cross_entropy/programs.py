@@ -13,28 +13,30 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-3e38)  # below every logit: the difference of two infinities is not a number
-# What changes from call to call must not compile anew; whether rows are aligned must be known.
-CHANGING = ["valid", "first", "columns"]
+# Ranks and chunks must not compile anew; whether rows and their ends are aligned must be known, for loads of 16 bytes.
+CHANGING = ["valid", "first"]
 
 
+# exp2 and rsqrt are one instruction, exp and division five to eight.
 @triton.jit
 def _tanh(x):
     shrunk = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
-    ratio = (1.0 - shrunk) / (1.0 + shrunk)
+    root = tl.rsqrt(1.0 + shrunk)
+    ratio = (1.0 - shrunk) * (root * root)
     return tl.where(x < 0, -ratio, ratio)
 
 
 @triton.jit
-def _capped(x, soft_cap, HAS_CAP: tl.constexpr):
+def _capped(x, soft_cap, inverse_cap, HAS_CAP: tl.constexpr):
     if HAS_CAP:
-        return _tanh(x / soft_cap) * soft_cap
+        return _tanh(x * inverse_cap) * soft_cap
     else:
         return x
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def statistics(
-    logits, labels, maxima, sums, targets, row_stride, valid, first, soft_cap,
+    logits, labels, maxima, sums, targets, columns, row_stride, valid, first, soft_cap, inverse_cap,
     HAS_CAP: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A row's maximum, its sum of exp(logit - maximum), and the target's logit, 0 where that is of another shard.
@@ -48,9 +50,8 @@ def statistics(
     highest = tl.full([BLOCK // LANE], LOWEST, tl.float32)
     total = tl.zeros([BLOCK // LANE], tl.float32)
     for start in tl.range(0, valid, BLOCK, num_stages=STAGES):
-        mask = start + o_v < valid
-        x = _capped(tl.load(p_row + start + o_v, mask=mask, other=0.0).to(tl.float32), soft_cap, HAS_CAP)
-        x = tl.where(mask, x, float("-inf"))
+        x = tl.load(p_row + start + o_v, mask=start + o_v < columns, other=0.0).to(tl.float32)
+        x = tl.where(start + o_v < valid, _capped(x, soft_cap, inverse_cap, HAS_CAP), float("-inf"))
         higher = tl.maximum(highest, tl.max(x, axis=1))
         total = total * tl.exp2((highest - higher) * LOG2_E) + tl.sum(tl.exp2((x - higher[:, None]) * LOG2_E), axis=1)
         highest = higher
@@ -58,7 +59,7 @@ def statistics(
     total_of_row = tl.sum(total * tl.exp2((highest - maximum) * LOG2_E), axis=0)
     place = tl.load(labels + row) - first
     is_there = (place >= 0) & (place < valid)
-    target = _capped(tl.load(p_row + place, mask=is_there, other=0.0).to(tl.float32), soft_cap, HAS_CAP)
+    target = _capped(tl.load(p_row + place, mask=is_there, other=0.0).to(tl.float32), soft_cap, inverse_cap, HAS_CAP)
     tl.store(maxima + row, tl.where(maximum > LOWEST, maximum, float("-inf")))
     tl.store(sums + row, total_of_row)
     tl.store(targets + row, tl.where(is_there, target, 0.0))
@@ -66,7 +67,7 @@ def statistics(
 
 @triton.jit(do_not_specialize=CHANGING)
 def gradient(
-    logits, labels, maxima, scales, weights, columns, row_stride, valid, first, soft_cap,
+    logits, labels, maxima, scales, weights, columns, row_stride, valid, first, soft_cap, inverse_cap,
     HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scale exp(logit - maximum), less the weight at the target, through the soft cap; in place of a block of a row."""
@@ -75,11 +76,11 @@ def gradient(
     o_v = block * BLOCK + tl.arange(0, BLOCK)
     p = logits + row * row_stride + o_v
     mask = o_v < columns
-    x = _capped(tl.load(p, mask=mask, other=0.0).to(tl.float32), soft_cap, HAS_CAP)
+    x = _capped(tl.load(p, mask=mask, other=0.0).to(tl.float32), soft_cap, inverse_cap, HAS_CAP)
     place = tl.load(labels + row) - first
     slope = tl.exp2((x - tl.load(maxima + row)) * LOG2_E) * tl.load(scales + row)
     slope -= tl.where(o_v == place, tl.load(weights + row), 0.0)
     if HAS_CAP:
-        ratio = x / soft_cap
+        ratio = x * inverse_cap
         slope *= 1.0 - ratio * ratio
     tl.store(p, tl.where(o_v < valid, slope, 0.0), mask=mask)

@@ -23,10 +23,12 @@ def statistics(logits: Tensor, labels: Tensor, soft_cap: float, first: int, vali
         "maxima": maxima,
         "sums": sums,
         "targets": targets,
+        "columns": logits.shape[1],
         "row_stride": logits.stride(0),
         "valid": valid,
         "first": first,
         "soft_cap": soft_cap,
+        "inverse_cap": 1 / soft_cap if soft_cap > 0 else 0.0,
         "HAS_CAP": soft_cap > 0,
         "LANE": LANE,
         "STAGES": STAGES,
@@ -58,6 +60,7 @@ def gradient_(
         "valid": valid,
         "first": first,
         "soft_cap": soft_cap,
+        "inverse_cap": 1 / soft_cap if soft_cap > 0 else 0.0,
         "HAS_CAP": soft_cap > 0,
     }
     if len(logits):
