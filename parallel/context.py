@@ -27,7 +27,8 @@ class Context:
     grid: Grid
     megatron: TransformerConfig
     device: torch.device  # of the parameters; meta where only their shapes are asked for
-    kernels: str = AUTO  # backend of convolution and recurrence
+    kernels: str = AUTO  # backend of convolution, recurrence and loss
+    z_loss: float = 0.0  # factor of the squared log-sum-exp in the loss
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter of that shape on this rank."""

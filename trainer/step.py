@@ -17,6 +17,7 @@ from torch import Tensor
 from griffin.parallel.gradients import finalize_gradients
 from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import Stage, build_stages
+from griffin.parallel.vocabulary_loss import Loss
 from griffin.parallel.world.grid import Grid
 from griffin.trainer.health.non_finite import NonFiniteError, describe_non_finite
 from griffin.trainer.health.replicas import check_replicas
@@ -66,6 +67,7 @@ class Training:
             sequence=config.data.sequence_length,
             recompute=config.train.recompute,
             kernels=config.train.kernels,
+            z_loss=config.train.z_loss,
         )
         initialize(stages, grid, config.train.seed)
         self.stages: list[Stage] = stages
@@ -219,9 +221,8 @@ class Training:
         return chunk(batch), partial(_loss, batch["loss_mask"])
 
 
-def _loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of unmasked losses, their number, both for logging) of a micro-batch; mask [B, T], losses [T, B]."""
+def _loss(mask: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    """(weighted sum of losses, their number; both for logging, without z-loss) of a micro-batch; mask [B, T]."""
     mask = mask.t()
-    total, tokens = (losses * mask).sum(), mask.sum()
-    # A clone: the schedule may scale the first in place.
-    return total, tokens.int(), torch.stack((total.detach().clone(), tokens)).double()
+    tokens = mask.sum()
+    return loss.total, tokens.int(), torch.stack(((loss.tokens * mask).sum(), tokens)).double()

@@ -59,9 +59,9 @@ def make_stage(model: ModelConfig, grid: Grid) -> Stage:
 def run(stage: Stage, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Logits [T, B, V] and the loss of every token [T, B]; the loss's gradients are added to the parameters'."""
     logits = stage({name: value for name, value in batch.items() if name != "labels"})
-    losses = stage(batch)
-    losses.sum().backward()
-    return logits.detach()[..., : stage.model.vocabulary], losses.detach()
+    total, losses = stage(batch)
+    total.backward()
+    return logits.detach()[..., : stage.model.vocabulary], losses
 
 
 def gradients(stage: Stage, grid: Grid) -> dict[str, Tensor]:

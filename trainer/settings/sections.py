@@ -103,9 +103,15 @@ class TrainConfig:
         '`"block"`',
         choices=RECOMPUTES,
     )
+    z_loss: float = setting(
+        0.0,
+        "factor of the squared log-sum-exp of the logits in the trained loss; reported losses are without it; 0 is off",
+        least=0.0,
+    )
     kernels: str = setting(
         AUTO,
-        'what computes convolution and recurrence: `"triton"` (on GPUs), `"cpu"` (anywhere), `"reference"` (a loop)',
+        'what computes convolution, recurrence and loss: `"triton"` (on GPUs), `"cpu"` (anywhere), or `"reference"` '
+        "(loops)",
         choices=(AUTO, *BACKENDS),
     )
     overlap: str = setting(
