@@ -103,7 +103,7 @@ def linear_cross_entropy(
     )
     hidden, table = without_tangents(hidden, table)
     needs = tuple(tensor.requires_grad and torch.is_grad_enabled() for tensor in (hidden, table))
-    total, losses = SummedLoss.apply(
+    total, losses, _, _ = SummedLoss.apply(
         hidden.reshape(-1, hidden.shape[-1]), table, labels.reshape(-1), weights.reshape(-1), terms, needs
     )
     return total, losses.view(tokens)

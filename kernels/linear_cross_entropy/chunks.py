@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.layout import accumulation_dtype
 from griffin.kernels.linear_cross_entropy import ops
 from griffin.kernels.products import add_product
@@ -48,21 +49,20 @@ def chunk_tokens(rows: int, dtype: torch.dtype, *, on_cpu: bool) -> int:
 
 
 class SummedLoss(Function):
-    """The weighted sum, whose gradients are found beside it, and each token's loss, which is not differentiable.
+    """hidden [N, D], table [V, D], labels [N], weights [N] -> the weighted sum [], losses [N], and the sum's gradients.
 
-    hidden [N, D], table [V, D], labels [N], weights [N] -> sum [], losses [N].
+    Only the sum is differentiable. Gradients that are not needed are None.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,
         table: Tensor,
         labels: Tensor,
         weights: Tensor,
         terms: Terms,
         needs: tuple[bool, bool],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         dtype = accumulation_dtype(hidden)
         weights = weights.to(dtype)
         totals, losses = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
@@ -92,14 +92,19 @@ class SummedLoss(Function):
                 torch.mm(logits, table, out=grad_hidden[chunk])
             if grad_table is not None:
                 add_product(grad_table, logits, x)
-        ctx.save_for_backward(grad_hidden, grad_table)
-        ctx.add_to_table, ctx.table_dtype = terms.add_to_table, table.dtype
-        ctx.mark_non_differentiable(losses)
-        return (totals * weights).sum(), losses
+        return (totals * weights).sum(), losses, grad_hidden, grad_table
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.save_for_backward(*output[2:])
+        ctx.add_to_table, ctx.table_dtype = inputs[4].add_to_table, inputs[1].dtype
+        ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        (grad,) = without_tangents(grad)
         grad_hidden, grad_table = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)

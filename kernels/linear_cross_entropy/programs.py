@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-LOWEST = tl.constexpr(-3e38)  # below every logit: the difference of two infinities is not a number
+LOWEST = tl.constexpr(-1e38)  # below every logit: the difference of two infinities is not a number
 # Ranks and chunks must not compile anew; whether rows and their ends are aligned must be known, for loads of 16 bytes.
 CHANGING = ["valid", "first"]
 
