@@ -18,9 +18,9 @@ from griffin.kernels.linear_cross_entropy import ops
 from griffin.kernels.products import add_product
 
 MOST_BYTES = 2**28  # of logits at a time
-# Each chunk reads the table twice and its gradient once and writes that: fewer tokens would leave products waiting for
-# memory. More than so many bytes fall out of a CPU's caches.
-CPU_TOKENS, CPU_BYTES = 64, 2**23
+# On CPUs products of fewer tokens are slower, since each packs the whole table anew (by a third at 64, by a tenth at
+# 128); beyond them, more bytes than these fall out of caches.
+CPU_TOKENS, CPU_BYTES = 192, 2**23
 ALIGNED = 64  # columns; rows of logits begin at multiples of 128 bytes
 
 
@@ -45,7 +45,7 @@ def chunk_tokens(rows: int, dtype: torch.dtype, *, on_cpu: bool) -> int:
     most = MOST_BYTES // (row + on_cpu * (4 if dtype.itemsize == 2 else 0) * rows)
     if on_cpu:
         most = min(most, max(CPU_TOKENS, CPU_BYTES // row))
-    return max(1, most - most % 128 if most > 128 else most)
+    return max(1, most - most % 64 if most > 64 else most)
 
 
 class SummedLoss(Function):
@@ -75,7 +75,7 @@ class SummedLoss(Function):
             chunk = slice(begin, begin + step)
             x, y, w = hidden[chunk], labels[chunk], weights[chunk]
             logits = torch.mm(x, table.t(), out=buffer[: len(x)])
-            found = ops.statistics(logits, y, terms.soft_cap, terms.first, terms.valid, terms.backend)
+            found = ops.statistics_(logits, y, terms.soft_cap, terms.first, terms.valid, terms.backend)
             maxima, sums, targets = _combined(found[None] if terms.gather is None else terms.gather(found))
             log_sums = sums.log()
             losses[chunk] = log_sums - (targets - maxima)
@@ -87,7 +87,9 @@ class SummedLoss(Function):
                 scales *= 1 + 2 * terms.z_loss * log_sum_exp
             if grad_hidden is None and grad_table is None:
                 continue
-            ops.gradient_(logits, y, maxima, scales, w, terms.soft_cap, terms.first, terms.valid, terms.backend)
+            ops.gradient_(
+                logits, y, found[0], maxima, scales, w, terms.soft_cap, terms.first, terms.valid, terms.backend
+            )
             if grad_hidden is not None:
                 torch.mm(logits, table, out=grad_hidden[chunk])
             if grad_table is not None:
@@ -99,11 +101,10 @@ class SummedLoss(Function):
         ctx.save_for_backward(*output[2:])
         ctx.add_to_table, ctx.table_dtype = inputs[4].add_to_table, inputs[1].dtype
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = without_tangents(grad)
         grad_hidden, grad_table = ctx.saved_tensors
         if grad_hidden is not None:

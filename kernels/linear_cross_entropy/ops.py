@@ -13,17 +13,17 @@ from griffin.kernels.layout import accumulation_dtype
 from griffin.kernels.selection import implementation
 
 
-@torch.library.custom_op("griffin::linear_cross_entropy_statistics", mutates_args=())
-def statistics(logits: Tensor, labels: Tensor, soft_cap: float, first: int, valid: int, backend: str) -> Tensor:
-    """float32 (float64 where logits are) [3, N] of logits [N, V], which are no longer needed in full:
+@torch.library.custom_op("griffin::linear_cross_entropy_statistics", mutates_args=("logits",))
+def statistics_(logits: Tensor, labels: Tensor, soft_cap: float, first: int, valid: int, backend: str) -> Tensor:
+    """float32 (float64 where logits are) [3, N] of logits [N, V]: each row's maximum, its sum of exp(logit - maximum),
 
-    each row's maximum, its sum of exp(logit - maximum), and the logit of its label, int64 [N], or 0 where that is none
-    of `first` to `first + valid - 1`, whose logits are the first `valid` columns. Logits are soft-capped before.
+    and the logit of its label, int64 [N], or 0 where that is none of `first` to `first + valid - 1`, whose logits are the
+    first `valid` columns. Logits are soft-capped before. They are left as `gradient_` of the same backend takes them.
     """
-    return implementation("linear_cross_entropy", backend).statistics(logits, labels, soft_cap, first, valid)
+    return implementation("linear_cross_entropy", backend).statistics_(logits, labels, soft_cap, first, valid)
 
 
-@statistics.register_fake
+@statistics_.register_fake
 def _(logits, labels, soft_cap, first, valid, backend):
     return logits.new_empty((3, logits.shape[0]), dtype=accumulation_dtype(logits))
 
@@ -32,6 +32,7 @@ def _(logits, labels, soft_cap, first, valid, backend):
 def gradient_(
     logits: Tensor,
     labels: Tensor,
+    own_maxima: Tensor,
     maxima: Tensor,
     scales: Tensor,
     weights: Tensor,
@@ -40,22 +41,22 @@ def gradient_(
     valid: int,
     backend: str,
 ) -> None:
-    """Replace logits [N, V] by the gradient of the loss in them, 0 in columns from `valid` on:
+    """Replace what `statistics_` left of logits [N, V] by the gradient of the loss in them, 0 from column `valid` on:
 
-    scale exp(logit - maximum), less the weight at the row's label; the three are [N] as `statistics` are. Both logits
-    and gradient go through the soft cap.
+    scale exp(logit - maximum), less the weight at the row's label, through the soft cap. Scales, weights and maxima are
+    [N] in the dtype of the statistics; `own_maxima` are those that `statistics_` found, `maxima` those of all shards.
     """
     implementation("linear_cross_entropy", backend).gradient_(
-        logits, labels, maxima, scales, weights, soft_cap, first, valid
+        logits, labels, own_maxima, maxima, scales, weights, soft_cap, first, valid
     )
 
 
 @gradient_.register_fake
-def _(logits, labels, maxima, scales, weights, soft_cap, first, valid, backend):
+def _(logits, labels, own_maxima, maxima, scales, weights, soft_cap, first, valid, backend):
     return None
 
 
-@states_cost(statistics)
+@states_cost(statistics_)
 def _(given, results) -> OperatorCost:
     return OperatorCost(kind="loss", bytes=touched(given) + touched(results), kernels=1)
 

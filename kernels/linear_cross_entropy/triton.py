@@ -13,13 +13,13 @@ BLOCK, LANE, WARPS, STAGES = 4096, 8, 8, 3
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
 
 
-def statistics(logits: Tensor, labels: Tensor, soft_cap: float, first: int, valid: int) -> Tensor:
-    """As `griffin.kernels.linear_cross_entropy.ops.statistics`."""
+def statistics_(logits: Tensor, labels: Tensor, soft_cap: float, first: int, valid: int) -> Tensor:
+    """As `griffin.kernels.linear_cross_entropy.ops.statistics_`; logits stay as they are."""
     found = logits.new_empty((3, len(logits)), dtype=torch.float32)
     maxima, sums, targets = found
     arguments = {
         "logits": logits,
-        "labels": labels,
+        "labels": labels.contiguous(),
         "maxima": maxima,
         "sums": sums,
         "targets": targets,
@@ -41,6 +41,7 @@ def statistics(logits: Tensor, labels: Tensor, soft_cap: float, first: int, vali
 def gradient_(
     logits: Tensor,
     labels: Tensor,
+    own_maxima: Tensor,
     maxima: Tensor,
     scales: Tensor,
     weights: Tensor,
@@ -51,10 +52,10 @@ def gradient_(
     """As `griffin.kernels.linear_cross_entropy.ops.gradient_`."""
     arguments = {
         "logits": logits,
-        "labels": labels,
-        "maxima": maxima,
-        "scales": scales,
-        "weights": weights,
+        "labels": labels.contiguous(),
+        "maxima": maxima.contiguous(),
+        "scales": scales.contiguous(),
+        "weights": weights.contiguous(),
         "columns": logits.shape[1],
         "row_stride": logits.stride(0),
         "valid": valid,
