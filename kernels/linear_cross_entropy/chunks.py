@@ -87,9 +87,7 @@ class SummedLoss(Function):
                 scales *= 1 + 2 * terms.z_loss * log_sum_exp
             if grad_hidden is None and grad_table is None:
                 continue
-            ops.gradient_(
-                logits, y, found[0], maxima, scales, w, terms.soft_cap, terms.first, terms.valid, terms.backend
-            )
+            ops.gradient_(logits, y, maxima, scales, w, terms.soft_cap, terms.first, terms.valid, terms.backend)
             if grad_hidden is not None:
                 torch.mm(logits, table, out=grad_hidden[chunk])
             if grad_table is not None:

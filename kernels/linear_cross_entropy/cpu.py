@@ -10,8 +10,10 @@ from torch import Tensor
 
 from griffin.kernels.layout import accumulation_dtype
 
+LOG2_E = math.log2(math.e)
 TILE_ELEMENTS = 2**19  # of a float32 buffer; 1 MB of each of two cores
-DEVICE_TILE_ELEMENTS = 2**24  # no such cache elsewhere (CUDA): the tile only bounds memory
+DEVICE_LOG2_E = math.log2(math.e)
+TILE_ELEMENTS = 2**24  # no such cache elsewhere (CUDA): the tile only bounds memory
 
 
 def _tiles(logits: Tensor) -> Iterator[slice]:
@@ -30,8 +32,7 @@ def _places(labels: Tensor, first: int, valid: int) -> tuple[Tensor, Tensor]:
 def statistics_(logits: Tensor, labels: Tensor, soft_cap: float, first: int, valid: int) -> Tensor:
     """As `griffin.kernels.linear_cross_entropy.ops.statistics_`; any device, made for CPUs.
 
-    Leaves exp(logit - maximum) in float32 and float64, which spares the gradient the dearest operation; half precision
-    would round it.
+    Leaves soft-capped logits in float32 and float64; half precision would round them.
     """
     dtype = accumulation_dtype(logits)
     found = logits.new_zeros((3, len(logits)), dtype=dtype)
@@ -40,11 +41,12 @@ def statistics_(logits: Tensor, labels: Tensor, soft_cap: float, first: int, val
         return found
     maxima, sums, targets = found
     places, are_there = _places(labels, first, valid)
+    buffer = _buffer(logits, valid)
     for rows in _tiles(logits):
-        wide = _capped_(logits[rows, :valid].to(dtype), soft_cap)
+        wide = _soft_cap_(logits[rows, :valid].to(dtype), soft_cap)
         torch.amax(wide, 1, out=maxima[rows])
         torch.gather(wide, 1, places[rows], out=targets[rows, None])
-        torch.sum(wide.sub_(maxima[rows, None]).exp_(), 1, out=sums[rows])
+        torch.sum(_exponentials(wide, maxima[rows], buffer), 1, out=sums[rows])
     found[2] = torch.where(are_there[:, 0], targets, 0)
     return found
 
@@ -52,7 +54,6 @@ def statistics_(logits: Tensor, labels: Tensor, soft_cap: float, first: int, val
 def gradient_(
     logits: Tensor,
     labels: Tensor,
-    own_maxima: Tensor,
     maxima: Tensor,
     scales: Tensor,
     weights: Tensor,
@@ -66,26 +67,30 @@ def gradient_(
     if valid == 0:
         return
     places, are_there = _places(labels, first, valid)
-    at_target = -weights[:, None] * are_there
-    factors = (scales * (own_maxima - maxima).exp())[:, None]
-    tiny = torch.finfo(dtype).tiny
+    at_target = torch.where(are_there, -weights[:, None], 0)
+    buffer = _buffer(logits, valid)
     for rows in _tiles(logits):
         part = logits[rows, :valid]
-        wide, slope = part, None
-        if part.dtype != dtype:
-            wide = _capped_(part.to(dtype), soft_cap)
-            if soft_cap > 0:
-                slope = wide / soft_cap
-            wide.sub_(own_maxima[rows, None]).exp_()
-        elif soft_cap > 0:  # the logit is maximum + log of what is there, and of no account where that is 0
-            slope = wide.clamp(min=tiny).log_().add_(own_maxima[rows, None]).div_(soft_cap)
-        wide.mul_(factors[rows])
-        wide.scatter_add_(1, places[rows], at_target[rows])
-        if slope is not None:
-            wide.mul_(slope.square_().neg_().add_(1))
-        if wide is not part:
-            part.copy_(wide)
+        wide = part if part.dtype == dtype else _soft_cap_(part.to(dtype), soft_cap)
+        out = _exponentials(wide, maxima[rows], buffer if soft_cap > 0 else wide).mul_(scales[rows, None])
+        out.scatter_add_(1, places[rows], at_target[rows])
+        if soft_cap > 0:
+            out = wide.div_(soft_cap).square_().neg_().add_(1).mul_(out)
+        if out.dtype != part.dtype:
+            part.copy_(out)
 
 
-def _capped_(logits: Tensor, soft_cap: float) -> Tensor:
+def _buffer(logits: Tensor, valid: int) -> Tensor:
+    """For what is computed of a tile."""
+    rows = next(_tiles(logits), slice(0, 0)).stop
+    return logits.new_empty(rows, valid, dtype=accumulation_dtype(logits))
+
+
+def _exponentials(logits: Tensor, maxima: Tensor, buffer: Tensor) -> Tensor:
+    """exp(logit - maximum) in the buffer, which may be the logits; exp2 takes a fourth of the time of exp."""
+    shifted = torch.sub(logits, maxima[:, None], out=buffer[: len(logits)])
+    return shifted.mul_(LOG2_E).exp2_()
+
+
+def _soft_cap_(logits: Tensor, soft_cap: float) -> Tensor:
     return logits.div_(soft_cap).tanh_().mul_(soft_cap) if soft_cap > 0 else logits

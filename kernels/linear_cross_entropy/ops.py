@@ -32,7 +32,6 @@ def _(logits, labels, soft_cap, first, valid, backend):
 def gradient_(
     logits: Tensor,
     labels: Tensor,
-    own_maxima: Tensor,
     maxima: Tensor,
     scales: Tensor,
     weights: Tensor,
@@ -43,16 +42,16 @@ def gradient_(
 ) -> None:
     """Replace what `statistics_` left of logits [N, V] by the gradient of the loss in them, 0 from column `valid` on:
 
-    scale exp(logit - maximum), less the weight at the row's label, through the soft cap. Scales, weights and maxima are
-    [N] in the dtype of the statistics; `own_maxima` are those that `statistics_` found, `maxima` those of all shards.
+    scale exp(logit - maximum), less the weight at the row's label, through the soft cap. Maxima, scales and weights
+    are [N] in the dtype of the statistics.
     """
     implementation("linear_cross_entropy", backend).gradient_(
-        logits, labels, own_maxima, maxima, scales, weights, soft_cap, first, valid
+        logits, labels, maxima, scales, weights, soft_cap, first, valid
     )
 
 
 @gradient_.register_fake
-def _(logits, labels, own_maxima, maxima, scales, weights, soft_cap, first, valid, backend):
+def _(logits, labels, maxima, scales, weights, soft_cap, first, valid, backend):
     return None
 
 

@@ -41,7 +41,6 @@ def statistics_(logits: Tensor, labels: Tensor, soft_cap: float, first: int, val
 def gradient_(
     logits: Tensor,
     labels: Tensor,
-    own_maxima: Tensor,
     maxima: Tensor,
     scales: Tensor,
     weights: Tensor,

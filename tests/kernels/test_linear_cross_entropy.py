@@ -321,7 +321,7 @@ def test_the_table_gradient_goes_where_it_is_wanted():
 
     total, _ = linear_cross_entropy(**inputs, add_to_table=add)
     assert not main_grad.any(), "the sum's gradient is not known yet"
-    (3 * total).backward()
+    (2 * total).backward()
     assert inputs["table"].grad is None
     assert_close({"table": main_grad}, {"table": expected}, 2**-7)
 
@@ -354,7 +354,7 @@ def test_a_chunk_has_at_most_256_megabytes_of_logits(rows, dtype, on_cpu):
 def test_operators_are_what_they_claim(backend):
     """Fake implementations and mutation, as torch.library.opcheck sees them; they have no gradient."""
     logits = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))[:, :50].bfloat16()
-    labels, rows = torch.arange(5), torch.rand(4, 5)
+    labels, rows = torch.arange(5), torch.rand(3, 5)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(ops.statistics_, (logits, labels, 2.0, 1, 45, backend), test_utils=tests)
     torch.library.opcheck(ops.gradient_, (logits, labels, *rows, 2.0, 1, 45, backend), test_utils=tests)
@@ -374,7 +374,7 @@ def test_padded_rows_of_logits(soft_cap):
         logits = buffer.clone()
         part = logits[:, :140]
         statistics = ops.statistics_(part, labels, soft_cap, 1, 130, backend)
-        ops.gradient_(part, labels, statistics[0], statistics[0] + 1, scales, weights, soft_cap, 1, 130, backend)
+        ops.gradient_(part, labels, statistics[0] + 1, scales, weights, soft_cap, 1, 130, backend)
         assert not part[:, 130:].any()
         assert logits[:, 140:].isnan().all()
         found[backend] = {"statistics": statistics, "gradient": part}

@@ -193,7 +193,7 @@ def test_recomputation_saves_memory(grid: Grid) -> None:
     assert kept["block"] < kept["mlp"] < kept["none"]
     recurrences = MODEL.pattern.count("recurrent")
     assert kept["none"] - kept["states"] == recurrences * T * B * MODEL.recurrent_width * 4
-    # What is left of a block is its input, and of the stage the embedding, the final norm and the gradients of the loss.
+    # What is left of a block is its input, and of the stage the embedding, the final norm and the loss's gradients.
     inputs = MODEL.blocks * T * B * MODEL.width * 4
     assert kept["block"] - inputs < kept["none"] / 4
 
