@@ -37,9 +37,9 @@ def linear_cross_entropy(
         logits = hidden table^T, or c tanh(hidden table^T / c) with a soft cap c     L = log sum_v exp(logits_v)
         loss = L - logits_label          sum = sum_tokens weight (loss + z_loss L^2)
 
-    Tokens pass in chunks. The logits of a chunk are overwritten by their gradient, from which those of hidden states and
-    table are found at once; they are kept until the gradient of the sum is known, by which they are multiplied. Where
-    no gradient is asked for none is computed. At most 256 MB of logits are there at a time, or one token's.
+    Tokens pass in chunks. The logits of a chunk are overwritten by their gradient, from which those of hidden states
+    and table are found at once; they are kept until the gradient of the sum is known, by which they are multiplied.
+    Where no gradient is asked for none is computed. At most 256 MB of logits are there at a time, or one token's.
 
     Products are in the dtype of `hidden`; all else is float32, or float64 where `hidden` is, as are the sums of the
     table's gradient over chunks. Gradients flow from the sum to hidden and table, once: not to their own gradients.

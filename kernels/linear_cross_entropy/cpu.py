@@ -12,8 +12,7 @@ from griffin.kernels.layout import accumulation_dtype
 
 LOG2_E = math.log2(math.e)
 TILE_ELEMENTS = 2**19  # of a float32 buffer; 1 MB of each of two cores
-DEVICE_LOG2_E = math.log2(math.e)
-TILE_ELEMENTS = 2**24  # no such cache elsewhere (CUDA): the tile only bounds memory
+DEVICE_TILE_ELEMENTS = 2**24  # no such cache elsewhere (CUDA): the tile only bounds memory
 
 
 def _tiles(logits: Tensor) -> Iterator[slice]:

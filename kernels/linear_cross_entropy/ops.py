@@ -15,10 +15,11 @@ from griffin.kernels.selection import implementation
 
 @torch.library.custom_op("griffin::linear_cross_entropy_statistics", mutates_args=("logits",))
 def statistics_(logits: Tensor, labels: Tensor, soft_cap: float, first: int, valid: int, backend: str) -> Tensor:
-    """float32 (float64 where logits are) [3, N] of logits [N, V]: each row's maximum, its sum of exp(logit - maximum),
+    """Each row's maximum, its sum of exp(logit - maximum), and its label's logit, [3, N], of logits [N, V].
 
-    and the logit of its label, int64 [N], or 0 where that is none of `first` to `first + valid - 1`, whose logits are the
-    first `valid` columns. Logits are soft-capped before. They are left as `gradient_` of the same backend takes them.
+    Labels, int64 [N], from `first` on have the first `valid` columns; of others the logit counts as 0. Logits are
+    soft-capped before, and are left as `gradient_` of the same backend takes them. The result is float32, or float64
+    where logits are.
     """
     return implementation("linear_cross_entropy", backend).statistics_(logits, labels, soft_cap, first, valid)
 
