@@ -50,7 +50,8 @@ def operation(name: str, backend: str) -> tuple[Callable[..., Tensor], tuple[Ten
         return stepped, tuple(random(3, 3, 2))
     if name == "linear_cross_entropy":
         labels = torch.randint(4, SHAPE[:2], generator=generator)
-        return lambda *leaves: linear_cross_entropy(*leaves, labels, backend=backend)[0], (random(*SHAPE), random(4, 3))
+        tensors = (random(*SHAPE), random(4, 3))
+        return lambda hidden, table: linear_cross_entropy(hidden, table, labels, backend=backend)[0], tensors
     if name == "causal_conv1d":
         tensors = (random(*SHAPE), random(4, 3), random(3))
         return lambda *leaves: causal_conv1d(*leaves, backend=backend), tensors
