@@ -50,8 +50,8 @@ def operation(name: str, backend: str) -> tuple[Callable[..., Tensor], tuple[Ten
         return stepped, tuple(random(3, 3, 2))
     if name == "linear_cross_entropy":
         labels = torch.randint(4, SHAPE[:2], generator=generator)
-        tensors = (random(*SHAPE), random(4, 3))
-        return lambda hidden, table: linear_cross_entropy(hidden, table, labels, backend=backend)[0], tensors
+        pair = (random(*SHAPE), random(4, 3))
+        return lambda hidden, table: linear_cross_entropy(hidden, table, labels, backend=backend)[0], pair
     if name == "causal_conv1d":
         tensors = (random(*SHAPE), random(4, 3), random(3))
         return lambda *leaves: causal_conv1d(*leaves, backend=backend), tensors
