@@ -27,7 +27,8 @@ class Context:
     grid: Grid
     megatron: TransformerConfig
     device: torch.device  # of the parameters; meta if only their shapes are needed
-    kernels: str = AUTO  # backend of convolution and recurrence
+    kernels: str = AUTO  # backend of convolution, recurrence and loss
+    z_loss: float = 0.0  # factor of the squared log-sum-exp in the loss
     overlap_tensor: bool = False  # all-gather and reduce-scatter behind matrix products; with sequence parallelism only
 
     def parameter(self, *shape: int) -> nn.Parameter:

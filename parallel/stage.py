@@ -7,18 +7,20 @@ from collections.abc import Mapping
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from griffin.kernels.backends import AUTO
+from griffin.kernels.linear_cross_entropy import soft_capped
 from griffin.parallel import megatron_device
 from griffin.parallel.block import ResidualBlock
 from griffin.parallel.config import ModelConfig, ParallelConfig, axis_atoms
 from griffin.parallel.context import Context, Documents, megatron_config
 from griffin.parallel.cost import split_blocks
 from griffin.parallel.layers.linear import overlaps_tensor
+from griffin.parallel.layers.loss import Loss, vocabulary_loss
 from griffin.parallel.layers.norm import RMSNorm
 from griffin.parallel.sharding import Piece, describe, normal
 from griffin.parallel.world.grid import Grid
@@ -28,9 +30,9 @@ class Stage(MegatronModule):
     """Blocks [first, last) of the model, for megatron-core's schedules.
 
     A batch maps `tokens`, `labels` and `positions` to int64 [B, T]; positions are 0 at every document's first token.
-    The last stage returns the loss of every token in nats, float32 [T, B] (the caller masks and sums). Without `labels`
-    it returns this rank's shard of the logits [T, B, padded vocabulary / t], float32, -inf at padding. Other stages
-    return activations [T, B, D] (sharded along T with sequence parallelism).
+    `loss_mask`, float32 [B, T], holds the weights of tokens in the loss, 1 if it is absent. The last stage returns the
+    loss. Without `labels` it returns this rank's shard of the logits [T, B, padded vocabulary / t], float32, -inf at
+    padding. Other stages return activations [T, B, D] (sharded along T with sequence parallelism).
     """
 
     def __init__(
@@ -70,14 +72,15 @@ class Stage(MegatronModule):
             return self.embedding.weight
         return self.logits.weight if self.post_process else None
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor | Loss:
         x = self.hidden(batch)
         if not self.post_process:
             return x
-        logits = self.head(x)
         if "labels" not in batch:
-            return logits
-        return vocab_parallel_cross_entropy(logits, batch["labels"].t().contiguous())
+            return self.head(x)
+        weights = batch["loss_mask"] if "loss_mask" in batch else torch.ones_like(batch["labels"], dtype=torch.float32)
+        table = self.shared_embedding_or_output_weight()
+        return self.logits(self.final_norm(x), table, batch["labels"].t(), weights.t())
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the output of the stage's last block, [T, B, D]; see the class."""
@@ -110,7 +113,8 @@ class Stage(MegatronModule):
 class Logits(nn.Module):
     """Tied output projection: x [T, B, D] -> this rank's shard of the logits [T, B, padded vocabulary / t], float32.
 
-    The last of several pipeline stages owns a copy of the embedding table; a single stage passes the table itself.
+    With labels and their weights, [T, B], it returns the loss instead. The last of several pipeline stages owns a copy
+    of the embedding table; a single stage passes the table itself.
     """
 
     def __init__(self, context: Context, *, owns_weight: bool):
@@ -123,12 +127,18 @@ class Logits(nn.Module):
             self.weight = context.parameter(self.rows, context.model.width)
             _describe_embedding(self.weight, context.model, shared=True)
 
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, table: nn.Parameter, labels: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor | Loss:
+        if labels is not None and weights is not None:
+            is_embedding = self.weight is None
+            return vocabulary_loss(
+                x, table, labels, weights, self.context, valid=self.valid_rows, is_embedding=is_embedding
+            )
         sequence_parallel = self.context.megatron.sequence_parallel
-        weight = self.weight if weight is None else weight
         logits = linear_with_grad_accumulation_and_async_allreduce(
             x,
-            weight,
+            table,
             bias=None,
             gradient_accumulation_fusion=False,
             allreduce_dgrad=self.context.grid.tensor_size > 1 and not sequence_parallel,
@@ -139,9 +149,7 @@ class Logits(nn.Module):
 
     def capped(self, logits: Tensor) -> Tensor:
         """Return raw logits in float32, soft-capped, and -inf at the vocabulary's padding."""
-        logits = logits.float()
-        if (cap := self.context.model.logit_soft_cap) > 0:
-            logits = cap * torch.tanh(logits / cap)
+        logits = soft_capped(logits.float(), self.context.model.logit_soft_cap)
         if self.valid_rows < self.rows:
             padding = torch.arange(self.rows, device=logits.device) >= self.valid_rows
             logits = logits.masked_fill(padding, float("-inf"))
@@ -194,6 +202,7 @@ def build_stages(
     sequence: int,
     recompute: str = "none",
     kernels: str = AUTO,
+    z_loss: float = 0.0,
     device: torch.device | None = None,
 ) -> list[Stage]:
     """Build the stages that this rank holds, first to last, with uninitialised weights (see `sharding.initialize`).
@@ -209,6 +218,7 @@ def build_stages(
         device=device,
         kernels=kernels,
         overlap_tensor=overlaps_tensor(layout, grid),
+        z_loss=z_loss,
     )
     sizes = stage_blocks(model, layout, sequence)
     assert len(sizes) == layout.pipeline * layout.virtual_pipeline, sizes

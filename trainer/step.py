@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from griffin.parallel.gradients import finalize_gradients
+from griffin.parallel.layers.loss import Loss
 from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import Stage, build_stages
 from griffin.parallel.world.grid import Grid
@@ -67,6 +68,7 @@ class Training:
             sequence=config.data.sequence_length,
             recompute=config.train.recompute,
             kernels=config.train.kernels,
+            z_loss=config.train.z_loss,
         )
         initialize(self.stages, grid, config.train.seed)
         self.chunks = wrap_in_ddp(self.stages, self.overlap)  # megatron-core's model chunks
@@ -243,9 +245,8 @@ class Training:
         return chunk(batch), partial(masked_loss, batch["loss_mask"])
 
 
-def masked_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of unmasked losses, their number, both stacked for logging) of a micro-batch; mask [B, T], losses [T, B]."""
+def masked_loss(mask: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    """(weighted sum of losses, number of tokens; both for logging, without z-loss) of a micro-batch; mask [B, T]."""
     mask = mask.t()
-    total, tokens = (losses * mask).sum(), mask.sum()
-    # A clone: megatron-core's schedule may scale the first in place.
-    return total, tokens.int(), torch.stack((total.detach().clone(), tokens)).double()
+    tokens = mask.sum()
+    return loss.total, tokens.int(), torch.stack(((loss.tokens * mask).sum(), tokens)).double()

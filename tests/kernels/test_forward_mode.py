@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.conv1d import causal_conv1d
+from griffin.kernels.linear_cross_entropy import linear_cross_entropy
 from griffin.kernels.linear_scan import linear_scan
 from griffin.kernels.local_attention import attention_mask, multi_query_attention
 from griffin.kernels.rglru import rglru, rglru_step
 from tests.kernels.interpreter import needs_interpreter
 
 SHAPE = (5, 2, 3)
+REFERENCES = ("linear_scan", "rglru", "causal_conv1d", "linear_cross_entropy")  # have one that PyTorch differentiates
 TRITON = pytest.param("triton", marks=needs_interpreter)
 
 
@@ -46,6 +48,10 @@ def operation(name: str, backend: str) -> tuple[Callable[..., Tensor], tuple[Ten
             return step(x, gate, gate, gate, state.clone())
 
         return stepped, tuple(random(3, 3, 2))
+    if name == "linear_cross_entropy":
+        labels = torch.randint(4, SHAPE[:2], generator=generator)
+        pair = (random(*SHAPE), random(4, 3))
+        return lambda hidden, table: linear_cross_entropy(hidden, table, labels, backend=backend)[0], pair
     if name == "causal_conv1d":
         tensors = (random(*SHAPE), random(4, 3), random(3))
         return lambda *leaves: causal_conv1d(*leaves, backend=backend), tensors
@@ -59,7 +65,7 @@ def operation(name: str, backend: str) -> tuple[Callable[..., Tensor], tuple[Ten
 
 OPERATIONS = [
     pytest.param(name, *getattr(backend, "values", (backend,)), marks=getattr(backend, "marks", ()))
-    for name in ("linear_scan", "rglru", "rglru_step", "causal_conv1d")
+    for name in ("linear_scan", "rglru", "rglru_step", "causal_conv1d", "linear_cross_entropy")
     for backend in ("cpu", TRITON, "reference")
 ] + [("attention", "sdpa"), ("attention", "flex")]
 
@@ -84,13 +90,13 @@ def test_jvp_is_right_or_raises(name: str, backend: str) -> None:
     try:
         found = torch.func.jvp(function, tensors, tangents)[1]
     except (NotImplementedError, RuntimeError):
-        assert (name, backend) not in {(n, "reference") for n in ("linear_scan", "rglru", "causal_conv1d")}
+        assert (name, backend) not in {(n, "reference") for n in REFERENCES}
     else:
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("backend", ["cpu", TRITON])
-@pytest.mark.parametrize("name", ["linear_scan", "rglru", "causal_conv1d"])
+@pytest.mark.parametrize("name", REFERENCES)
 def test_refuses_under_transforms(name: str, backend: str) -> None:
     """In any order of jvp and vmap, also if only the gradient has a tangent."""
     function, tensors = operation(name, backend)

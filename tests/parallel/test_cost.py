@@ -31,7 +31,7 @@ MODEL = ModelConfig(
     window=WINDOW,
     vocabulary=256,  # no padding: padded logits are computed but not counted as the model's
 )
-MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "add_product")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def counted_flops(model: ModelConfig, grid: Grid) -> int:
         "positions": torch.arange(T).expand(B, T).contiguous(),
     }
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        stage(batch).sum().backward()
+        stage(batch).total.backward()
     return sum(
         flops
         for operation, flops in counter.get_flop_counts()["Global"].items()

@@ -59,9 +59,9 @@ def make_stage(model: ModelConfig, grid: Grid) -> Stage:
 def run(stage: Stage, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return logits [T, B, V] and the loss of every token [T, B]; gradients of the loss are accumulated."""
     logits = stage({name: value for name, value in batch.items() if name != "labels"})
-    losses = stage(batch)
-    losses.sum().backward()
-    return logits.detach()[..., : stage.model.vocabulary], losses.detach()
+    total, losses = stage(batch)
+    total.backward()
+    return logits.detach()[..., : stage.model.vocabulary], losses
 
 
 def gradients(stage: Stage, grid: Grid) -> dict[str, Tensor]:

@@ -76,18 +76,23 @@ def test_outputs_without_and_with_labels(grid: Grid, dtype: torch.dtype) -> None
     assert (logits.shape, logits.dtype) == ((T, B, PADDED), torch.float32)
     assert logits[..., :V].isfinite().all()
     assert (logits[..., V:] == float("-inf")).all()
-    losses = stage(batch(labels=True))
+    total, losses = stage(batch(labels=True))
     assert (losses.shape, losses.dtype) == ((T, B), torch.float32)
     labels = batch(labels=True)["labels"].t()
     expected = F.cross_entropy(logits[..., :V].flatten(0, 1), labels.flatten(), reduction="none").view(T, B)
     # Both in float32 from the same logits; the log of a sum over 130 in another order.
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(total, losses.sum())
+    mask = torch.rand(B, T, generator=torch.Generator().manual_seed(3))
+    total, unmasked = stage(batch(labels=True) | {"loss_mask": mask})
+    torch.testing.assert_close(total, (losses * mask.t()).sum())
+    assert torch.equal(unmasked, losses)
 
 
 def test_gradients_are_those_of_cross_entropy(grid: Grid) -> None:
     """Compared with PyTorch's cross entropy, so that the padding's -inf cannot corrupt a gradient unnoticed."""
     stage, expected = make_stage(grid), make_stage(grid)
-    stage(batch(labels=True)).sum().backward()
+    stage(batch(labels=True)).total.backward()
     logits = expected(batch(labels=False))[..., :V]
     F.cross_entropy(logits.flatten(0, 1), batch(labels=True)["labels"].t().flatten(), reduction="sum").backward()
     for name, gradient in gradients(stage).items():
@@ -131,8 +136,8 @@ def test_bfloat16_trains_like_float32(grid: Grid) -> None:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         stage = make_stage(grid, dtype=dtype)
-        losses = stage(batch(labels=True))
-        losses.mean().backward()
+        total, losses = stage(batch(labels=True))
+        (total / (B * T)).backward()
         assert all(parameter.dtype == dtype for parameter in stage.parameters())
         found[dtype] = losses.mean().item(), gradients(stage)
     (loss, reference), (rounded_loss, rounded) = found[torch.float32], found[torch.bfloat16]
@@ -160,9 +165,9 @@ def run(grid: Grid, recompute: str, *, training: bool = True) -> dict[str, Any]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = stage(batch(labels=True))
-    losses.sum().backward()
-    return {"losses": losses.detach(), "gradients": gradients(stage), "calls": calls, "kept": sum(kept.values())}
+        total, losses = stage(batch(labels=True))
+    total.backward()
+    return {"losses": losses, "gradients": gradients(stage), "calls": calls, "kept": sum(kept.values())}
 
 
 PARTS = {"mixer": ("mixer_norm", "mixer"), "mlp": ("mlp_norm", "mlp")}
@@ -195,7 +200,7 @@ def test_recomputation_saves_memory(passes: dict[str, dict[str, Any]]) -> None:
     assert kept["block"] < kept["mlp"] < kept["none"]
     recurrences = MODEL.pattern.count("recurrent")
     assert kept["none"] - kept["states"] == recurrences * T * B * MODEL.recurrent_width * 4
-    # What is left of a block is its input, and of the stage the embedding, the final norm and the logits.
+    # What is left of a block is its input, and of the stage the embedding, the final norm and the loss's gradients.
     inputs = MODEL.blocks * T * B * MODEL.width * 4
     assert kept["block"] - inputs < kept["none"] / 4
 
@@ -206,12 +211,12 @@ def tensor_parallel(ranks: Any, tensor: int) -> dict[str, Any]:
         (stage,) = build_stages(MODEL, layout, grid, dtype=torch.float32, sequence=T)
         sharding.initialize([stage], grid, seed=1)
         logits = stage(batch(labels=False)).detach()
-        losses = stage(batch(labels=True))
-        losses.sum().backward()
+        total, losses = stage(batch(labels=True))
+        total.backward()
         assert stage.embedding.weight.grad is not None
         return {
             "logits": logits,
-            "losses": losses.detach(),
+            "losses": losses,
             "finite": all(gradient.isfinite().all() for gradient in gradients(stage).values()),
             "embedding": stage.embedding.weight.grad,
         }
@@ -221,8 +226,8 @@ def test_a_rank_that_holds_only_padding(rank_pool: RankPool, grid: Grid) -> None
     answers = rank_pool.run(tensor_parallel, 4, 4)
     stage = make_stage(grid)
     logits = stage(batch(labels=False)).detach()
-    losses = stage(batch(labels=True))
-    losses.sum().backward()
+    total, losses = stage(batch(labels=True))
+    total.backward()
     assert stage.embedding.weight.grad is not None
     found = torch.cat([answer["logits"] for answer in answers], dim=-1)
     assert (answers[3]["logits"] == float("-inf")).all()
@@ -234,7 +239,7 @@ def test_a_rank_that_holds_only_padding(rank_pool: RankPool, grid: Grid) -> None
     torch.testing.assert_close(gradient, stage.embedding.weight.grad, rtol=0, atol=1e-5 * largest)
     assert not gradient[V:].any()
     for answer in answers:
-        torch.testing.assert_close(answer["losses"], losses.detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(answer["losses"], losses, rtol=1e-5, atol=0)
         assert answer["finite"]
 
 

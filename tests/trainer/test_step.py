@@ -148,7 +148,7 @@ def train_beside_pytorch(ranks: Any) -> dict[str, Any]:
             adam.zero_grad()
             tokens = sum(batch["loss_mask"].sum() for batch in batches)
             for batch in batches:
-                ((stage(batch) * batch["loss_mask"].t()).sum() / tokens).backward()
+                (stage(batch).total / tokens).backward()
             norms.append((result.grad_norm, float(torch.nn.utils.clip_grad_norm_(copies, config.optimizer.clip))))
             for group in adam.param_groups:
                 group["lr"] = result.learning_rate

@@ -109,9 +109,14 @@ class TrainConfig:
         'recurrence), `"mixer"`, `"mlp"` or `"block"`',
         choices=RECOMPUTES,
     )
+    z_loss: float = setting(
+        0.0,
+        "factor of the squared log-sum-exp of the logits in the trained loss; reported losses are without it; 0 is off",
+        least=0.0,
+    )
     kernels: str = setting(
         AUTO,
-        'backend of convolution and recurrence: `"triton"` (GPUs), `"cpu"` (any machine), `"reference"` (a loop)',
+        'backend of convolution, recurrence and loss: `"triton"` (GPUs), `"cpu"` (any machine), `"reference"` (a loop)',
         choices=(AUTO, *BACKENDS),
     )
     overlap: str = setting(

@@ -1,0 +1,66 @@
+"""The steps of the loss on a chunk of logits as custom operators.
+
+They have no gradient: the loss that they are part of has one, in `griffin.kernels.linear_cross_entropy.chunks`.
+"""
+
+# No postponed annotations: the operators' schemas are read from them.
+
+import torch
+from torch import Tensor
+
+from griffin.kernels.costs import OperatorCost, states_cost, touched
+from griffin.kernels.memory_layout import accumulation_dtype
+from griffin.kernels.selection import implementation
+
+
+@torch.library.custom_op("griffin::linear_cross_entropy_statistics", mutates_args=("logits",))
+def statistics_(logits: Tensor, labels: Tensor, soft_cap: float, first: int, valid: int, backend: str) -> Tensor:
+    """Each row's maximum, its sum of exp(logit - maximum), and its label's logit, [3, N], of logits [N, V].
+
+    Labels, int64 [N], from `first` on have the first `valid` columns; of others the logit counts as 0. Logits are
+    soft-capped before, and are left as `gradient_` of the same backend takes them. The result is float32, or float64
+    where logits are.
+    """
+    return implementation("linear_cross_entropy", backend).statistics_(logits, labels, soft_cap, first, valid)
+
+
+@statistics_.register_fake
+def _(logits, labels, soft_cap, first, valid, backend):
+    return logits.new_empty((3, logits.shape[0]), dtype=accumulation_dtype(logits))
+
+
+@torch.library.custom_op("griffin::linear_cross_entropy_gradient", mutates_args=("logits",))
+def gradient_(
+    logits: Tensor,
+    labels: Tensor,
+    maxima: Tensor,
+    scales: Tensor,
+    weights: Tensor,
+    soft_cap: float,
+    first: int,
+    valid: int,
+    backend: str,
+) -> None:
+    """Replace what `statistics_` left of logits [N, V] by the gradient of the loss in them, 0 from column `valid` on:
+
+    scale exp(logit - maximum), less the weight at the row's label, through the soft cap. Maxima, scales and weights
+    are [N] in the dtype of the statistics.
+    """
+    implementation("linear_cross_entropy", backend).gradient_(
+        logits, labels, maxima, scales, weights, soft_cap, first, valid
+    )
+
+
+@gradient_.register_fake
+def _(logits, labels, maxima, scales, weights, soft_cap, first, valid, backend):
+    return None
+
+
+@states_cost(statistics_)
+def _(given, results) -> OperatorCost:
+    return OperatorCost(kind="loss", bytes=touched(given) + touched(results), kernels=1)
+
+
+@states_cost(gradient_)
+def _(given, results) -> OperatorCost:
+    return OperatorCost(kind="loss", bytes=touched(given) + touched(given[:1]), kernels=1)
