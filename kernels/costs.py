@@ -16,10 +16,25 @@ NAMESPACE = "griffin"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Product:
+    """Shape of `batch` matrix products [M, K] x [K, N]."""
+
+    batch: int = 1
+    m: int
+    n: int
+    k: int
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.batch * self.m * self.n * self.k
+
+
+@dataclass(frozen=True, kw_only=True)
 class OperatorCost:
-    """Of one call.
+    """Cost of one call.
 
     kind: the class of kernels that it counts to, such as "scan".
+    flops: of matrix products. `product` is their shape where there is one for all.
     balance: the mean over the longest time of the device's multiprocessors.
     """
 
@@ -27,6 +42,7 @@ class OperatorCost:
     bytes: float
     kernels: int
     flops: float = 0.0
+    product: Product | None = None
     balance: float = 1.0
 
 

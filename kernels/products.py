@@ -1,4 +1,4 @@
-"""Products of matrices that are added to a more precise total, as those of weights' gradients are."""
+"""Matrix products that are added to a sum of higher precision, as gradients of weights are."""
 
 # No `from __future__ import annotations`: operator schemas are inferred from the annotations.
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from griffin.kernels.costs import OperatorCost, states_cost, touched
+from griffin.kernels.costs import OperatorCost, Product, states_cost, touched
 
 
 @torch.library.custom_op("griffin::add_product", mutates_args=("total",))
@@ -49,5 +49,7 @@ def _(total_shape: Any, a_shape: Any, b_shape: Any, *_: Any, **__: Any) -> int:
 @states_cost(add_product)
 def _(given: Any, results: Any) -> OperatorCost:
     total, a, b = given
-    flops = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
-    return OperatorCost(kind="products", bytes=touched((total, total, a, b)), kernels=1, flops=flops)
+    product = Product(m=a.shape[1], n=b.shape[1], k=a.shape[0])
+    return OperatorCost(
+        kind="products", bytes=touched((total, total, a, b)), kernels=1, flops=product.flops, product=product
+    )

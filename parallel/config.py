@@ -147,5 +147,5 @@ class ParallelConfig:
 
     def record(self, world_size: int) -> dict[str, Any]:
         """Return the layout as written to manifests and environment.json, with the data-parallel size."""
-        sizes = {name: value for name, value in asdict(self).items() if name != "stages"}
+        sizes = {name: value for name, value in asdict(self).items() if name not in ("stages", "overlap_tensor")}
         return sizes | {"data": world_size // self.model_ranks}

@@ -96,13 +96,16 @@ class SummedLoss(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.set_materialize_grads(False)  # zeros as large as the table's gradient
         ctx.save_for_backward(*output[2:])
         ctx.add_to_table, ctx.table_dtype = inputs[4].add_to_table, inputs[1].dtype
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None, None
         (grad,) = without_tangents(grad)
         grad_hidden, grad_table = ctx.saved_tensors
         if grad_hidden is not None:

@@ -133,7 +133,8 @@ def _communication(context: Context) -> tuple[dist.ProcessGroup, bool, bool]:
 class _ColumnProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, sequence_parallel, overlap, *weights):
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(x)
+        ctx.weights = weights  # hooks on saved tensors, as of recomputation, would lose their `main_grad`
         ctx.group, ctx.sequence_parallel, ctx.overlap = group, sequence_parallel, overlap
         weight = _joined(weights)
         if overlap:
@@ -144,7 +145,7 @@ class _ColumnProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, *weights = ctx.saved_tensors
+        (x,), weights = ctx.saved_tensors, ctx.weights
         group, needs_weights = ctx.group, any(ctx.needs_input_grad[4:])
         pending: list[dist.Work] = []
         whole = x
@@ -177,7 +178,8 @@ class _ColumnProduct(torch.autograd.Function):
 class _RowProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, group, sequence_parallel, overlap):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
+        ctx.weight = weight
         ctx.group, ctx.sequence_parallel, ctx.overlap = group, sequence_parallel, overlap
         if overlap:
             return _product_scattered(x, weight.t(), group)
@@ -190,7 +192,7 @@ class _RowProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         if ctx.overlap:
             grad, grad_x = _gathered_product(grad, weight, ctx.group)
         else:

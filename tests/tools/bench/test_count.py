@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from griffin.kernels.costs import COSTS
+from griffin.kernels.costs import COSTS, Product
 from griffin.kernels.rglru import rglru
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelConfig
 from griffin.parallel.cost import train_flops_per_token
 from griffin.tools.bench.count.rank import RankCount, count_rank
 from griffin.tools.bench.count.rates import DEVICES, product_efficiency, seconds
-from griffin.tools.bench.count.recorder import Collective, Op, Product
+from griffin.tools.bench.count.recorder import Collective, Op
 from griffin.tools.bench.count.step import count_step
 from griffin.tools.cli import main
 from griffin.trainer.settings.sections import Config, DataConfig, TrainConfig

@@ -199,8 +199,9 @@ def test_choices(setting: str) -> None:
     choices = SETTINGS[setting].choices
     with pytest.raises(ValueError, match=f"^{re.escape(setting)} = 'other': must be one of {', '.join(choices)}$"):
         validate(changed({setting: "other"}), 1)
+    needed = {"parallel.sequence_parallel": True, "parallel.tensor": 2} if setting == "parallel.overlap_tensor" else {}
     for choice in choices:
-        validate(changed({setting: choice}), 1)
+        validate(changed({setting: choice} | needed), 2)
 
 
 def test_vocabulary_must_have_been_found() -> None:

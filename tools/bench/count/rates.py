@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from griffin.tools.bench.count.recorder import Op, Product
+from griffin.kernels.costs import Product
+from griffin.tools.bench.count.recorder import Op
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ ASSUMPTIONS = (
     ("collective within a node", "300 GB/s + 15 us", "NCCL's bus bandwidth at 40 to 100 MB"),
     ("network", "45 GB/s a GPU", "InfiniBand NDR, 400 Gbit/s a GPU, 90 % of it"),
     ("a collective beside a product", "slows it by 15 %", "multiprocessors and bandwidth that NCCL takes"),
+    ("a collective in pieces beside its product", "a third stays exposed", "its first piece, and smaller products"),
 )
 
 # The part of a copy's bandwidth that a class of kernels reaches.
@@ -60,6 +62,7 @@ _SHARE = {
     "attention backward": 1.0,
 }
 _TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.88), (128, 64, 0.7), (64, 64, 0.45))  # and their efficiency
+EXPOSED = 1 / 3  # of the time of a collective that runs in pieces beside its own products
 BESIDE = 0.15  # of a collective's time is added to the product beside which it runs
 
 

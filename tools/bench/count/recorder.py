@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from griffin.kernels.costs import COSTS, NAMESPACE, touched
+from griffin.kernels.costs import COSTS, NAMESPACE, Product, touched
 
 # Operators of PyTorch by what they do; the rest are elementwise.
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_"}
@@ -32,25 +33,26 @@ _COLLECTIVES = {
     "broadcast_": "broadcast",
 }
 
-
-@dataclass(frozen=True, kw_only=True)
-class Product:
-    """`batch` products [M, K] x [K, N]."""
-
-    batch: int
-    m: int
-    n: int
-    k: int
+# PyTorch's operators over symmetric memory: collective, the tensor that it exchanges or multiplies, matrices, group.
+_PIPELINED: dict[str, Callable[[Any], tuple[str, Tensor, Sequence[Tensor], str]]] = {
+    "fused_all_gather_matmul": lambda args: ("all-gather", args[0], args[1], args[3]),
+    "fused_matmul_reduce_scatter": lambda args: ("reduce-scatter", args[0], [args[1]], args[4]),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """Of a group of `size` ranks; `bytes` of the whole tensor."""
+    """A collective of `size` ranks; `bytes` is the size of the whole tensor.
+
+    An asynchronous one runs beside the product that follows. A pipelined one runs in pieces beside the pieces of the
+    product that follows, which is its own.
+    """
 
     kind: str
     bytes: int
     size: int
-    is_asynchronous: bool
+    is_asynchronous: bool = False
+    is_pipelined: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +166,11 @@ class Recorder(TorchDispatchMode):
         namespace, name = func._schema.name.split("::")
         if namespace == "c10d":
             return self._exchange(name, func, args, kwargs)
+        if namespace == "symm_mem":
+            return self._pipelined(name, func, args, kwargs)
         results = func(*args, **kwargs)
         inputs, outputs = _tensors((args, kwargs)), _tensors(results)
-        if any(tensor.device.type == "meta" for tensor in outputs):
+        if any(tensor.device.type == "meta" for tensor in outputs or inputs):  # some return nothing
             if not (func.is_view or name.startswith(("empty", "new_empty", "_reshape_alias", "_unsafe_view"))):
                 self.ops.append(self._op(func, name, args, kwargs, inputs, outputs))
             for tensor in outputs:
@@ -182,18 +186,45 @@ class Recorder(TorchDispatchMode):
             return Op(
                 name=func._schema.name, kind=stated.kind, module=module, phase=self.phase, shapes=shapes,
                 bytes=stated.bytes, flops=stated.flops, kernels=stated.kernels, balance=stated.balance,
+                product=stated.product,
             )  # fmt: skip
         assert not func._schema.name.startswith(NAMESPACE), f"{func._schema.name} states no cost"
         product, flops, moved = None, 0.0, _moved(name, args, kwargs, inputs, outputs)
         if name in _PRODUCTS:
             product = _product(*(args[:2] if name in ("mm", "bmm") else args[1:3]))
-            flops = 2.0 * product.batch * product.m * product.n * product.k
+            flops = product.flops
             if name == "baddbmm" or (name == "addmm" and args[0].ndim == 2 and "out" not in kwargs):
                 moved += 2 * touched(outputs)  # the addend is copied to the result first, which is then read
         return Op(
             name=name, kind=_kind(name, module, self.phase), module=module, phase=self.phase, shapes=shapes,
             bytes=moved, flops=flops, product=product,
         )  # fmt: skip
+
+    def _pipelined(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """A product of PyTorch's over symmetric memory, in one piece per rank, and its collective."""
+        results = func(*args, **kwargs)
+        kind, given, matrices, group = _PIPELINED[name](args)
+        size = _resolve_process_group(group).size()
+        whole = results[0] if kind == "all-gather" else results
+        rows = given.numel() // given.shape[-1] * (size if kind == "all-gather" else 1)
+        moved = whole.numel() * whole.element_size() * (1 if kind == "all-gather" else size)
+        collective = Collective(kind=kind, bytes=moved, size=size, is_pipelined=True)
+        shared = {"module": self.module(), "phase": self.phase}
+        shapes = f"{moved / 1e6:.1f} MB over {size} ranks"
+        self.ops.append(Op(name=kind, kind="communication", shapes=shapes, collective=collective, **shared))
+        for matrix in matrices:
+            product = Product(m=rows, k=matrix.shape[0], n=matrix.shape[1])
+            moved = given.element_size() * (rows * (product.k + product.n) + product.k * product.n)
+            shapes = f"[{rows}, {product.k}] x [{product.k}, {product.n}]"
+            self.ops.append(
+                Op(
+                    name=name, kind="products", shapes=shapes, bytes=moved, flops=product.flops, kernels=size,
+                    product=product, **shared,
+                )
+            )  # fmt: skip
+        for tensor in _tensors(results):
+            self.memory.count(tensor, f"{self.phase}, {self.module()}: {name}")
+        return results
 
     def _exchange(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         from torch._C._distributed_c10d import FakeWork

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from griffin.parallel.cost import train_flops_per_token
 from griffin.parallel.world.axes import Axes
 from griffin.tools.bench.count.rank import RankCount, count_rank
-from griffin.tools.bench.count.rates import BESIDE, Device, seconds
+from griffin.tools.bench.count.rates import BESIDE, EXPOSED, Device, seconds
 from griffin.tools.bench.count.recorder import Op
 from griffin.trainer.settings.sections import Config
 
@@ -106,13 +106,18 @@ def count_step(config: Config, world: int, device: Device) -> Step:
 
 
 def micro_batch(rank: RankCount, device: Device) -> MicroBatch:
-    """Times of a rank's operators. An asynchronous collective runs beside the next product, which it slows."""
+    """Times of a rank's operators. An asynchronous collective runs beside the next product, which it slows.
+
+    Of a collective in pieces beside its own products, the first or last piece and what slows the products remain.
+    """
     times = []
     for place, op in enumerate(rank.ops):
         time = seconds(op, device)
         if op.collective is not None and op.collective.is_asynchronous:
             beside = _next_product(rank.ops[place + 1 :], device)
             time = max(0.0, time - beside) + BESIDE * min(time, beside)
+        elif op.collective is not None and op.collective.is_pipelined:
+            time = max(time - _next_product(rank.ops[place + 1 :], device), EXPOSED * time)
         times.append(time)
     return MicroBatch(rank=rank, times=tuple(times))
 
