@@ -15,7 +15,7 @@ def add_parser(kinds: argparse._SubParsersAction) -> None:
     parser = kinds.add_parser(
         "count",
         help="predict where a training step spends time and memory on GPUs",
-        description="Runs a rank's stages on meta tensors, records every operator with its shapes, FLOPs and bytes, and "
+        description="Runs a rank's stages on meta tensors, records every operator's shapes, FLOPs and bytes, and "
         "predicts its time on the device by a roofline. Nothing is measured; differences between two versions or "
         "layouts are more reliable than absolute figures. Settings of a config follow as --section.key value.",
     )
@@ -24,9 +24,9 @@ def add_parser(kinds: argparse._SubParsersAction) -> None:
     parser.add_argument("--tensor", type=int, metavar="T", help="tensor-parallel size")
     parser.add_argument("--sp", action="store_true", help="sequence parallelism")
     parser.add_argument("--pipeline", type=int, metavar="P", help="pipeline-parallel size")
-    parser.add_argument("--micro-batch", type=int, metavar="B", help="sequences per micro-batch (default of presets: 4)")
-    parser.add_argument("--global-batch", type=int, metavar="N", help="sequences per step (default of presets: 1024)")
-    parser.add_argument("--sequence", type=int, metavar="S", help="tokens per sequence (default of presets: 2048)")
+    parser.add_argument("--micro-batch", type=int, metavar="B", help="sequences per micro-batch (presets: 4)")
+    parser.add_argument("--global-batch", type=int, metavar="N", help="sequences per step (presets: 1024)")
+    parser.add_argument("--sequence", type=int, metavar="S", help="tokens per sequence (presets: 2048)")
     parser.add_argument("--device", choices=("h100", "h200"), default="h100", help="default: h100")
     parser.add_argument("--gemm", type=float, metavar="TFLOPS", help="rate of large matrix products (default: 790)")
     parser.add_argument("--detail", type=int, default=0, metavar="N", help="print the N slowest operators")
