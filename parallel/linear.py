@@ -19,10 +19,10 @@ LayerStep = Callable[[Tensor], Tensor]
 
 
 def fused_column_linear(
-    context: Context, names: tuple[str, str], outputs: int, *, atoms: int, std: float
+    context: Context, names: tuple[str, str], outputs: int, *, atoms: int, std: float, skip_bias_add: bool = False
 ) -> ColumnParallelLinear:
     """Two column-parallel linears [outputs, D] of one input as one matrix product: a rank's rows of the first, then
-    its rows of the second. Biases start at zero."""
+    its rows of the second. Biases start at zero; with `skip_bias_add` the caller adds them."""
     linear = ColumnParallelLinear(
         context.model.width,
         2 * outputs,
@@ -30,6 +30,7 @@ def fused_column_linear(
         init_method=None,
         bias=True,
         gather_output=False,
+        skip_bias_add=skip_bias_add,
         tp_group=context.grid.tensor_group,
     )
     local = outputs // context.grid.tensor_size

@@ -7,6 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from griffin.kernels.gated_gelu import gated_gelu
 from griffin.parallel.config import axis_atoms
 from griffin.parallel.context import Context
 from griffin.parallel.linear import LayerStep, column_step, fused_column_linear, row_linear, row_step
@@ -24,14 +25,14 @@ class MLP(nn.Module):
         model = context.model
         atoms = axis_atoms(model.mlp_width)
         std = math.sqrt(1 / (2 if model.init == "jax" else 1) / model.width)
+        self.kernels = context.kernels
         self.gate_up = fused_column_linear(
-            context, (f"{name}.gate", f"{name}.up"), model.mlp_width, atoms=atoms, std=std
+            context, (f"{name}.gate", f"{name}.up"), model.mlp_width, atoms=atoms, std=std, skip_bias_add=True
         )
         self.down = row_linear(context, f"{name}.down", model.mlp_width, atoms=atoms)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x)[0].chunk(2, dim=-1)
-        return self.down(F.gelu(gate, approximate="tanh") * up)[0]
+        return self.down(gated_gelu(*self.gate_up(x), backend=self.kernels))[0]
 
     def stepper(self) -> LayerStep:
         """The same for one token, x [D, B], with the weights as they are now."""

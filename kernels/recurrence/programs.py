@@ -21,10 +21,10 @@ import math
 import triton
 import triton.language as tl
 
+from griffin.kernels.gelu_triton import LOG2_E, gelu, sigmoid
 from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
 from griffin.kernels.walk import CHANGING, at, flag, flags, place, row, wide
 
-LOG2_E = tl.constexpr(math.log2(math.e))
 AT_START = tl.constexpr(-1000.0)  # added to log2 a: exp2 gives exactly 0
 # 1 - a^2 = -expm1(2 log a) as a polynomial in w = log2 a, where a is near 1 and the difference would cancel: 4e-8 of it
 # are left out at NEAR.
@@ -34,31 +34,12 @@ SERIES_1, SERIES_2, SERIES_3, SERIES_4, SERIES_5, SERIES_6, SERIES_7 = (
 )
 TINY = tl.constexpr(1e-30)
 STEEPEST = tl.constexpr(MIN_SQRT_ARGUMENT**-0.5)  # bound of 1 / sqrt(1 - a^2) in the derivative
-GELU_LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
-GELU_CUBIC = tl.constexpr(0.044715)
-
-
-# A warp has a quarter of its time for each element: exp2 and rsqrt are one instruction on a GPU, where exp and division
-# are five to eight, to be right for denormal numbers.
-@triton.jit
-def _sigmoid(z):
-    root = tl.rsqrt(tl.exp2(z * -LOG2_E) + 1.0)
-    return root * root
-
-
-@triton.jit
-def _gelu(z):
-    """gelu_tanh(z) and its derivative; (1 + tanh(s / 2)) / 2 is sigmoid(s)."""
-    square = z * z
-    sigmoid = _sigmoid(z * (square * GELU_CUBIC + 1.0) * GELU_LINEAR)
-    slope = (square * GELU_CUBIC * 3.0 + 1.0) * GELU_LINEAR
-    return z * sigmoid, sigmoid + z * sigmoid * (1.0 - sigmoid) * slope
 
 
 @triton.jit
 def _decay(gate, rate, at_start):
     """r, a, m = sqrt(1 - a^2) and 1 / m bounded, for the gate before its sigmoid."""
-    r = _sigmoid(gate)
+    r = sigmoid(gate)
     w = r * rate + at_start * AT_START
     a = tl.exp2(w)
     series = w * SERIES_7 + SERIES_6
@@ -82,7 +63,7 @@ def _terms(p_term, p_input, p_gate, at_start, mask, rate, GATED: tl.constexpr):
     """a_t and b_t."""
     if GATED:
         _, a, m, _ = _decay(row(p_gate, mask), rate, at_start)
-        return a, m * (_sigmoid(row(p_input, mask)) * row(p_term, mask))
+        return a, m * (sigmoid(row(p_input, mask)) * row(p_term, mask))
     else:
         return _given_decay(p_gate, at_start, mask), row(p_term, mask)
 
@@ -100,8 +81,8 @@ def _sum_up(
             a = _given_decay(p_gate, at_start, mask)
         grad = row(p_grad, mask)
         if HAS_BRANCH:
-            gelu, _ = _gelu(row(p_branch, mask))
-            grad *= gelu
+            factor, _ = gelu(row(p_branch, mask))
+            grad *= factor
         return product * a.to(tl.float64), a * (grad + end)
     else:
         a, b = _terms(p_term, p_input, p_gate, at_start, mask, rate, GATED)
@@ -201,8 +182,8 @@ def _advance(
     h = a * h + b
     y = h
     if HAS_BRANCH:
-        gelu, _ = _gelu(row(p_branch, mask))
-        y = h * gelu
+        factor, _ = gelu(row(p_branch, mask))
+        y = h * factor
     tl.store(p_y, y, mask=mask)
     if HAS_STATES:
         tl.store(p_states, h, mask=mask)
@@ -261,13 +242,13 @@ def _retreat(
     """One step of `scan_backward`, from h_{t-1} and h_t: a_t dL/dh_t and the sum for the rate."""
     grad = row(p_grad, mask)
     if HAS_BRANCH:
-        gelu, gelu_slope = _gelu(row(p_branch, mask))
-        tl.store(p_grad_branch, grad * h * gelu_slope, mask=mask)
-        grad *= gelu
+        factor, slope_of_factor = gelu(row(p_branch, mask))
+        tl.store(p_grad_branch, grad * h * slope_of_factor, mask=mask)
+        grad *= factor
     grad += carry
     if GATED:
         r, a, m, inverse_m = _decay(row(p_gate, mask), rate, at_start)
-        i = _sigmoid(row(p_input, mask))
+        i = sigmoid(row(p_input, mask))
         x = row(p_term, mask)
         ix = i * x
         grad_log_r = a * grad * (before - ix * a * inverse_m) * r  # but for the rate
