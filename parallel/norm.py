@@ -1,34 +1,13 @@
-"""RMSNorm, by Apex's fused kernel where NVIDIA's Apex can be imported and by PyTorch elsewhere."""
+"""RMSNorm of the residual stream."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from griffin.kernels.rms_norm import EPSILON, add_rms_norm, rms_norm
 from griffin.parallel.context import Context
 from griffin.parallel.linear import LayerStep
 from griffin.parallel.sharding import Piece, describe, zeros
-
-EPSILON = 1e-6
-
-
-def apex_rms_norm() -> Callable[..., Tensor] | None:
-    """Apex's RMSNorm for a float32 weight and any input dtype; None where NVIDIA's Apex is absent.
-
-    A package of the name `apex` that is not NVIDIA's has no such function; a build of NVIDIA's without its compiled
-    extensions, which is the default, has it and fails when it is called.
-    """
-    if not torch.cuda.is_available():
-        return None
-    try:
-        importlib.import_module("fused_layer_norm_cuda")
-        return importlib.import_module("apex.normalization.fused_layer_norm").mixed_dtype_fused_rms_norm_affine
-    except (ImportError, AttributeError):
-        return None
 
 
 class RMSNorm(nn.Module):
@@ -37,8 +16,8 @@ class RMSNorm(nn.Module):
     def __init__(self, name: str, context: Context):
         super().__init__()
         width = context.model.width
+        self.kernels = context.kernels
         self.weight = context.parameter(width)
-        self._fused = apex_rms_norm()
         describe(
             self.weight,
             Piece(name=f"{name}.weight", shape=(width,), init=zeros),
@@ -47,10 +26,11 @@ class RMSNorm(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = 1.0 + self.weight.float()
-        if self._fused is not None:
-            return self._fused(x, scale, scale.shape, EPSILON).to(x.dtype)
-        return F.rms_norm(x.float(), scale.shape, scale, EPSILON).to(x.dtype)
+        return rms_norm(x, self.weight, epsilon=EPSILON, backend=self.kernels)
+
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """x + branch, and its norm."""
+        return add_rms_norm(x, branch, self.weight, epsilon=EPSILON, backend=self.kernels)
 
     def stepper(self) -> LayerStep:
         """The same for one token, x [D, B], with the weights as they are now."""

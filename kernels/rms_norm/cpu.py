@@ -26,9 +26,7 @@ def _buffers(x: Tensor, count: int) -> Tensor:
     return x.new_empty((count, rows, x.shape[1]), dtype=accumulation_dtype(x))
 
 
-def forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def forward(x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `griffin.kernels.rms_norm.ops.forward`; any device, made for CPUs."""
     y = x.new_empty(x.shape)
     total = None if branch is None else x.new_empty(x.shape)

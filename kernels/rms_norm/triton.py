@@ -30,9 +30,7 @@ def _start(program: Any, count: int, rows: dict[str, Tensor | None], like: Tenso
         start(program, count, {"D": like.shape[1], "BLOCK": block, **strides, **rows, **others}, like, warps=warps)
 
 
-def forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def forward(x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `griffin.kernels.rms_norm.ops.forward`."""
     y = x.new_empty(x.shape)
     total = None if branch is None else x.new_empty(x.shape)

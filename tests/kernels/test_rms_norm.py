@@ -107,9 +107,7 @@ def test_gradient_of_one_result_only(backend, used):
         given = {name: leaf.to(factor).requires_grad_() for name, leaf in leaves.items()}
         result = add_rms_norm(**given, backend=kind)[used]
         grads.append(
-            torch.autograd.grad(
-                result.square().sum(), list(given.values()), allow_unused=True, materialize_grads=True
-            )
+            torch.autograd.grad(result.square().sum(), list(given.values()), allow_unused=True, materialize_grads=True)
         )
     for found, expected in zip(*grads, strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)

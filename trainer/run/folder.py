@@ -159,7 +159,7 @@ def describe_environment(
 ) -> dict[str, Any]:
     """What environment.json holds: versions, code, command, machine, layout, and the `implementations` in use.
 
-    `implementations` says what computes the optimizer, norm, attention and scan, for instance {"norm": "apex"}.
+    `implementations` says what computes the optimizer, attention and the rest, for instance {"attention": "flex"}.
     """
     parallel = config.parallel
     return {
