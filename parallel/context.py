@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from griffin.kernels.backends import AUTO
 from griffin.kernels.local_attention import AttentionMask, attention_mask
+from griffin.kernels.rotary import rotation
 from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.parallel.world.grid import Grid
 
@@ -27,7 +28,7 @@ class Context:
     grid: Grid
     megatron: TransformerConfig
     device: torch.device  # of the parameters; meta where only their shapes are asked for
-    kernels: str = AUTO  # backend of convolution and recurrence
+    kernels: str = AUTO  # backend of all operators but attention
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter of that shape on this rank."""
@@ -73,6 +74,7 @@ class Documents:
     def __init__(self, positions: Tensor):
         self._positions = positions
         self._masks: dict[int | None, AttentionMask] = {}
+        self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def positions(self) -> Tensor:
@@ -90,6 +92,12 @@ class Documents:
             ids = (self._positions == 0).cumsum(dim=1)
             self._masks[window] = attention_mask(ids, window)
         return self._masks[window]
+
+    def rotation(self, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine by which heads turn at each token, float32 [T, B, hd / 4]."""
+        if head_dim not in self._rotations:
+            self._rotations[head_dim] = rotation(self.positions, head_dim)
+        return self._rotations[head_dim]
 
 
 class Clock:

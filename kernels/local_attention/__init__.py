@@ -1,4 +1,4 @@
-"""Multi-query attention, local or global, over packed documents, with rotary position embedding."""
+"""Multi-query attention, local or global, over packed documents."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from griffin.kernels.local_attention.flex import flex_attention_mqa, flex_mask
-from griffin.kernels.local_attention.rotary import rotary, rotation, turn
 from griffin.kernels.local_attention.sdpa import BlockedMask, blocked_mask, sdpa_attention
 
-__all__ = ["AttentionMask", "attention_mask", "multi_query_attention", "rotary", "rotation", "select_backend", "turn"]
+__all__ = ["AttentionMask", "attention_mask", "multi_query_attention", "select_backend"]
 
 AttentionMask = BlockMask | BlockedMask
 BACKENDS: dict[str, Callable[[Tensor, int | None], AttentionMask]] = {"flex": flex_mask, "sdpa": blocked_mask}

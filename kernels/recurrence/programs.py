@@ -5,7 +5,8 @@ A program walks one chunk of time for a block of channels of one sequence, state
 (product of a, end state from a zero state), which `chunk_summaries` computes side by side; `chunk_carries` chains these
 into the state each chunk begins with. Backward the same happens in reverse to the gradient that flows through time.
 
-With GATED, `term` is the RG-LRU's x, the gates are those before their sigmoid, and `rate` is -8 softplus(decay):
+With GATED, `term` is the RG-LRU's x, the gates are those before their sigmoid, `rate` is -8 softplus(decay), and
+`gate_bias` [2, R] is added to input_gate and gate:
     log a = rate sigmoid(gate)    b = sqrt(1 - a^2) sigmoid(input_gate) term
 else `term` is b and `gate` is a. At a document's first token a = 0, and the square root 1.
 
@@ -59,24 +60,24 @@ def _given_decay(p_gate, at_start, mask):
 
 
 @triton.jit
-def _terms(p_term, p_input, p_gate, at_start, mask, rate, GATED: tl.constexpr):
+def _terms(p_term, p_input, p_gate, at_start, mask, rate, input_bias, gate_bias, GATED: tl.constexpr):
     """a_t and b_t."""
     if GATED:
-        _, a, m, _ = _decay(row(p_gate, mask), rate, at_start)
-        return a, m * (sigmoid(row(p_input, mask)) * row(p_term, mask))
+        _, a, m, _ = _decay(row(p_gate, mask) + gate_bias, rate, at_start)
+        return a, m * (sigmoid(row(p_input, mask) + input_bias) * row(p_term, mask))
     else:
         return _given_decay(p_gate, at_start, mask), row(p_term, mask)
 
 
 @triton.jit
 def _sum_up(
-    p_term, p_input, p_gate, p_branch, p_grad, at_start, mask, rate, product, end,
+    p_term, p_input, p_gate, p_branch, p_grad, at_start, mask, rate, input_bias, gate_bias, product, end,
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """One step of `chunk_summaries`."""
     if REVERSE:
         if GATED:
-            _, a, _, _ = _decay(row(p_gate, mask), rate, at_start)
+            _, a, _, _ = _decay(row(p_gate, mask) + gate_bias, rate, at_start)
         else:
             a = _given_decay(p_gate, at_start, mask)
         grad = row(p_grad, mask)
@@ -85,16 +86,17 @@ def _sum_up(
             grad *= factor
         return product * a.to(tl.float64), a * (grad + end)
     else:
-        a, b = _terms(p_term, p_input, p_gate, at_start, mask, rate, GATED)
+        a, b = _terms(p_term, p_input, p_gate, at_start, mask, rate, input_bias, gate_bias, GATED)
         return product * a.to(tl.float64), a * end + b
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def chunk_summaries(
-    term, input_gate, gate, rate, branch, starts, grad_y, product, end,
+    term, input_gate, gate, rate, gate_bias, branch, starts, grad_y, product, end,
     first_is_start, T, B, R, L,
     term_t, term_b, input_t, input_b, gate_t, gate_b, branch_t, branch_b, starts_t, starts_b, grad_t, grad_b,
-    REVERSE: tl.constexpr, GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr,
+    REVERSE: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """product [chunks, B, R] of a over each chunk, and its end from zero [chunks, B, R].
@@ -105,6 +107,8 @@ def chunk_summaries(
     STEP: tl.constexpr = -1 if REVERSE else 1
     begin = hi - 1 if REVERSE else lo
     rates = row(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
+    input_biases = row(gate_bias + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
+    gate_biases = row(gate_bias + R + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
     p_term, p_input = at(term, term_t, term_b, begin, b, o_r), at(input_gate, input_t, input_b, begin, b, o_r)
     p_gate, p_branch = at(gate, gate_t, gate_b, begin, b, o_r), at(branch, branch_t, branch_b, begin, b, o_r)
     p_grad, p_starts = at(grad_y, grad_t, grad_b, begin, b, o_r), at(starts, starts_t, starts_b, 0, b, 0)
@@ -120,8 +124,8 @@ def chunk_summaries(
         ahead = flags(p_starts, first_is_start, begin + STEP * (k + UNROLL), starts_t, lo, hi, HAS_STARTS, UNROLL, STEP)
         for u in tl.static_range(UNROLL):
             products, ends = _sum_up(
-                p_term, p_input, p_gate, p_branch, p_grad, flag(bits, u), mask, rates, products, ends,
-                GATED, HAS_BRANCH, REVERSE,
+                p_term, p_input, p_gate, p_branch, p_grad, flag(bits, u), mask, rates, input_biases, gate_biases,
+                products, ends, GATED, HAS_BRANCH, REVERSE,
             )  # fmt: skip
             p_term, p_input = p_term + term_t, p_input + input_t
             p_gate, p_branch = p_gate + gate_t, p_branch + branch_t
@@ -129,8 +133,8 @@ def chunk_summaries(
         bits = ahead
     for k in tl.range(full, hi - lo, num_stages=1):
         products, ends = _sum_up(
-            p_term, p_input, p_gate, p_branch, p_grad, flag(bits, k - full), mask, rates, products, ends,
-            GATED, HAS_BRANCH, REVERSE,
+            p_term, p_input, p_gate, p_branch, p_grad, flag(bits, k - full), mask, rates, input_biases, gate_biases,
+            products, ends, GATED, HAS_BRANCH, REVERSE,
         )  # fmt: skip
         p_term, p_input = p_term + term_t, p_input + input_t
         p_gate, p_branch = p_gate + gate_t, p_branch + branch_t
@@ -174,11 +178,11 @@ def chunk_carries(
 
 @triton.jit
 def _advance(
-    p_term, p_input, p_gate, p_branch, p_y, p_states, at_start, mask, rate, h,
+    p_term, p_input, p_gate, p_branch, p_y, p_states, at_start, mask, rate, input_bias, gate_bias, h,
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STATES: tl.constexpr,
 ):  # fmt: skip
     """One step of `scan_forward`."""
-    a, b = _terms(p_term, p_input, p_gate, at_start, mask, rate, GATED)
+    a, b = _terms(p_term, p_input, p_gate, at_start, mask, rate, input_bias, gate_bias, GATED)
     h = a * h + b
     y = h
     if HAS_BRANCH:
@@ -192,16 +196,19 @@ def _advance(
 
 @triton.jit(do_not_specialize=CHANGING)
 def scan_forward(
-    term, input_gate, gate, rate, branch, starts, first_states, y, states, last_state,
+    term, input_gate, gate, rate, gate_bias, branch, starts, first_states, y, states, last_state,
     first_is_start, T, B, R, L,
     term_t, term_b, input_t, input_b, gate_t, gate_b, branch_t, branch_b, starts_t, starts_b,
     y_t, y_b, states_t, states_b,
-    GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_STATES: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr,
+    HAS_STATES: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y [T, B, R] = h, or h gelu(branch) with h in `states`; last_state [B, R], from first_states [chunks, B, R]."""
     o_r, mask, b, c, lo, hi = place(T, B, R, L, BLOCK)
     rates = row(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
+    input_biases = row(gate_bias + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
+    gate_biases = row(gate_bias + R + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
     p_term, p_input = at(term, term_t, term_b, lo, b, o_r), at(input_gate, input_t, input_b, lo, b, o_r)
     p_gate, p_branch = at(gate, gate_t, gate_b, lo, b, o_r), at(branch, branch_t, branch_b, lo, b, o_r)
     p_y, p_states = at(y, y_t, y_b, lo, b, o_r), at(states, states_t, states_b, lo, b, o_r)
@@ -216,16 +223,16 @@ def scan_forward(
         ahead = flags(p_starts, first_is_start, t + UNROLL, starts_t, lo, hi, HAS_STARTS, UNROLL, 1)
         for u in tl.static_range(UNROLL):
             h = _advance(
-                p_term, p_input, p_gate, p_branch, p_y, p_states, flag(bits, u), mask, rates, h,
-                GATED, HAS_BRANCH, HAS_STATES,
+                p_term, p_input, p_gate, p_branch, p_y, p_states, flag(bits, u), mask, rates, input_biases, gate_biases,
+                h, GATED, HAS_BRANCH, HAS_STATES,
             )  # fmt: skip
             p_term, p_input, p_gate = p_term + term_t, p_input + input_t, p_gate + gate_t
             p_branch, p_y, p_states = p_branch + branch_t, p_y + y_t, p_states + states_t
         bits = ahead
     for t in tl.range(full, hi, num_stages=1):
         h = _advance(
-            p_term, p_input, p_gate, p_branch, p_y, p_states, flag(bits, t - full), mask, rates, h,
-            GATED, HAS_BRANCH, HAS_STATES,
+            p_term, p_input, p_gate, p_branch, p_y, p_states, flag(bits, t - full), mask, rates, input_biases, gate_biases,
+            h, GATED, HAS_BRANCH, HAS_STATES,
         )  # fmt: skip
         p_term, p_input, p_gate = p_term + term_t, p_input + input_t, p_gate + gate_t
         p_branch, p_y, p_states = p_branch + branch_t, p_y + y_t, p_states + states_t
@@ -236,10 +243,10 @@ def scan_forward(
 @triton.jit
 def _retreat(
     p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
-    at_start, mask, rate, slope, before, h, carry, grad_rate,
+    at_start, mask, rate, slope, input_bias, gate_bias, before, h, carry, grad_rate, sum_input, sum_gate,
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """One step of `scan_backward`, from h_{t-1} and h_t: a_t dL/dh_t and the sum for the rate."""
+    """One step of `scan_backward`, from h_{t-1} and h_t: a_t dL/dh_t and the sums for rate and biases."""
     grad = row(p_grad, mask)
     if HAS_BRANCH:
         factor, slope_of_factor = gelu(row(p_branch, mask))
@@ -247,41 +254,46 @@ def _retreat(
         grad *= factor
     grad += carry
     if GATED:
-        r, a, m, inverse_m = _decay(row(p_gate, mask), rate, at_start)
-        i = sigmoid(row(p_input, mask))
+        r, a, m, inverse_m = _decay(row(p_gate, mask) + gate_bias, rate, at_start)
+        i = sigmoid(row(p_input, mask) + input_bias)
         x = row(p_term, mask)
         ix = i * x
         grad_log_r = a * grad * (before - ix * a * inverse_m) * r  # but for the rate
         grad_rate += grad_log_r
         grad_i = grad * m * i
         tl.store(p_grad_term, grad_i, mask=mask)
-        tl.store(p_grad_input, grad_i * (x - ix), mask=mask)
-        tl.store(p_grad_gate, grad_log_r * (slope - slope * r), mask=mask)
+        grad_input, grad_gate = grad_i * (x - ix), grad_log_r * (slope - slope * r)
+        tl.store(p_grad_input, grad_input, mask=mask)
+        tl.store(p_grad_gate, grad_gate, mask=mask)
+        sum_input += grad_input
+        sum_gate += grad_gate
     else:
         a = _given_decay(p_gate, at_start, mask)
         tl.store(p_grad_term, grad, mask=mask)
         tl.store(p_grad_gate, tl.where(at_start > 0, 0.0, grad * before), mask=mask)
-    return a * grad, grad_rate
+    return a * grad, grad_rate, sum_input, sum_gate
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def scan_backward(
-    term, input_gate, gate, rate, branch, starts, initial_state, states, grad_y, first_carries,
-    grad_term, grad_input_gate, grad_gate, grad_branch, grad_rates, grad_initial_state,
+    term, input_gate, gate, rate, gate_bias, branch, starts, initial_state, states, grad_y, first_carries,
+    grad_term, grad_input_gate, grad_gate, grad_branch, grad_rates, grad_biases, grad_initial_state,
     first_is_start, T, B, R, L,
     term_t, term_b, input_t, input_b, gate_t, gate_b, branch_t, branch_b, starts_t, starts_b,
     states_t, states_b, grad_t, grad_b, grad_term_t, grad_term_b, grad_input_t, grad_input_b,
     grad_gate_t, grad_gate_b, grad_branch_t, grad_branch_b,
-    GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of all inputs; of the rate, the sum over each chunk, [chunks, B, R].
+    """Gradients of all inputs; of the rate the sum over each chunk, [chunks, B, R], of both biases [2, chunks, B, R].
 
     first_carries [chunks, B, R] is the gradient that reaches each chunk's last state from later steps.
     """
     o_r, mask, b, c, lo, hi = place(T, B, R, L, BLOCK)
     last = hi - 1
     rates = row(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
+    input_biases = row(gate_bias + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
+    gate_biases = row(gate_bias + R + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
     p_term, p_input = at(term, term_t, term_b, last, b, o_r), at(input_gate, input_t, input_b, last, b, o_r)
     p_gate, p_branch = at(gate, gate_t, gate_b, last, b, o_r), at(branch, branch_t, branch_b, last, b, o_r)
     p_states, p_grad = at(states, states_t, states_b, last, b, o_r), at(grad_y, grad_t, grad_b, last, b, o_r)
@@ -300,7 +312,8 @@ def scan_backward(
     o_state = (c * B + b) * R + o_r
     slopes = rates / LOG2_E  # d log a / d r
     carry = row(first_carries + o_state, mask)
-    grad_rate = tl.zeros([BLOCK], tl.float32)
+    grad_rate, sum_input = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    sum_gate = tl.zeros([BLOCK], tl.float32)
     h = row(p_states, mask)
     bits = flags(p_starts, first_is_start, last, starts_t, lo, hi, HAS_STARTS, UNROLL, -1)
     for k in tl.range(0, full, UNROLL, num_stages=STAGES):
@@ -308,9 +321,10 @@ def scan_backward(
         for u in tl.static_range(UNROLL):
             p_states -= states_t
             before = row(p_states, mask)
-            carry, grad_rate = _retreat(
+            carry, grad_rate, sum_input, sum_gate = _retreat(
                 p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
-                flag(bits, u), mask, rates, slopes, before, h, carry, grad_rate, GATED, HAS_BRANCH,
+                flag(bits, u), mask, rates, slopes, input_biases, gate_biases, before, h, carry, grad_rate,
+                sum_input, sum_gate, GATED, HAS_BRANCH,
             )  # fmt: skip
             h = before
             p_term, p_input, p_gate = p_term - term_t, p_input - input_t, p_gate - gate_t
@@ -324,9 +338,10 @@ def scan_backward(
             before = row(p_states, mask)
         else:
             before = row(initial_state + b * R + o_r, mask)
-        carry, grad_rate = _retreat(
+        carry, grad_rate, sum_input, sum_gate = _retreat(
             p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
-            flag(bits, k - full), mask, rates, slopes, before, h, carry, grad_rate, GATED, HAS_BRANCH,
+            flag(bits, k - full), mask, rates, slopes, input_biases, gate_biases, before, h, carry, grad_rate,
+            sum_input, sum_gate, GATED, HAS_BRANCH,
         )  # fmt: skip
         h = before
         p_term, p_input, p_gate = p_term - term_t, p_input - input_t, p_gate - gate_t
@@ -335,5 +350,9 @@ def scan_backward(
         p_grad_branch -= grad_branch_t
     if GATED:
         tl.store(grad_rates + o_state, grad_rate, mask=mask)
+    if HAS_BIAS:
+        chunks = tl.cdiv(T, L)
+        tl.store(grad_biases + o_state, sum_input, mask=mask)
+        tl.store(grad_biases + tl.cast(chunks, tl.int64) * B * R + o_state, sum_gate, mask=mask)
     if lo == 0:
         tl.store(grad_initial_state + b * R + o_r, carry, mask=mask)

@@ -22,6 +22,7 @@ def rglru(
     recurrence_gate: Tensor,
     decay: Tensor,
     *,
+    gate_bias: Tensor | None = None,
     branch: Tensor | None = None,
     starts: Tensor | None = None,
     initial_state: Tensor | None = None,
@@ -38,12 +39,13 @@ def rglru(
 
     At a document's first token a = 0 and m = 1. The derivative of the square root is bounded: 1 / sqrt(max(4 u, 1e-6)).
     States, gates, products and sums are float32, or float64 where x is; y is rounded once. Gradients flow to x, both
-    gates, decay, branch and initial_state, from both results; the same inputs give the same bits.
+    gates, their biases, decay, branch and initial_state, from both results; the same inputs give the same bits.
 
     Args:
         x: [T, B, R], of any strides; bfloat16, float16, float32 or float64. Where channels adjoin, nothing is copied.
-        input_gate, recurrence_gate: the gates before their sigmoid, bias included; shape and dtype of x.
+        input_gate, recurrence_gate: the gates before their sigmoid; shape and dtype of x.
         decay: [R], floating point; the negative of the paper's Lambda.
+        gate_bias: [2, R], floating point; added to the input gate and to the recurrence gate. None: they include it.
         branch: the recurrent block's other branch before its GeLU; shape and dtype of x.
         starts: [T, B] bool, True at each document's first token. None: each sequence is one document, which begins at
             position 0 unless `initial_state` is given. Given: a position 0 that is no start and has no `initial_state`
@@ -69,6 +71,7 @@ def rglru(
         ("input_gate", input_gate, x.shape, (x.dtype,)),
         ("recurrence_gate", recurrence_gate, x.shape, (x.dtype,)),
         ("decay", decay, (width,), FLOATING),
+        ("gate_bias", gate_bias, (2, width), FLOATING),
         ("branch", branch, x.shape, (x.dtype,)),
         ("starts", starts, x.shape[:2], (torch.bool,)),
         ("initial_state", initial_state, (batch, width), FLOATING),
@@ -79,13 +82,11 @@ def rglru(
     if batch_first:
         x, input_gate, recurrence_gate = (tensor.transpose(0, 1) for tensor in (x, input_gate, recurrence_gate))
         branch, starts = (None if tensor is None else tensor.transpose(0, 1) for tensor in (branch, starts))
-    given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+    given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias)
     if backend == "reference":
         y, last_state = rglru_reference(given)
     else:
-        x, input_gate, recurrence_gate, decay, branch, initial_state = without_tangents(
-            x, input_gate, recurrence_gate, decay, branch, initial_state
-        )
-        given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+        *tensors, initial_state, gate_bias = without_tangents(*given[:5], initial_state, gate_bias)
+        given = Given(*tensors, starts, initial_state, gate_bias)
         y, last_state, _, _ = ops.forward(*given, save_states, chunk, backend)
     return y.transpose(0, 1) if batch_first else y, last_state

@@ -33,6 +33,7 @@ def forward(
     branch: Tensor | None,
     starts: Tensor | None,
     initial_state: Tensor | None,
+    gate_bias: Tensor | None,
     save_states: bool,
     chunk: int | None,
     backend: str,
@@ -42,13 +43,13 @@ def forward(
     with `save_states` the states [T, B, R] in the dtype of y, empty where they are y itself for lack of a branch;
     without, the states that chunks of time begin with, [chunks, B, R], empty where there are none or one.
     """
-    given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+    given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias)
     y, last_state, states, first_states = implementation("rglru", backend).forward(given, save_states, chunk)
     return y, last_state, _or_empty(states, x), _or_empty(first_states, x)
 
 
 @forward.register_fake
-def _(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, save_states, chunk, backend):
+def _(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias, save_states, chunk, backend):
     steps, batch, width = x.shape
     dtype = accumulation_dtype(x)
     states = like(x) if save_states and branch is not None else x.new_empty(0)
@@ -60,7 +61,7 @@ def _(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, save
     return like(x), x.new_empty(batch, width, dtype=dtype), states, first_states
 
 
-@torch.library.custom_op("griffin::rglru_backward", mutates_args=())
+@torch.library.custom_op("griffin::rglru_backward", mutates_args=("grad_branch",))
 def backward(
     x: Tensor,
     input_gate: Tensor,
@@ -69,25 +70,30 @@ def backward(
     branch: Tensor | None,
     starts: Tensor | None,
     initial_state: Tensor | None,
+    gate_bias: Tensor | None,
     states: Tensor | None,
     first_states: Tensor | None,
     grad_y: Tensor,
     grad_last: Tensor,
+    grad_branch: Tensor | None,
     chunk: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, decay, branch (empty without one) and initial state; `states` None recomputes them."""
-    given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
-    *grads, grad_branch, grad_initial = implementation("rglru", backend).backward(
-        given, states, first_states, grad_y, grad_last, chunk
+    """Gradients of x, gates, decay, initial state and the gates' biases (empty without them).
+
+    The branch's is written to `grad_branch`, any tensor like the branch. `states` None computes them again.
+    """
+    given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias)
+    *grads, grad_bias = implementation("rglru", backend).backward(
+        given, states, first_states, grad_y, grad_last, grad_branch, chunk
     )
-    return (*grads, _or_empty(grad_branch, x), grad_initial)
+    return (*grads, _or_empty(grad_bias, x))
 
 
 @backward.register_fake
 def _(
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, states, first_states, grad_y, grad_last,
-    chunk, backend,
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias, states, first_states,
+    grad_y, grad_last, grad_branch, chunk, backend,
 ):  # fmt: skip
     dtype = accumulation_dtype(x)
     return (
@@ -95,8 +101,8 @@ def _(
         like(input_gate),
         like(recurrence_gate),
         decay.new_empty(decay.shape, dtype=dtype),
-        x.new_empty(0) if branch is None else like(branch),
         x.new_empty(x.shape[1:], dtype=dtype),
+        x.new_empty(0) if gate_bias is None else x.new_empty(gate_bias.shape, dtype=dtype),
     )
 
 
@@ -119,15 +125,17 @@ def _backward(ctx, grad_y, grad_last, *_):
     if grad_last is None:
         grad_last = given.x.new_zeros(given.x.shape[1:], dtype=accumulation_dtype(given.x))
     grad_y, grad_last = without_tangents(grad_y, grad_last)
-    *grads, grad_decay, grad_branch, grad_initial = backward(
-        *given, states, first_states, grad_y, grad_last, ctx.chunk, ctx.backend
+    grad_branch = None if given.branch is None else like(given.branch)
+    *grads, grad_decay, grad_initial, grad_bias = backward(
+        *given, states, first_states, grad_y, grad_last, grad_branch, ctx.chunk, ctx.backend
     )
     return (
         *grads,
         grad_decay.to(given.decay.dtype),
-        None if given.branch is None else grad_branch,
+        grad_branch,
         None,
         None if given.initial_state is None else grad_initial.to(given.initial_state.dtype),
+        None if given.gate_bias is None else grad_bias.to(given.gate_bias.dtype),
         None,
         None,
         None,

@@ -21,6 +21,7 @@ def _inputs(given: Given, chunk: int | None) -> launch.Inputs:
         branch=given.branch,
         starts=given.starts,
         initial_state=given.initial_state,
+        gate_bias=given.gate_bias,
         chunk=chunk,
     )
 
@@ -39,15 +40,16 @@ def backward(
     first_states: Tensor | None,
     grad_y: Tensor,
     grad_last: Tensor,
+    grad_branch: Tensor | None,
     chunk: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """As `griffin.kernels.rglru.ops.backward`."""
     inputs = _inputs(given, chunk)
     if states is None:
         firsts = inputs.initial_state if first_states is None else first_states
         states, _, _ = launch.forward(replace(inputs, branch=None), firsts, keep_states=False)
-    grads = launch.backward(inputs, states, grad_y, grad_last)
+    grads = launch.backward(inputs, states, grad_y, grad_last, grad_branch)
     assert grads.rate is not None
     assert grads.input_gate is not None
     grad_decay = grads.rate * (-GATE_SCALE * torch.sigmoid(given.decay.float()))
-    return grads.term, grads.input_gate, grads.gate, grad_decay, grads.branch, grads.initial_state
+    return grads.term, grads.input_gate, grads.gate, grad_decay, grads.initial_state, grads.gate_bias

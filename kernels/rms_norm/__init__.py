@@ -20,11 +20,11 @@ TRITON_WIDTH = 16384  # the most of a row, which its programs hold in registers
 def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float = EPSILON, backend: str = AUTO) -> Tensor:
     """`x * rsqrt(mean(x^2) + epsilon) * (1 + weight)` over the last axis.
 
-    Arithmetic is float32, or float64 where x is; y is rounded once. The backward keeps x, and a number for each row. The
+    Arithmetic is float32, or float64 where x is; y is rounded once. The backward keeps x and a number for each row. The
     same inputs give the same bits.
 
     Args:
-        x: [..., D], floating point, of any strides; where rows are evenly spaced and channels adjoin, nothing is copied.
+        x: [..., D], floating point, of any strides. Where rows are evenly spaced and channels adjoin, none is copied.
         weight: [D], floating point.
         backend: "reference" (differentiated by autograd), "cpu", "triton" (D up to 16,384), or "auto" for what
             `griffin.kernels.selection.select_backend` says.

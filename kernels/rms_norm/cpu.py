@@ -36,10 +36,9 @@ def forward(x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float) ->
     buffers = _buffers(x, 2)
     for tile in _tiles(x):
         rows, product = buffers[:, : tile.stop - tile.start]
-        if total is None:
-            given = x[tile]
-        else:
-            given = torch.add(x[tile], branch[tile], out=total[tile])  # type: ignore[index]
+        given = x[tile]
+        if branch is not None and total is not None:
+            given = torch.add(given, branch[tile], out=total[tile])
         rows = given if given.dtype == dtype else rows.copy_(given)
         factor = torch.linalg.vector_norm(rows, dim=1, out=scale[tile])
         factor.square_().div_(x.shape[1]).add_(epsilon).rsqrt_()

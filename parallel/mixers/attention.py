@@ -11,7 +11,8 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from griffin.kernels.local_attention import multi_query_attention, rotary, rotation, turn
+from griffin.kernels.local_attention import multi_query_attention
+from griffin.kernels.rotary import rotary_qkv, rotation, turn
 from griffin.parallel.config import ModelConfig
 from griffin.parallel.context import Clock, Context, Documents
 from griffin.parallel.linear import row_linear, row_step
@@ -49,6 +50,7 @@ class AttentionMixer(nn.Module):
         self.heads = model.heads // context.grid.tensor_size
         self.head_dim = model.head_dim
         self.window = window
+        self._kernels = context.kernels
         self._group = context.grid.tensor_group
         self._sequence_parallel = context.megatron.sequence_parallel
         self.query = context.parameter(self.heads * self.head_dim, model.width)
@@ -105,9 +107,7 @@ class AttentionMixer(nn.Module):
             sequence_parallel=self._sequence_parallel,
             tp_group=self._group,
         )
-        q, k, v = qkv.split((self.heads * self.head_dim, self.head_dim, self.head_dim), dim=-1)
-        q = rotary(q.unflatten(-1, (self.heads, self.head_dim)), documents.positions)
-        k = rotary(k, documents.positions)
+        q, k, v = rotary_qkv(qkv, documents.rotation(self.head_dim), self.heads, backend=self._kernels)
         return self.out(multi_query_attention(q, k, v, documents.mask(self.window)))[0], k, v
 
 

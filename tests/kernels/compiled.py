@@ -80,13 +80,15 @@ class Case:
 
 
 def run_rglru(case: Case) -> None:
-    """Options: "", "branch", and "branch, recomputed" for a backward that computes the states again."""
+    """Options: "", "branch" (and biases), and "branch, recomputed" for a backward that computes the states again."""
     branch = case.tensor(1) if case.option else None
     x, gate = case.tensor(), case.tensor()
-    given = Given(x, gate, gate, case.parameter(), branch, case.start_flags(), None)
+    bias = None if branch is None else case.parameter(2)
+    given = Given(x, gate, gate, case.parameter(), branch, case.start_flags(), None, bias)
     y, last, states, firsts = rglru.forward(given, "recomputed" not in case.option, None)
     kept = y if branch is None else states
-    rglru.backward(given, kept, firsts, torch.empty_like(y), torch.empty_like(last), None)
+    grad_branch = None if branch is None else torch.empty_like(branch)
+    rglru.backward(given, kept, firsts, torch.empty_like(y), torch.empty_like(last), grad_branch, None)
 
 
 def run_linear_scan(case: Case) -> None:
@@ -100,7 +102,7 @@ def run_conv(case: Case) -> None:
     window = replace(case, steps=3).tensor() if case.option else None
     x, weight, starts = case.tensor(), case.parameter(4), case.start_flags()
     y = conv.forward(x, weight, case.parameter(), starts, window)
-    conv.backward(torch.empty_like(y), x, weight, starts, window)
+    conv.backward(torch.empty_like(y), x, weight, starts, window, torch.empty_like(x))
 
 
 RUN: dict[str, Callable[[Case], None]] = {"rglru": run_rglru, "linear_scan": run_linear_scan, "conv1d": run_conv}
