@@ -231,8 +231,8 @@ def scan_forward(
         bits = ahead
     for t in tl.range(full, hi, num_stages=1):
         h = _advance(
-            p_term, p_input, p_gate, p_branch, p_y, p_states, flag(bits, t - full), mask, rates, input_biases, gate_biases,
-            h, GATED, HAS_BRANCH, HAS_STATES,
+            p_term, p_input, p_gate, p_branch, p_y, p_states, flag(bits, t - full), mask, rates, input_biases,
+            gate_biases, h, GATED, HAS_BRANCH, HAS_STATES,
         )  # fmt: skip
         p_term, p_input, p_gate = p_term + term_t, p_input + input_t, p_gate + gate_t
         p_branch, p_y, p_states = p_branch + branch_t, p_y + y_t, p_states + states_t

@@ -28,8 +28,10 @@ def results(operation: Operation, leaves: Leaves, backend: str) -> dict[str, Ten
     return values | dict(zip(leaves, gradients, strict=True))
 
 
-def assert_right(operation: Operation, leaves: Leaves, backend: str, scale: float = 1.0) -> None:
-    """Values and gradients are those of the definition in float64, to the rounding of each tensor's own dtype.
+def assert_right(
+    operation: Operation, leaves: Leaves, backend: str, scale: float = 1.0, dtype: torch.dtype | None = None
+) -> None:
+    """Values and gradients are those of the definition in float64, to the rounding of each tensor's own dtype, or `dtype`.
 
     Errors are relative to each tensor's largest value, and at least 1; `scale` multiplies what is allowed.
     """
@@ -39,7 +41,7 @@ def assert_right(operation: Operation, leaves: Leaves, backend: str, scale: floa
         size = expected[name].abs().max().clamp(min=1.0) if value.numel() else 1.0
         error = (value.double() - expected[name]).abs().max() / size if value.numel() else 0.0
         # Triton's interpreter cuts digits off where a GPU rounds.
-        allowed = ROUNDING[value.dtype] * scale * (2 if backend == "triton" else 1)
+        allowed = ROUNDING[dtype or value.dtype] * scale * (2 if backend == "triton" else 1)
         assert error <= allowed, f"{name}: error {error:.1e} > {allowed:.0e}"
 
 
