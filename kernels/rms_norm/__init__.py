@@ -14,7 +14,7 @@ from griffin.kernels.selection import resolve_backend
 __all__ = ["add_rms_norm", "rms_norm"]
 
 EPSILON = 1e-6
-TRITON_WIDTH = 16384  # the most of a row, which its programs hold in registers
+TRITON_WIDTH = 8192  # the most of a row, which its programs hold in registers
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float = EPSILON, backend: str = AUTO) -> Tensor:
@@ -26,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float = EPSILON, backend: st
     Args:
         x: [..., D], floating point, of any strides. Where rows are evenly spaced and channels adjoin, none is copied.
         weight: [D], floating point.
-        backend: "reference" (differentiated by autograd), "cpu", "triton" (D up to 16,384), or "auto" for what
+        backend: "reference" (differentiated by autograd), "cpu", "triton" (D up to 8,192), or "auto" for what
             `griffin.kernels.selection.select_backend` says.
 
     Returns:

@@ -47,8 +47,8 @@ def rms_norm_backward(
     weights = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32) + 1.0
     sums = tl.zeros([BLOCK], tl.float32)
     for n in tl.range(chunk * L, tl.minimum(chunk * L + L, N), num_stages=STAGES):
-        grad, row, factor = _row(grad_y, grad_y_n, n, o_d, mask), _row(total, total_n, n, o_d, mask), tl.load(scale + n)
-        normed = row * factor
+        factor = tl.load(scale + n)
+        grad, normed = _row(grad_y, grad_y_n, n, o_d, mask), _row(total, total_n, n, o_d, mask) * factor
         sums += grad * normed
         grad *= weights
         grad = (grad - normed * (tl.sum(grad * normed, axis=0) / D)) * factor

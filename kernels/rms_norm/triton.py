@@ -12,8 +12,7 @@ from griffin.kernels.launch import multiprocessors, start
 from griffin.kernels.rms_norm import programs
 
 SPREAD = 16  # warps of backward programs for each multiprocessor; each program writes its sums for the weight
-PIPELINE_BYTES = 96 * 1024  # of rows on the way, in shared memory
-MOST_STAGES = 3
+AHEAD, AHEAD_BYTES = 2, 100 * 1024  # rows on the way, where shared memory and registers have room for them
 
 
 def _row_options(x: Tensor) -> tuple[int, int]:
@@ -65,6 +64,6 @@ def backward(
         N=count,
         L=length,
         HAS_GRAD_TOTAL=grad_total is not None,
-        STAGES=min(max(PIPELINE_BYTES // row_bytes, 1), MOST_STAGES),
+        STAGES=1 + AHEAD if AHEAD * row_bytes <= AHEAD_BYTES else 1,
     )
     return grad_x, sums.sum(0)  # in a fixed order: two runs give the same bits

@@ -28,10 +28,16 @@ from triton.backends.compiler import GPUTarget
 
 from griffin.kernels.conv1d import programs as conv_programs
 from griffin.kernels.conv1d import triton as conv
+from griffin.kernels.gated_gelu import programs as gelu_programs
+from griffin.kernels.gated_gelu import triton as gated_gelu
 from griffin.kernels.linear_scan import triton as linear_scan
 from griffin.kernels.recurrence import programs as scan_programs
 from griffin.kernels.rglru import triton as rglru
 from griffin.kernels.rglru.reference import Given
+from griffin.kernels.rms_norm import programs as norm_programs
+from griffin.kernels.rms_norm import triton as rms_norm
+from griffin.kernels.rotary import programs as rotary_programs
+from griffin.kernels.rotary import triton as rotary
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -105,8 +111,51 @@ def run_conv(case: Case) -> None:
     conv.backward(torch.empty_like(y), x, weight, starts, window, torch.empty_like(x))
 
 
-RUN: dict[str, Callable[[Case], None]] = {"rglru": run_rglru, "linear_scan": run_linear_scan, "conv1d": run_conv}
-OPTIONS = {"rglru": ("", "branch", "branch, recomputed"), "linear_scan": ("",), "conv1d": ("", "window")}
+def tokens(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def run_gated_gelu(case: Case) -> None:
+    half = replace(case, layout="time").tensor()
+    x, bias = torch.cat([half, half], -1), torch.empty(2 * case.width, device="meta")
+    y = gated_gelu.forward(tokens(x), bias)
+    gated_gelu.backward(torch.empty_like(y), tokens(x), bias)
+
+
+def run_rms_norm(case: Case) -> None:
+    """Options: "" and "branch"."""
+    x, weight = tokens(case.tensor()), case.parameter()
+    y, total, scale = rms_norm.forward(x, tokens(case.tensor()) if case.option else None, weight, 1e-6)
+    rms_norm.backward(y, total, x if total is None else total, weight, scale)
+
+
+HEADS = 6  # and as many dims of each as make up the width
+
+
+def run_rotary(case: Case) -> None:
+    steps, batch, head_dim = case.steps, case.batch, case.width // (HEADS + 2) // 4 * 4
+    qkv = torch.empty(steps, batch, (HEADS + 2) * head_dim, dtype=getattr(torch, case.dtype), device="meta")
+    angles = torch.empty(2, steps, batch, head_dim // 4, device="meta")
+    rotary.backward(*rotary.forward(qkv, *angles, HEADS), *angles)
+
+
+RUN: dict[str, Callable[[Case], None]] = {
+    "rglru": run_rglru,
+    "linear_scan": run_linear_scan,
+    "conv1d": run_conv,
+    "gated_gelu": run_gated_gelu,
+    "rms_norm": run_rms_norm,
+    "rotary": run_rotary,
+}
+OPTIONS = {
+    "rglru": ("", "branch", "branch, recomputed"),
+    "linear_scan": ("",),
+    "conv1d": ("", "window"),
+    "gated_gelu": ("",),
+    "rms_norm": ("", "branch"),
+    "rotary": ("",),
+}
+WALKS = ("rglru", "linear_scan", "conv1d")  # along time
 # Layout and sizes: on 132 multiprocessors the first is cut into chunks of time and the second is not. Of the others, a
 # single sequence and batch-major ones compile to what the first does; not so strides of 64 bits, with tensors beyond
 # 2 GB, such tensors alone (on AMD), and channels of which nothing is known to be a multiple of 16.
@@ -121,6 +170,9 @@ def cases() -> Iterator[Case]:
     Elsewhere the last option with starts stands for an operation, the one that launches most.
     """
     for operation, options in OPTIONS.items():
+        if operation not in WALKS:
+            yield from token_cases(operation, options)
+            continue
         for dtype, option, starts in itertools.product(("bfloat16", "float32"), options, (True, False)):
             yield Case(operation, dtype, *CHUNKED, starts, option)
             yield Case(operation, dtype, *SEQUENTIAL, starts, option)
@@ -130,6 +182,16 @@ def cases() -> Iterator[Case]:
         yield Case(operation, "float16", *CHUNKED, True, options[-1])
         for shape in OTHERS:
             yield Case(operation, "bfloat16", *shape, True, options[-1])
+
+
+# 14 billion parameters on 4 ranks with sequence parallelism, 1 billion on one, an odd width, and the widest norm.
+TOKENS = (("time", 2048, 1, 5120), ("time", 2048, 4, 2048), ("time", 333, 3, 1001), ("time", 2048, 1, 8192))
+
+
+def token_cases(operation: str, options: tuple[str, ...]) -> Iterator[Case]:
+    """Of operations that know no time."""
+    for dtype, option, shape in itertools.product(("bfloat16", "float16", "float32"), options, TOKENS):
+        yield Case(operation, dtype, *shape, False, option)
 
 
 class Pointer:
@@ -203,7 +265,7 @@ def kernel_names() -> list[str]:
     """Of the programs that are launched: the other functions are parts of them."""
     return [
         name
-        for module in (scan_programs, conv_programs)
+        for module in (scan_programs, conv_programs, gelu_programs, norm_programs, rotary_programs)
         for name, value in vars(module).items()
         if isinstance(value, triton.JITFunction) and value.module == module.__name__ and not name.startswith("_")
     ]
@@ -240,7 +302,8 @@ def _nvidia(compiled: Any, elements: float) -> dict[str, Any]:
     found = re.search(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
     listing = Listing.of(sass)
-    rounds = listing.opcodes(max(listing.loops, key=len))  # the loop over rounds of steps is by far the longest
+    # The loop over rounds of steps is by far the longest; what has none is one round.
+    rounds = listing.opcodes(max(listing.loops, key=len, default=None))
     return {
         "registers": int(found[1]),
         "local": int(found[2]),
@@ -272,8 +335,9 @@ def _facts(target: str, launch: Launch) -> dict[str, Any]:
     compiled = launch.compile()
     seconds = time.perf_counter() - begin
     arguments = launch.arguments
-    steps = arguments["UNROLL"] if "UNROLL" in arguments else arguments["CHUNKS"]
-    elements = steps * arguments["BLOCK"] / (LANES * arguments["num_warps"])
+    steps = next((arguments[name] for name in ("UNROLL", "CHUNKS", "ROWS") if name in arguments), 1)
+    block = arguments["BLOCK"] if "BLOCK" in arguments else arguments["QUARTER"]
+    elements = steps * block / (LANES * arguments["num_warps"])
     usage = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled, elements)
     return {
         "constants": {name: value for name, value in arguments.items() if name.isupper() and name not in SIZES},

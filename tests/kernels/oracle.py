@@ -31,7 +31,7 @@ def results(operation: Operation, leaves: Leaves, backend: str) -> dict[str, Ten
 def assert_right(
     operation: Operation, leaves: Leaves, backend: str, scale: float = 1.0, dtype: torch.dtype | None = None
 ) -> None:
-    """Values and gradients are those of the definition in float64, to the rounding of each tensor's own dtype, or `dtype`.
+    """Values and gradients are those of the definition in float64, to the rounding of each one's own dtype, or `dtype`.
 
     Errors are relative to each tensor's largest value, and at least 1; `scale` multiplies what is allowed.
     """
