@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
         return self.mixer(self.mixer_norm(x), documents)
 
     def _mlp(self, x: Tensor, mixed: Tensor) -> Tensor:
-        x, normed = self.mlp_norm.add(x, mixed)
+        x, normed = self.mlp_norm(x, mixed)
         return x + self.mlp(normed)
 
     def _run(self, part: str, function: Callable[..., Tensor], *args: object) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from griffin.kernels.rms_norm import EPSILON, add_rms_norm, rms_norm
@@ -25,12 +27,12 @@ class RMSNorm(nn.Module):
             sequence_parallel=True,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, epsilon=EPSILON, backend=self.kernels)
-
-    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """x + branch, and its norm."""
-        return add_rms_norm(x, branch, self.weight, epsilon=EPSILON, backend=self.kernels)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with a branch, x + branch and the norm of that."""
+        options: dict[str, Any] = {"epsilon": EPSILON, "backend": self.kernels}
+        if branch is None:
+            return rms_norm(x, self.weight, **options)
+        return add_rms_norm(x, branch, self.weight, **options)
 
     def stepper(self) -> LayerStep:
         """The same for one token, x [D, B], with the weights as they are now."""

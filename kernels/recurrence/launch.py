@@ -168,12 +168,13 @@ def backward(
     """
     chunks = inputs.plan.chunks
     grad_y, grad_last = rows(grad_y), grad_last.contiguous()
+    dense_grad_branch = None if grad_branch is None else rows(grad_branch)
     carries = grad_last if chunks == 1 else _carries(inputs, grad_last, grad_y)
     grads = {
         "grad_term": like(inputs.term),
         "grad_gate": like(inputs.gate),
         "grad_input": None if inputs.input_gate is None else like(inputs.input_gate),
-        "grad_branch": None if grad_branch is None else rows(grad_branch),
+        "grad_branch": dense_grad_branch,
     }
     grad_rates = None if inputs.rate is None else inputs.new_states(chunks)
     grad_biases = None if inputs.gate_bias is None else inputs.new_states(2 * chunks)
@@ -191,8 +192,8 @@ def backward(
         **grads,
         **strides({"states": states, "grad": grad_y, **grads}),
     )
-    if grad_branch is not None and grads["grad_branch"] is not grad_branch:
-        grad_branch.copy_(grads["grad_branch"])
+    if grad_branch is not None and dense_grad_branch is not None and dense_grad_branch is not grad_branch:
+        grad_branch.copy_(dense_grad_branch)
     return Gradients(
         term=grads["grad_term"],  # type: ignore[arg-type]
         gate=grads["grad_gate"],  # type: ignore[arg-type]

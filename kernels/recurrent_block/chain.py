@@ -67,7 +67,8 @@ class RecurrentBlock(torch.autograd.Function):
             grad_gates, gate_weight.chunk(2, dim=-1), grad_gate_weight.chunk(2, dim=-1), strict=True
         ):
             torch.bmm(_blocks(x, weight).mT, _blocks(grad, weight), out=out)
-            _blocks(grad_x, weight).baddbmm_(_blocks(grad, weight), weight.mT)
+            into = _blocks(grad_x, weight)
+            torch.baddbmm(into, _blocks(grad, weight), weight.mT, out=into)
         grad_conv_weight, grad_conv_bias, _ = conv_ops.backward(
             grad_x, before, conv_weight, starts, None, grad_before, ctx.backend
         )

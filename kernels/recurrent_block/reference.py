@@ -23,4 +23,5 @@ def recurrent_block_reference(
     x = causal_conv1d_reference(before, conv_weight, conv_bias, starts, None)
     blocks = x.unflatten(-1, (len(gate_weight), -1))
     gates = torch.einsum("tbni,nio->tbno", blocks, gate_weight).chunk(2, dim=-1)
-    return rglru_reference(Given(x, *(gate.flatten(2) for gate in gates), decay, branch, starts, None, gate_bias))
+    input_gate, recurrence_gate = (gate.flatten(2) for gate in gates)
+    return rglru_reference(Given(x, input_gate, recurrence_gate, decay, branch, starts, None, gate_bias))

@@ -86,7 +86,9 @@ def rglru(
     if backend == "reference":
         y, last_state = rglru_reference(given)
     else:
-        *tensors, initial_state, gate_bias = without_tangents(*given[:5], initial_state, gate_bias)
-        given = Given(*tensors, starts, initial_state, gate_bias)
+        x, input_gate, recurrence_gate, decay, branch, initial_state, gate_bias = without_tangents(
+            x, input_gate, recurrence_gate, decay, branch, initial_state, gate_bias
+        )
+        given = Given(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias)
         y, last_state, _, _ = ops.forward(*given, save_states, chunk, backend)
     return y.transpose(0, 1) if batch_first else y, last_state

@@ -51,8 +51,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, *grads):
-    grads = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in without_tangents(*grads))
-    return backward(*grads, *ctx.saved_tensors, ctx.backend), None, None, None, None
+    dense = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in without_tangents(*grads))
+    return backward(*dense, *ctx.saved_tensors, ctx.backend), None, None, None, None
 
 
 forward.register_autograd(_backward, setup_context=_save)

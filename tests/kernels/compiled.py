@@ -135,8 +135,9 @@ HEADS = 6  # and as many dims of each as make up the width
 def run_rotary(case: Case) -> None:
     steps, batch, head_dim = case.steps, case.batch, case.width // (HEADS + 2) // 4 * 4
     qkv = torch.empty(steps, batch, (HEADS + 2) * head_dim, dtype=getattr(torch, case.dtype), device="meta")
-    angles = torch.empty(2, steps, batch, head_dim // 4, device="meta")
-    rotary.backward(*rotary.forward(qkv, *angles, HEADS), *angles)
+    cos = sin = torch.empty(steps, batch, head_dim // 4, device="meta")
+    q, k, v = rotary.forward(qkv, cos, sin, HEADS)
+    rotary.backward(q, k, v, cos, sin)
 
 
 RUN: dict[str, Callable[[Case], None]] = {
