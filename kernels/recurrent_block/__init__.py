@@ -10,10 +10,10 @@ from griffin.kernels.backends import AUTO
 from griffin.kernels.conv1d import TRITON_WIDTH
 from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.recurrent_block.chain import RecurrentBlock
-from griffin.kernels.recurrent_block.reference import recurrent_block_reference
+from griffin.kernels.recurrent_block.reference import Observer, recurrent_block_reference
 from griffin.kernels.selection import resolve_backend
 
-__all__ = ["recurrent_block"]
+__all__ = ["Observer", "recurrent_block"]
 
 
 def recurrent_block(
@@ -27,6 +27,7 @@ def recurrent_block(
     starts: Tensor | None = None,
     backend: str = AUTO,
     save_states: bool = True,
+    observe: Observer | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the recurrent block computes of its input linears' fused product (arXiv 2402.19427, sections 2.3 and 2.4).
 
@@ -46,6 +47,7 @@ def recurrent_block(
         backend: "reference" (loops, differentiated by autograd), "cpu", "triton" (K 4 only), or "auto" for what
             `griffin.kernels.selection.select_backend` says.
         save_states: keep the recurrence's states for the backward, or compute them again there.
+        observe: called in the forward with the input and the recurrence gate before their sigmoid, biases included.
 
     Returns:
         y [T, B, R] in the dtype of xy, and the recurrence's last state, [B, R] in float32 (float64 where xy is).
@@ -77,5 +79,5 @@ def recurrent_block(
         raise ValueError(f"conv_weight: {len(conv_weight)} taps; backend 'triton' has {TRITON_WIDTH}")
     tensors = (xy, conv_weight, conv_bias, gate_weight, gate_bias, decay)
     if backend == "reference":
-        return recurrent_block_reference(*tensors, starts)
-    return RecurrentBlock.apply(*without_tangents(*tensors), starts, save_states, backend)
+        return recurrent_block_reference(*tensors, starts, observe)
+    return RecurrentBlock.apply(*without_tangents(*tensors), starts, save_states, backend, observe)

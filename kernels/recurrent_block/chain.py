@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from griffin.kernels.conv1d import ops as conv_ops
 from griffin.kernels.layout import accumulation_dtype
+from griffin.kernels.recurrent_block.reference import Observer
 from griffin.kernels.rglru import ops as rglru_ops
 
 
@@ -31,12 +32,15 @@ class RecurrentBlock(torch.autograd.Function):
         starts: Tensor | None,
         save_states: bool,
         backend: str,
+        observe: Observer | None,
     ) -> tuple[Tensor, Tensor]:
         before, branch = xy.chunk(2, dim=-1)
         x = conv_ops.forward(before, conv_weight, conv_bias, starts, None, backend).contiguous()
         gates = torch.empty_like(x), torch.empty_like(x)
         for gate, weight in zip(gates, gate_weight.chunk(2, dim=-1), strict=True):
             torch.bmm(_blocks(x, weight), weight, out=_blocks(gate, weight))
+        if observe is not None:
+            observe(gates[0] + gate_bias[0], gates[1] + gate_bias[1])
         y, last, *states = rglru_ops.forward(
             x, *gates, decay, branch, starts, None, gate_bias, save_states, None, backend
         )
@@ -79,6 +83,7 @@ class RecurrentBlock(torch.autograd.Function):
             grad_gate_weight,
             grad_gate_bias.to(gate_bias.dtype),
             grad_decay.to(decay.dtype),
+            None,
             None,
             None,
             None,

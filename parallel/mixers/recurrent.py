@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from griffin.kernels.recurrent_block import recurrent_block
+from griffin.kernels.recurrent_block import Observer, recurrent_block
 from griffin.kernels.rglru import rglru_step
 from griffin.kernels.selection import resolve_backend
 from griffin.parallel.config import CONV_WIDTH, ModelConfig
@@ -75,6 +75,7 @@ class RecurrentMixer(nn.Module):
     def __init__(self, name: str, context: Context, *, save_states: bool = True):
         super().__init__()
         self.kernels, self.save_states = context.kernels, save_states
+        self.observe: Observer | None = None  # who looks at the gates, while somebody does
         model = context.model
         R, blocks = model.recurrent_width, model.gate_blocks
         self.lin_xy = fused_column_linear(
@@ -150,6 +151,7 @@ class RecurrentMixer(nn.Module):
             starts=documents.starts,
             backend=self.kernels,
             save_states=self.save_states,
+            observe=self.observe,
         )
         return self.out(y)[0], xy.chunk(2, dim=-1)[0], last
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from griffin.kernels.conv1d import causal_conv1d
 from griffin.kernels.recurrent_block import recurrent_block
 from tests.kernels.interpreter import BACKENDS, needs_interpreter
 from tests.kernels.oracle import ROUNDING, assert_right, assert_same_bits, results
@@ -97,6 +98,20 @@ def test_gradient_of_one_result_only(result):
         )
     for found, expected in zip(*grads, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gates_can_be_looked_at(backend):
+    leaves = make(9, 2, 2, 3)
+    seen: list[tuple[Tensor, Tensor]] = []
+    y, _ = recurrent_block(**leaves, backend=backend, observe=lambda *gates: seen.append(gates))
+    assert torch.equal(y, recurrent_block(**leaves, backend=backend)[0])
+    x = causal_conv1d(leaves["xy"][..., :6], leaves["conv_weight"], leaves["conv_bias"])
+    weight, bias = leaves["gate_weight"], leaves["gate_bias"]
+    expected = torch.einsum("tbni,nio->tbno", x.unflatten(-1, (2, 3)), weight).chunk(2, -1)
+    ((input_gate, recurrence_gate),) = seen
+    torch.testing.assert_close(input_gate, expected[0].flatten(2) + bias[0])
+    torch.testing.assert_close(recurrence_gate, expected[1].flatten(2) + bias[1])
 
 
 @pytest.mark.parametrize(("save_states", "kept"), [(True, 6), (False, 5)])
