@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.conv1d import causal_conv1d
+from griffin.kernels.gated_gelu import gated_gelu
 from griffin.kernels.linear_scan import linear_scan
 from griffin.kernels.local_attention import attention_mask, multi_query_attention
 from griffin.kernels.rglru import rglru, rglru_step
+from griffin.kernels.rms_norm import add_rms_norm
+from griffin.kernels.rotary import rotary_qkv, rotation
 from tests.kernels.interpreter import needs_interpreter
 
 SHAPE = (5, 2, 3)
 TRITON = pytest.param("triton", marks=needs_interpreter)
 
 
-def first(function: Callable[..., tuple[Tensor, Tensor]], names: str, **options: Any) -> Callable[..., Tensor]:
-    """Of positional tensors, the two results as one."""
+def first(function: Callable[..., tuple[Tensor, ...]], names: str, **options: Any) -> Callable[..., Tensor]:
+    """Of positional tensors, the results as one."""
     return lambda *tensors: torch.cat(
         [result.flatten() for result in function(**dict(zip(names.split(), tensors, strict=True)), **options)]
     )
@@ -49,6 +52,13 @@ def operation(name: str, backend: str) -> tuple[Callable[..., Tensor], tuple[Ten
     if name == "causal_conv1d":
         tensors = (random(*SHAPE), random(4, 3), random(3))
         return lambda *leaves: causal_conv1d(*leaves, backend=backend), tensors
+    if name == "gated_gelu":
+        return lambda x, bias: gated_gelu(x, bias, backend=backend), (random(5, 2, 6), random(6))
+    if name == "add_rms_norm":
+        return first(add_rms_norm, "x branch weight", backend=backend), (*random(2, *SHAPE), random(3))
+    if name == "rotary":
+        angles = rotation(torch.arange(5)[:, None].expand(-1, 2), 8)
+        return first(rotary_qkv, "qkv", angles=angles, heads=1, backend=backend), (random(5, 2, 24),)
     mask = attention_mask(torch.zeros(2, 5, dtype=torch.int64), 3, backend=backend)
     return lambda q, k, v: multi_query_attention(q, k, v, mask), (
         random(5, 2, 2, 16),
@@ -57,9 +67,10 @@ def operation(name: str, backend: str) -> tuple[Callable[..., Tensor], tuple[Ten
     )
 
 
+OPERATORS = ("linear_scan", "rglru", "causal_conv1d", "gated_gelu", "add_rms_norm")
 OPERATIONS = [
     pytest.param(name, *getattr(backend, "values", (backend,)), marks=getattr(backend, "marks", ()))
-    for name in ("linear_scan", "rglru", "rglru_step", "causal_conv1d")
+    for name in ("linear_scan", "rglru", "rglru_step", "causal_conv1d", "gated_gelu", "add_rms_norm", "rotary")
     for backend in ("cpu", TRITON, "reference")
 ] + [("attention", "sdpa"), ("attention", "flex")]
 
@@ -84,13 +95,13 @@ def test_jvp_is_right_or_raises(name: str, backend: str) -> None:
     try:
         found = torch.func.jvp(function, tensors, tangents)[1]
     except (NotImplementedError, RuntimeError):
-        assert (name, backend) not in {(n, "reference") for n in ("linear_scan", "rglru", "causal_conv1d")}
+        assert (name, backend) not in {(n, "reference") for n in (*OPERATORS, "rotary")}
     else:
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("backend", ["cpu", TRITON])
-@pytest.mark.parametrize("name", ["linear_scan", "rglru", "causal_conv1d"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_refuses_under_transforms(name: str, backend: str) -> None:
     """Whatever the order of jvp and vmap, and where the tangent enters by the gradient alone."""
     function, tensors = operation(name, backend)

@@ -105,7 +105,7 @@ class TrainConfig:
     )
     kernels: str = setting(
         AUTO,
-        'what computes convolution and recurrence: `"triton"` (on GPUs), `"cpu"` (anywhere), `"reference"` (a loop)',
+        'what computes all operators but attention: `"triton"` (on GPUs), `"cpu"` (anywhere), `"reference"` (a loop)',
         choices=(AUTO, *BACKENDS),
     )
     overlap: str = setting(
