@@ -16,7 +16,7 @@ from griffin.kernels.linear_scan import linear_scan
 from griffin.kernels.local_attention import attention_mask, multi_query_attention
 from griffin.kernels.rglru import rglru, rglru_step
 from griffin.kernels.rms_norm import add_rms_norm
-from griffin.kernels.rotary import rotary_qkv, rotation
+from griffin.kernels.rotary import rotary_cos_sin, rotary_qkv
 from tests.kernels.interpreter import needs_interpreter
 
 SHAPE = (5, 2, 3)
@@ -63,7 +63,7 @@ def operation(name: str, backend: str) -> tuple[Callable[..., Tensor], tuple[Ten
     if name == "add_rms_norm":
         return first(add_rms_norm, "x branch weight", backend=backend), (*random(2, *SHAPE), random(3))
     if name == "rotary":
-        angles = rotation(torch.arange(5)[:, None].expand(-1, 2), 8)
+        angles = rotary_cos_sin(torch.arange(5)[:, None].expand(-1, 2), 8)
         return first(rotary_qkv, "qkv", angles=angles, heads=1, backend=backend), (random(5, 2, 24),)
     mask = attention_mask(torch.zeros(2, 5, dtype=torch.int64), 3, backend=backend)
     return lambda q, k, v: multi_query_attention(q, k, v, mask), (

@@ -34,7 +34,7 @@ def places(steps: int, batch: int, seed: int = 0) -> Tensor:
 
 def operation(steps: int, batch: int, heads: int, head_dim: int, seed: int = 0) -> Callable[..., tuple[Tensor, ...]]:
     """Angles are float32 for every dtype: at 5000 radians they are as exact as 3e-4."""
-    return partial(rotary_qkv, angles=rotation(places(steps, batch, seed), head_dim), heads=heads)
+    return partial(rotary_qkv, angles=rotary_cos_sin(places(steps, batch, seed), head_dim), heads=heads)
 
 
 SHAPES = {"steps": st.integers(1, 9), "batch": st.integers(1, 3), "heads": st.integers(1, 5)}
@@ -108,7 +108,7 @@ def test_repeats_bitwise(backend):
 @BACKENDS
 def test_operators_are_what_they_claim(backend):
     """Fake implementations, autograd and mutation, as torch.library.opcheck sees them."""
-    qkv, angles = make(4, 2, 3, 8, dtype=torch.bfloat16)["qkv"].requires_grad_(), rotation(places(4, 2), 8)
+    qkv, angles = make(4, 2, 3, 8, dtype=torch.bfloat16)["qkv"].requires_grad_(), rotary_cos_sin(places(4, 2), 8)
     torch.library.opcheck(ops.forward, (qkv, *angles, 3, backend))
     grad_q, grad_k = torch.randn(2, 3, 4, 8).permute(2, 0, 1, 3), torch.randn(4, 2, 8)
     torch.library.opcheck(ops.backward, (grad_q, grad_k, grad_k, *angles, backend))
@@ -181,6 +181,6 @@ def test_is_relative():
     ],
 )
 def test_refuses(name, value):
-    arguments = make(6, 2, 3, 8) | {"angles": rotation(places(6, 2), 8), "heads": 3}
+    arguments = make(6, 2, 3, 8) | {"angles": rotary_cos_sin(places(6, 2), 8), "heads": 3}
     with pytest.raises(ValueError, match=rf"^{name}: "):
         rotary_qkv(**arguments | {name.split("'")[0]: value})
