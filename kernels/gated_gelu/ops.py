@@ -35,7 +35,7 @@ def _(grad_y, x, bias, backend):
 
 @states_cost(forward)
 def _(given, results) -> OperatorCost:
-    return OperatorCost(kind="elementwise", bytes=touched(given) + touched([results]), kernels=1)
+    return OperatorCost(kind="elementwise", bytes=touched(given) + touched(results), kernels=1)
 
 
 @states_cost(backward)

@@ -121,7 +121,7 @@ def _(given, results) -> OperatorCost:
 @states_cost(backward)
 def _(given, results) -> OperatorCost:
     """Chunked, the recurrence gate, branch and gradient are read twice. The gradient of the decay is summed in two."""
-    x, states, chunk = given[0], given[7], given[11]
+    x, states, chunk = given[0], given[8], given[13]
     steps, batch, width = x.shape
     chunks = select_plan(steps, batch, width, multiprocessors(x.device), chunk).chunks
     again = 3 * touched([x]) if chunks > 1 else 0

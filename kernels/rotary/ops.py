@@ -42,7 +42,7 @@ def _(given, results) -> OperatorCost:
 
 @states_cost(backward)
 def _(given, results) -> OperatorCost:
-    return OperatorCost(kind="elementwise", bytes=touched(given) + touched([results]), kernels=1)
+    return OperatorCost(kind="elementwise", bytes=touched(given) + touched(results), kernels=1)
 
 
 def _save(ctx, inputs, output):
