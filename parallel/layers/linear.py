@@ -135,7 +135,7 @@ class _ColumnProduct(torch.autograd.Function):
     def forward(ctx, x, group, sequence_parallel, overlap, *weights):
         ctx.save_for_backward(x)
         ctx.weights = weights  # hooks on saved tensors, as of recomputation, would lose their `main_grad`
-        ctx.group, ctx.sequence_parallel, ctx.overlap = group, sequence_parallel, overlap
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
         weight = _joined(weights)
         if overlap:
             return _gathered_product(x, weight.t(), group)[1]
@@ -152,26 +152,20 @@ class _ColumnProduct(torch.autograd.Function):
         if ctx.sequence_parallel and needs_weights:  # gathered again, rather than kept
             whole, work = _gather(x, group, async_op=True)
             pending.append(work)
-        weight = _joined(weights)
-        if ctx.overlap:
-            grad_x = _product_scattered(grad, weight, group)
-            _wait(pending)
-        else:
-            grad_x = _product(grad, weight)
-            _wait(pending)
-            if ctx.sequence_parallel:
-                grad_x, work = _reduce_scatter(grad_x, group, async_op=True)
-                pending = [work]
-            elif group.size() > 1:
-                pending = [dist.all_reduce(grad_x, group=group, async_op=True)]
+        grad_x = _product(grad, _joined(weights))
+        _wait(pending)
+        if ctx.sequence_parallel:
+            grad_x, work = _reduce_scatter(grad_x, group, async_op=True)
+            pending = [work]
+        elif group.size() > 1:
+            pending = [dist.all_reduce(grad_x, group=group, async_op=True)]
         grads: list[Tensor | None] = []
         rows = 0
         for place, part in enumerate(weights):
             part_grad = grad.narrow(-1, rows, len(part))
             grads.append(add_weight_gradient(part, part_grad, whole) if ctx.needs_input_grad[4 + place] else None)
             rows += len(part)
-        if not ctx.overlap:
-            _wait(pending)
+        _wait(pending)
         return grad_x, None, None, None, *grads
 
 

@@ -21,6 +21,7 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_"}
 _REDUCTIONS = {"sum", "mean", "max", "amax", "min", "norm", "cumsum", "any", "all", "argmax", "linalg_vector_norm"}
 _COPIES = {"copy_", "clone", "cat", "_to_copy", "stack", "index_select", "slice_backward", "constant_pad_nd", "repeat"}
 _UNREAD = {"copy_", "zero_", "fill_"}  # in place: what they write over is not read
+_MADE = ("new_", "zeros_like", "ones_like", "full_like")  # of the argument only shape, dtype and device are read
 _NORMS = {"_fused_rms_norm", "_fused_rms_norm_backward", "native_layer_norm"}
 _SCATTERED = {"index", "index_put_", "gather", "scatter_"}  # one element of each row
 _SECTOR = 64  # bytes that reading or writing one element moves
@@ -273,6 +274,8 @@ def _moved(name: str, args: Any, kwargs: Any, inputs: list[Tensor], outputs: lis
         return 2.0 * touched(outputs)
     if name == "embedding_dense_backward":  # the table is zeroed; rows are added to it
         return touched(outputs) + 4.0 * touched(inputs[:1])
+    if name.startswith(_MADE):
+        inputs = []
     known = {id(tensor) for tensor in inputs}
     moved = touched(inputs) + touched(tensor for tensor in outputs if id(tensor) not in known)
     if name.endswith("_") and name not in _UNREAD:
