@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from griffin.parallel.block import ResidualBlock
 from griffin.parallel.config import ModelConfig, ParallelConfig, axis_atoms
 from griffin.parallel.context import Context, Documents, megatron_config
 from griffin.parallel.cost import split_blocks
+from griffin.parallel.layers.embedding import Embedding
 from griffin.parallel.layers.linear import overlaps_tensor
 from griffin.parallel.layers.loss import Loss, vocabulary_loss
 from griffin.parallel.layers.norm import RMSNorm
@@ -55,7 +55,8 @@ class Stage(MegatronModule):
         self.share_embeddings_and_output_weights = True
         self._input: Tensor | None = None
         if is_first:
-            self.embedding = _embedding(context)
+            self.embedding = Embedding(context)
+            _describe_embedding(self.embedding.weight, context.model, shared=False)
         self.blocks = nn.ModuleList(
             ResidualBlock(index, context.model.pattern[index], context, recompute) for index in range(first, last)
         )
@@ -154,19 +155,6 @@ class Logits(nn.Module):
             padding = torch.arange(self.rows, device=logits.device) >= self.valid_rows
             logits = logits.masked_fill(padding, float("-inf"))
         return logits
-
-
-def _embedding(context: Context) -> VocabParallelEmbedding:
-    embedding = VocabParallelEmbedding(
-        context.model.padded_vocabulary,
-        context.model.width,
-        init_method=None,
-        reduce_scatter_embeddings=context.megatron.sequence_parallel,
-        config=context.megatron,
-        tp_group=context.grid.tensor_group,
-    )
-    _describe_embedding(embedding.weight, context.model, shared=False)
-    return embedding
 
 
 def _describe_embedding(weight: nn.Parameter, model: ModelConfig, *, shared: bool) -> None:

@@ -200,16 +200,23 @@ class _RowProduct(torch.autograd.Function):
 def add_weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     """Add the gradient of a weight [N, D], from grad [T, B, N] and x [T, B, D], to its `main_grad`.
 
-    Returns what autograd is to be given: without a `main_grad` the gradient itself, else a tensor of any values, on
-    which megatron-core's hook marks the gradient as ready and which it does not add.
+    Returns what autograd is to be given: without a `main_grad` the gradient itself, else `gradient_was_added`.
     """
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
         return grad.t() @ x
     add_product(main_grad, grad, x)
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.empty_like(weight)
+    return gradient_was_added(weight)
+
+
+def gradient_was_added(parameter: Tensor) -> Tensor:
+    """Return what autograd is to be given for a parameter whose gradient has been added to its `main_grad`.
+
+    It is a tensor of any values. megatron-core's hook does not add it, and marks the gradient as ready.
+    """
+    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(parameter)
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:

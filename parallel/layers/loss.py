@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from griffin.kernels.linear_cross_entropy import linear_cross_entropy
 from griffin.parallel.context import Context
+from griffin.parallel.layers.linear import gradient_was_added
 
 
 class Loss(NamedTuple):
@@ -67,16 +68,13 @@ def vocabulary_loss(
 def _adding(table: nn.Parameter, is_embedding: bool) -> Callable[[Tensor, Tensor], Tensor | None]:
     """What adds scale x gradient to the table's `main_grad` in the backward, and returns what autograd gets.
 
-    megatron-core's hook on the table, which runs once a backward, adds autograd's gradient to `main_grad` unless it is
-    told that this was done, and with overlap wants to see one. The embedding gives it its own gradient, later in the
-    backward, which is to be added. Where there is no embedding it gets a tensor whose values nobody reads.
+    The embedding of the same stage adds its gradient later in the backward, and then tells autograd.
     """
 
     def add(gradient: Tensor, scale: Tensor) -> Tensor | None:
         table.main_grad.addcmul_(gradient, scale)  # type: ignore[attr-defined]
         if is_embedding:
             return None
-        table.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return torch.empty_like(table)
+        return gradient_was_added(table)
 
     return add

@@ -23,7 +23,7 @@ _COPIES = {"copy_", "clone", "cat", "_to_copy", "stack", "index_select", "slice_
 _UNREAD = {"copy_", "zero_", "fill_"}  # in place: what they write over is not read
 _MADE = ("new_", "zeros_like", "ones_like", "full_like")  # of the argument only shape, dtype and device are read
 _NORMS = {"_fused_rms_norm", "_fused_rms_norm_backward", "native_layer_norm"}
-_SCATTERED = {"index", "index_put_", "gather", "scatter_"}  # one element of each row
+_SCATTERED = {"index", "gather", "scatter_"}  # one element of each row
 _SECTOR = 64  # bytes that reading or writing one element moves
 
 _COLLECTIVES = {
@@ -270,10 +270,10 @@ def _moved(name: str, args: Any, kwargs: Any, inputs: list[Tensor], outputs: lis
     if name in _SCATTERED:
         smaller = min(tensor.numel() for tensor in (*inputs, *outputs) if tensor.ndim)
         return 2.0 * _SECTOR * smaller
+    if name in ("index_put_", "index_add_"):  # rows are added to those of a larger tensor
+        return touched(inputs[1:]) + 2.0 * inputs[-1].numel() * inputs[0].element_size()
     if name == "embedding":
         return 2.0 * touched(outputs)
-    if name == "embedding_dense_backward":  # the table is zeroed; rows are added to it
-        return touched(outputs) + 4.0 * touched(inputs[:1])
     if name.startswith(_MADE):
         inputs = []
     known = {id(tensor) for tensor in inputs}
@@ -296,6 +296,6 @@ def _kind(name: str, module: str, phase: str) -> str:
         return "reductions"
     if name in _COPIES:
         return "casts and copies"
-    if "embedding" in name or name in _SCATTERED:
+    if "embedding" in name or module == "embedding" or name in _SCATTERED:
         return "embedding"
     return "elementwise"
