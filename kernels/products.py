@@ -15,9 +15,19 @@ from griffin.kernels.costs import OperatorCost, Product, states_cost, touched
 
 
 @torch.library.custom_op("griffin::add_product", mutates_args=("total",))
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total [M, K] += a^T b, for a [N, M] and b [N, K] of one dtype, which is the total's or a half-precision one."""
-    if total.dtype == a.dtype:
+def add_product(total: Tensor, a: Tensor, b: Tensor, overwrite: bool = False) -> None:
+    """total [M, K] += a^T b, for a [N, M] and b [N, K] of one dtype, which is the total's or a half-precision one.
+
+    With `overwrite` the total becomes the product, and what it held is not read.
+    """
+    if overwrite:
+        if total.dtype == a.dtype:
+            torch.mm(a.t(), b, out=total)
+        elif a.is_cuda:
+            torch.mm(a.t(), b, out_dtype=total.dtype, out=total)
+        else:
+            torch.mm(a.t().to(total.dtype), b.to(total.dtype), out=total)
+    elif total.dtype == a.dtype:
         torch.addmm(total, a.t(), b, out=total)
     elif a.is_cuda and (fused := _apex_product()) is not None and total.dtype == torch.float32:
         fused(b.contiguous(), a.contiguous(), total)
@@ -37,7 +47,7 @@ def _apex_product() -> Callable[[Tensor, Tensor, Tensor], None] | None:
 
 
 @add_product.register_fake
-def _(total, a, b):
+def _(total, a, b, overwrite=False):
     return None
 
 
@@ -48,8 +58,12 @@ def _(total_shape: Any, a_shape: Any, b_shape: Any, *_: Any, **__: Any) -> int:
 
 @states_cost(add_product)
 def _(given: Any, results: Any) -> OperatorCost:
-    total, a, b = given
+    total, a, b, *overwrite = given
     product = Product(m=a.shape[1], n=b.shape[1], k=a.shape[0])
     return OperatorCost(
-        kind="products", bytes=touched((total, total, a, b)), kernels=1, flops=product.flops, product=product
+        kind="products",
+        bytes=touched((total, a, b) if any(overwrite) else (total, total, a, b)),
+        kernels=1,
+        flops=product.flops,
+        product=product,
     )

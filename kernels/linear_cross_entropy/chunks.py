@@ -67,7 +67,9 @@ class SummedLoss(Function):
         weights = weights.to(dtype)
         totals, losses = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        grad_table = torch.zeros_like(table, dtype=dtype) if needs[1] else None
+        grad_table = None
+        if needs[1]:
+            grad_table = torch.empty_like(table, dtype=dtype) if len(hidden) else torch.zeros_like(table, dtype=dtype)
         on_cpu = hidden.device.type == "cpu"
         step = min(terms.chunk or chunk_tokens(len(table), hidden.dtype, on_cpu=on_cpu), max(1, len(hidden)))
         buffer = hidden.new_empty(step, math.ceil(len(table) / ALIGNED) * ALIGNED)[:, : len(table)]
@@ -91,7 +93,7 @@ class SummedLoss(Function):
             if grad_hidden is not None:
                 torch.mm(logits, table, out=grad_hidden[chunk])
             if grad_table is not None:
-                add_product(grad_table, logits, x)
+                add_product(grad_table, logits, x, overwrite=begin == 0)
         return (totals * weights).sum(), losses, grad_hidden, grad_table
 
     @staticmethod

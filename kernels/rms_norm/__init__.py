@@ -36,24 +36,34 @@ def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float = EPSILON, backend: st
         NotImplementedError: forward-mode differentiation by another backend than "reference".
         ValueError: an argument's shape, dtype or device does not fit x, or the backend is unknown or cannot run.
     """
-    return _norm(x, None, weight, epsilon, backend)[1]
+    return _norm(x, None, None, weight, epsilon, backend)[1]
 
 
 def add_rms_norm(
-    x: Tensor, branch: Tensor, weight: Tensor, *, epsilon: float = EPSILON, backend: str = AUTO
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    epsilon: float = EPSILON,
+    backend: str = AUTO,
 ) -> tuple[Tensor, Tensor]:
-    """`x + branch`, rounded to x's dtype, and `rms_norm` of that.
+    """Return the sum `x + (branch + bias)`, rounded once to x's dtype, and `rms_norm` of it.
 
-    Backward, the gradient that reaches the sum from elsewhere is added in the same program. Only the sum is kept.
+    The backward adds the gradient that reaches the sum from elsewhere in the same program. Only the sum is kept.
 
     Args:
-        branch: shape and dtype of x; the others are `rms_norm`'s.
+        branch: shape and dtype of x. The other arguments are those of `rms_norm`.
+        bias: [D], floating point.
     """
     check_argument("branch", branch, x.shape, (x.dtype,), "x", x)
-    return _norm(x, branch, weight, epsilon, backend)
+    check_argument("bias", bias, x.shape[-1:], FLOATING, "x", x)
+    return _norm(x, branch, bias, weight, epsilon, backend)
 
 
-def _norm(x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float, backend: str) -> tuple[Tensor, Tensor]:
+def _norm(
+    x: Tensor, branch: Tensor | None, bias: Tensor | None, weight: Tensor, epsilon: float, backend: str
+) -> tuple[Tensor, Tensor]:
     check_floating("x", x)
     if x.ndim < 1 or not x.shape[-1]:
         raise ValueError(f"x: shape {list(x.shape)}; accepted: [..., D]")
@@ -64,10 +74,10 @@ def _norm(x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float, back
     if backend == "triton" and x.shape[-1] > TRITON_WIDTH:
         raise ValueError(f"x: rows of {x.shape[-1]}; backend 'triton' has up to {TRITON_WIDTH}, the others any number")
     if backend == "reference":
-        return rms_norm_reference(x, branch, weight, epsilon)
+        return rms_norm_reference(x, branch, bias, weight, epsilon)
     shape = x.shape
-    x, branch, weight = without_tangents(_rows(x), None if branch is None else _rows(branch), weight)
-    y, total, _ = ops.forward(x, branch, weight, epsilon, backend)
+    x, branch, bias, weight = without_tangents(_rows(x), None if branch is None else _rows(branch), bias, weight)
+    y, total, _ = ops.forward(x, branch, bias, weight, epsilon, backend)
     return (x if branch is None else total).view(shape), y.view(shape)
 
 

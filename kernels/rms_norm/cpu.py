@@ -26,7 +26,9 @@ def _buffers(x: Tensor, count: int) -> Tensor:
     return x.new_empty((count, rows, x.shape[1]), dtype=accumulation_dtype(x))
 
 
-def forward(x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor | None, Tensor]:
+def forward(
+    x: Tensor, branch: Tensor | None, bias: Tensor | None, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Compute `griffin.kernels.rms_norm.ops.forward` on any device, optimised for CPUs."""
     y = x.new_empty(x.shape)
     total = None if branch is None else x.new_empty(x.shape)
@@ -38,7 +40,13 @@ def forward(x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float) ->
         rows, product = buffers[:, : tile.stop - tile.start]
         given = x[tile]
         if branch is not None and total is not None:
-            given = torch.add(given, branch[tile], out=total[tile])
+            if bias is None:
+                given = torch.add(given, branch[tile], out=total[tile])
+            else:
+                added = torch.add(branch[tile], bias, out=total[tile] if total.dtype == dtype else rows)
+                given = torch.add(added, given, out=added)
+                if total.dtype != dtype:
+                    given = total[tile].copy_(added)
         rows = given if given.dtype == dtype else rows.copy_(given)
         factor = torch.linalg.vector_norm(rows, dim=1, out=scale[tile])
         factor.square_().div_(x.shape[1]).add_(epsilon).rsqrt_()
@@ -50,13 +58,13 @@ def forward(x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float) ->
 
 
 def backward(
-    grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor
+    grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute `griffin.kernels.rms_norm.ops.backward`."""
     width = total.shape[1]
     grad_x = total.new_empty(total.shape)
     weights = 1 + weight.to(scale.dtype)
-    grad_weight = torch.zeros_like(weights)
+    grads = weights.new_zeros(1 + has_bias, width)
     buffers = _buffers(total, 3)
     for tile in _tiles(total):
         rows, grad, product = buffers[:, : tile.stop - tile.start]
@@ -65,13 +73,15 @@ def backward(
         given = grad.copy_(grad_y[tile]) if is_rounded else grad_y[tile]
         factor = scale[tile]
         torch.mul(given, rows, out=product)
-        grad_weight.addmv_(product.t(), factor)
+        grads[0].addmv_(product.t(), factor)
         # dL/drow = factor (weights grad - row factor^2 mean(row weights grad))
         along = torch.mv(product, weights).mul_(factor.pow(3)).div_(width)
         out = grad if is_rounded else grad_x[tile]
         torch.mul(given, weights, out=out).mul_(factor[:, None]).addcmul_(rows, along[:, None], value=-1)
         if grad_total is not None:
             out += grad_total[tile]
+        if has_bias:
+            grads[1] += out.sum(0)
         if is_rounded:
             grad_x[tile] = out
-    return grad_x, grad_weight
+    return grad_x, grads

@@ -18,15 +18,19 @@ def _row(p, stride, n, o_d, mask):
 
 @triton.jit
 def rms_norm_forward(
-    x, branch, weight, y, total, scale, epsilon, D, x_n, branch_n, HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A row of total = x + branch, rounded, of y, and scale [N] by which the row is multiplied but for the weight."""
+    x, branch, bias, weight, y, total, scale, epsilon, D, x_n, branch_n,
+    HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store a row of total = x + (branch + bias), rounded, of y, and of scale [N], which multiplies the row."""
     n = tl.program_id(0)
     o_d = tl.arange(0, BLOCK)
     mask = o_d < D
     row = _row(x, x_n, n, o_d, mask)
     if HAS_BRANCH:
-        rounded = (row + _row(branch, branch_n, n, o_d, mask)).to(total.dtype.element_ty)
+        added = _row(branch, branch_n, n, o_d, mask)
+        if HAS_BIAS:
+            added += tl.load(bias + o_d, mask=mask, other=0.0).to(tl.float32)
+        rounded = (row + added).to(total.dtype.element_ty)
         tl.store(total + tl.cast(n, tl.int64) * D + o_d, rounded, mask=mask)
         row = rounded.to(tl.float32)
     factor = tl.rsqrt(tl.sum(row * row, axis=0) / D + epsilon)
@@ -37,22 +41,27 @@ def rms_norm_forward(
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def rms_norm_backward(
-    grad_y, grad_total, total, weight, scale, grad_x, grad_weight, N, L, D, grad_y_n, grad_total_n, total_n,
-    HAS_GRAD_TOTAL: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    grad_y, grad_total, total, weight, scale, grad_x, sums, N, L, D, grad_y_n, grad_total_n, total_n,
+    HAS_GRAD_TOTAL: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """grad_x [N, D], and of the weight the sums over each L rows, grad_weight [N / L, D] in float32."""
+    """Store grad_x [N, D], and in sums [1 or 2, N / L, D], float32, those of weight and bias over each L rows."""
     chunk = tl.program_id(0)
     o_d = tl.arange(0, BLOCK)
     mask = o_d < D
     weights = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32) + 1.0
-    sums = tl.zeros([BLOCK], tl.float32)
+    sum_weight, sum_bias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for n in tl.range(chunk * L, tl.minimum(chunk * L + L, N), num_stages=STAGES):
         factor = tl.load(scale + n)
         grad, normed = _row(grad_y, grad_y_n, n, o_d, mask), _row(total, total_n, n, o_d, mask) * factor
-        sums += grad * normed
+        sum_weight += grad * normed
         grad *= weights
         grad = (grad - normed * (tl.sum(grad * normed, axis=0) / D)) * factor
         if HAS_GRAD_TOTAL:
             grad += _row(grad_total, grad_total_n, n, o_d, mask)
+        if HAS_BIAS:
+            sum_bias += grad
         tl.store(grad_x + tl.cast(n, tl.int64) * D + o_d, grad, mask=mask)
-    tl.store(grad_weight + tl.cast(chunk, tl.int64) * D + o_d, sums, mask=mask)
+    p_sums = sums + tl.cast(chunk, tl.int64) * D + o_d
+    tl.store(p_sums, sum_weight, mask=mask)
+    if HAS_BIAS:
+        tl.store(p_sums + tl.cast(tl.num_programs(0), tl.int64) * D, sum_bias, mask=mask)

@@ -31,19 +31,27 @@ def _start(program: Any, count: int, rows: dict[str, Tensor | None], like: Tenso
         )
 
 
-def forward(x: Tensor, branch: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor | None, Tensor]:
+def forward(
+    x: Tensor, branch: Tensor | None, bias: Tensor | None, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Compute `griffin.kernels.rms_norm.ops.forward`."""
     y = x.new_empty(x.shape)
     total = None if branch is None else x.new_empty(x.shape)
     scale = x.new_empty(x.shape[0], dtype=torch.float32)
     results = {"y": y, "total": total, "scale": scale}
-    options = {"weight": weight.contiguous(), "epsilon": epsilon, "HAS_BRANCH": branch is not None}
+    options = {
+        "weight": weight.contiguous(),
+        "bias": None if bias is None else bias.contiguous(),
+        "epsilon": epsilon,
+        "HAS_BRANCH": branch is not None,
+        "HAS_BIAS": bias is not None,
+    }
     _start(programs.rms_norm_forward, x.shape[0], {"x": x, "branch": branch}, x, **results, **options)
     return y, total, scale
 
 
 def backward(
-    grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor
+    grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute `griffin.kernels.rms_norm.ops.backward`."""
     count = total.shape[0]
@@ -53,7 +61,7 @@ def backward(
     rows = {"grad_y": grad_y, "grad_total": grad_total, "total": total}
     row_bytes = block * total.element_size() * (2 if grad_total is None else 3)
     grad_x = total.new_empty(total.shape)
-    sums = total.new_empty((chunks, total.shape[1]), dtype=torch.float32)
+    sums = total.new_empty((1 + has_bias, chunks, total.shape[1]), dtype=torch.float32)
     _start(
         programs.rms_norm_backward,
         chunks,
@@ -62,10 +70,11 @@ def backward(
         weight=weight.contiguous(),
         scale=scale,
         grad_x=grad_x,
-        grad_weight=sums,
+        sums=sums,
         N=count,
         L=length,
         HAS_GRAD_TOTAL=grad_total is not None,
+        HAS_BIAS=has_bias,
         STAGES=1 + AHEAD if AHEAD * row_bytes <= AHEAD_BYTES else 1,
     )
-    return grad_x, sums.sum(0)  # in a fixed order: two runs give the same bits
+    return grad_x, sums.sum(1)  # in a fixed order: two runs give the same bits

@@ -123,10 +123,12 @@ def run_gated_gelu(case: Case) -> None:
 
 
 def run_rms_norm(case: Case) -> None:
-    """Options: "" and "branch"."""
+    """Options: "", "branch" and "bias", with a branch."""
     x, weight = tokens(case.tensor()), case.parameter()
-    y, total, scale = rms_norm.forward(x, tokens(case.tensor()) if case.option else None, weight, 1e-6)
-    rms_norm.backward(y, total, x if total is None else total, weight, scale)
+    has_bias = case.option == "bias"
+    branch, bias = tokens(case.tensor()) if case.option else None, case.parameter() if has_bias else None
+    y, total, scale = rms_norm.forward(x, branch, bias, weight, 1e-6)
+    rms_norm.backward(y, total, x if total is None else total, weight, scale, has_bias)
 
 
 HEADS = 6  # and as many dims of each as make up the width
@@ -153,7 +155,7 @@ OPTIONS = {
     "linear_scan": ("",),
     "conv1d": ("", "window"),
     "gated_gelu": ("",),
-    "rms_norm": ("", "branch"),
+    "rms_norm": ("", "branch", "bias"),
     "rotary": ("",),
 }
 ALONG_TIME = ("rglru", "linear_scan", "conv1d")

@@ -97,6 +97,7 @@ def token_operation(name: str, steps: int, batch: int, width: int, dtype: torch.
         return lambda backend, **arguments: (rms_norm(**arguments, backend=backend),), leaves
     if name == "add_rms_norm":
         leaves = {"x": x, "branch": random(steps, batch, width, seed=3, dtype=dtype), "weight": random(width, seed=2)}
+        leaves["bias"] = random(width, seed=4)
         return lambda backend, **arguments: add_rms_norm(**arguments, backend=backend), leaves
     head_dim = 128 if width % 2 == 0 else 12
     heads = max(1, width // head_dim)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from griffin.kernels import conv1d, linear_scan, local_attention  # noqa: F401
 from griffin.kernels.costs import COSTS, Product
 from griffin.kernels.rglru import rglru
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelConfig
@@ -105,7 +106,6 @@ def test_memory_is_that_of_storages(single: RankCount) -> None:
 
 def test_every_operator_states_its_cost() -> None:
     """Those of the namespace that this process has registered."""
-    from griffin.kernels import conv1d, linear_scan, local_attention  # noqa: F401
 
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("griffin::")}
     assert {name.removesuffix(".default") for name in names} <= COSTS.keys()
