@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.parallel.block import ResidualBlock
+from griffin.parallel.block import ResidualBlock, residual_sum
 from griffin.parallel.context import DecodePosition, Documents
 from griffin.parallel.stage import Stage
 
@@ -81,10 +81,11 @@ class Decoder:
         states = []
         with self._mode():
             x, documents = self._stage.embed(tokens.to(device)), Documents(positions)
+            branch = None
             for block in self._blocks:
-                x, state = block.prefill(x, documents, max_length)
+                x, branch, state = block.prefill(x, branch, documents, max_length)
                 states.append(state)
-            logits = self._stage.head(x[-1:])[0]
+            logits = self._stage.head(residual_sum(x, branch)[-1:])[0]
         return logits, DecodeState(states, DecodePosition(starts.to(device), width), max_length)
 
     def step(self, tokens: Tensor, state: DecodeState) -> Tensor:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from griffin.kernels.backends import AUTO
 from griffin.kernels.linear_cross_entropy import soft_capped
 from griffin.parallel import megatron_device
-from griffin.parallel.block import ResidualBlock
+from griffin.parallel.block import ResidualBlock, residual_sum
 from griffin.parallel.config import ModelConfig, ParallelConfig, axis_atoms
 from griffin.parallel.context import Context, Documents, megatron_config
 from griffin.parallel.cost import split_blocks
 from griffin.parallel.layers.embedding import Embedding
-from griffin.parallel.layers.linear import overlaps_tensor
+from griffin.parallel.layers.linear import Branch, overlaps_tensor
 from griffin.parallel.layers.loss import Loss, vocabulary_loss
 from griffin.parallel.layers.norm import RMSNorm
 from griffin.parallel.sharding import Piece, describe, normal
@@ -74,27 +74,22 @@ class Stage(MegatronModule):
         return self.logits.weight if self.post_process else None
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor | Loss:
-        x = self.hidden(batch)
+        x, branch = self._residual(batch)
         if not self.post_process:
-            return x
+            return residual_sum(x, branch)
         if "labels" not in batch:
-            return self.head(x)
+            return self.head(x, branch)
         weights = batch["loss_mask"] if "loss_mask" in batch else torch.ones_like(batch["labels"], dtype=torch.float32)
         table = self.shared_embedding_or_output_weight()
-        return self.logits(self.final_norm(x), table, batch["labels"].t(), weights.t())
+        return self.logits(self.final_norm(x, branch)[1], table, batch["labels"].t(), weights.t())
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the output of the stage's last block, [T, B, D]; see the class."""
-        documents = Documents(batch["positions"])
-        x = self.embed(batch["tokens"]) if self.pre_process else self._input
-        assert x is not None, "no activations from the previous stage"
-        for block in self.blocks:
-            x = block(x, documents)
-        return x
+        return residual_sum(*self._residual(batch))
 
-    def head(self, x: Tensor) -> Tensor:
-        """Return this rank's shard of the logits of the last stage's x [T, B, D]; see `Logits`."""
-        return self.logits(self.final_norm(x), self.shared_embedding_or_output_weight())
+    def head(self, x: Tensor, branch: Branch | None = None) -> Tensor:
+        """Return this rank's shard of the logits of the last stage's x [T, B, D] and last branch; see `Logits`."""
+        return self.logits(self.final_norm(x, branch)[1], self.shared_embedding_or_output_weight())
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the first block's input for tokens [B, T]: [T, B, D], or [T/t, B, D] with sequence parallelism."""
@@ -102,6 +97,16 @@ class Stage(MegatronModule):
         if not self.config.sequence_parallel:
             x = x.transpose(0, 1).contiguous()
         return self.scaled(x)
+
+    def _residual(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Branch | None]:
+        """Return the residual stream after the stage's last block: x, and the branch that is to be added."""
+        documents = Documents(batch["positions"])
+        x = self.embed(batch["tokens"]) if self.pre_process else self._input
+        assert x is not None, "no activations from the previous stage"
+        branch = None
+        for block in self.blocks:
+            x, branch = block(x, branch, documents)
+        return x, branch
 
     def scaled(self, x: Tensor) -> Tensor:
         """Return embeddings x, scaled if the model scales them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,13 @@ from griffin.parallel.world.grid import Grid
 # A layer for one token of B sequences, channels first: [inputs, B] -> [outputs, B], so that matrix products with few
 # sequences read the weights in their memory order.
 LayerStep = Callable[[Tensor], Tensor]
+
+
+class Branch(NamedTuple):
+    """Output `value + bias` of a residual branch, whose sum is left to the norm that adds the branch to its input."""
+
+    value: Tensor  # [T, B, D], or this rank's part of T with sequence parallelism
+    bias: Tensor | None  # [D]
 
 
 class ColumnLinear(nn.Module):
@@ -67,7 +74,10 @@ class ColumnLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """Row-parallel output linear [D, inputs]: x [T, B, inputs / t] -> [T, B, D], or this rank's part of T of it."""
+    """Row-parallel output linear [D, inputs] of a branch: x [T, B, inputs / t] -> [T, B, D], or this rank's part of T.
+
+    The bias is returned and not added.
+    """
 
     def __init__(self, context: Context, name: str, inputs: int, *, atoms: int):
         super().__init__()
@@ -88,8 +98,8 @@ class RowLinear(nn.Module):
             sequence_parallel=True,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return row_product(x, self.weight, self.context) + self.bias
+    def forward(self, x: Tensor) -> Branch:
+        return Branch(row_product(x, self.weight, self.context), self.bias)
 
     def stepper(self) -> LayerStep:
         """Return the single-token linear, whose output is all-reduced over tensor ranks."""

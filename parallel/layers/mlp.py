@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from griffin.kernels.gated_gelu import gated_gelu
 from griffin.parallel.config import axis_atoms
 from griffin.parallel.context import Context
-from griffin.parallel.layers.linear import ColumnLinear, LayerStep, RowLinear
+from griffin.parallel.layers.linear import Branch, ColumnLinear, LayerStep, RowLinear
 
 
 class MLP(nn.Module):
-    """Compute `down(gelu(gate(x)) * up(x))` for x [T, B, D]. With sequence parallelism x is sharded along T.
+    """Compute the branch `down(gelu(gate(x)) * up(x))` of x [T, B, D], sharded along T with sequence parallelism.
 
     Communication per pass: one all-reduce forward and one backward; with sequence parallelism an all-gather and a
     reduce-scatter forward, two all-gathers and a reduce-scatter backward.
@@ -29,7 +29,7 @@ class MLP(nn.Module):
         self.gate_up = ColumnLinear(context, (f"{name}.gate", f"{name}.up"), model.mlp_width, atoms=atoms, std=std)
         self.down = RowLinear(context, f"{name}.down", model.mlp_width, atoms=atoms)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Branch:
         return self.down(gated_gelu(self.gate_up.product(x), self.gate_up.bias, backend=self.kernels))
 
     def stepper(self) -> LayerStep:

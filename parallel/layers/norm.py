@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from griffin.kernels.rms_norm import EPSILON, add_rms_norm, rms_norm
 from griffin.parallel.context import Context
-from griffin.parallel.layers.linear import LayerStep
+from griffin.parallel.layers.linear import Branch, LayerStep
 from griffin.parallel.sharding import Piece, describe, zeros
 
 
@@ -30,12 +30,12 @@ class RMSNorm(nn.Module):
             sequence_parallel=True,
         )
 
-    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the norm of x; with a branch, return x + branch and its norm."""
+    def forward(self, x: Tensor, branch: Branch | None = None) -> tuple[Tensor, Tensor]:
+        """Return the sum of x and a branch, or x itself, and the norm of that."""
         options: dict[str, Any] = {"epsilon": EPSILON, "backend": self.kernels}
         if branch is None:
-            return rms_norm(x, self.weight, **options)
-        return add_rms_norm(x, branch, self.weight, **options)
+            return x, rms_norm(x, self.weight, **options)
+        return add_rms_norm(x, branch.value, self.weight, branch.bias, **options)
 
     def stepper(self) -> LayerStep:
         """Return the norm for one token, x [D, B], with the current weight."""

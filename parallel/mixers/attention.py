@@ -14,7 +14,7 @@ from griffin.kernels.local_attention import multi_query_attention
 from griffin.kernels.rotary import apply_rotary, rotary_cos_sin, rotary_qkv
 from griffin.parallel.config import ModelConfig
 from griffin.parallel.context import Context, DecodePosition, Documents
-from griffin.parallel.layers.linear import RowLinear, column_product
+from griffin.parallel.layers.linear import Branch, RowLinear, column_product
 from griffin.parallel.mixers.base import Cost
 from griffin.parallel.sharding import Piece, describe, normal
 
@@ -80,10 +80,10 @@ class AttentionMixer(nn.Module):
             tensor_sum=True,
         )
 
-    def forward(self, u: Tensor, documents: Documents) -> Tensor:
+    def forward(self, u: Tensor, documents: Documents) -> Branch:
         return self._attend(u, documents)[0]
 
-    def prefill(self, u: Tensor, documents: Documents, max_length: int) -> tuple[Tensor, AttentionState]:
+    def prefill(self, u: Tensor, documents: Documents, max_length: int) -> tuple[Branch, AttentionState]:
         """Run `forward`, and also return the key/value cache, for sequences of up to `max_length` tokens."""
         attended, keys, values = self._attend(u, documents)
         slots = min(max_length, self.window or max_length)
@@ -92,7 +92,7 @@ class AttentionMixer(nn.Module):
     def stepper(self) -> AttentionStep:
         return AttentionStep(self)
 
-    def _attend(self, u: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
+    def _attend(self, u: Tensor, documents: Documents) -> tuple[Branch, Tensor, Tensor]:
         """Return the mixer's output, and its keys and values [T, B, hd]."""
         # One matrix product for q, k and v: the input is gathered, and its gradient reduced, once.
         qkv = column_product(u, (self.query, self.key_value), self._context)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from griffin.parallel.context import Context, DecodePosition, Documents
+    from griffin.parallel.layers.linear import Branch
 
 # bf16 matrix FLOPs in the time it takes to move one byte: about 800 TFLOP/s over 4 TB/s on a Hopper GPU.
 FLOPS_PER_BYTE = 200.0
@@ -88,11 +89,11 @@ class MixerModule(Protocol):
         """Return the cost of the mixer alone, for sequences of this length."""
         ...
 
-    def __call__(self, u: Tensor, documents: Documents) -> Tensor:
-        """Map u [T, B, D] to [T, B, D]. With sequence parallelism both are sharded along T."""
+    def __call__(self, u: Tensor, documents: Documents) -> Branch:
+        """Map u [T, B, D] to [T, B, D], and a bias [D] or None. With sequence parallelism both are sharded along T."""
         ...
 
-    def prefill(self, u: Tensor, documents: Documents, max_length: int) -> tuple[Tensor, Any]:
+    def prefill(self, u: Tensor, documents: Documents, max_length: int) -> tuple[Branch, Any]:
         """Compute the output, and the decoding state after the last document of each sequence.
 
         The state is a dataclass of tensors only, of constant size, for sequences of up to `max_length` tokens.

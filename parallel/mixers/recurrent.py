@@ -14,7 +14,7 @@ from griffin.kernels.rglru import rglru_step
 from griffin.kernels.selection import resolve_backend
 from griffin.parallel.config import CONV_WIDTH, ModelConfig
 from griffin.parallel.context import Context, DecodePosition, Documents
-from griffin.parallel.layers.linear import ColumnLinear, RowLinear
+from griffin.parallel.layers.linear import Branch, ColumnLinear, RowLinear
 from griffin.parallel.mixers.base import Cost
 from griffin.parallel.sharding import Piece, decay, describe, normal, zeros
 
@@ -121,10 +121,10 @@ class RecurrentMixer(nn.Module):
         # bytes per element: 4 for the convolution, 12 for gates, scan and GeLU branch
         return Cost(2.0 * (3 * D * R + 2 * R * model.gate_block_width), 16.0 * R)
 
-    def forward(self, u: Tensor, documents: Documents) -> Tensor:
+    def forward(self, u: Tensor, documents: Documents) -> Branch:
         return self._mix(u, documents)[0]
 
-    def prefill(self, u: Tensor, documents: Documents, max_length: int) -> tuple[Tensor, RecurrentState]:
+    def prefill(self, u: Tensor, documents: Documents, max_length: int) -> tuple[Branch, RecurrentState]:
         """Run `forward`, and also return the state after the last document of each sequence."""
         mixed, conv_input, last = self._mix(u, documents)
         length = min(CONV_WIDTH - 1, len(u))
@@ -138,7 +138,7 @@ class RecurrentMixer(nn.Module):
     def stepper(self) -> RecurrentStep:
         return RecurrentStep(self)
 
-    def _mix(self, u: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
+    def _mix(self, u: Tensor, documents: Documents) -> tuple[Branch, Tensor, Tensor]:
         """Return the mixer's output, the convolution's input and the recurrence's last state."""
         xy = self.lin_xy(u)
         y, last = recurrent_block(

@@ -48,7 +48,8 @@ def random_input(scale: float, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_output_and_gradients(make: Make, scale: float, dtype: torch.dtype) -> None:
     norm, x = make(dtype), random_input(scale, dtype)
-    y = norm(x)
+    same, y = norm(x)
+    assert same is x
     gradient = torch.randn(T, B, D, generator=torch.Generator().manual_seed(3)).to(dtype)
     y.backward(gradient)
 
