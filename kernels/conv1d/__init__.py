@@ -75,5 +75,5 @@ def causal_conv1d(
         y = causal_conv1d_reference(x, weight, bias, starts, initial_window)
     else:
         x, weight, bias, initial_window = without_tangents(x, weight, bias, initial_window)
-        y = ops.forward(x, weight, bias, starts, initial_window, backend)
+        y = ops.forward(x, weight, bias, starts, initial_window, None, backend)
     return y.transpose(0, 1) if batch_first else y

@@ -42,23 +42,30 @@ def _prepend_window(x: Tensor, starts: Tensor | None, window: Tensor) -> tuple[T
     return torch.cat([window.to(x.dtype), x]), starts
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, window: Tensor | None) -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    starts: Tensor | None,
+    window: Tensor | None,
+    input_bias: Tensor | None = None,
+) -> Tensor:
     """Compute `griffin.kernels.conv1d.ops.forward`, for any device and number of taps, optimised for CPUs."""
     if window is not None:
         y = dense_like(x)
-        longer, starts = _prepend_window(x, starts, window)
+        longer, starts = _prepend_window(x if input_bias is None else x + input_bias, starts, window)
         return y.copy_(forward(longer, weight, bias, starts, None)[len(window) :])
     dtype = accumulation_dtype(x)
     taps = weight.to(dtype).flip(0)  # taps[0] multiplies the current token
     masks = None if starts is None else _other_document(starts, len(taps))
     y = dense_like(x)
     for span in spans(x):
-        total = torch.addcmul(bias.to(dtype), x[span].to(dtype), taps[0])
+        total = torch.addcmul(bias.to(dtype), _biased(x[span], input_bias, dtype), taps[0])
         for offset in range(1, len(taps)):
             first = max(span.start, offset)
             if first >= span.stop:
                 break
-            past = x[first - offset : span.stop - offset].to(dtype)
+            past = _biased(x[first - offset : span.stop - offset], input_bias, dtype)
             if masks is not None:
                 past = past.masked_fill(masks[offset][first : span.stop], 0)
             total[first - span.start :].addcmul_(past, taps[offset])
@@ -66,25 +73,36 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, wind
     return y
 
 
+def _biased(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
+
+
 def backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, starts: Tensor | None, window: Tensor | None, grad_x: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    starts: Tensor | None,
+    window: Tensor | None,
+    input_bias: Tensor | None,
+    grad_x: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Compute `griffin.kernels.conv1d.ops.backward`."""
     if window is not None:
-        longer, starts = _prepend_window(x, starts, window)
+        longer, starts = _prepend_window(x if input_bias is None else x + input_bias, starts, window)
         grad_y = torch.cat([grad_y.new_zeros(window.shape), grad_y])
         grad_longer = torch.empty_like(longer)
-        grad_weight, grad_bias, _ = backward(grad_y, longer, weight, starts, None, grad_longer)
-        before, after = grad_longer.tensor_split([len(window)])
+        grad_weight, grad_bias, *_ = backward(grad_y, longer, weight, starts, None, None, grad_longer)
+        before, after = grad_longer.to(accumulation_dtype(x)).tensor_split([len(window)])
         grad_x.copy_(after)
-        return grad_weight, grad_bias, before.to(accumulation_dtype(x), copy=True)
+        return grad_weight, grad_bias, None if input_bias is None else after.sum((0, 1)), before.clone()
     dtype = accumulation_dtype(x)
     taps = weight.to(dtype).flip(0)
     masks = None if starts is None else _other_document(starts, len(taps))
     grad_taps = torch.zeros_like(taps)
     grad_bias = torch.zeros_like(taps[0])
+    grad_input_bias = None if input_bias is None else torch.zeros_like(taps[0])
     for span in spans(x):
-        past = x[span].to(dtype)
+        past = _biased(x[span], input_bias, dtype)
         grad = grad_y[span].to(dtype)
         grad_bias += grad.sum((0, 1))
         grad_taps[0] += (grad * past).sum((0, 1))
@@ -101,4 +119,6 @@ def backward(
             total[:steps].addcmul_(grad, taps[offset])
             grad_taps[offset] += (grad * past[:steps]).sum((0, 1))
         grad_x[span] = total
-    return grad_taps.flip(0), grad_bias, None
+        if grad_input_bias is not None:
+            grad_input_bias += total.sum((0, 1))
+    return grad_taps.flip(0), grad_bias, grad_input_bias, None

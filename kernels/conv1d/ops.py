@@ -13,14 +13,23 @@ from griffin.kernels.selection import implementation
 
 @torch.library.custom_op("griffin::causal_conv1d", mutates_args=())
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, window: Tensor | None, backend: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    starts: Tensor | None,
+    window: Tensor | None,
+    input_bias: Tensor | None,
+    backend: str,
 ) -> Tensor:
-    """Return y [T, B, R] of x [T, B, R], weight [K, R], bias [R], starts [T, B] and window [K - 1, B, R]."""
-    return implementation("conv1d", backend).forward(x, weight, bias, starts, window)
+    """Return y [T, B, R] of x [T, B, R], weight [K, R], bias [R], starts [T, B] and window [K - 1, B, R].
+
+    input_bias [R] is added to x, but not to the window.
+    """
+    return implementation("conv1d", backend).forward(x, weight, bias, starts, window, input_bias)
 
 
 @forward.register_fake
-def _(x, weight, bias, starts, window, backend):
+def _(x, weight, bias, starts, window, input_bias, backend):
     return dense_like(x)
 
 
@@ -31,22 +40,27 @@ def backward(
     weight: Tensor,
     starts: Tensor | None,
     window: Tensor | None,
+    input_bias: Tensor | None,
     grad_x: Tensor,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gradients of weight, bias and window (empty without one) in float32, or float64 if x is.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return gradients of weight, bias, input bias and window (the latter two empty without one).
+
+    They are float32, or float64 if x is.
 
     The gradient of x is written to `grad_x`, which has the shape and dtype of x and any strides.
     """
-    *grads, grad_window = implementation("conv1d", backend).backward(grad_y, x, weight, starts, window, grad_x)
-    return (*grads, x.new_empty(0) if grad_window is None else grad_window)
+    results = implementation("conv1d", backend).backward(grad_y, x, weight, starts, window, input_bias, grad_x)
+    grad_weight, grad_bias, *others = results
+    return grad_weight, grad_bias, *(x.new_empty(0) if grad is None else grad for grad in others)
 
 
 @backward.register_fake
-def _(grad_y, x, weight, starts, window, grad_x, backend):
+def _(grad_y, x, weight, starts, window, input_bias, grad_x, backend):
     dtype = accumulation_dtype(x)
+    grad_input_bias = x.new_empty(0) if input_bias is None else x.new_empty(x.shape[2], dtype=dtype)
     grad_window = x.new_empty(0) if window is None else x.new_empty(window.shape, dtype=dtype)
-    return x.new_empty(weight.shape, dtype=dtype), x.new_empty(x.shape[2], dtype=dtype), grad_window
+    return x.new_empty(weight.shape, dtype=dtype), x.new_empty(x.shape[2], dtype=dtype), grad_input_bias, grad_window
 
 
 @states_cost(forward)
@@ -61,22 +75,25 @@ def _(given, results) -> OperatorCost:
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, starts, window, backend = inputs
-    ctx.save_for_backward(x, weight, starts, window)
+    x, weight, bias, starts, window, input_bias, backend = inputs
+    ctx.save_for_backward(x, weight, starts, window, input_bias)
     ctx.bias_dtype, ctx.backend = bias.dtype, backend
 
 
 def _backward(ctx, grad_y):
-    x, weight, starts, window = ctx.saved_tensors
+    x, weight, starts, window, input_bias = ctx.saved_tensors
     (grad_y,) = without_tangents(grad_y)
     grad_x = dense_like(x)
-    grad_weight, grad_bias, grad_window = backward(grad_y, x, weight, starts, window, grad_x, ctx.backend)
+    grad_weight, grad_bias, grad_input_bias, grad_window = backward(
+        grad_y, x, weight, starts, window, input_bias, grad_x, ctx.backend
+    )
     return (
         grad_x,
         grad_weight.to(weight.dtype),
         grad_bias.to(ctx.bias_dtype),
         None,
         None if window is None else grad_window.to(window.dtype),
+        None if input_bias is None else grad_input_bias.to(input_bias.dtype),
         None,
     )
 

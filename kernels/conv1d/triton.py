@@ -24,7 +24,7 @@ def _chunk(x: Tensor) -> int:
     return UNROLL * math.ceil(min(max(steps / spread, MIN_CHUNK), MAX_CHUNK) / UNROLL)
 
 
-def _launch(program: Any, tensors: dict[str, Tensor | None], others: dict[str, Any]) -> None:
+def _launch(program: Any, tensors: dict[str, Tensor | None], others: dict[str, Any], input_bias: Tensor | None) -> None:
     """Launch a program. `tensors` [T, B, R], which include x, are passed with their strides."""
     x = tensors["x"]
     assert x is not None
@@ -32,29 +32,49 @@ def _launch(program: Any, tensors: dict[str, Tensor | None], others: dict[str, A
     chunk = _chunk(x)
     sizes = {"T": steps, "B": batch, "R": width, "L": chunk, "UNROLL": UNROLL, "STAGES": STAGES}
     present = {f"HAS_{name.upper()}": tensors[name] is not None for name in ("starts", "window")}
+    present["HAS_INPUT_BIAS"] = input_bias is not None
+    others = others | {
+        "weight": others["weight"].contiguous(),
+        "input_bias": None if input_bias is None else input_bias.contiguous(),
+    }
     launch(program, math.ceil(steps / chunk), {**tensors, **others, **sizes, **present, **stride_arguments(tensors)}, x)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, window: Tensor | None) -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    starts: Tensor | None,
+    window: Tensor | None,
+    input_bias: Tensor | None = None,
+) -> Tensor:
     """Compute `griffin.kernels.conv1d.ops.forward`."""
     window = None if window is None else dense_channels(window)
     tensors = {"x": dense_channels(x), "starts": starts, "window": window, "y": dense_like(x)}
-    _launch(programs.conv_forward, tensors, {"weight": weight.contiguous(), "bias": bias.contiguous()})
+    _launch(programs.conv_forward, tensors, {"weight": weight, "bias": bias.contiguous()}, input_bias)
     return tensors["y"]  # type: ignore[return-value]
 
 
 def backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, starts: Tensor | None, window: Tensor | None, grad_x: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    starts: Tensor | None,
+    window: Tensor | None,
+    input_bias: Tensor | None,
+    grad_x: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Compute `griffin.kernels.conv1d.ops.backward`."""
     window = None if window is None else dense_channels(window)
     grad_y, dense_grad_x = dense_channels(grad_y), dense_channels(grad_x)
     grad_window = None if window is None else window.new_empty(window.shape, dtype=torch.float32)
-    sums = x.new_empty((math.ceil(len(x) / _chunk(x)), x.shape[1], programs.WIDTH + 1, x.shape[2]), dtype=torch.float32)
+    rows = programs.WIDTH + (1 if input_bias is None else 2)
+    sums = x.new_empty((math.ceil(len(x) / _chunk(x)), x.shape[1], rows, x.shape[2]), dtype=torch.float32)
     tensors = {"x": dense_channels(x), "starts": starts, "window": window, "grad": grad_y, "grad_x": dense_grad_x}
-    others = {"weight": weight.contiguous(), "grad_y": grad_y, "grad_window": grad_window, "grad_sums": sums}
-    _launch(programs.conv_backward, tensors, others)
-    total = sums.sum((0, 1))  # in a fixed order: deterministic
+    others = {"weight": weight, "grad_y": grad_y, "grad_window": grad_window, "grad_sums": sums}
+    _launch(programs.conv_backward, tensors, others, input_bias)
+    grads = sums.sum((0, 1))  # in a fixed order: deterministic
+    grad_weight, grad_bias, grad_input_bias = grads.tensor_split((programs.WIDTH, programs.WIDTH + 1))
     if dense_grad_x is not grad_x:
         grad_x.copy_(dense_grad_x)
-    return total[:-1], total[-1].clone(), grad_window
+    return grad_weight, grad_bias[0].clone(), None if input_bias is None else grad_input_bias[0].clone(), grad_window

@@ -5,8 +5,8 @@ in one chunk needs only `scan_forward` and `scan_backward`. With several chunks,
 all chunks in parallel (product of a, end state from a zero state), and `chunk_carries` chains these into the initial
 state of each chunk. The backward pass does the same in reverse for the gradient that flows through time.
 
-With GATED, `term` is the RG-LRU's x, the gates are pre-sigmoid, `rate` is -8 softplus(decay), and `gate_bias`
-[2, R] is added to input_gate and gate:
+With GATED, `term` is the RG-LRU's x, the gates are pre-sigmoid, `rate` is -8 softplus(decay), and `bias`
+[2, R], or with a branch [3, R], is added to input_gate, gate and branch:
     log a = rate sigmoid(gate)    b = sqrt(1 - a^2) sigmoid(input_gate) term
 Otherwise `term` is b and `gate` is a. At a document's first token a = 0, and the square root is 1.
 
@@ -55,6 +55,18 @@ def _decay(gate, rate, at_start):
 
 
 @triton.jit
+def _biases(p_bias, R, mask, HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the biases of input gate, gate and branch, zero where there are none."""
+    input_bias, gate_bias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    branch_bias = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        input_bias, gate_bias = load(p_bias, mask), load(p_bias + R, mask)
+        if HAS_BRANCH:
+            branch_bias = load(p_bias + 2 * R, mask)
+    return input_bias, gate_bias, branch_bias
+
+
+@triton.jit
 def _load_coefficient(p_gate, at_start, mask):
     return tl.where(at_start > 0, 0.0, load(p_gate, mask))
 
@@ -71,7 +83,7 @@ def _load_terms(p_term, p_input, p_gate, at_start, mask, rate, input_bias, gate_
 
 @triton.jit
 def _summarize_step(
-    p_term, p_input, p_gate, p_branch, p_grad, at_start, mask, rate, input_bias, gate_bias, product, end,
+    p_term, p_input, p_gate, p_branch, p_grad, at_start, mask, rate, input_bias, gate_bias, branch_bias, product, end,
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """One step of `chunk_summaries`."""
@@ -82,7 +94,7 @@ def _summarize_step(
             a = _load_coefficient(p_gate, at_start, mask)
         grad = load(p_grad, mask)
         if HAS_BRANCH:
-            factor, _ = gelu(load(p_branch, mask))
+            factor, _ = gelu(load(p_branch, mask) + branch_bias)
             grad *= factor
         return product * a.to(tl.float64), a * (grad + end)
     else:
@@ -92,7 +104,7 @@ def _summarize_step(
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def chunk_summaries(
-    term, input_gate, gate, rate, gate_bias, branch, starts, grad_y, product, end,
+    term, input_gate, gate, rate, bias, branch, starts, grad_y, product, end,
     first_is_start, T, B, R, L,
     term_t, term_b, input_t, input_b, gate_t, gate_b, branch_t, branch_b, starts_t, starts_b, grad_t, grad_b,
     REVERSE: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr,
@@ -107,8 +119,7 @@ def chunk_summaries(
     STEP: tl.constexpr = -1 if REVERSE else 1
     begin = hi - 1 if REVERSE else lo
     rates = load(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
-    input_biases = load(gate_bias + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
-    gate_biases = load(gate_bias + R + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
+    input_biases, gate_biases, branch_biases = _biases(bias + o_r, R, mask, HAS_BIAS, HAS_BRANCH, BLOCK)
     p_term, p_input = ptr(term, term_t, term_b, begin, b, o_r), ptr(input_gate, input_t, input_b, begin, b, o_r)
     p_gate, p_branch = ptr(gate, gate_t, gate_b, begin, b, o_r), ptr(branch, branch_t, branch_b, begin, b, o_r)
     p_grad, p_starts = ptr(grad_y, grad_t, grad_b, begin, b, o_r), ptr(starts, starts_t, starts_b, 0, b, 0)
@@ -127,7 +138,7 @@ def chunk_summaries(
         for u in tl.static_range(UNROLL):
             products, ends = _summarize_step(
                 p_term, p_input, p_gate, p_branch, p_grad, bit(bits, u), mask, rates, input_biases, gate_biases,
-                products, ends, GATED, HAS_BRANCH, REVERSE,
+                branch_biases, products, ends, GATED, HAS_BRANCH, REVERSE,
             )  # fmt: skip
             p_term, p_input = p_term + term_t, p_input + input_t
             p_gate, p_branch = p_gate + gate_t, p_branch + branch_t
@@ -136,7 +147,7 @@ def chunk_summaries(
     for k in tl.range(full, hi - lo, num_stages=1):
         products, ends = _summarize_step(
             p_term, p_input, p_gate, p_branch, p_grad, bit(bits, k - full), mask, rates, input_biases, gate_biases,
-            products, ends, GATED, HAS_BRANCH, REVERSE,
+            branch_biases, products, ends, GATED, HAS_BRANCH, REVERSE,
         )  # fmt: skip
         p_term, p_input = p_term + term_t, p_input + input_t
         p_gate, p_branch = p_gate + gate_t, p_branch + branch_t
@@ -180,7 +191,7 @@ def chunk_carries(
 
 @triton.jit
 def _forward_step(
-    p_term, p_input, p_gate, p_branch, p_y, p_states, at_start, mask, rate, input_bias, gate_bias, h,
+    p_term, p_input, p_gate, p_branch, p_y, p_states, at_start, mask, rate, input_bias, gate_bias, branch_bias, h,
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STATES: tl.constexpr,
 ):  # fmt: skip
     """One step of `scan_forward`."""
@@ -188,7 +199,7 @@ def _forward_step(
     h = a * h + b
     y = h
     if HAS_BRANCH:
-        factor, _ = gelu(load(p_branch, mask))
+        factor, _ = gelu(load(p_branch, mask) + branch_bias)
         y = h * factor
     tl.store(p_y, y, mask=mask)
     if HAS_STATES:
@@ -198,7 +209,7 @@ def _forward_step(
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def scan_forward(
-    term, input_gate, gate, rate, gate_bias, branch, starts, first_states, y, states, last_state,
+    term, input_gate, gate, rate, bias, branch, starts, first_states, y, states, last_state,
     first_is_start, T, B, R, L,
     term_t, term_b, input_t, input_b, gate_t, gate_b, branch_t, branch_b, starts_t, starts_b,
     y_t, y_b, states_t, states_b,
@@ -212,8 +223,7 @@ def scan_forward(
     """
     o_r, mask, b, c, lo, hi = program_block(T, B, R, L, BLOCK)
     rates = load(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
-    input_biases = load(gate_bias + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
-    gate_biases = load(gate_bias + R + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
+    input_biases, gate_biases, branch_biases = _biases(bias + o_r, R, mask, HAS_BIAS, HAS_BRANCH, BLOCK)
     p_term, p_input = ptr(term, term_t, term_b, lo, b, o_r), ptr(input_gate, input_t, input_b, lo, b, o_r)
     p_gate, p_branch = ptr(gate, gate_t, gate_b, lo, b, o_r), ptr(branch, branch_t, branch_b, lo, b, o_r)
     p_y, p_states = ptr(y, y_t, y_b, lo, b, o_r), ptr(states, states_t, states_b, lo, b, o_r)
@@ -228,8 +238,8 @@ def scan_forward(
         next_bits = start_bits(p_starts, first_is_start, t + UNROLL, starts_t, lo, hi, HAS_STARTS, UNROLL, 1)
         for u in tl.static_range(UNROLL):
             h = _forward_step(
-                p_term, p_input, p_gate, p_branch, p_y, p_states, bit(bits, u), mask, rates, input_biases, gate_biases,
-                h, GATED, HAS_BRANCH, HAS_STATES,
+                p_term, p_input, p_gate, p_branch, p_y, p_states, bit(bits, u), mask, rates, input_biases,
+                gate_biases, branch_biases, h, GATED, HAS_BRANCH, HAS_STATES,
             )  # fmt: skip
             p_term, p_input, p_gate = p_term + term_t, p_input + input_t, p_gate + gate_t
             p_branch, p_y, p_states = p_branch + branch_t, p_y + y_t, p_states + states_t
@@ -237,7 +247,7 @@ def scan_forward(
     for t in tl.range(full, hi, num_stages=1):
         h = _forward_step(
             p_term, p_input, p_gate, p_branch, p_y, p_states, bit(bits, t - full), mask, rates, input_biases,
-            gate_biases, h, GATED, HAS_BRANCH, HAS_STATES,
+            gate_biases, branch_biases, h, GATED, HAS_BRANCH, HAS_STATES,
         )  # fmt: skip
         p_term, p_input, p_gate = p_term + term_t, p_input + input_t, p_gate + gate_t
         p_branch, p_y, p_states = p_branch + branch_t, p_y + y_t, p_states + states_t
@@ -248,14 +258,17 @@ def scan_forward(
 @triton.jit
 def _backward_step(
     p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
-    at_start, mask, rate, slope, input_bias, gate_bias, previous, h, carry, grad_rate, sum_input, sum_gate,
+    at_start, mask, rate, slope, input_bias, gate_bias, branch_bias, previous, h, carry, grad_rate, sum_input, sum_gate,
+    sum_branch,
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr,
 ):  # fmt: skip
     """One step of `scan_backward`, given h_{t-1} and h_t: return a_t dL/dh_t, and accumulated gradients."""
     grad = load(p_grad, mask)
     if HAS_BRANCH:
-        factor, slope_of_factor = gelu(load(p_branch, mask))
-        tl.store(p_grad_branch, grad * h * slope_of_factor, mask=mask)
+        factor, slope_of_factor = gelu(load(p_branch, mask) + branch_bias)
+        grad_branch = grad * h * slope_of_factor
+        tl.store(p_grad_branch, grad_branch, mask=mask)
+        sum_branch += grad_branch
         grad *= factor
     grad += carry
     if GATED:
@@ -276,12 +289,12 @@ def _backward_step(
         a = _load_coefficient(p_gate, at_start, mask)
         tl.store(p_grad_term, grad, mask=mask)
         tl.store(p_grad_gate, tl.where(at_start > 0, 0.0, grad * previous), mask=mask)
-    return a * grad, grad_rate, sum_input, sum_gate
+    return a * grad, grad_rate, sum_input, sum_gate, sum_branch
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def scan_backward(
-    term, input_gate, gate, rate, gate_bias, branch, starts, initial_state, states, grad_y, first_carries,
+    term, input_gate, gate, rate, bias, branch, starts, initial_state, states, grad_y, first_carries,
     grad_term, grad_input_gate, grad_gate, grad_branch, grad_rates, grad_biases, grad_initial_state,
     first_is_start, T, B, R, L,
     term_t, term_b, input_t, input_b, gate_t, gate_b, branch_t, branch_b, starts_t, starts_b,
@@ -292,15 +305,14 @@ def scan_backward(
 ):  # fmt: skip
     """Store gradients of all inputs.
 
-    Those of the rate, [chunks, B, R], and of both biases, [2, chunks, B, R], are sums over each chunk.
+    Those of the rate, [chunks, B, R], and of the biases, [2 or 3, chunks, B, R], are sums over each chunk.
 
     first_carries [chunks, B, R] is the gradient that flows into each chunk's last state from later steps.
     """
     o_r, mask, b, c, lo, hi = program_block(T, B, R, L, BLOCK)
     last = hi - 1
     rates = load(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
-    input_biases = load(gate_bias + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
-    gate_biases = load(gate_bias + R + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
+    input_biases, gate_biases, branch_biases = _biases(bias + o_r, R, mask, HAS_BIAS, HAS_BRANCH, BLOCK)
     p_term, p_input = ptr(term, term_t, term_b, last, b, o_r), ptr(input_gate, input_t, input_b, last, b, o_r)
     p_gate, p_branch = ptr(gate, gate_t, gate_b, last, b, o_r), ptr(branch, branch_t, branch_b, last, b, o_r)
     p_states, p_grad = ptr(states, states_t, states_b, last, b, o_r), ptr(grad_y, grad_t, grad_b, last, b, o_r)
@@ -320,7 +332,7 @@ def scan_backward(
     slopes = rates / LOG2_E  # d log a / d r
     carry = load(first_carries + o_state, mask)
     grad_rate, sum_input = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    sum_gate = tl.zeros([BLOCK], tl.float32)
+    sum_gate, sum_branch = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     h = load(p_states, mask)
     bits = start_bits(p_starts, first_is_start, last, starts_t, lo, hi, HAS_STARTS, UNROLL, -1)
     for k in tl.range(0, full, UNROLL, num_stages=STAGES):
@@ -328,10 +340,10 @@ def scan_backward(
         for u in tl.static_range(UNROLL):
             p_states -= states_t
             previous = load(p_states, mask)
-            carry, grad_rate, sum_input, sum_gate = _backward_step(
+            carry, grad_rate, sum_input, sum_gate, sum_branch = _backward_step(
                 p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
-                bit(bits, u), mask, rates, slopes, input_biases, gate_biases, previous, h, carry, grad_rate,
-                sum_input, sum_gate, GATED, HAS_BRANCH,
+                bit(bits, u), mask, rates, slopes, input_biases, gate_biases, branch_biases, previous, h, carry,
+                grad_rate, sum_input, sum_gate, sum_branch, GATED, HAS_BRANCH,
             )  # fmt: skip
             h = previous
             p_term, p_input, p_gate = p_term - term_t, p_input - input_t, p_gate - gate_t
@@ -345,10 +357,10 @@ def scan_backward(
             previous = load(p_states, mask)
         else:
             previous = load(initial_state + b * R + o_r, mask)
-        carry, grad_rate, sum_input, sum_gate = _backward_step(
+        carry, grad_rate, sum_input, sum_gate, sum_branch = _backward_step(
             p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
-            bit(bits, k - full), mask, rates, slopes, input_biases, gate_biases, previous, h, carry, grad_rate,
-            sum_input, sum_gate, GATED, HAS_BRANCH,
+            bit(bits, k - full), mask, rates, slopes, input_biases, gate_biases, branch_biases, previous, h, carry,
+            grad_rate, sum_input, sum_gate, sum_branch, GATED, HAS_BRANCH,
         )  # fmt: skip
         h = previous
         p_term, p_input, p_gate = p_term - term_t, p_input - input_t, p_gate - gate_t
@@ -360,6 +372,9 @@ def scan_backward(
     if HAS_BIAS:
         chunks = tl.cdiv(T, L)
         tl.store(grad_biases + o_state, sum_input, mask=mask)
-        tl.store(grad_biases + tl.cast(chunks, tl.int64) * B * R + o_state, sum_gate, mask=mask)
+        row = tl.cast(chunks, tl.int64) * B * R
+        tl.store(grad_biases + row + o_state, sum_gate, mask=mask)
+        if HAS_BRANCH:
+            tl.store(grad_biases + 2 * row + o_state, sum_branch, mask=mask)
     if lo == 0:
         tl.store(grad_initial_state + b * R + o_r, carry, mask=mask)

@@ -32,7 +32,7 @@ class ScanInputs:
     branch: Tensor | None
     starts: Tensor | None
     initial_state: Tensor
-    gate_bias: Tensor | None
+    bias: Tensor | None
     first_is_start: bool
     plan: Plan
 
@@ -47,7 +47,7 @@ class ScanInputs:
         branch: Tensor | None = None,
         starts: Tensor | None,
         initial_state: Tensor | None,
-        gate_bias: Tensor | None = None,
+        bias: Tensor | None = None,
         chunk: int | None,
     ) -> ScanInputs:
         """Collect the inputs. Only tensors without contiguous channels are copied."""
@@ -64,7 +64,7 @@ class ScanInputs:
             branch=None if branch is None else dense_channels(branch),
             starts=starts,
             initial_state=state,
-            gate_bias=None if gate_bias is None else gate_bias.contiguous(),
+            bias=None if bias is None else bias.contiguous(),
             first_is_start=starts is None and initial_state is None,
             plan=select_plan(steps, batch, width, multiprocessors(term.device), chunk),
         )
@@ -84,7 +84,7 @@ class ScanInputs:
             **tensors,
             "input_gate": self.input_gate,
             "rate": self.rate,
-            "gate_bias": self.gate_bias,
+            "bias": self.bias,
             "initial_state": self.initial_state,
             "first_is_start": int(self.first_is_start),
             "T": steps,
@@ -93,7 +93,7 @@ class ScanInputs:
             "L": self.plan.chunk,
             **stride_arguments(tensors),
             "GATED": self.input_gate is not None,
-            "HAS_BIAS": self.gate_bias is not None,
+            "HAS_BIAS": self.bias is not None,
             "HAS_BRANCH": self.branch is not None,
             "HAS_STARTS": self.starts is not None,
             "UNROLL": unroll,
@@ -158,7 +158,7 @@ class Gradients:
     input_gate: Tensor | None
     rate: Tensor | None
     initial_state: Tensor
-    gate_bias: Tensor | None
+    bias: Tensor | None
 
 
 def backward(
@@ -179,7 +179,7 @@ def backward(
         "grad_branch": dense_grad_branch,
     }
     grad_rates = None if inputs.rate is None else inputs.new_states(chunks)
-    grad_biases = None if inputs.gate_bias is None else inputs.new_states(2 * chunks)
+    grad_biases = None if inputs.bias is None else inputs.new_states(len(inputs.bias) * chunks)
     grad_initial_state = inputs.new_states(1)[0]
     inputs.launch(
         programs.scan_backward,
@@ -203,5 +203,5 @@ def backward(
         # Summed in a fixed order: deterministic.
         rate=None if grad_rates is None else grad_rates.sum((0, 1)),
         initial_state=grad_initial_state,
-        gate_bias=None if grad_biases is None else grad_biases.unflatten(0, (2, chunks)).sum((1, 2)),
+        bias=None if grad_biases is None else grad_biases.unflatten(0, (-1, chunks)).sum((1, 2)),
     )

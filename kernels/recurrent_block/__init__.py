@@ -24,25 +24,28 @@ def recurrent_block(
     gate_bias: Tensor,
     decay: Tensor,
     *,
+    xy_bias: Tensor | None = None,
     starts: Tensor | None = None,
     backend: str = AUTO,
     save_states: bool = True,
     observe: Observer | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the recurrent block computes of its input linears' fused product (arXiv 2402.19427, sections 2.3 and 2.4).
+    """Compute the recurrent block from the product of its input linears (arXiv 2402.19427, sections 2.3 and 2.4).
 
-        x = causal_conv1d(xy[..., :R], conv_weight, conv_bias)
+        before, branch = xy + xy_bias
+        x = causal_conv1d(before, conv_weight, conv_bias)
         input gate, recurrence gate = x times the blocks of gate_weight, plus gate_bias
-        y = rglru(x, gates, decay) gelu(xy[..., R:])
+        y = rglru(x, gates, decay) gelu(branch)
 
-    In one piece, so that gradients are written where they belong: that of xy as one tensor, and the gates' part in that
-    of x to x's own. The backward keeps xy, x, both gates and, with `save_states`, the states.
+    One autograd function, whose backward writes the gradient of xy as one tensor, and adds the gates' part of the
+    gradient of x in place. It keeps xy, x, both gates and, with `save_states`, the states.
 
     Args:
         xy: [T, B, 2 R], floating point.
         conv_weight, conv_bias: [K, R] and [R], as `griffin.kernels.conv1d.causal_conv1d`.
         gate_weight: [N, w, 2 w] with R = N w, dtype of xy: block by block, in times (input gate | recurrence gate).
         gate_bias: [2, R], decay: [R], as `griffin.kernels.rglru.rglru`.
+        xy_bias: [2 R], floating point, added to xy within the programs. None: xy includes it.
         starts: [T, B] bool, True at each document's first token; None: each sequence is one document.
         backend: "reference" (loops, differentiated by autograd), "cpu", "triton" (K 4 only), or "auto" for what
             `griffin.kernels.selection.select_backend` says.
@@ -66,6 +69,7 @@ def recurrent_block(
         raise ValueError(f"gate_weight: shape {list(gate_weight.shape)}; accepted: [N, w, 2 w], N w = {width}")
     block = width // len(gate_weight)
     for name, tensor, shape, dtypes in (
+        ("xy_bias", xy_bias, xy.shape[2:], FLOATING),
         ("conv_weight", conv_weight, (len(conv_weight), width), FLOATING),
         ("conv_bias", conv_bias, (width,), FLOATING),
         ("gate_weight", gate_weight, (len(gate_weight), block, 2 * block), (xy.dtype,)),
@@ -77,7 +81,7 @@ def recurrent_block(
     backend = resolve_backend(backend, xy.device, xy.dtype)
     if backend == "triton" and len(conv_weight) != TRITON_WIDTH:
         raise ValueError(f"conv_weight: {len(conv_weight)} taps; backend 'triton' has {TRITON_WIDTH}")
-    tensors = (xy, conv_weight, conv_bias, gate_weight, gate_bias, decay)
+    tensors = (xy, xy_bias, conv_weight, conv_bias, gate_weight, gate_bias, decay)
     if backend == "reference":
         return recurrent_block_reference(*tensors, starts, observe)
     return RecurrentBlock.apply(*without_tangents(*tensors), starts, save_states, backend, observe)

@@ -1,4 +1,4 @@
-"""The recurrent block between its linears, with a backward that writes gradients where they belong."""
+"""The recurrent block between its linears, with a backward that writes gradients in place."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from griffin.kernels.rglru import ops as rglru_ops
 
 
 class RecurrentBlock(torch.autograd.Function):
-    """As `griffin.kernels.recurrent_block.recurrent_block`.
+    """Compute `griffin.kernels.recurrent_block.recurrent_block`.
 
-    The operators read and write halves of xy and of its gradient, blocks of gates where they lie among the channels.
+    The operators read and write halves of xy and of its gradient, and blocks of gates, as views without copies.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         xy: Tensor,
+        xy_bias: Tensor | None,
         conv_weight: Tensor,
         conv_bias: Tensor,
         gate_weight: Tensor,
@@ -35,24 +36,28 @@ class RecurrentBlock(torch.autograd.Function):
         observe: Observer | None,
     ) -> tuple[Tensor, Tensor]:
         before, branch = xy.chunk(2, dim=-1)
-        x = conv_ops.forward(before, conv_weight, conv_bias, starts, None, backend).contiguous()
+        before_bias, branch_bias = (None, None) if xy_bias is None else xy_bias.chunk(2)
+        x = conv_ops.forward(before, conv_weight, conv_bias, starts, None, before_bias, backend).contiguous()
+        bias = torch.cat((gate_bias, _row(branch_bias, gate_bias)))
         gates = torch.empty_like(x), torch.empty_like(x)
         for gate, weight in zip(gates, gate_weight.chunk(2, dim=-1), strict=True):
             torch.bmm(_blocks(x, weight), weight, out=_blocks(gate, weight))
         if observe is not None:
             observe(gates[0] + gate_bias[0], gates[1] + gate_bias[1])
-        y, last, *states = rglru_ops.forward(
-            x, *gates, decay, branch, starts, None, gate_bias, save_states, None, backend
-        )
-        ctx.save_for_backward(xy, x, *gates, *states, conv_weight, gate_weight, gate_bias, decay, starts)
-        ctx.bias_dtype, ctx.save_states, ctx.backend = conv_bias.dtype, save_states, backend
+        y, last, *states = rglru_ops.forward(x, *gates, decay, branch, starts, None, bias, save_states, None, backend)
+        ctx.save_for_backward(xy, x, *gates, *states, conv_weight, gate_weight, bias, before_bias, decay, starts)
+        ctx.bias_dtypes = conv_bias.dtype, gate_bias.dtype, None if xy_bias is None else xy_bias.dtype
+        ctx.save_states, ctx.backend = save_states, backend
         ctx.set_materialize_grads(False)
         return y, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        xy, x, *gates, states, first_states, conv_weight, gate_weight, gate_bias, decay, starts = ctx.saved_tensors
+        xy, x, *gates, states, first_states, conv_weight, gate_weight, bias, before_bias, decay, starts = (
+            ctx.saved_tensors
+        )
+        conv_dtype, gate_dtype, xy_dtype = ctx.bias_dtypes
         before, branch = xy.chunk(2, dim=-1)
         grad_xy = torch.empty_like(xy)
         grad_before, grad_branch = grad_xy.chunk(2, dim=-1)
@@ -60,8 +65,8 @@ class RecurrentBlock(torch.autograd.Function):
             grad_y = torch.zeros_like(x)
         if grad_last is None:
             grad_last = x.new_zeros(x.shape[1:], dtype=accumulation_dtype(x))
-        grad_x, *grad_gates, grad_decay, _, grad_gate_bias = rglru_ops.backward(
-            *(x, *gates, decay, branch, starts, None, gate_bias),
+        grad_x, *grad_gates, grad_decay, _, grad_bias = rglru_ops.backward(
+            *(x, *gates, decay, branch, starts, None, bias),
             states if ctx.save_states else None,
             first_states if first_states.numel() else None,
             *(grad_y, grad_last, grad_branch, None, ctx.backend),
@@ -73,21 +78,27 @@ class RecurrentBlock(torch.autograd.Function):
             torch.bmm(_blocks(x, weight).mT, _blocks(grad, weight), out=out)
             into = _blocks(grad_x, weight)
             torch.baddbmm(into, _blocks(grad, weight), weight.mT, out=into)
-        grad_conv_weight, grad_conv_bias, _ = conv_ops.backward(
-            grad_x, before, conv_weight, starts, None, grad_before, ctx.backend
+        grad_conv_weight, grad_conv_bias, grad_before_bias, _ = conv_ops.backward(
+            grad_x, before, conv_weight, starts, None, before_bias, grad_before, ctx.backend
         )
         return (
             grad_xy,
+            None if xy_dtype is None else torch.cat((grad_before_bias, grad_bias[2])).to(xy_dtype),
             grad_conv_weight.to(conv_weight.dtype),
-            grad_conv_bias.to(ctx.bias_dtype),
+            grad_conv_bias.to(conv_dtype),
             grad_gate_weight,
-            grad_gate_bias.to(gate_bias.dtype),
+            grad_bias[:2].to(gate_dtype),
             grad_decay.to(decay.dtype),
             None,
             None,
             None,
             None,
         )
+
+
+def _row(bias: Tensor | None, like: Tensor) -> Tensor:
+    """Return bias [R] as a row [1, R], or zeros without one."""
+    return torch.zeros_like(like[:1]) if bias is None else bias[None]
 
 
 def _blocks(x: Tensor, weight: Tensor) -> Tensor:

@@ -24,13 +24,13 @@ LOG2_E = math.log2(math.e)
 class _Workspace:
     """Buffers [S, B, R] in the accumulation dtype, reused by every tile, and the computation of gates in them."""
 
-    def __init__(self, x: Tensor, decay: Tensor, gate_bias: Tensor | None, tiling: Tiling, extra: int) -> None:
+    def __init__(self, x: Tensor, decay: Tensor, bias: Tensor | None, tiling: Tiling, extra: int) -> None:
         dtype = accumulation_dtype(x)
         shape = (tiling.tile, *x.shape[1:])
         self.i, self.r, self.a, self.m, *self.extra = (x.new_empty(shape, dtype=dtype) for _ in range(4 + extra))
         self.rate = -GATE_SCALE * F.softplus(decay.to(dtype))  # [R]: log a = rate * r
         self._rate_2 = self.rate * LOG2_E  # exp2 takes a quarter of exp's time
-        self._bias = None if gate_bias is None else gate_bias.to(dtype)
+        self._bias = None if bias is None else bias.to(dtype)
 
     def gates(self, input_gate: Tensor, recurrence_gate: Tensor, starts: Tensor | None) -> None:
         """Compute i = sigmoid(input_gate), r = sigmoid(recurrence_gate), a and the multiplier m of one tile.
@@ -59,6 +59,10 @@ class _Workspace:
         self.a[steps:] = 1
         self.r[steps:] = 0
 
+    def branch(self, branch: Tensor, *, out: Tensor) -> Tensor:
+        """Copy the branch of one tile, with its bias."""
+        return out.copy_(branch) if self._bias is None else torch.add(branch, self._bias[2], out=out)
+
     def products(self, starts: Tensor | None, tiling: Tiling) -> Tensor | None:
         """Return the product of a over each chunk, [N, B, R] in float64.
 
@@ -78,10 +82,10 @@ def forward(
     inputs: RGLRUInputs, save_states: bool, chunk: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """Compute `griffin.kernels.rglru.ops.forward` on any device, optimised for CPUs. `chunk` is ignored."""
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias = inputs
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, bias = inputs
     starts = default_starts(starts, initial_state, x)
     tiling = Tiling.of(x)
-    work = _Workspace(x, decay, gate_bias, tiling, extra=0)
+    work = _Workspace(x, decay, bias, tiling, extra=0)
     state = work.a.new_zeros(x.shape[1:]) if initial_state is None else initial_state.to(work.a.dtype)
     y = dense_like(x)
     states = dense_like(x) if save_states and branch is not None else None
@@ -96,7 +100,7 @@ def forward(
         if states is not None:
             states[span] = b[:steps]
         if branch is not None:
-            z = work.m[:steps].copy_(branch[span])
+            z = work.branch(branch[span], out=work.m[:steps])
             gelu_(z, work.a[:steps], work.r[:steps])
             b[:steps].mul_(z)
         y[span] = b[:steps]
@@ -115,14 +119,14 @@ def backward(
     """Compute `griffin.kernels.rglru.ops.backward`. Gates, decays and multipliers are recomputed."""
     if states is None:
         states = forward(inputs._replace(branch=None), save_states=False)[0]
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias = inputs
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, bias = inputs
     starts = default_starts(starts, initial_state, x)
     tiling = Tiling.of(x)
-    work = _Workspace(x, decay, gate_bias, tiling, extra=4)
+    work = _Workspace(x, decay, bias, tiling, extra=4)
     carries, slope, grads, buffer = work.extra
     grad_x, grad_i, grad_r = dense_like(x), dense_like(input_gate), dense_like(recurrence_gate)
     grad_rate = torch.zeros_like(work.rate)
-    grad_bias = None if gate_bias is None else work.rate.new_zeros(gate_bias.shape)
+    grad_bias = None if bias is None else work.rate.new_zeros(bias.shape)
     first_state = work.a.new_zeros(x.shape[1:]) if initial_state is None else initial_state.to(work.a.dtype)
     # carry_t = a_t dL/dh_t flows into h_{t-1}: dL/dh_t = dL/dy_t + carry_{t+1}.
     carry = grad_last
@@ -134,8 +138,11 @@ def backward(
         g.copy_(grad_y[span])
         if branch is not None:
             assert grad_branch is not None
-            z = q.copy_(branch[span])
-            grad_branch[span] = gelu_(z, c, buffer[:steps], slope=True).mul_(torch.mul(g, states[span], out=c))
+            z = work.branch(branch[span], out=q)
+            grad = gelu_(z, c, buffer[:steps], slope=True).mul_(torch.mul(g, states[span], out=c))
+            grad_branch[span] = grad
+            if grad_bias is not None:
+                grad_bias[2] += grad.sum((0, 1))
             g.mul_(z)
 
         torch.clamp(m, min=MIN_MULTIPLIER, out=q)

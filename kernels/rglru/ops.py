@@ -34,7 +34,7 @@ def forward(
     branch: Tensor | None,
     starts: Tensor | None,
     initial_state: Tensor | None,
-    gate_bias: Tensor | None,
+    bias: Tensor | None,
     save_states: bool,
     chunk: int | None,
     backend: str,
@@ -44,13 +44,13 @@ def forward(
     With `save_states`, states are [T, B, R] in the dtype of y, or empty without a branch, as they equal y. Without it,
     first states are the initial states of chunks of time, [chunks, B, R], or empty if there is at most one chunk.
     """
-    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias)
+    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, bias)
     y, last_state, states, first_states = implementation("rglru", backend).forward(inputs, save_states, chunk)
     return y, last_state, _or_empty(states, x), _or_empty(first_states, x)
 
 
 @forward.register_fake
-def _(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias, save_states, chunk, backend):
+def _(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, bias, save_states, chunk, backend):
     steps, batch, width = x.shape
     dtype = accumulation_dtype(x)
     states = dense_like(x) if save_states and branch is not None else x.new_empty(0)
@@ -71,7 +71,7 @@ def backward(
     branch: Tensor | None,
     starts: Tensor | None,
     initial_state: Tensor | None,
-    gate_bias: Tensor | None,
+    bias: Tensor | None,
     states: Tensor | None,
     first_states: Tensor | None,
     grad_y: Tensor,
@@ -80,12 +80,12 @@ def backward(
     chunk: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients of x, gates, decay, initial state and the biases of the gates (empty without them).
+    """Return gradients of x, gates, decay, initial state and biases (empty without them).
 
     The gradient of the branch is written to `grad_branch`, which has the shape and dtype of the branch and any strides.
     If `states` is None, the states are recomputed.
     """
-    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias)
+    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, bias)
     *grads, grad_bias = implementation("rglru", backend).backward(
         inputs, states, first_states, grad_y, grad_last, grad_branch, chunk
     )
@@ -94,7 +94,7 @@ def backward(
 
 @backward.register_fake
 def _(
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias, states, first_states,
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, bias, states, first_states,
     grad_y, grad_last, grad_branch, chunk, backend,
 ):  # fmt: skip
     dtype = accumulation_dtype(x)
@@ -104,7 +104,7 @@ def _(
         dense_like(recurrence_gate),
         decay.new_empty(decay.shape, dtype=dtype),
         x.new_empty(x.shape[1:], dtype=dtype),
-        x.new_empty(0) if gate_bias is None else x.new_empty(gate_bias.shape, dtype=dtype),
+        x.new_empty(0) if bias is None else x.new_empty(bias.shape, dtype=dtype),
     )
 
 
@@ -160,7 +160,7 @@ def _backward(ctx, grad_y, grad_last, *_):
         grad_branch,
         None,
         None if inputs.initial_state is None else grad_initial.to(inputs.initial_state.dtype),
-        None if inputs.gate_bias is None else grad_bias.to(inputs.gate_bias.dtype),
+        None if inputs.bias is None else grad_bias.to(inputs.bias.dtype),
         None,
         None,
         None,

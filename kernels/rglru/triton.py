@@ -21,7 +21,7 @@ def _scan_inputs(inputs: RGLRUInputs, chunk: int | None) -> scan.ScanInputs:
         branch=inputs.branch,
         starts=inputs.starts,
         initial_state=inputs.initial_state,
-        gate_bias=inputs.gate_bias,
+        bias=inputs.bias,
         chunk=chunk,
     )
 
@@ -54,4 +54,4 @@ def backward(
     assert grads.rate is not None
     assert grads.input_gate is not None
     grad_decay = grads.rate * (-GATE_SCALE * torch.sigmoid(inputs.decay.float()))
-    return grads.term, grads.input_gate, grads.gate, grad_decay, grads.initial_state, grads.gate_bias
+    return grads.term, grads.input_gate, grads.gate, grad_decay, grads.initial_state, grads.bias

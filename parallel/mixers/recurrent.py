@@ -129,7 +129,8 @@ class RecurrentMixer(nn.Module):
         mixed, conv_input, last = self._mix(u, documents)
         length = min(CONV_WIDTH - 1, len(u))
         window = conv_input.new_zeros(CONV_WIDTH - 1, conv_input.shape[2], conv_input.shape[1])
-        window[-length:] = conv_input[-length:].mT
+        bias = self.lin_xy.bias[: window.shape[1]]
+        window[-length:] = (conv_input[-length:] + bias).mT
         # Inputs of documents before the last one are masked.
         distance = torch.arange(CONV_WIDTH - 2, -1, -1, device=u.device)[:, None]
         window.masked_fill_((distance > documents.positions[-1])[:, None], 0)
@@ -139,8 +140,8 @@ class RecurrentMixer(nn.Module):
         return RecurrentStep(self)
 
     def _mix(self, u: Tensor, documents: Documents) -> tuple[Branch, Tensor, Tensor]:
-        """Return the mixer's output, the convolution's input and the recurrence's last state."""
-        xy = self.lin_xy(u)
+        """Return the mixer's output, the convolution's input without its bias, and the recurrence's last state."""
+        xy, bias = self.lin_xy.product(u), self.lin_xy.bias
         y, last = recurrent_block(
             xy,
             self.conv_weight,
@@ -148,6 +149,7 @@ class RecurrentMixer(nn.Module):
             self.gates.weight,
             self.gates.bias.view(2, -1),
             self.decay,
+            xy_bias=bias,
             starts=documents.starts,
             backend=self.kernels,
             save_states=self.save_states,

@@ -89,7 +89,7 @@ def run_rglru(case: Case) -> None:
     """Options: "", "branch" (and biases), and "branch, recomputed" for a backward that computes the states again."""
     branch = case.tensor(1) if case.option else None
     x, gate = case.tensor(), case.tensor()
-    bias = None if branch is None else case.parameter(2)
+    bias = None if branch is None else case.parameter(3)
     inputs = RGLRUInputs(x, gate, gate, case.parameter(), branch, case.start_flags(), None, bias)
     y, last, states, firsts = rglru.forward(inputs, "recomputed" not in case.option, None)
     kept = y if branch is None else states
@@ -104,11 +104,12 @@ def run_linear_scan(case: Case) -> None:
 
 
 def run_conv(case: Case) -> None:
-    """Options: "" and "window"."""
-    window = replace(case, steps=3).tensor() if case.option else None
+    """Options: "", "window" and "input bias"."""
+    window = replace(case, steps=3).tensor() if case.option == "window" else None
+    input_bias = case.parameter() if case.option == "input bias" else None
     x, weight, starts = case.tensor(), case.parameter(4), case.start_flags()
-    y = conv.forward(x, weight, case.parameter(), starts, window)
-    conv.backward(torch.empty_like(y), x, weight, starts, window, torch.empty_like(x))
+    y = conv.forward(x, weight, case.parameter(), starts, window, input_bias)
+    conv.backward(torch.empty_like(y), x, weight, starts, window, input_bias, torch.empty_like(x))
 
 
 def tokens(tensor: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ RUN: dict[str, Callable[[Case], None]] = {
 OPTIONS = {
     "rglru": ("", "branch", "branch, recomputed"),
     "linear_scan": ("",),
-    "conv1d": ("", "window"),
+    "conv1d": ("", "window", "input bias"),
     "gated_gelu": ("",),
     "rms_norm": ("", "branch", "bias"),
     "rotary": ("",),

@@ -216,9 +216,30 @@ def test_opcheck(backend):
     inputs = make(9, 2, 3, window=True, dtype=torch.bfloat16)
     x = inputs["x"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     starts = torch.arange(18).view(9, 2) % 7 == 3
-    torch.library.opcheck(ops.forward, (x, inputs["weight"], inputs["bias"], starts, inputs["initial_window"], backend))
+    given = (x, inputs["weight"], inputs["bias"])
+    torch.library.opcheck(ops.forward, (*given, starts, inputs["initial_window"], inputs["bias"], backend))
     few = {"test_utils": ("test_faketensor", "test_aot_dispatch_static")}
-    torch.library.opcheck(ops.forward, (x, inputs["weight"], inputs["bias"], None, None, backend), **few)
+    torch.library.opcheck(ops.forward, (*given, None, None, None, backend), **few)
+
+
+@BACKENDS
+@pytest.mark.parametrize("window", [False, True])
+def test_an_input_bias_is_added_to_x_and_not_to_the_window(backend, window):
+    """The operator's only: the public function has none."""
+    inputs = make(23, 2, 5, window=window)
+    starts = torch.arange(46).view(23, 2) % 7 == 3
+    input_bias = torch.randn(5, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    found, expected = [], []
+    for results, x, bias in (
+        (found, inputs["x"], input_bias),
+        (expected, inputs["x"] + input_bias, None),
+    ):
+        given = (x, inputs["weight"], inputs["bias"], starts, inputs.get("initial_window"), bias, backend)
+        y = ops.forward(*given)
+        leaves = [*inputs.values(), input_bias]
+        results += [y, *torch.autograd.grad(y.square().sum(), leaves)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)  # float32 sums of 46 squares
 
 
 def test_gradcheck():

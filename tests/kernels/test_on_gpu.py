@@ -52,6 +52,7 @@ def operation(name: str, steps: int, batch: int, width: int, dtype: torch.dtype)
             "conv_bias": random(width, seed=3),
             "gate_weight": random(blocks, width // blocks, 2 * width // blocks, seed=4, dtype=dtype, scale=0.05),
             "gate_bias": random(2, width, seed=5),
+            "xy_bias": random(2 * width, seed=6),
             "decay": torch.linspace(-9, -2, width, device="cuda"),
         }
         return lambda backend, **arguments: recurrent_block(**arguments, starts=starts, backend=backend), leaves
@@ -76,10 +77,10 @@ def operation(name: str, steps: int, batch: int, width: int, dtype: torch.dtype)
         "recurrence_gate": random(steps, batch, width, seed=7, dtype=dtype, scale=2.0),
         "decay": torch.linspace(-9, -2, width, device="cuda"),
         "initial_state": state,
-        "gate_bias": random(2, width, seed=10),
+        "bias": random(3, width, seed=10),
     }
     if name == "rglru":
-        del leaves["branch"], leaves["gate_bias"]
+        del leaves["branch"], leaves["bias"]
     return lambda backend, **arguments: rglru(**arguments, starts=starts, backend=backend), leaves
 
 

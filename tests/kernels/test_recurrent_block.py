@@ -30,6 +30,7 @@ def make(
         "conv_bias": (width,),
         "gate_weight": (blocks, block, 2 * block),
         "gate_bias": (2, width),
+        "xy_bias": (2 * width,),
     }
     leaves = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     leaves["gate_weight"] = leaves["gate_weight"] / block**0.5
@@ -71,6 +72,15 @@ def test_any_shape_and_dtype_on_triton(steps, batch, blocks, block, dtype, save_
 
 
 @BACKENDS
+def test_a_bias_of_xy_may_be_absent(backend):
+    leaves = make(9, 2, 2, 3)
+    zero = results(recurrent_block, leaves | {"xy_bias": torch.zeros(12)}, backend)
+    del leaves["xy_bias"]
+    absent = results(recurrent_block, leaves, backend)
+    assert all(torch.equal(value, zero[name]) for name, value in absent.items())
+
+
+@BACKENDS
 def test_recomputation_and_repeated_backward_are_bitwise(backend):
     leaves = make(14, 2, 2, 3)
     assert_same_bits(recurrent_block, leaves, backend)
@@ -106,7 +116,7 @@ def test_gates_can_be_looked_at(backend):
     seen: list[tuple[Tensor, Tensor]] = []
     y, _ = recurrent_block(**leaves, backend=backend, observe=lambda *gates: seen.append(gates))
     assert torch.equal(y, recurrent_block(**leaves, backend=backend)[0])
-    x = causal_conv1d(leaves["xy"][..., :6], leaves["conv_weight"], leaves["conv_bias"])
+    x = causal_conv1d((leaves["xy"] + leaves["xy_bias"])[..., :6], leaves["conv_weight"], leaves["conv_bias"])
     weight, bias = leaves["gate_weight"], leaves["gate_bias"]
     expected = torch.einsum("tbni,nio->tbno", x.unflatten(-1, (2, 3)), weight).chunk(2, -1)
     ((input_gate, recurrence_gate),) = seen
@@ -138,6 +148,7 @@ def test_saves(save_states, kept):
         ("gate_weight", torch.zeros(2, 3, 3)),
         ("gate_weight", torch.zeros(2, 3, 6, dtype=torch.bfloat16)),
         ("gate_bias", torch.zeros(12)),
+        ("xy_bias", torch.zeros(6)),
         ("decay", torch.zeros(2, 3)),
         ("starts", torch.zeros(2, 4, dtype=torch.bool)),
         ("backend", "cuda"),

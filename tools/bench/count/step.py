@@ -13,9 +13,9 @@ from griffin.tools.bench.count.rates import BESIDE, EXPOSED, Device, seconds
 from griffin.tools.bench.count.recorder import Op
 from griffin.trainer.settings.sections import Config
 
-# Bytes per element and step of the optimizer: the whole float32 gradient is zeroed and divided by the number of tokens;
-# of its shard, norm 4, clipping 8, AdamW 28, weights to bfloat16 6.
-WHOLE_BYTES, SHARD_BYTES = 4 + 8, 4 + 8 + 28 + 6
+# Bytes per element and step of the optimizer: the whole float32 gradient is zeroed; of its shard, division by the
+# number of tokens 8, norm 4, clipping 8, AdamW 28, weights to bfloat16 6.
+WHOLE_BYTES, SHARD_BYTES = 4, 8 + 4 + 8 + 28 + 6
 OPTIMIZER_KERNELS = 400
 HIDDEN = 0.8  # part of a pass beside which data-parallel communication can run
 
