@@ -29,8 +29,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, overwrite: bool = False) ->
             torch.mm(a.t().to(total.dtype), b.to(total.dtype), out=total)
     elif total.dtype == a.dtype:
         torch.addmm(total, a.t(), b, out=total)
-    elif a.is_cuda and (fused := _apex_product()) is not None and total.dtype == torch.float32:
-        fused(b.contiguous(), a.contiguous(), total)
+    elif a.is_cuda and a.is_contiguous() and total.dtype == torch.float32 and (fused := _apex_product()) is not None:
+        fused(b.contiguous(), a, total)
     elif a.is_cuda:
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, out=total)
     else:

@@ -10,8 +10,10 @@ from torch import Tensor
 from griffin.kernels.arguments import FLOATING, check_argument
 from griffin.kernels.backends import AUTO
 from griffin.kernels.forward_mode import without_tangents
-from griffin.kernels.linear_cross_entropy.chunks import SummedLoss, Terms
+from griffin.kernels.linear_cross_entropy.chunks import SummedLoss
 from griffin.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference, soft_capped
+from griffin.kernels.linear_cross_entropy.terms import FEW_TOKENS, Terms, chunk_tokens, tile_rows
+from griffin.kernels.linear_cross_entropy.tiles import TiledLoss
 from griffin.kernels.selection import resolve_backend
 
 __all__ = ["linear_cross_entropy", "soft_capped"]
@@ -28,18 +30,22 @@ def linear_cross_entropy(
     valid: int | None = None,
     first: int = 0,
     gather: Callable[[Tensor], Tensor] | None = None,
-    add_to_table: Callable[[Tensor, Tensor], Tensor | None] | None = None,
+    main_grad: Tensor | None = None,
+    added: Callable[[], Tensor | None] = lambda: None,
     chunk: int | None = None,
+    tile: int | None = None,
     backend: str = AUTO,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the tokens' cross-entropies under softmax(logits), and each of them.
+    """Return the weighted sum of the tokens' cross-entropies under softmax(logits), and each of them.
 
         logits = hidden table^T, or c tanh(hidden table^T / c) with a soft cap c     L = log sum_v exp(logits_v)
         loss = L - logits_label          sum = sum_tokens weight (loss + z_loss L^2)
 
-    Tokens pass in chunks. The logits of a chunk are overwritten by their gradient, from which those of hidden states
-    and table are found at once; they are kept until the gradient of the sum is known, by which they are multiplied.
-    Where no gradient is asked for none is computed. At most 256 MB of logits are there at a time, or one token's.
+    At most 256 MB of logits are held at a time, or one token's. Tokens are processed in chunks: the logits of a chunk
+    are overwritten by their gradient, from which those of hidden states and table are computed at once. The latter are
+    kept until the backward multiplies them by the gradient of the sum. Where a chunk would have few tokens, GPUs process
+    the table in tiles of rows instead, and the backward computes their logits again: four products of many tokens take
+    less time than three of few. Gradients that are not needed are not computed.
 
     Products are in the dtype of `hidden`; all else is float32, or float64 where `hidden` is, as are the sums of the
     table's gradient over chunks. Gradients flow from the sum to hidden and table, once: not to their own gradients.
@@ -53,12 +59,14 @@ def linear_cross_entropy(
         z_loss: factor of the squared log-sum-exp (PaLM, arXiv 2204.02311, section 5); 0 is off.
         valid: rows of `table` from which on all are padding: their logits count as -inf. None: there is no padding.
         first: the label of the first row.
-        gather: where ranks share the vocabulary, what gathers their float32 [3, N] as [ranks, 3, N], once a chunk. Then
-            the gradient of `hidden` is this rank's part, to be summed over ranks.
-        add_to_table: called in the backward with the float32 gradient of the table for the sum, and the sum's gradient
-            [], by which it is to be multiplied, to do what it wants with it; returns what autograd gets as the table's
-            gradient. None: their product, in the dtype of `table`.
+        gather: where ranks share the vocabulary, a function that gathers their float32 [3, N] as [ranks, 3, N], called
+            once per chunk, or once with tiles. The gradient of `hidden` is then this rank's part, to be summed over
+            ranks.
+        main_grad: [V, D], float32 or float64, to which the backward adds the table's gradient. None: autograd gets it,
+            in the dtype of `table`.
+        added: called after that; returns what autograd gets instead.
         chunk: tokens at a time. None: chosen by size.
+        tile: rows of the table at a time, instead of tokens. None: chosen by size, if `chunk` is None.
         backend: "reference" (all logits at once, differentiated by autograd; for whole vocabularies), "cpu", "triton",
             or "auto" for what `griffin.kernels.selection.select_backend` says.
 
@@ -82,14 +90,20 @@ def linear_cross_entropy(
             raise ValueError(f"{name}: {value}; accepted: 0 or more")
     if valid is not None and not 0 <= valid <= len(table):
         raise ValueError(f"valid: {valid}; accepted: 0 to {len(table)}, the rows of table")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk: {chunk}; accepted: None or a number of tokens of at least 1")
+    for name, number in (("chunk", chunk), ("tile", tile)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name}: {number}; accepted: None or at least 1")
+    if chunk is not None and tile is not None:
+        raise ValueError(f"tile: {tile}; accepted: None with a chunk of {chunk} tokens")
+    if main_grad is not None:
+        wide = (torch.float32, torch.float64)
+        check_argument("main_grad", main_grad, (len(table), hidden.shape[-1]), wide, "hidden", hidden)
     backend = resolve_backend(backend, hidden.device, hidden.dtype)
     weights = hidden.new_ones(tokens, dtype=torch.float32) if weights is None else weights
     valid = len(table) if valid is None else valid
     if backend == "reference":
-        if gather is not None or add_to_table is not None or first or not valid:
-            raise ValueError("backend: 'reference'; accepted without gather, add_to_table and first, for all rows")
+        if gather is not None or main_grad is not None or first or not valid:
+            raise ValueError("backend: 'reference'; accepted without gather, main_grad and first, for all rows")
         return linear_cross_entropy_reference(hidden, table, labels, weights, soft_cap, z_loss, valid)
     terms = Terms(
         soft_cap=soft_cap,
@@ -97,13 +111,19 @@ def linear_cross_entropy(
         first=first,
         valid=valid,
         gather=gather,
-        add_to_table=add_to_table,
-        chunk=chunk,
+        main_grad=main_grad,
+        added=added,
         backend=backend,
     )
     hidden, table = without_tangents(hidden, table)
     needs = tuple(tensor.requires_grad and torch.is_grad_enabled() for tensor in (hidden, table))
-    total, losses, _, _ = SummedLoss.apply(
-        hidden.reshape(-1, hidden.shape[-1]), table, labels.reshape(-1), weights.reshape(-1), terms, needs
-    )
+    given = hidden.reshape(-1, hidden.shape[-1]), table, labels.reshape(-1), weights.reshape(-1), terms
+    on_cpu = hidden.device.type == "cpu"
+    step = chunk or chunk_tokens(len(table), hidden.dtype, on_cpu=on_cpu)
+    if tile is None and chunk is None and any(needs) and not on_cpu and step < min(FEW_TOKENS, len(given[0])):
+        tile = tile_rows(len(given[0]), len(table), hidden.dtype)
+    if tile is None:
+        total, losses, _, _ = SummedLoss.apply(*given, step, needs)
+    else:
+        total, losses = TiledLoss.apply(*given, min(tile, len(table)))
     return total, losses.view(tokens)

@@ -29,7 +29,7 @@ def _places(labels: Tensor, first: int, valid: int) -> tuple[Tensor, Tensor]:
 
 
 def statistics_(logits: Tensor, labels: Tensor, soft_cap: float, first: int, valid: int) -> Tensor:
-    """As `griffin.kernels.linear_cross_entropy.ops.statistics_`; any device, made for CPUs.
+    """Compute `griffin.kernels.linear_cross_entropy.ops.statistics_`; any device, made for CPUs.
 
     Leaves soft-capped logits in float32 and float64; half precision would round them.
     """
@@ -59,8 +59,9 @@ def gradient_(
     soft_cap: float,
     first: int,
     valid: int,
+    is_raw: bool,
 ) -> None:
-    """As `griffin.kernels.linear_cross_entropy.ops.gradient_`; any device, made for CPUs."""
+    """Compute `griffin.kernels.linear_cross_entropy.ops.gradient_`; any device, made for CPUs."""
     dtype = accumulation_dtype(logits)
     logits[:, valid:] = 0
     if valid == 0:
@@ -70,7 +71,7 @@ def gradient_(
     buffer = _buffer(logits, valid)
     for rows in _tiles(logits):
         part = logits[rows, :valid]
-        wide = part if part.dtype == dtype else _soft_cap_(part.to(dtype), soft_cap)
+        wide = part if part.dtype == dtype and not is_raw else _soft_cap_(part.to(dtype), soft_cap)
         out = _exponentials(wide, maxima[rows], buffer if soft_cap > 0 else wide).mul_(scales[rows, None])
         out.scatter_add_(1, places[rows], at_target[rows])
         if soft_cap > 0:

@@ -15,11 +15,11 @@ from griffin.kernels.selection import implementation
 
 @torch.library.custom_op("griffin::linear_cross_entropy_statistics", mutates_args=("logits",))
 def statistics_(logits: Tensor, labels: Tensor, soft_cap: float, first: int, valid: int, backend: str) -> Tensor:
-    """Each row's maximum, its sum of exp(logit - maximum), and its label's logit, [3, N], of logits [N, V].
+    """Return each row's maximum, its sum of exp(logit - maximum), and its label's logit, [3, N], of logits [N, V].
 
-    Labels, int64 [N], from `first` on have the first `valid` columns; of others the logit counts as 0. Logits are
-    soft-capped before, and are left as `gradient_` of the same backend takes them. The result is float32, or float64
-    where logits are.
+    Labels are int64 [N]; label `first` is that of the first of `valid` columns, and another column's logit counts as 0.
+    Logits are soft-capped first, and are left as `gradient_` of the same backend expects them. The result is float32,
+    or float64 if logits are.
     """
     return implementation("linear_cross_entropy", backend).statistics_(logits, labels, soft_cap, first, valid)
 
@@ -40,19 +40,21 @@ def gradient_(
     first: int,
     valid: int,
     backend: str,
+    is_raw: bool,
 ) -> None:
-    """Replace what `statistics_` left of logits [N, V] by the gradient of the loss in them, 0 from column `valid` on:
+    """Replace logits [N, V] by the gradient of the loss with respect to them, 0 from column `valid` on.
 
-    scale exp(logit - maximum), less the weight at the row's label, through the soft cap. Maxima, scales and weights
-    are [N] in the dtype of the statistics.
+    It is scale exp(logit - maximum), less the weight at the row's label, through the soft cap. Logits are as
+    `statistics_` left them, or with `is_raw` as before it. Maxima, scales and weights are [N] in the dtype of the
+    statistics.
     """
     implementation("linear_cross_entropy", backend).gradient_(
-        logits, labels, maxima, scales, weights, soft_cap, first, valid
+        logits, labels, maxima, scales, weights, soft_cap, first, valid, is_raw
     )
 
 
 @gradient_.register_fake
-def _(logits, labels, maxima, scales, weights, soft_cap, first, valid, backend):
+def _(logits, labels, maxima, scales, weights, soft_cap, first, valid, backend, is_raw):
     return None
 
 

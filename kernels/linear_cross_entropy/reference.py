@@ -16,7 +16,7 @@ def soft_capped(logits: Tensor, soft_cap: float) -> Tensor:
 def linear_cross_entropy_reference(
     hidden: Tensor, table: Tensor, labels: Tensor, weights: Tensor, soft_cap: float, z_loss: float, valid: int
 ) -> tuple[Tensor, Tensor]:
-    """As `griffin.kernels.linear_cross_entropy.linear_cross_entropy`, for all rows of the vocabulary."""
+    """Compute `griffin.kernels.linear_cross_entropy.linear_cross_entropy`, for all rows of the vocabulary."""
     dtype = accumulation_dtype(hidden)
     logits = soft_capped(hidden.to(dtype) @ table[:valid].to(dtype).t(), soft_cap)
     log_sum_exp = logits.logsumexp(-1)

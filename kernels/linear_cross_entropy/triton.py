@@ -14,7 +14,7 @@ GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
 
 
 def statistics_(logits: Tensor, labels: Tensor, soft_cap: float, first: int, valid: int) -> Tensor:
-    """As `griffin.kernels.linear_cross_entropy.ops.statistics_`; logits stay as they are."""
+    """Compute `griffin.kernels.linear_cross_entropy.ops.statistics_`; logits stay as they are."""
     found = logits.new_empty((3, len(logits)), dtype=torch.float32)
     maxima, sums, targets = found
     arguments = {
@@ -47,8 +47,9 @@ def gradient_(
     soft_cap: float,
     first: int,
     valid: int,
+    is_raw: bool,
 ) -> None:
-    """As `griffin.kernels.linear_cross_entropy.ops.gradient_`."""
+    """Compute `griffin.kernels.linear_cross_entropy.ops.gradient_`."""
     arguments = {
         "logits": logits,
         "labels": labels.contiguous(),

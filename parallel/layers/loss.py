@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -46,7 +46,8 @@ def vocabulary_loss(
         dist.all_gather_into_tensor(every, found, group=group)
         return every.view(tensor_size, *found.shape)
 
-    has_main_grad = getattr(table, "main_grad", None) is not None
+    # The embedding of the same stage adds its gradient later in the backward, and then tells autograd.
+    added = (lambda: None) if is_embedding else partial(gradient_was_added, table)
     total, losses = linear_cross_entropy(
         x,
         table,
@@ -57,23 +58,9 @@ def vocabulary_loss(
         valid=valid,
         first=context.grid.tensor_rank * len(table),
         gather=gather if tensor_size > 1 else None,
-        add_to_table=_adding(table, is_embedding) if has_main_grad else None,
+        main_grad=getattr(table, "main_grad", None),
+        added=added,
         # The definition knows no ranks.
         backend="cpu" if context.kernels == "reference" else context.kernels,
     )
     return Loss(total, losses)
-
-
-def _adding(table: nn.Parameter, is_embedding: bool) -> Callable[[Tensor, Tensor], Tensor | None]:
-    """What adds scale x gradient to the table's `main_grad` in the backward, and returns what autograd gets.
-
-    The embedding of the same stage adds its gradient later in the backward, and then tells autograd.
-    """
-
-    def add(gradient: Tensor, scale: Tensor) -> Tensor | None:
-        table.main_grad.addcmul_(gradient, scale)  # type: ignore[attr-defined]
-        if is_embedding:
-            return None
-        return gradient_was_added(table)
-
-    return add

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from griffin.kernels.linear_cross_entropy import chunks, cpu, linear_cross_entropy, ops
+from griffin.kernels.linear_cross_entropy import cpu, linear_cross_entropy, ops, tiles
+from griffin.kernels.linear_cross_entropy.terms import MOST_TOKENS, chunk_tokens, tile_rows
 from griffin.kernels.products import add_product
 from tests.kernels.interpreter import BACKENDS, BACKENDS_TRITON_SLOW, needs_interpreter
 
@@ -105,33 +106,42 @@ def assert_close(
         assert error <= tolerance, f"{name}: relative error {error:.1e} > {tolerance:.0e}"
 
 
+SCHEDULES = pytest.mark.parametrize("schedule", [{"chunk": 4}, {"tile": 7}], ids=str)  # tokens, or rows of the table
 CAPS, Z_LOSSES = st.sampled_from([0.0, 2.0]), st.sampled_from([0.0, 0.1])
 
 
-@example(tokens=0, width=1, rows=1, padding=0, chunk=None, tile=1, soft_cap=0.0, z_loss=0.0, seed=0)
+SCHEDULE = st.one_of(
+    st.just({}),
+    st.builds(lambda tokens: {"chunk": tokens}, st.integers(1, 21)),
+    st.builds(lambda rows: {"tile": rows}, st.integers(1, 90)),
+)
+
+
+@example(tokens=0, width=1, rows=1, padding=0, schedule={}, elements=1, soft_cap=0.0, z_loss=0.0, seed=0)
+@example(tokens=0, width=1, rows=3, padding=0, schedule={"tile": 2}, elements=1, soft_cap=0.0, z_loss=0.0, seed=0)
 @settings(max_examples=40)
 @given(
     tokens=st.integers(0, 20),
     width=st.integers(1, 9),
     rows=st.integers(1, 70),
     padding=st.integers(0, 10),
-    chunk=st.one_of(st.none(), st.integers(1, 21)),
-    tile=st.integers(1, 200),
+    schedule=SCHEDULE,
+    elements=st.integers(1, 200),
     soft_cap=CAPS,
     z_loss=Z_LOSSES,
     seed=st.integers(0, 2**31),
 )
-def test_any_shape_and_chunks(tokens, width, rows, padding, chunk, tile, soft_cap, z_loss, seed):
+def test_any_shape_and_schedule(tokens, width, rows, padding, schedule, elements, soft_cap, z_loss, seed):
     inputs = make(tokens, width, rows + padding, valid=rows, seed=seed)
-    with mock.patch.object(cpu, "TILE_ELEMENTS", tile):
-        found = run(inputs, soft_cap=soft_cap, z_loss=z_loss, chunk=chunk, backend="cpu")
+    with mock.patch.object(cpu, "TILE_ELEMENTS", elements), mock.patch.object(tiles, "MOST_TOKENS", 8):
+        found = run(inputs, soft_cap=soft_cap, z_loss=z_loss, **schedule, backend="cpu")
     assert_close(found, oracle(inputs, soft_cap, z_loss), FLOAT32, inputs)
     assert not found["table"][rows:].any(), "padding has no gradient"
 
 
-def triton_shape(tokens, width, rows, padding, chunk, soft_cap, z_loss, seed):
+def triton_shape(tokens, width, rows, padding, schedule, soft_cap, z_loss, seed):
     inputs = make(tokens, width, rows + padding, valid=rows, seed=seed)
-    found = run(inputs, soft_cap=soft_cap, z_loss=z_loss, chunk=chunk, backend="triton")
+    found = run(inputs, soft_cap=soft_cap, z_loss=z_loss, **schedule, backend="triton")
     assert_close(found, oracle(inputs, soft_cap, z_loss), FLOAT32, inputs)
     assert not found["table"][rows:].any()
 
@@ -141,7 +151,7 @@ TRITON_SHAPES = given(
     width=st.integers(1, 9),
     rows=st.sampled_from([1, 130, 2048, 4096, 4099, 9000]),  # up to three blocks of columns
     padding=st.sampled_from([0, 1, 128]),
-    chunk=st.one_of(st.none(), st.integers(1, 7)),
+    schedule=st.sampled_from([{}, {"chunk": 1}, {"chunk": 4}, {"tile": 4099}]),
     soft_cap=CAPS,
     z_loss=Z_LOSSES,
     seed=st.integers(0, 2**31),
@@ -153,12 +163,12 @@ test_many_shapes_on_triton = needs_interpreter(
 
 
 @BACKENDS_TRITON_SLOW
-@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
-def test_shards_together_are_the_whole(backend, soft_cap):
+@pytest.mark.parametrize(("soft_cap", "schedule"), [(0.0, "chunk"), (2.0, "chunk"), (2.0, "tile")])
+def test_shards_together_are_the_whole(backend, soft_cap, schedule):
     """Each label lies in one of the shards; the last one holds padding only."""
     inputs = make(tokens=23, rows=40, valid=26)
     expected = run(inputs, soft_cap=soft_cap, z_loss=0.1, backend=backend)
-    shards, step = inputs["table"].detach().split(10), 5
+    shards, step = inputs["table"].detach().split(10), 5 if schedule == "chunk" else 23
     assert {int(label) // 10 for label in inputs["labels"]} == {0, 1, 2}
     parts = []
     for rank, shard in enumerate(shards):
@@ -181,9 +191,9 @@ def test_shards_together_are_the_whole(backend, soft_cap):
             "valid": min(max(26 - 10 * rank, 0), 10),
             "hidden": inputs["hidden"].detach().requires_grad_(),
         }
-        options = {"soft_cap": soft_cap, "z_loss": 0.1, "chunk": step, "backend": backend}
+        options = {"soft_cap": soft_cap, "z_loss": 0.1, schedule: 5 if schedule == "chunk" else 4, "backend": backend}
         parts.append(run(local, first=10 * rank, gather=gather, **options))
-        assert next(begins, None) is None, "one exchange a chunk"
+        assert next(begins, None) is None, "one exchange a chunk, or with tiles one"
     together = {
         "hidden": sum(part["hidden"] for part in parts),
         "table": torch.cat([part["table"] for part in parts]),
@@ -278,17 +288,19 @@ def test_shapes_and_strides_change_nothing(backend):
 
 
 @BACKENDS
-def test_repeats_bitwise(backend):
-    first, second = (run(make(), soft_cap=2.0, chunk=4, backend=backend) for _ in range(2))
+@SCHEDULES
+def test_repeats_bitwise(backend, schedule):
+    first, second = (run(make(), soft_cap=2.0, **schedule, backend=backend) for _ in range(2))
     assert_close(first, second, 0.0)
 
 
-def test_gradcheck():
+@SCHEDULES
+def test_gradcheck(schedule):
     inputs = make(tokens=5, rows=9, valid=7, dtype=torch.float64)
 
     def total(hidden: Tensor, table: Tensor) -> Tensor:
         leaves = {"hidden": hidden, "table": table}
-        return linear_cross_entropy(**inputs | leaves, soft_cap=2.0, z_loss=0.1, chunk=2)[0]
+        return linear_cross_entropy(**inputs | leaves, soft_cap=2.0, z_loss=0.1, **schedule)[0]
 
     assert torch.autograd.gradcheck(total, tuple(inputs[name] for name in LEAVES))
 
@@ -318,28 +330,27 @@ def test_only_what_is_asked_for_is_computed():
     assert counted(**{name: inputs[name].detach() for name in LEAVES}) == flops
     with torch.no_grad():
         assert counted() == flops
+    assert counted(tile=7) == 4 * flops, "logits twice"
+    assert counted(tile=7, hidden=inputs["hidden"].detach()) == 3 * flops
 
 
-def test_the_table_gradient_goes_where_it_is_wanted():
+@SCHEDULES
+def test_the_table_gradient_is_added_to_main_grad(schedule):
     inputs = make(dtype=torch.bfloat16)
     expected = oracle(inputs)["table"]
-    main_grad = torch.zeros(40, 6)
-
-    def add(gradient: Tensor, scale: Tensor) -> None:
-        assert gradient.dtype == torch.float32
-        main_grad.addcmul_(gradient, scale)
-
-    total, _ = linear_cross_entropy(**inputs, add_to_table=add)
-    assert not main_grad.any(), "the sum's gradient is not known yet"
+    main_grad, returned = torch.ones(40, 6), torch.full((40, 6), 3.0).bfloat16()
+    total, _ = linear_cross_entropy(**inputs, **schedule, main_grad=main_grad, added=lambda: returned)
+    assert (main_grad == 1).all(), "the sum's gradient is not known yet"
     (2 * total).backward()
-    assert inputs["table"].grad is None
-    assert_close({"table": main_grad}, {"table": expected}, 2**-7)
+    assert torch.equal(inputs["table"].grad, returned)
+    assert_close({"table": main_grad - 1}, {"table": expected}, 2**-7)
 
 
-def test_backward_again():
+@SCHEDULES
+def test_backward_again(schedule):
     """With the graph kept, the gradient is the same; one of the gradient is refused."""
     inputs = make()
-    total, losses = linear_cross_entropy(**inputs)
+    total, losses = linear_cross_entropy(**inputs, **schedule)
     assert not losses.requires_grad
     leaves = [inputs[name] for name in LEAVES]
     first, second = (torch.autograd.grad(total, leaves, retain_graph=True) for _ in range(2))
@@ -353,11 +364,18 @@ def test_backward_again():
 
 @given(rows=st.integers(1, 2**24), dtype=st.sampled_from([torch.bfloat16, torch.float32]), on_cpu=st.booleans())
 def test_a_chunk_has_at_most_256_megabytes_of_logits(rows, dtype, on_cpu):
-    tokens = chunks.chunk_tokens(rows, dtype, on_cpu=on_cpu)
+    tokens = chunk_tokens(rows, dtype, on_cpu=on_cpu)
     row = rows * (6 if on_cpu and dtype == torch.bfloat16 else dtype.itemsize)
     assert 1 <= tokens * row <= 2**28
     if tokens < (192 if on_cpu else 2**28):
         assert (tokens + 64) * (row + 64 * 6) > 2**28, "more would fit, and products of few tokens are slow"
+
+
+@given(tokens=st.integers(1, 2**18), rows=st.integers(1, 2**20), dtype=st.sampled_from([torch.bfloat16, torch.float32]))
+def test_a_tile_has_at_most_256_megabytes_of_logits(tokens, rows, dtype):
+    tile = tile_rows(tokens, rows, dtype)
+    assert 1 <= tile <= rows
+    assert min(tokens, MOST_TOKENS) * tile * dtype.itemsize <= 2**28
 
 
 @BACKENDS
@@ -367,7 +385,7 @@ def test_operators_are_what_they_claim(backend):
     labels, rows = torch.arange(5), torch.rand(3, 5)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(ops.statistics_, (logits, labels, 2.0, 1, 45, backend), test_utils=tests)
-    torch.library.opcheck(ops.gradient_, (logits, labels, *rows, 2.0, 1, 45, backend), test_utils=tests)
+    torch.library.opcheck(ops.gradient_, (logits, labels, *rows, 2.0, 1, 45, backend, True), test_utils=tests)
     few = ("test_schema", "test_faketensor")
     torch.library.opcheck(add_product, (torch.zeros(50, 3), torch.ones(5, 50), torch.ones(5, 3)), test_utils=few)
 
@@ -384,7 +402,7 @@ def test_padded_rows_of_logits(soft_cap):
         logits = buffer.clone()
         part = logits[:, :140]
         statistics = ops.statistics_(part, labels, soft_cap, 1, 130, backend)
-        ops.gradient_(part, labels, statistics[0] + 1, scales, weights, soft_cap, 1, 130, backend)
+        ops.gradient_(part, labels, statistics[0] + 1, scales, weights, soft_cap, 1, 130, backend, False)
         assert not part[:, 130:].any()
         assert logits[:, 140:].isnan().all()
         found[backend] = {"statistics": statistics, "gradient": part}
@@ -408,6 +426,8 @@ def test_padded_rows_of_logits(soft_cap):
         ("soft_cap", -1.0),
         ("z_loss", math.nan),
         ("chunk", 0),
+        ("tile", 0),
+        ("main_grad", torch.zeros(40, 6, dtype=torch.bfloat16)),
         ("backend", "cuda"),
     ],
 )

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from griffin.kernels.linear_cross_entropy import chunks
+from griffin.kernels import linear_cross_entropy
+from griffin.kernels.linear_cross_entropy import terms
 from griffin.parallel import sharding
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.context import Context, megatron_config
@@ -55,7 +56,7 @@ def loss_of_a_rank(ranks: Any, layout: ParallelConfig, main_grad: bool) -> dict[
     """With the gradients of this rank's part of x and of its rows of the table."""
     model = make_config("hawk", layout).model
     given, size = inputs(), PADDED // layout.tensor
-    with rank_grid(layout, ranks) as grid, mock.patch.object(chunks, "chunk_tokens", return_value=7):
+    with rank_grid(layout, ranks) as grid, mock.patch.object(linear_cross_entropy, "chunk_tokens", return_value=7):
         context = Context(
             model=replace(model, logit_soft_cap=SOFT_CAP),
             grid=grid,
@@ -196,11 +197,8 @@ table = torch.randn(rows, width).requires_grad_()
 table.main_grad = torch.zeros(rows, width)
 labels = torch.arange(tokens)
 
-def add(gradient, scale):
-    table.main_grad.addcmul_(gradient, scale)
-
 def loss(n):
-    linear_cross_entropy(hidden[:n], table, labels[:n], soft_cap=30.0, add_to_table=add)[0].backward()
+    linear_cross_entropy(hidden[:n], table, labels[:n], soft_cap=30.0, main_grad=table.main_grad)[0].backward()
 
 before = kilobytes("VmRSS")
 loss(tokens)
@@ -227,7 +225,7 @@ needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason=
 )
 def test_memory_at_the_peak(tokens: int, rows: int, width: int) -> None:
     """A tenth of what the logits of all tokens alone would take, in float32, once."""
-    chunk = chunks.chunk_tokens(rows, torch.float32, on_cpu=True) * rows * 4
+    chunk = terms.chunk_tokens(rows, torch.float32, on_cpu=True) * rows * 4
     table = rows * width * 4
     found = peak(tokens, rows, width)
     assert found <= chunk + 3 * table + 60e6, f"{found / 1e6:.0f} MB"
