@@ -43,9 +43,9 @@ def linear_cross_entropy(
 
     At most 256 MB of logits are held at a time, or one token's. Tokens are processed in chunks: the logits of a chunk
     are overwritten by their gradient, from which those of hidden states and table are computed at once. The latter are
-    kept until the backward multiplies them by the gradient of the sum. Where a chunk would have few tokens, GPUs process
-    the table in tiles of rows instead, and the backward computes their logits again: four products of many tokens take
-    less time than three of few. Gradients that are not needed are not computed.
+    kept until the backward multiplies them by the gradient of the sum. Where a chunk would have few tokens, GPUs
+    process the table in tiles of rows instead, and the backward computes their logits again: four products of many
+    tokens take less time than three of few. Gradients that are not needed are not computed.
 
     Products are in the dtype of `hidden`; all else is float32, or float64 where `hidden` is, as are the sums of the
     table's gradient over chunks. Gradients flow from the sum to hidden and table, once: not to their own gradients.

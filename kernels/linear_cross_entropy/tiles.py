@@ -51,7 +51,8 @@ class TiledLoss(Function):
             return None, None, None, None, None, None
         (grad,) = without_tangents(grad)
         hidden, table, labels, weights, maxima, scales = ctx.saved_tensors
-        terms, needs_hidden, needs_table = ctx.terms, *ctx.needs_input_grad[:2]
+        terms: Terms = ctx.terms
+        needs_hidden, needs_table, *_ = ctx.needs_input_grad
         weights, scales = weights * grad, scales * grad
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
         total = None
@@ -67,7 +68,7 @@ class TiledLoss(Function):
                     add_product(grad_x, logits.t(), table[tile], overwrite=tile.start == 0)
                 if total is not None:
                     add_product(total[tile], logits, x)
-            if grad_hidden is not None:
+            if grad_hidden is not None and grad_x is not None:
                 grad_hidden[tokens] = grad_x
         if total is not None:
             total = total.to(table.dtype) if terms.main_grad is None else terms.added()

@@ -93,7 +93,7 @@ def errors(found: dict[str, Tensor], expected: dict[str, Tensor], inputs: Inputs
         assert value.shape == expected[name].shape, name
         if value.numel():
             largest = expected[name].abs().max().clamp(min=1e-30)
-            if name in terms and inputs["weights"].any():
+            if inputs is not None and name in terms and inputs["weights"].any():
                 largest = largest.clamp(min=(inputs["weights"].max() * terms[name].detach().abs().max()).item())
             measured[name] = ((value.double() - expected[name].double()).abs().max() / largest).item()
     return measured
