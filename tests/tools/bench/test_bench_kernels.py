@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -12,27 +13,21 @@ import torch
 import triton
 from torch import Tensor
 
-from griffin.tools.bench import kernels
-from griffin.tools.bench import kernels_operations as operations
-from griffin.tools.bench.kernels import PeerRow, Row, Settings, measure, summary
-from griffin.tools.bench.kernels_operations import (
-    CONV1D,
-    OPERATIONS,
-    RGLRU,
-    RGLRU_BRANCH,
-    Operation,
-    Shape,
-    Times,
-    check,
-    copy_bandwidth,
-    make_inputs,
-    our_implementation,
-    time_implementations,
-)
-from griffin.tools.bench.kernels_plot import plot
+from griffin.tools.bench.kernels import measure as measuring
+from griffin.tools.bench.kernels import operations, rank_operations, recurrences, timing
+from griffin.tools.bench.kernels.floors import Counted, counted
+from griffin.tools.bench.kernels.measure import Measured, measure, measure_ranks, needed_bytes, sets_of_inputs
+from griffin.tools.bench.kernels.operations import Operation, check, make_sets, our_implementation
+from griffin.tools.bench.kernels.plot import plot
+from griffin.tools.bench.kernels.rank_operations import RankShape
+from griffin.tools.bench.kernels.recurrences import CONV1D, RGLRU, RGLRU_BRANCH, Shape
+from griffin.tools.bench.kernels.rows import PeerRow, RankRow, Times, summary
+from griffin.tools.bench.kernels.settings import Settings
+from griffin.tools.bench.kernels.timing import copy_bandwidth, time_implementations
 from griffin.tools.cli import main
 from griffin.tools.common import plots
-from tests.tools.bench.small_bench import CPU, SHAPE, SMALL, row, small_clock
+from griffin.trainer.settings.presets import preset
+from tests.tools.bench.small_bench import CPU, RANK, SHAPE, SMALL, row, small_clock
 
 ROOT = Path(__file__).parents[3]
 
@@ -47,6 +42,10 @@ ROOT = Path(__file__).parents[3]
         (["--widths", "512,0"], "--widths 512,0: must be numbers of at least 1"),
         (["--lengths", "2048,long"], "--lengths 2048,long: must be numbers of at least 1"),
         (["--batches", ""], "--batches : must be numbers of at least 1"),
+        (["--models", "griffin-14b"], "--models griffin-14b: must be presets with tensor sizes"),
+        (["--models", "griffin-15b/4"], "--models griffin-15b/4: must be presets with tensor sizes"),
+        (["--models", "griffin-1.3b/0"], "--models griffin-1.3b/0: must be presets with tensor sizes"),
+        (["--models", "recurrentgemma-2b/4"], "--models recurrentgemma-2b/4: 4 ranks cannot share heads 10"),
         (["--plot", "shares.pdf"], "--plot shares.pdf: must end in .png"),
         (["--plot", "nowhere/shares.png"], "--plot nowhere/shares.png: nowhere must be a folder"),
     ],
@@ -81,42 +80,108 @@ def test_a_plot_needs_matplotlib(
     [(RGLRU, 8 + 16), (RGLRU_BRANCH, 12 + 20), (CONV1D, 4 + 6)],
     ids=["rglru", "branch", "conv1d"],
 )
-def test_floor(operation: Operation, per_element: int) -> None:
-    assert operation.floor_bytes(Shape(512, 2048, 8), 2) == per_element * 512 * 2048 * 8
-    assert operation.floor_bytes(SHAPE, 4) == 2 * per_element * SHAPE.elements
+def test_floor_of_recurrences(operation: Operation, per_element: int) -> None:
+    """All but parameters and states is a tensor [T, B, R], read or written once."""
+    shape = Shape(512, 2048, 8)
+    for dtype, size in ((torch.bfloat16, 1), (torch.float32, 2)):
+        found = counted(operation, shape, dtype)
+        assert found.flops == 0
+        assert 1 <= found.bytes / (size * per_element * shape.elements) < 1.005
 
 
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+@pytest.mark.parametrize("operation", recurrences.OPERATIONS, ids=lambda operation: operation.name)
 def test_memory_holds_all_tensors_of_a_pass(operation: Operation) -> None:
     def size(tensors: list[Tensor]) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    shape = Shape(width=70, steps=40, batch=3)
-    sets = make_inputs(operation, shape, torch.float32, CPU)
-    side = operations.Implementation(lambda leaves: operation.run(leaves, "cpu", None), sets)
-    held = sum(size([*one.leaves.values(), one.grad_y]) for one in sets) + size(list(side.results(sets[0]).values()))
+    shape, dtype = Shape(width=70, steps=40, batch=3), torch.float32
+    sets = make_sets(operation, shape, dtype, CPU, sets_of_inputs(operation, shape, dtype))
+    side = operations.Implementation(lambda inputs: operation.run(inputs, "cpu", None), sets)
+    held = sum(one.bytes for one in sets) + size(list(side.results(sets[0]).values()))
     states = shape.elements * 4 if operation is RGLRU_BRANCH else 0  # kept between the passes
-    assert held + states < operation.memory(shape, 4)
+    assert held + states < needed_bytes(operation, shape, dtype)
     large = Shape(4096, 32768, 8)
-    assert operation.sets(large, 2) == 1
-    assert operation.memory(large, 2) < 1.3 * (held + states) / shape.elements / 4 * 2 * large.elements
+    assert sets_of_inputs(operation, large, torch.bfloat16) == 1
+    at_size = (held + states) / shape.elements / 4 * 2 * large.elements
+    assert needed_bytes(operation, large, torch.bfloat16) < 1.3 * at_size
 
 
-def rows_of(printed: str) -> dict[str, list[str]]:
-    return {name: re.findall(rf"^{re.escape(name)}  .*$", printed, re.MULTILINE) for name in map(str, NAMES)}
+@pytest.mark.parametrize("operation", rank_operations.OPERATIONS, ids=lambda operation: operation.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operations_of_ranks_are_checked(operation: Operation, dtype: torch.dtype) -> None:
+    sets = make_sets(operation, RANK, dtype, CPU, 2)
+    check(operation.name, our_implementation(operation, sets, None), operation, sets[0])
+
+    def forward(inputs: operations.Arguments) -> operations.Tensors:
+        found = operation.run(inputs, "triton", None)
+        for total in inputs.values():
+            if isinstance(total, Tensor) and total.dtype == torch.float32 and operation.name == "add_product":
+                total.mul_(1.1)
+        return {name: value * 1.1 for name, value in found.items()}
+
+    with pytest.raises(RuntimeError, match=r"^wrong: .* differs"):
+        check("wrong", operations.Implementation(forward, sets[1:]), operation, sets[1])
 
 
-NAMES = [operation.name for operation in OPERATIONS]
+@pytest.mark.parametrize("name", ["griffin-14b/4", "recurrentgemma-2b/1"])
+def test_floors_of_ranks(name: str) -> None:
+    """What is stated beside the operators is what their definitions say: products, and tensors moved once."""
+    model, tensor = preset(name.partition("/")[0]), int(name.partition("/")[2])
+    shape = RankShape(name=name, model=model, tensor=tensor, steps=2048, batch=4)
+    tokens, D, F, R, V = 8192, model.width, shape.mlp_width, shape.recurrent_width, shape.vocabulary
+    found = {one.name: counted(one, shape, torch.bfloat16) for one in rank_operations.OPERATIONS}
+    moved = {  # elements of bfloat16
+        "rms_norm": tokens * (2 + 3) * D,
+        "add_rms_norm": tokens * (4 + 4) * D,
+        "gated_gelu": tokens * (3 + 5) * F,
+        "rotary_qkv": tokens * 4 * (shape.heads + 2) * model.head_dim,
+        "linear_scan": tokens * (3 + 5) * R,
+    }
+    for one, elements in moved.items():
+        assert 1 <= found[one].bytes / (2 * elements) < 1.05, one  # parameters, and angles in float32
+        assert found[one].flops == 0
+    products = {
+        "add_product": 2 * tokens * 2 * F * D,
+        "recurrent_block": 3 * 2 * tokens * 2 * R * model.gate_block_width,
+    }
+    for one, flops in products.items():
+        assert found[one].flops == flops, one
+    three = 2 * tokens * V * D * 3
+    recomputed = 4 / 3 if V > 100_000 else 1  # by tiles of the table, logits are computed again
+    assert found["linear_cross_entropy"].flops == pytest.approx(three * recomputed)
+    causal = 9 * 2 * tokens * shape.heads * model.head_dim * model.window  # at most, of 2 + 7 products
+    assert 0.5 * causal < found["local attention"].flops < 1.2 * causal
+
+
+def test_floor_is_the_longer_of_moving_and_computing() -> None:
+    op = SimpleNamespace(bytes=4e9, flops=1e12)
+    found = Counted(ops=(op, op), inputs=0, peak=0)  # type: ignore[arg-type]
+    assert found.seconds(bandwidth=1e9, products=1e12) == 8
+    assert found.seconds(bandwidth=1e9, products=1e11) == 20
+    times = Times(10_000.0, 30_000.0)
+    row = RankRow("one", times, found, bandwidth=1e9, products=1e11)
+    assert (row.floor, row.over_floor) == (20_000, 2)
+    assert "0.2" not in str(row)
+    assert str(row).endswith("20000.000 ms      2.00 x")
+    assert " -  " in str(RankRow("one", Times(1.0, 0.0), found, bandwidth=1e9, products=1e11))
+
+
+def rows_of(printed: str, names: list[str]) -> dict[str, list[str]]:
+    return {name: re.findall(rf"^{re.escape(name)}  .*$", printed, re.MULTILINE) for name in names}
+
+
+NAMES = [operation.name for operation in recurrences.OPERATIONS]
+RANK_NAMES = [operation.name for operation in rank_operations.OPERATIONS]
 
 
 @pytest.mark.slow
 def test_everything_is_checked_timed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    rows, peer_rows = measure(SMALL, CPU, small_clock())
+    measured = measure(SMALL, CPU, small_clock())
     printed = capsys.readouterr().out
-    assert [row.operation for row in rows] == NAMES
-    assert peer_rows == []
+    assert [row.operation for row in measured.rows] == NAMES
+    assert measured.peers == measured.ranks == []
     assert "R 5, T 12, B 2: as asked for" in printed  # the selector's reason
-    for found_row, (line,) in zip(rows, rows_of(printed).values(), strict=True):
+    for found_row, (line,) in zip(measured.rows, rows_of(printed, NAMES).values(), strict=True):
         number = r"([\d.,]+)"
         found = re.search(rf"{number} ms +{number} ms +{number} +{number} +{number} x$", line)
         assert found, line
@@ -127,13 +192,31 @@ def test_everything_is_checked_timed_and_printed(capsys: pytest.CaptureFixture[s
         assert ("2 chunks of 8" in line) == (found_row.operation != "causal_conv1d")
 
 
+def test_operations_of_ranks_are_timed_and_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def side(operation: Operation, sets: list[operations.Inputs], chunk: int | None) -> operations.Implementation:
+        return operations.Implementation(lambda inputs: operation.run(inputs, "cpu", chunk), sets)
+
+    monkeypatch.setattr(operations, "our_implementation", side)  # Triton's interpreter is slow
+    settings = dataclasses.replace(SMALL, ranks=(RANK,))
+    rows = measure_ranks(settings, CPU, small_clock(), bandwidth=1e9, products=1e9)
+    printed = capsys.readouterr().out
+    assert "small, tensor 2: T 12, B 2" in printed
+    assert [row.operation for row in rows] == RANK_NAMES
+    for one in rows:
+        assert one.times.forward > 0
+        assert (one.times.backward == 0) == (one.operation == "add_product")
+        assert str(one) in printed.splitlines()
+
+
 def test_what_does_not_fit_is_skipped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    needed = {operation.name: operation.memory(SHAPE, 4) for operation in OPERATIONS}
+    needed = {operation.name: needed_bytes(operation, SHAPE, torch.float32) for operation in recurrences.OPERATIONS}
     assert needed["causal_conv1d"] < needed["rglru"] < needed["rglru + branch"]
-    monkeypatch.setattr(operations, "free_bytes", lambda device: needed["causal_conv1d"])
-    rows, _ = measure(SMALL, CPU, small_clock())
+    monkeypatch.setattr(timing, "free_bytes", lambda device: needed["causal_conv1d"])
+    rows = measure(SMALL, CPU, small_clock()).rows
     assert [row.operation for row in rows] == ["causal_conv1d"]
-    lines = rows_of(capsys.readouterr().out)
+    lines = rows_of(capsys.readouterr().out, NAMES)
     for name in ("rglru", "rglru + branch"):
         assert re.fullmatch(rf"{re.escape(name)} +skipped: needs .* GiB, .* GiB are free", lines[name][0])
 
@@ -154,7 +237,8 @@ def test_nothing_is_timed_that_differs(wrong: str, monkeypatch: pytest.MonkeyPat
         return found
 
     monkeypatch.setattr(operations.Implementation, "results", spoiled)
-    monkeypatch.setattr(operations, "copy_bandwidth", lambda *_: 1e9)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda *_: 1e9)
+    monkeypatch.setattr(timing, "product_rate", lambda *_: 1e9)
     with pytest.raises(RuntimeError, match=rf"^rglru, R 5, T 12, B 2: {wrong} differs from .*; it was not timed$"):
         measure(SMALL, CPU, NoClock())  # type: ignore[arg-type]
 
@@ -162,32 +246,32 @@ def test_nothing_is_timed_that_differs(wrong: str, monkeypatch: pytest.MonkeyPat
 def test_channels_that_are_compared_are_of_the_whole_width() -> None:
     """Errors in the first and the last channel are detected when only some channels are compared."""
     shape = Shape(width=3 * operations.CHANNELS, steps=3, batch=1)
-    sets = make_inputs(CONV1D, shape, torch.float32, CPU)
+    sets = make_sets(CONV1D, shape, torch.float32, CPU, 1)
     for channel in (0, shape.width - 1):
 
-        def forward(leaves: operations.Tensors, channel: int = channel) -> operations.Tensors:
-            y = CONV1D.run(leaves, "cpu", None)["y"]
+        def forward(inputs: operations.Arguments, channel: int = channel) -> operations.Tensors:
+            y = CONV1D.run(inputs, "cpu", None)["y"]
             return {"y": y + torch.nn.functional.one_hot(torch.tensor(channel), shape.width)}
 
         with pytest.raises(RuntimeError, match="y differs"):
             check("shifted", operations.Implementation(forward, sets), CONV1D, sets[0])
-    check("right", operations.Implementation(lambda leaves: CONV1D.run(leaves, "cpu", None), sets), CONV1D, sets[0])
+    check("right", operations.Implementation(lambda inputs: CONV1D.run(inputs, "cpu", None), sets), CONV1D, sets[0])
 
 
 def test_bfloat16_passes_its_check() -> None:
-    sets = make_inputs(RGLRU, SHAPE, torch.bfloat16, CPU)
+    sets = make_sets(RGLRU, SHAPE, torch.bfloat16, CPU, 1)
     check("rglru", our_implementation(RGLRU, sets, None), RGLRU, sets[0])
 
 
 def test_sides_are_timed_in_turn_with_all_sets() -> None:
     calls: list[tuple[str, int]] = []
-    sets = make_inputs(CONV1D, SHAPE, torch.float32, CPU)
-    assert len(sets) == operations.SETS
+    assert sets_of_inputs(CONV1D, SHAPE, torch.float32) == measuring.SETS
+    sets = make_sets(CONV1D, SHAPE, torch.float32, CPU, measuring.SETS)
 
     def side(name: str) -> operations.Implementation:
-        def forward(leaves: operations.Tensors) -> operations.Tensors:
-            calls.append((name, next(n for n, one in enumerate(sets) if one.leaves is leaves)))
-            return CONV1D.run(leaves, "cpu", None)
+        def forward(inputs: operations.Arguments) -> operations.Tensors:
+            calls.append((name, next(n for n, one in enumerate(sets) if one.leaves["x"] is inputs["x"])))
+            return CONV1D.run(inputs, "cpu", None)
 
         return operations.Implementation(forward, sets)
 
@@ -199,7 +283,7 @@ def test_sides_are_timed_in_turn_with_all_sets() -> None:
             return float(Counting.count), work()
 
     times = time_implementations(Counting(), {"a": side("a"), "b": side("b")}, repeats=3)  # type: ignore[arg-type]
-    assert calls == [(name, number % operations.SETS) for number in range(operations.WARM_UP + 3) for name in "ab"]
+    assert calls == [(name, number % measuring.SETS) for number in range(timing.WARM_UP + 3) for name in "ab"]
     # A round has four measurements; the median is the fourth round.
     assert times == {"a": Times(13.0, 14.0), "b": Times(15.0, 16.0)}
     assert times["a"].total == 27.0
@@ -269,17 +353,18 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     """The whole command, from arguments to summary and plot, with a fake device and fake times."""
     asked: list[tuple[Settings, torch.device]] = []
 
-    def made_up(settings: Settings, device: torch.device) -> tuple[list[Row], list[PeerRow]]:
+    def made_up(settings: Settings, device: torch.device) -> Measured:
         asked.append((settings, device))
-        return [row("rglru", Shape(8192, 2048, 8), 1.2)], []
+        return Measured(rows=[row("rglru", Shape(8192, 2048, 8), 1.2)])
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(kernels, "measure", made_up)
+    monkeypatch.setattr(measuring, "measure", made_up)
     path = tmp_path / "shares.png"
     chosen = ["--widths", "512,64,512", "--batches", "4", "--chunk", "0", "--dtype", "float32", "--no-peers"]
+    chosen += ["--models", "griffin-14b/4"]
     assert main(["bench", "kernels", *chosen, "--plot", str(path)]) == 0
     ((settings, device),) = asked
     assert device == torch.device("cuda", 3)
@@ -287,6 +372,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         widths=(512, 64),
         lengths=(2048, 8192, 32768),
         batches=(4,),
+        ranks=(RankShape(name="griffin-14b", model=preset("griffin-14b"), tensor=4, steps=2048, batch=4),),
         dtype="float32",
         repeats=20,
         chunk=0,
@@ -307,6 +393,7 @@ def test_command_on_gpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "griffin.tools.cli", "bench", "kernels", *small]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert all(len(lines) == 2 for lines in rows_of(done.stdout).values()), done.stdout
+    assert all(len(lines) == 2 for lines in rows_of(done.stdout, NAMES).values()), done.stdout
+    assert all(len(lines) == 2 for lines in rows_of(done.stdout, RANK_NAMES).values()), done.stdout
     assert re.search(r"^  transformers' loop .* times our ", done.stdout, re.MULTILINE), done.stdout
     assert plot_file.read_bytes().startswith(b"\x89PNG")

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.linear_scan import linear_scan
-from griffin.tools.bench import kernels
-from griffin.tools.bench import kernels_operations as operations
-from griffin.tools.bench import kernels_peers as peers
-from griffin.tools.bench.kernels import Settings, measure
-from griffin.tools.bench.kernels_operations import RGLRU_FROM_ZERO, Operation, Shape, check, make_inputs
+from griffin.tools.bench.kernels import measure as measuring
+from griffin.tools.bench.kernels import operations, peers
+from griffin.tools.bench.kernels.measure import measure
+from griffin.tools.bench.kernels.operations import Operation, check, make_sets
+from griffin.tools.bench.kernels.recurrences import RGLRU_FROM_ZERO, Shape
+from griffin.tools.bench.kernels.settings import Settings
 from tests.tools.bench.small_bench import CPU, SHAPE, SMALL, row, small_clock
 
 
@@ -48,7 +49,7 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_peers_compute_what_we_compute(dtype: torch.dtype) -> None:
     """Outputs and all gradients agree in each peer's layout. The loop is transformers' own."""
     shape = Shape(width=5, steps=32, batch=2)
-    sets = make_inputs(RGLRU_FROM_ZERO, shape, dtype, CPU)
+    sets = make_sets(RGLRU_FROM_ZERO, shape, dtype, CPU, 2)
     loaded, _ = peers.load_peers(shape.steps)
     wanted = ("accelerated-scan warp", "fla fused_recurrent_hgrn", "transformers' loop")
     right = [peer for peer in loaded if peer.name.startswith(wanted)]
@@ -60,10 +61,10 @@ def test_peers_compute_what_we_compute(dtype: torch.dtype) -> None:
 
 def measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure only peers; ours runs without Triton, whose interpreter is slow."""
-    monkeypatch.setattr(kernels, "measure_ours", lambda *_: [row("rglru", SHAPE, 1.0)])
+    monkeypatch.setattr(measuring, "measure_recurrences", lambda *_: [row("rglru", SHAPE, 1.0)])
 
     def side(operation: Operation, sets: list[operations.Inputs], chunk: int | None) -> operations.Implementation:
-        return operations.Implementation(lambda leaves: operation.run(leaves, "cpu", chunk), sets)
+        return operations.Implementation(lambda inputs: operation.run(inputs, "cpu", chunk), sets)
 
     monkeypatch.setattr(operations, "our_implementation", side)
 
@@ -73,7 +74,7 @@ def measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failing_peer_ends_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     measured_before(monkeypatch)
     settings = Settings(**vars(SMALL) | {"peers": True})
-    _, peer_rows = measure(settings, CPU, small_clock())
+    peer_rows = measure(settings, CPU, small_clock()).peers
     assert [row.peer for row in peer_rows] == [
         "fla fused_recurrent_hgrn, eager gates",
         "fla fused_recurrent_hgrn, compiled gates",
@@ -98,10 +99,10 @@ def test_no_peer_is_measured_on_a_broken_device(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured_before(monkeypatch)
-    monkeypatch.setattr(kernels, "device_works", lambda device: False)
-    rows, peer_rows = measure(Settings(**vars(SMALL) | {"peers": True}), CPU, small_clock())
-    assert len(rows) == 1
-    assert peer_rows == []
+    monkeypatch.setattr(measuring, "device_works", lambda device: False)
+    found = measure(Settings(**vars(SMALL) | {"peers": True}), CPU, small_clock())
+    assert len(found.rows) == 1
+    assert found.peers == []
     assert "the device no longer works after accelerated-scan warp" in capsys.readouterr().out
 
 

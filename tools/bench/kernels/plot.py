@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from griffin.tools.bench.kernels_rows import Row
+    from griffin.tools.bench.kernels.rows import Row
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:

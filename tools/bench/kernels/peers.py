@@ -17,17 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.kernels.rglru.reference import GATE_SCALE
-from griffin.tools.bench.kernels_operations import (
-    RGLRU_FROM_ZERO,
-    Clock,
-    Implementation,
-    Inputs,
-    Shape,
-    Tensors,
-    Times,
-    check,
-    time_implementations,
-)
+from griffin.tools.bench.kernels.operations import Arguments, Implementation, Inputs, Tensors, check
+from griffin.tools.bench.kernels.recurrences import RGLRU_FROM_ZERO, Shape
+from griffin.tools.bench.kernels.rows import Times
+from griffin.tools.bench.kernels.timing import Clock, time_implementations
 
 BATCH_TIME_CHANNELS = (1, 0, 2)  # permutations of our axes [T, B, R]
 BATCH_CHANNELS_TIME = (1, 2, 0)
@@ -52,15 +45,18 @@ class Peer:
     def implementation(self, sets: list[Inputs]) -> Implementation:
         """Return the peer with the same inputs in its layout."""
 
-        def forward(leaves: Tensors) -> Tensors:
-            return {"y": self.forward(**leaves)}
+        def forward(inputs: Arguments) -> Tensors:
+            return {"y": self.forward(**inputs)}
 
         def to_layout(tensor: Tensor) -> Tensor:
             tensor = tensor.detach()
             return tensor.permute(self.order).contiguous() if tensor.ndim == 3 else tensor.clone()
 
         moved = [
-            Inputs({name: to_layout(leaf).requires_grad_() for name, leaf in one.leaves.items()}, to_layout(one.grad_y))
+            Inputs(
+                {name: to_layout(leaf).requires_grad_() for name, leaf in one.leaves.items()},
+                {name: to_layout(grad) for name, grad in one.grads.items()},
+            )
             for one in sets
         ]
         return Implementation(forward, moved, self.order)
