@@ -11,7 +11,9 @@ from torch import Tensor
 
 from griffin.kernels.conv1d import causal_conv1d
 from griffin.kernels.gated_gelu import gated_gelu
+from griffin.kernels.linear_cross_entropy import linear_cross_entropy
 from griffin.kernels.linear_scan import linear_scan
+from griffin.kernels.products import add_product
 from griffin.kernels.recurrent_block import recurrent_block
 from griffin.kernels.rglru import rglru
 from griffin.kernels.rms_norm import add_rms_norm, rms_norm
@@ -185,3 +187,70 @@ def test_new_lengths_do_not_recompile(batch_first: bool) -> None:
     usual = min(call(2048) for _ in range(5))
     for steps in (2049, 2063, 3333, 4095, 1500):
         assert call(steps) < 0.25 + 4 * usual, steps
+
+
+# Tokens, width, rows of the table, those that are not padding. The last has more tokens than a tile of the table takes.
+LOSS_SHAPES = [(2048, 512, 8192, 8192), (777, 1000, 5001, 4900), (16_500, 64, 640, 640)]
+# Chunks of tokens, the last of them shorter; tiles of the table, likewise; both chosen by size.
+SCHEDULES = {"chunks": {"chunk": 600}, "tiles": {"tile": 1024}, "chosen": {}}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("in_buffer", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "width", "rows", "valid"), LOSS_SHAPES)
+def test_loss_equals_float64(
+    dtype: torch.dtype, tokens: int, width: int, rows: int, valid: int, schedule: str, in_buffer: bool
+) -> None:
+    """With soft cap, z-loss, tokens of weight 0, and the table's gradient in a buffer that holds another one."""
+    hidden = random(tokens, width, seed=1, dtype=dtype)
+    table = random(rows, width, seed=2, dtype=dtype, scale=width**-0.5)
+    labels = torch.randint(valid, (tokens,), generator=torch.Generator("cuda").manual_seed(3), device="cuda")
+    weights = (random(tokens, seed=4) > -1).float()
+
+    def results(wide: bool) -> dict[str, Tensor]:
+        leaves = [(leaf.double() if wide else leaf).detach().requires_grad_() for leaf in (hidden, table)]
+        total = leaves[1].new_ones(rows, width, dtype=torch.float64 if wide else torch.float32) if in_buffer else None
+        loss, losses = linear_cross_entropy(
+            *leaves,
+            labels,
+            weights,
+            soft_cap=20.0,
+            z_loss=1e-2,
+            valid=valid,
+            main_grad=total,
+            **({"backend": "cpu"} if wide else {"backend": "triton"} | SCHEDULES[schedule]),  # type: ignore[arg-type]
+        )
+        grads = torch.autograd.grad(2 * loss, leaves, allow_unused=True)
+        assert (grads[1] is None) == in_buffer
+        found = {"loss": loss, "losses": losses, "hidden": grads[0], "table": grads[1] if total is None else total - 1}
+        return {name: value.detach() for name, value in found.items()}
+
+    found, expected = results(wide=False), results(wide=True)
+    assert not found["table"][valid:].any()
+    for name, value in found.items():
+        error = ((value.double() - expected[name]).abs().max() / expected[name].abs().max()).item()
+        assert error <= DTYPES[dtype], f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("are_rows_apart", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "rows", "width"), [(4096, 1024, 512), (1001, 77, 130)])
+def test_add_product_equals_float64(
+    dtype: torch.dtype, tokens: int, rows: int, width: int, are_rows_apart: bool, overwrite: bool
+) -> None:
+    """Into float32, by Apex where it is installed and rows adjoin, else by PyTorch. A part of a fused gradient."""
+    wide = random(tokens, 2 * rows, seed=1, dtype=dtype)
+    a = wide[:, rows:] if are_rows_apart else wide[:, rows:].contiguous()
+    b, total = random(tokens, width, seed=2, dtype=dtype), random(rows, width, seed=3, scale=100.0)
+    if overwrite:
+        expected = a.double().t() @ b.double()
+        total.fill_(float("nan"))  # is not read
+    else:
+        expected = total.double() + a.double().t() @ b.double()
+    add_product(total, a, b, overwrite=overwrite)
+    assert total.dtype == torch.float32
+    # Products of half precision are exact in float32, so that only sums round; float32 may be multiplied as TF32.
+    tolerance = 2**-9 if dtype == torch.float32 else 1e-5
+    assert ((total.double() - expected).abs().max() / expected.abs().max()).item() <= tolerance

@@ -187,7 +187,11 @@ def check(name: str, implementation: Implementation, operation: Operation, input
     reference = Implementation(lambda all_inputs: operation.run(all_inputs, "cpu", None), [])
     expected = reference.results(inputs.wide(part))
     is_half = any(isinstance(value, Tensor) and value.dtype == torch.bfloat16 for value in inputs.all.values())
-    tolerance = TOLERANCE[torch.bfloat16 if is_half else torch.float32]
+    compare(name, found, expected, TOLERANCE[torch.bfloat16 if is_half else torch.float32])
+
+
+def compare(name: str, found: Tensors, expected: Tensors, tolerance: float) -> None:
+    """Raise RuntimeError if a result differs from the expected one by more than `tolerance` of its largest value."""
     for result, value in found.items():
         size = expected[result].abs().max()
         difference = ((value.double() - expected[result]).abs().max() / size).item()
