@@ -30,6 +30,7 @@ class Context:
     device: torch.device  # of the parameters; meta if only their shapes are needed
     kernels: str = AUTO  # backend of all operators but attention
     z_loss: float = 0.0  # factor of the squared log-sum-exp in the loss
+    keep_gathered: bool = False  # keep inputs of linears that are all-gathered, instead of gathering them again
     overlap_tensor: bool = False  # all-gather and reduce-scatter behind matrix products; with sequence parallelism only
 
     def parameter(self, *shape: int) -> nn.Parameter:

@@ -212,6 +212,7 @@ def build_stages(
         kernels=kernels,
         overlap_tensor=overlaps_tensor(layout, grid),
         z_loss=z_loss,
+        keep_gathered=recompute == "none",
     )
     sizes = stage_blocks(model, layout, sequence)
     assert len(sizes) == layout.pipeline * layout.virtual_pipeline, sizes

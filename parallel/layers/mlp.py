@@ -17,7 +17,7 @@ class MLP(nn.Module):
     """Compute the branch `down(gelu(gate(x)) * up(x))` of x [T, B, D], sharded along T with sequence parallelism.
 
     Communication per pass: one all-reduce forward and one backward; with sequence parallelism an all-gather and a
-    reduce-scatter forward, two all-gathers and a reduce-scatter backward.
+    reduce-scatter forward, one of each backward, and another all-gather there unless gathered inputs are kept.
     """
 
     def __init__(self, name: str, context: Context):

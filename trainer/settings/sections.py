@@ -105,7 +105,8 @@ class TrainConfig:
     )
     recompute: str = setting(
         "none",
-        'activation recomputation: what each block computes again in its backward pass, `"states"` (of the '
+        'activation recomputation: what each block computes again in its backward pass, `"gather"` (all-gathers inputs '
+        'of linears again with sequence parallelism, which all that follow do too), `"states"` (of the '
         'recurrence), `"mixer"`, `"mlp"` or `"block"`',
         choices=RECOMPUTES,
     )

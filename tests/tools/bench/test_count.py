@@ -65,15 +65,22 @@ def test_products_are_those_of_the_model(single: RankCount) -> None:
     assert products(single) < model
 
 
-@pytest.mark.parametrize(("tensor", "sequence_parallel"), [(2, False), (2, True), (4, True)])
-def test_tensor_ranks_share_products(single: RankCount, tensor: int, sequence_parallel: bool) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "sequence_parallel", "recompute"),
+    [(2, False, "none"), (2, True, "none"), (2, True, "gather"), (4, True, "none")],
+)
+def test_tensor_ranks_share_products(single: RankCount, tensor: int, sequence_parallel: bool, recompute: str) -> None:
     """All but the key/value projections and the bias sums; and each block exchanges what its docstring says."""
-    count = count_rank(config(tensor=tensor, sequence_parallel=sequence_parallel), tensor, 0)
+    count = count_rank(config(tensor=tensor, sequence_parallel=sequence_parallel, recompute=recompute), tensor, 0)
     assert products(single) / tensor <= products(count) <= 1.1 * products(single) / tensor
     kinds = Counter(op.collective.kind for op in count.ops if op.collective and op.module == "MLP")
     blocks = MODEL.blocks
     if sequence_parallel:
-        assert kinds == {"all-gather": 3 * blocks, "reduce-scatter": 2 * blocks}
+        again = blocks if recompute == "gather" else 0
+        assert kinds == {"all-gather": 2 * blocks + again, "reduce-scatter": 2 * blocks}
+        kept = count_rank(config(tensor=tensor, sequence_parallel=True), tensor, 0).kept
+        shard = BATCH * SEQUENCE * MODEL.width * 2 // tensor
+        assert sum(kept.values()) - sum(count.kept.values()) == (2 * again * (tensor - 1) * shard)
     else:
         assert kinds == {"all-reduce": 2 * blocks}
     assert {op.collective.size for op in count.ops if op.collective} == {tensor}
