@@ -127,7 +127,9 @@ class GlobalAttention(AttentionMixer):
 def attention_cost(model: ModelConfig, sequence: int, window: int | None) -> Cost:
     """Return the cost: FLOPs 2 (2 D H hd + 2 D hd) + 4 H hd K, with K the mean number of keys that a query sees."""
     D, A = model.width, model.attention_width
-    return Cost(2.0 * (2 * D * A + 2 * D * model.head_dim) + 4.0 * A * mean_keys(sequence, window), 8.0 * A)
+    # Bytes per element, forward and backward: rotary embedding 4 + 4, attention 4 + 12, of keys and values 2 + 4.
+    flops = 2.0 * (2 * D * A + 2 * D * model.head_dim) + 4.0 * A * mean_keys(sequence, window)
+    return Cost(flops, (24.0 * A + 14.0 * 2 * model.head_dim) / 3)
 
 
 def mean_keys(sequence: int, window: int | None) -> float:

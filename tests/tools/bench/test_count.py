@@ -13,7 +13,8 @@ from griffin.kernels import conv1d, linear_scan, local_attention  # noqa: F401
 from griffin.kernels.costs import COSTS, Product
 from griffin.kernels.rglru import rglru
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelConfig
-from griffin.parallel.cost import train_flops_per_token
+from griffin.parallel.cost import block_cost, embedding_cost, logits_cost, train_flops_per_token
+from griffin.parallel.mixers import MIXERS
 from griffin.tools.bench.count.rank import RankCount, count_rank
 from griffin.tools.bench.count.rates import DEVICES, product_efficiency, seconds
 from griffin.tools.bench.count.recorder import Collective, Op
@@ -63,6 +64,28 @@ def test_products_are_those_of_the_model(single: RankCount) -> None:
     without_attention = train_flops_per_token(dataclasses.replace(MODEL, window=1), SEQUENCE) * BATCH * SEQUENCE
     assert products(single) == pytest.approx(without_attention, rel=0.01)
     assert products(single) < model
+
+
+def test_bytes_of_the_cost_model_are_those_recorded(single: RankCount) -> None:
+    """Outside of products, by kind of module. What does not grow with the tokens is left out, or a few per cent."""
+    tokens = BATCH * SEQUENCE
+    recorded: Counter[str] = Counter()
+    for op in single.ops:
+        # Weights are concatenated, and the table's gradient is added once a micro-batch.
+        if op.product is None and op.name != "cat" and (op.module != "logits" or op.kind == "loss"):
+            recorded[op.module] += op.bytes / tokens
+    mixers = {mixer: MIXERS[mixer].load().cost(MODEL, SEQUENCE).bytes for mixer in MODEL.pattern}
+    both = sum(block_cost(MODEL, mixer, SEQUENCE).bytes - mixers[mixer] for mixer in MODEL.pattern)
+    stated = {
+        "recurrent mixer": mixers[RECURRENT],
+        "attention mixer": mixers[ATTENTION],
+        "MLP, norms": both,
+        "embedding": embedding_cost(MODEL).bytes,
+        "logits": logits_cost(MODEL).bytes,
+    }
+    recorded["MLP, norms"] = recorded["MLP"] + recorded["norms"]
+    for module, per_token in stated.items():
+        assert recorded[module] == pytest.approx(3 * per_token, rel=0.1), module
 
 
 @pytest.mark.parametrize(
