@@ -62,21 +62,26 @@ def squares_by_kind(shards: Iterable[tuple[nn.Parameter, Tensor]], device: torch
     return sums
 
 
-def gather_figures(
-    grid: Grid, model: ModelConfig, *, gradient_squares: Tensor, weight_squares: Tensor, times: RankTimes
-) -> tuple[dict[str, float], list[float]]:
-    """The figures of a logged step by name, and the seconds of own work per step of each rank.
+def gather_rows(grid: Grid, gradient_squares: Tensor, weight_squares: Tensor, times: RankTimes) -> Tensor:
+    """What `figures_of` needs of each rank, float64 [world, ...] on the device, without waiting for it. A collective.
 
-    A collective of all ranks, with the same result on each. `gradient_squares` and `weight_squares` are this rank's
-    `squares_by_kind`.
+    `gradient_squares` and `weight_squares` are this rank's `squares_by_kind`.
     """
     seconds = [times.data_wait, times.work, times.schedule]
     here = torch.tensor([*seconds, *_memory(grid.device)], dtype=torch.float64)
-    row = torch.cat((here.to(grid.device), gradient_squares, weight_squares))
+    row = torch.cat((here.to(grid.device, non_blocking=True), gradient_squares, weight_squares))
     rows = row.new_empty(grid.world_size * len(row))
     dist.all_gather_into_tensor(rows, row)
+    return rows.view(grid.world_size, -1)
+
+
+def figures_of(rows: Tensor, grid: Grid, model: ModelConfig) -> tuple[dict[str, float], list[float]]:
+    """The figures of a logged step by name, and the seconds of own work per step of each rank.
+
+    `rows` is what `gather_rows` returns, on the CPU.
+    """
     kinds = all_kinds()
-    ranks, grads, params = rows.cpu().view(grid.world_size, -1).split((len(here), len(kinds), len(kinds)), dim=1)
+    ranks, grads, params = rows.split((rows.shape[1] - 2 * len(kinds), len(kinds), len(kinds)), dim=1)
     data_wait, work, schedule, *memory = ranks.T
     by_kind = dict(zip(kinds, grads.sum(0).sqrt().tolist(), strict=True))
     figures = {
