@@ -14,6 +14,11 @@ def check_sequences(name: str, x: Tensor) -> None:
     """Raise ValueError unless x has three axes, none of them empty, and a floating-point dtype."""
     if x.ndim != 3 or x.numel() == 0:
         raise ValueError(f"{name}: shape {list(x.shape)}; accepted: three axes, none empty")
+    check_floating(name, x)
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    """Raises ValueError unless x is floating point."""
     if x.dtype not in FLOATING:
         raise ValueError(f"{name}: {x.dtype}; accepted: {_names(FLOATING)}")
 

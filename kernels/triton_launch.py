@@ -1,4 +1,4 @@
-"""Launch of Triton programs that iterate over time, with their shared block size and number of warps."""
+"""Launch of Triton programs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,23 @@ def launch(
 ) -> None:
     """Launch a program over all channel blocks and sequences of x [T, B, R] and over `chunks` chunks of time.
 
+    Arguments are those of `launch_grid`.
+    """
+    _, batch, width = x.shape
+    launch_grid(program, math.ceil(width / block) * batch * chunks, arguments | {"BLOCK": block}, x, warps=warps)
+
+
+def launch_grid(program: Any, programs: int, arguments: dict[str, Any], x: Tensor, *, warps: int) -> None:
+    """Launch a program on a one-dimensional grid, on the device of x.
+
     `arguments` may hold more than the program takes. x stands in for arguments that are None. All launches of this
     package go through here.
     """
-    _, batch, width = x.shape
-    grid = math.ceil(width / block) * batch * chunks
     chosen = {name: arguments[name] for name in program.arg_names if name in arguments}
     chosen = {name: x if value is None else value for name, value in chosen.items()}
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         # Tests of rounding assume fused multiply-adds; Triton's default for them has changed between versions.
-        program[(grid,)](**chosen, BLOCK=block, num_warps=warps, enable_fp_fusion=True)
+        program[(programs,)](**chosen, num_warps=warps, enable_fp_fusion=True)
 
 
 def multiprocessors(device: torch.device) -> int:

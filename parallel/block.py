@@ -39,22 +39,21 @@ class ResidualBlock(nn.Module):
     def prefill(self, x: Tensor, documents: Documents, max_length: int) -> tuple[Tensor, Any]:
         """Run `forward`, and also return the mixer's state, for sequences of up to `max_length` tokens."""
         mixed, state = self.mixer.prefill(self.mixer_norm(x), documents, max_length)
-        x = x + mixed
-        return x + self._mlp(x), state
+        return self._mlp(x, mixed), state
 
     def stepper(self) -> BlockStep:
         """Return the block for one token at a time, with the current weights."""
         return BlockStep(self)
 
     def _block(self, x: Tensor, documents: Documents) -> Tensor:
-        x = x + self._run("mixer", self._mix, x, documents)
-        return x + self._run("mlp", self._mlp, x)
+        return self._run("mlp", self._mlp, x, self._run("mixer", self._mix, x, documents))
 
     def _mix(self, x: Tensor, documents: Documents) -> Tensor:
         return self.mixer(self.mixer_norm(x), documents)
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        return self.mlp(self.mlp_norm(x))
+    def _mlp(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x, normed = self.mlp_norm(x, mixed)
+        return x + self.mlp(normed)
 
     def _run(self, part: str, function: Callable[..., Tensor], *args: object) -> Tensor:
         if self.recompute == part and self.training:

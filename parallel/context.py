@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from griffin.kernels.backends import AUTO
 from griffin.kernels.local_attention import AttentionMask, attention_mask
+from griffin.kernels.rotary import rotary_cos_sin
 from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.parallel.world.grid import Grid
 
@@ -27,7 +28,7 @@ class Context:
     grid: Grid
     megatron: TransformerConfig
     device: torch.device  # of the parameters; meta if only their shapes are needed
-    kernels: str = AUTO  # backend of convolution, recurrence and loss
+    kernels: str = AUTO  # backend of all operators but attention
     z_loss: float = 0.0  # factor of the squared log-sum-exp in the loss
     overlap_tensor: bool = False  # all-gather and reduce-scatter behind matrix products; with sequence parallelism only
 
@@ -75,6 +76,7 @@ class Documents:
     def __init__(self, positions: Tensor):
         self._positions = positions
         self._masks: dict[int | None, AttentionMask] = {}
+        self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def positions(self) -> Tensor:
@@ -92,6 +94,12 @@ class Documents:
             ids = (self._positions == 0).cumsum(dim=1)
             self._masks[window] = attention_mask(ids, window)
         return self._masks[window]
+
+    def rotary(self, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Return the cosine and sine of every token's rotary angles, float32 [T, B, hd / 4]."""
+        if head_dim not in self._rotary:
+            self._rotary[head_dim] = rotary_cos_sin(self.positions, head_dim)
+        return self._rotary[head_dim]
 
 
 class DecodePosition:

@@ -12,7 +12,6 @@ import torch
 
 from griffin.kernels import local_attention
 from griffin.kernels.selection import resolve_backend
-from griffin.parallel.layers.norm import apex_rms_norm
 from griffin.parallel.world.grid import Grid, rank_grid
 from griffin.parallel.world.ranks import Ranks, RunError
 from griffin.trainer.checkpoint.checkpoints import Checkpoints, Position
@@ -283,9 +282,8 @@ def implementations(config: Config, device: torch.device) -> dict[str, str]:
     dtype = getattr(torch, config.train.dtype)
     return {
         "optimizer": optimizer_name(),
-        "norm": "torch rms_norm" if apex_rms_norm() is None else "apex mixed_dtype_fused_rms_norm_affine",
         "attention": local_attention.select_backend(device),
-        "recurrence": resolve_backend(config.train.kernels, device, dtype, "train.kernels"),
+        "kernels": resolve_backend(config.train.kernels, device, dtype, "train.kernels"),
     }
 
 

@@ -67,20 +67,20 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, wind
 
 
 def backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, starts: Tensor | None, window: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    grad_y: Tensor, x: Tensor, weight: Tensor, starts: Tensor | None, window: Tensor | None, grad_x: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute `griffin.kernels.conv1d.ops.backward`."""
     if window is not None:
-        grad_x = dense_like(x)
         longer, starts = _prepend_window(x, starts, window)
         grad_y = torch.cat([grad_y.new_zeros(window.shape), grad_y])
-        grad_longer, grad_weight, grad_bias, _ = backward(grad_y, longer, weight, starts, None)
+        grad_longer = torch.empty_like(longer)
+        grad_weight, grad_bias, _ = backward(grad_y, longer, weight, starts, None, grad_longer)
         before, after = grad_longer.tensor_split([len(window)])
-        return grad_x.copy_(after), grad_weight, grad_bias, before.to(accumulation_dtype(x), copy=True)
+        grad_x.copy_(after)
+        return grad_weight, grad_bias, before.to(accumulation_dtype(x), copy=True)
     dtype = accumulation_dtype(x)
     taps = weight.to(dtype).flip(0)
     masks = None if starts is None else _other_document(starts, len(taps))
-    grad_x = dense_like(x)
     grad_taps = torch.zeros_like(taps)
     grad_bias = torch.zeros_like(taps[0])
     for span in spans(x):
@@ -101,4 +101,4 @@ def backward(
             total[:steps].addcmul_(grad, taps[offset])
             grad_taps[offset] += (grad * past[:steps]).sum((0, 1))
         grad_x[span] = total
-    return grad_x, grad_taps.flip(0), grad_bias, None
+    return grad_taps.flip(0), grad_bias, None

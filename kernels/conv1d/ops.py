@@ -24,20 +24,29 @@ def _(x, weight, bias, starts, window, backend):
     return dense_like(x)
 
 
-@torch.library.custom_op("griffin::causal_conv1d_backward", mutates_args=())
+@torch.library.custom_op("griffin::causal_conv1d_backward", mutates_args=("grad_x",))
 def backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, starts: Tensor | None, window: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients of x, of weight and bias in float32 (float64 if x is), and of window (empty without one)."""
-    *grads, grad_window = implementation("conv1d", backend).backward(grad_y, x, weight, starts, window)
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    starts: Tensor | None,
+    window: Tensor | None,
+    grad_x: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients of weight, bias and window (empty without one) in float32, or float64 if x is.
+
+    The gradient of x is written to `grad_x`, which has the shape and dtype of x and any strides.
+    """
+    *grads, grad_window = implementation("conv1d", backend).backward(grad_y, x, weight, starts, window, grad_x)
     return (*grads, x.new_empty(0) if grad_window is None else grad_window)
 
 
 @backward.register_fake
-def _(grad_y, x, weight, starts, window, backend):
+def _(grad_y, x, weight, starts, window, grad_x, backend):
     dtype = accumulation_dtype(x)
     grad_window = x.new_empty(0) if window is None else x.new_empty(window.shape, dtype=dtype)
-    return dense_like(x), x.new_empty(weight.shape, dtype=dtype), x.new_empty(x.shape[2], dtype=dtype), grad_window
+    return x.new_empty(weight.shape, dtype=dtype), x.new_empty(x.shape[2], dtype=dtype), grad_window
 
 
 @states_cost(forward)
@@ -60,7 +69,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_y):
     x, weight, starts, window = ctx.saved_tensors
     (grad_y,) = without_tangents(grad_y)
-    grad_x, grad_weight, grad_bias, grad_window = backward(grad_y, x, weight, starts, window, ctx.backend)
+    grad_x = dense_like(x)
+    grad_weight, grad_bias, grad_window = backward(grad_y, x, weight, starts, window, grad_x, ctx.backend)
     return (
         grad_x,
         grad_weight.to(weight.dtype),

@@ -44,15 +44,17 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, wind
 
 
 def backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, starts: Tensor | None, window: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    grad_y: Tensor, x: Tensor, weight: Tensor, starts: Tensor | None, window: Tensor | None, grad_x: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute `griffin.kernels.conv1d.ops.backward`."""
     window = None if window is None else dense_channels(window)
-    grad_y, grad_x = dense_channels(grad_y), dense_like(x)
+    grad_y, dense_grad_x = dense_channels(grad_y), dense_channels(grad_x)
     grad_window = None if window is None else window.new_empty(window.shape, dtype=torch.float32)
     sums = x.new_empty((math.ceil(len(x) / _chunk(x)), x.shape[1], programs.WIDTH + 1, x.shape[2]), dtype=torch.float32)
-    tensors = {"x": dense_channels(x), "starts": starts, "window": window, "grad": grad_y, "grad_x": grad_x}
+    tensors = {"x": dense_channels(x), "starts": starts, "window": window, "grad": grad_y, "grad_x": dense_grad_x}
     others = {"weight": weight.contiguous(), "grad_y": grad_y, "grad_window": grad_window, "grad_sums": sums}
     _launch(programs.conv_backward, tensors, others)
     total = sums.sum((0, 1))  # in a fixed order: deterministic
-    return grad_x, total[:-1], total[-1].clone(), grad_window
+    if dense_grad_x is not grad_x:
+        grad_x.copy_(dense_grad_x)
+    return total[:-1], total[-1].clone(), grad_window

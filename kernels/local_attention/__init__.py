@@ -1,4 +1,4 @@
-"""Local and global multi-query attention over packed documents, with rotary position embedding."""
+"""Local and global multi-query attention over packed documents."""
 
 from __future__ import annotations
 
@@ -10,18 +10,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from griffin.kernels.local_attention.counted import CountedMask, counted_attention, counted_mask
 from griffin.kernels.local_attention.flex import flex_attention_mqa, flex_mask
-from griffin.kernels.local_attention.rotary import apply_rotary, rotary, rotary_cos_sin
 from griffin.kernels.local_attention.sdpa import BlockedMask, blocked_mask, sdpa_attention
 
-__all__ = [
-    "AttentionMask",
-    "apply_rotary",
-    "attention_mask",
-    "multi_query_attention",
-    "rotary",
-    "rotary_cos_sin",
-    "select_backend",
-]
+__all__ = ["AttentionMask", "attention_mask", "multi_query_attention", "select_backend"]
 
 AttentionMask = BlockMask | BlockedMask | CountedMask
 BACKENDS: dict[str, Callable[[Tensor, int | None], AttentionMask]] = {

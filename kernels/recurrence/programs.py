@@ -5,7 +5,8 @@ in one chunk needs only `scan_forward` and `scan_backward`. With several chunks,
 all chunks in parallel (product of a, end state from a zero state), and `chunk_carries` chains these into the initial
 state of each chunk. The backward pass does the same in reverse for the gradient that flows through time.
 
-With GATED, `term` is the RG-LRU's x, the gates are pre-sigmoid, and `rate` is -8 softplus(decay):
+With GATED, `term` is the RG-LRU's x, the gates are pre-sigmoid, `rate` is -8 softplus(decay), and `gate_bias`
+[2, R] is added to input_gate and gate:
     log a = rate sigmoid(gate)    b = sqrt(1 - a^2) sigmoid(input_gate) term
 Otherwise `term` is b and `gate` is a. At a document's first token a = 0, and the square root is 1.
 
@@ -21,10 +22,10 @@ import math
 import triton
 import triton.language as tl
 
+from griffin.kernels.gelu_triton import LOG2_E, gelu, sigmoid
 from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
 from griffin.kernels.triton_functions import DO_NOT_SPECIALIZE, bit, in_int64, load, program_block, ptr, start_bits
 
-LOG2_E = tl.constexpr(math.log2(math.e))
 START_LOG2 = tl.constexpr(-1000.0)  # added to log2 a: exp2 gives exactly 0
 # 1 - a^2 = -expm1(2 log a) as a polynomial in w = log2 a for w > NEAR_ONE, where the difference would cancel. Its
 # relative truncation error is at most 4e-8, at NEAR_ONE.
@@ -34,31 +35,12 @@ SERIES_1, SERIES_2, SERIES_3, SERIES_4, SERIES_5, SERIES_6, SERIES_7 = (
 )
 TINY = tl.constexpr(1e-30)
 MAX_INVERSE = tl.constexpr(MIN_SQRT_ARGUMENT**-0.5)  # bound on 1 / sqrt(1 - a^2) in the derivative
-GELU_LINEAR = tl.constexpr(2 * math.sqrt(2 / math.pi))
-GELU_CUBIC = tl.constexpr(0.044715)
-
-
-# Arithmetic must take less time than memory access: exp2 and rsqrt are one instruction on a GPU; exp and division are
-# five to eight, to be correct for denormal numbers.
-@triton.jit
-def _sigmoid(z):
-    root = tl.rsqrt(tl.exp2(z * -LOG2_E) + 1.0)
-    return root * root
-
-
-@triton.jit
-def _gelu(z):
-    """Return gelu_tanh(z) and its derivative, by (1 + tanh(s / 2)) / 2 = sigmoid(s)."""
-    square = z * z
-    sigmoid = _sigmoid(z * (square * GELU_CUBIC + 1.0) * GELU_LINEAR)
-    slope = (square * GELU_CUBIC * 3.0 + 1.0) * GELU_LINEAR
-    return z * sigmoid, sigmoid + z * sigmoid * (1.0 - sigmoid) * slope
 
 
 @triton.jit
 def _decay(gate, rate, at_start):
     """Return r, a, m = sqrt(1 - a^2) and the bounded 1 / m from the pre-sigmoid gate."""
-    r = _sigmoid(gate)
+    r = sigmoid(gate)
     w = r * rate + at_start * START_LOG2
     a = tl.exp2(w)
     series = w * SERIES_7 + SERIES_6
@@ -78,42 +60,43 @@ def _load_coefficient(p_gate, at_start, mask):
 
 
 @triton.jit
-def _load_terms(p_term, p_input, p_gate, at_start, mask, rate, GATED: tl.constexpr):
+def _load_terms(p_term, p_input, p_gate, at_start, mask, rate, input_bias, gate_bias, GATED: tl.constexpr):
     """Return a_t and b_t."""
     if GATED:
-        _, a, m, _ = _decay(load(p_gate, mask), rate, at_start)
-        return a, m * (_sigmoid(load(p_input, mask)) * load(p_term, mask))
+        _, a, m, _ = _decay(load(p_gate, mask) + gate_bias, rate, at_start)
+        return a, m * (sigmoid(load(p_input, mask) + input_bias) * load(p_term, mask))
     else:
         return _load_coefficient(p_gate, at_start, mask), load(p_term, mask)
 
 
 @triton.jit
 def _summarize_step(
-    p_term, p_input, p_gate, p_branch, p_grad, at_start, mask, rate, product, end,
+    p_term, p_input, p_gate, p_branch, p_grad, at_start, mask, rate, input_bias, gate_bias, product, end,
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """One step of `chunk_summaries`."""
     if REVERSE:
         if GATED:
-            _, a, _, _ = _decay(load(p_gate, mask), rate, at_start)
+            _, a, _, _ = _decay(load(p_gate, mask) + gate_bias, rate, at_start)
         else:
             a = _load_coefficient(p_gate, at_start, mask)
         grad = load(p_grad, mask)
         if HAS_BRANCH:
-            gelu, _ = _gelu(load(p_branch, mask))
-            grad *= gelu
+            factor, _ = gelu(load(p_branch, mask))
+            grad *= factor
         return product * a.to(tl.float64), a * (grad + end)
     else:
-        a, b = _load_terms(p_term, p_input, p_gate, at_start, mask, rate, GATED)
+        a, b = _load_terms(p_term, p_input, p_gate, at_start, mask, rate, input_bias, gate_bias, GATED)
         return product * a.to(tl.float64), a * end + b
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def chunk_summaries(
-    term, input_gate, gate, rate, branch, starts, grad_y, product, end,
+    term, input_gate, gate, rate, gate_bias, branch, starts, grad_y, product, end,
     first_is_start, T, B, R, L,
     term_t, term_b, input_t, input_b, gate_t, gate_b, branch_t, branch_b, starts_t, starts_b, grad_t, grad_b,
-    REVERSE: tl.constexpr, GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr,
+    REVERSE: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Store for each chunk the product of a and the end from zero, both [chunks, B, R].
@@ -124,6 +107,8 @@ def chunk_summaries(
     STEP: tl.constexpr = -1 if REVERSE else 1
     begin = hi - 1 if REVERSE else lo
     rates = load(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
+    input_biases = load(gate_bias + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
+    gate_biases = load(gate_bias + R + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
     p_term, p_input = ptr(term, term_t, term_b, begin, b, o_r), ptr(input_gate, input_t, input_b, begin, b, o_r)
     p_gate, p_branch = ptr(gate, gate_t, gate_b, begin, b, o_r), ptr(branch, branch_t, branch_b, begin, b, o_r)
     p_grad, p_starts = ptr(grad_y, grad_t, grad_b, begin, b, o_r), ptr(starts, starts_t, starts_b, 0, b, 0)
@@ -141,8 +126,8 @@ def chunk_summaries(
         )
         for u in tl.static_range(UNROLL):
             products, ends = _summarize_step(
-                p_term, p_input, p_gate, p_branch, p_grad, bit(bits, u), mask, rates, products, ends,
-                GATED, HAS_BRANCH, REVERSE,
+                p_term, p_input, p_gate, p_branch, p_grad, bit(bits, u), mask, rates, input_biases, gate_biases,
+                products, ends, GATED, HAS_BRANCH, REVERSE,
             )  # fmt: skip
             p_term, p_input = p_term + term_t, p_input + input_t
             p_gate, p_branch = p_gate + gate_t, p_branch + branch_t
@@ -150,8 +135,8 @@ def chunk_summaries(
         bits = next_bits
     for k in tl.range(full, hi - lo, num_stages=1):
         products, ends = _summarize_step(
-            p_term, p_input, p_gate, p_branch, p_grad, bit(bits, k - full), mask, rates, products, ends,
-            GATED, HAS_BRANCH, REVERSE,
+            p_term, p_input, p_gate, p_branch, p_grad, bit(bits, k - full), mask, rates, input_biases, gate_biases,
+            products, ends, GATED, HAS_BRANCH, REVERSE,
         )  # fmt: skip
         p_term, p_input = p_term + term_t, p_input + input_t
         p_gate, p_branch = p_gate + gate_t, p_branch + branch_t
@@ -195,16 +180,16 @@ def chunk_carries(
 
 @triton.jit
 def _forward_step(
-    p_term, p_input, p_gate, p_branch, p_y, p_states, at_start, mask, rate, h,
+    p_term, p_input, p_gate, p_branch, p_y, p_states, at_start, mask, rate, input_bias, gate_bias, h,
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STATES: tl.constexpr,
 ):  # fmt: skip
     """One step of `scan_forward`."""
-    a, b = _load_terms(p_term, p_input, p_gate, at_start, mask, rate, GATED)
+    a, b = _load_terms(p_term, p_input, p_gate, at_start, mask, rate, input_bias, gate_bias, GATED)
     h = a * h + b
     y = h
     if HAS_BRANCH:
-        gelu, _ = _gelu(load(p_branch, mask))
-        y = h * gelu
+        factor, _ = gelu(load(p_branch, mask))
+        y = h * factor
     tl.store(p_y, y, mask=mask)
     if HAS_STATES:
         tl.store(p_states, h, mask=mask)
@@ -213,11 +198,12 @@ def _forward_step(
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def scan_forward(
-    term, input_gate, gate, rate, branch, starts, first_states, y, states, last_state,
+    term, input_gate, gate, rate, gate_bias, branch, starts, first_states, y, states, last_state,
     first_is_start, T, B, R, L,
     term_t, term_b, input_t, input_b, gate_t, gate_b, branch_t, branch_b, starts_t, starts_b,
     y_t, y_b, states_t, states_b,
-    GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_STATES: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr,
+    HAS_STATES: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Store y [T, B, R] = h, or h gelu(branch) and h in `states`; and last_state [B, R].
@@ -226,6 +212,8 @@ def scan_forward(
     """
     o_r, mask, b, c, lo, hi = program_block(T, B, R, L, BLOCK)
     rates = load(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
+    input_biases = load(gate_bias + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
+    gate_biases = load(gate_bias + R + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
     p_term, p_input = ptr(term, term_t, term_b, lo, b, o_r), ptr(input_gate, input_t, input_b, lo, b, o_r)
     p_gate, p_branch = ptr(gate, gate_t, gate_b, lo, b, o_r), ptr(branch, branch_t, branch_b, lo, b, o_r)
     p_y, p_states = ptr(y, y_t, y_b, lo, b, o_r), ptr(states, states_t, states_b, lo, b, o_r)
@@ -240,16 +228,16 @@ def scan_forward(
         next_bits = start_bits(p_starts, first_is_start, t + UNROLL, starts_t, lo, hi, HAS_STARTS, UNROLL, 1)
         for u in tl.static_range(UNROLL):
             h = _forward_step(
-                p_term, p_input, p_gate, p_branch, p_y, p_states, bit(bits, u), mask, rates, h,
-                GATED, HAS_BRANCH, HAS_STATES,
+                p_term, p_input, p_gate, p_branch, p_y, p_states, bit(bits, u), mask, rates, input_biases, gate_biases,
+                h, GATED, HAS_BRANCH, HAS_STATES,
             )  # fmt: skip
             p_term, p_input, p_gate = p_term + term_t, p_input + input_t, p_gate + gate_t
             p_branch, p_y, p_states = p_branch + branch_t, p_y + y_t, p_states + states_t
         bits = next_bits
     for t in tl.range(full, hi, num_stages=1):
         h = _forward_step(
-            p_term, p_input, p_gate, p_branch, p_y, p_states, bit(bits, t - full), mask, rates, h,
-            GATED, HAS_BRANCH, HAS_STATES,
+            p_term, p_input, p_gate, p_branch, p_y, p_states, bit(bits, t - full), mask, rates, input_biases,
+            gate_biases, h, GATED, HAS_BRANCH, HAS_STATES,
         )  # fmt: skip
         p_term, p_input, p_gate = p_term + term_t, p_input + input_t, p_gate + gate_t
         p_branch, p_y, p_states = p_branch + branch_t, p_y + y_t, p_states + states_t
@@ -260,52 +248,59 @@ def scan_forward(
 @triton.jit
 def _backward_step(
     p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
-    at_start, mask, rate, slope, previous, h, carry, grad_rate,
+    at_start, mask, rate, slope, input_bias, gate_bias, previous, h, carry, grad_rate, sum_input, sum_gate,
     GATED: tl.constexpr, HAS_BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """One step of `scan_backward`, given h_{t-1} and h_t: return a_t dL/dh_t and the accumulated rate gradient."""
+    """One step of `scan_backward`, given h_{t-1} and h_t: return a_t dL/dh_t, and accumulated gradients."""
     grad = load(p_grad, mask)
     if HAS_BRANCH:
-        gelu, gelu_slope = _gelu(load(p_branch, mask))
-        tl.store(p_grad_branch, grad * h * gelu_slope, mask=mask)
-        grad *= gelu
+        factor, slope_of_factor = gelu(load(p_branch, mask))
+        tl.store(p_grad_branch, grad * h * slope_of_factor, mask=mask)
+        grad *= factor
     grad += carry
     if GATED:
-        r, a, m, inverse_m = _decay(load(p_gate, mask), rate, at_start)
-        i = _sigmoid(load(p_input, mask))
+        r, a, m, inverse_m = _decay(load(p_gate, mask) + gate_bias, rate, at_start)
+        i = sigmoid(load(p_input, mask) + input_bias)
         x = load(p_term, mask)
         ix = i * x
         grad_log_r = a * grad * (previous - ix * a * inverse_m) * r  # without the factor `rate`
         grad_rate += grad_log_r
         grad_i = grad * m * i
         tl.store(p_grad_term, grad_i, mask=mask)
-        tl.store(p_grad_input, grad_i * (x - ix), mask=mask)
-        tl.store(p_grad_gate, grad_log_r * (slope - slope * r), mask=mask)
+        grad_input, grad_gate = grad_i * (x - ix), grad_log_r * (slope - slope * r)
+        tl.store(p_grad_input, grad_input, mask=mask)
+        tl.store(p_grad_gate, grad_gate, mask=mask)
+        sum_input += grad_input
+        sum_gate += grad_gate
     else:
         a = _load_coefficient(p_gate, at_start, mask)
         tl.store(p_grad_term, grad, mask=mask)
         tl.store(p_grad_gate, tl.where(at_start > 0, 0.0, grad * previous), mask=mask)
-    return a * grad, grad_rate
+    return a * grad, grad_rate, sum_input, sum_gate
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def scan_backward(
-    term, input_gate, gate, rate, branch, starts, initial_state, states, grad_y, first_carries,
-    grad_term, grad_input_gate, grad_gate, grad_branch, grad_rates, grad_initial_state,
+    term, input_gate, gate, rate, gate_bias, branch, starts, initial_state, states, grad_y, first_carries,
+    grad_term, grad_input_gate, grad_gate, grad_branch, grad_rates, grad_biases, grad_initial_state,
     first_is_start, T, B, R, L,
     term_t, term_b, input_t, input_b, gate_t, gate_b, branch_t, branch_b, starts_t, starts_b,
     states_t, states_b, grad_t, grad_b, grad_term_t, grad_term_b, grad_input_t, grad_input_b,
     grad_gate_t, grad_gate_b, grad_branch_t, grad_branch_b,
-    GATED: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_STARTS: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Store gradients of all inputs; for the rate, sums over each chunk, [chunks, B, R].
+    """Store gradients of all inputs.
+
+    Those of the rate, [chunks, B, R], and of both biases, [2, chunks, B, R], are sums over each chunk.
 
     first_carries [chunks, B, R] is the gradient that flows into each chunk's last state from later steps.
     """
     o_r, mask, b, c, lo, hi = program_block(T, B, R, L, BLOCK)
     last = hi - 1
     rates = load(rate + o_r, mask) * LOG2_E if GATED else tl.zeros([BLOCK], tl.float32)
+    input_biases = load(gate_bias + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
+    gate_biases = load(gate_bias + R + o_r, mask) if HAS_BIAS else tl.zeros([BLOCK], tl.float32)
     p_term, p_input = ptr(term, term_t, term_b, last, b, o_r), ptr(input_gate, input_t, input_b, last, b, o_r)
     p_gate, p_branch = ptr(gate, gate_t, gate_b, last, b, o_r), ptr(branch, branch_t, branch_b, last, b, o_r)
     p_states, p_grad = ptr(states, states_t, states_b, last, b, o_r), ptr(grad_y, grad_t, grad_b, last, b, o_r)
@@ -324,7 +319,8 @@ def scan_backward(
     o_state = (c * B + b) * R + o_r
     slopes = rates / LOG2_E  # d log a / d r
     carry = load(first_carries + o_state, mask)
-    grad_rate = tl.zeros([BLOCK], tl.float32)
+    grad_rate, sum_input = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    sum_gate = tl.zeros([BLOCK], tl.float32)
     h = load(p_states, mask)
     bits = start_bits(p_starts, first_is_start, last, starts_t, lo, hi, HAS_STARTS, UNROLL, -1)
     for k in tl.range(0, full, UNROLL, num_stages=STAGES):
@@ -332,9 +328,10 @@ def scan_backward(
         for u in tl.static_range(UNROLL):
             p_states -= states_t
             previous = load(p_states, mask)
-            carry, grad_rate = _backward_step(
+            carry, grad_rate, sum_input, sum_gate = _backward_step(
                 p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
-                bit(bits, u), mask, rates, slopes, previous, h, carry, grad_rate, GATED, HAS_BRANCH,
+                bit(bits, u), mask, rates, slopes, input_biases, gate_biases, previous, h, carry, grad_rate,
+                sum_input, sum_gate, GATED, HAS_BRANCH,
             )  # fmt: skip
             h = previous
             p_term, p_input, p_gate = p_term - term_t, p_input - input_t, p_gate - gate_t
@@ -348,9 +345,10 @@ def scan_backward(
             previous = load(p_states, mask)
         else:
             previous = load(initial_state + b * R + o_r, mask)
-        carry, grad_rate = _backward_step(
+        carry, grad_rate, sum_input, sum_gate = _backward_step(
             p_term, p_input, p_gate, p_branch, p_grad, p_grad_term, p_grad_input, p_grad_gate, p_grad_branch,
-            bit(bits, k - full), mask, rates, slopes, previous, h, carry, grad_rate, GATED, HAS_BRANCH,
+            bit(bits, k - full), mask, rates, slopes, input_biases, gate_biases, previous, h, carry, grad_rate,
+            sum_input, sum_gate, GATED, HAS_BRANCH,
         )  # fmt: skip
         h = previous
         p_term, p_input, p_gate = p_term - term_t, p_input - input_t, p_gate - gate_t
@@ -359,5 +357,9 @@ def scan_backward(
         p_grad_branch -= grad_branch_t
     if GATED:
         tl.store(grad_rates + o_state, grad_rate, mask=mask)
+    if HAS_BIAS:
+        chunks = tl.cdiv(T, L)
+        tl.store(grad_biases + o_state, sum_input, mask=mask)
+        tl.store(grad_biases + tl.cast(chunks, tl.int64) * B * R + o_state, sum_gate, mask=mask)
     if lo == 0:
         tl.store(grad_initial_state + b * R + o_r, carry, mask=mask)

@@ -32,6 +32,7 @@ class ScanInputs:
     branch: Tensor | None
     starts: Tensor | None
     initial_state: Tensor
+    gate_bias: Tensor | None
     first_is_start: bool
     plan: Plan
 
@@ -46,6 +47,7 @@ class ScanInputs:
         branch: Tensor | None = None,
         starts: Tensor | None,
         initial_state: Tensor | None,
+        gate_bias: Tensor | None = None,
         chunk: int | None,
     ) -> ScanInputs:
         """Collect the inputs. Only tensors without contiguous channels are copied."""
@@ -62,6 +64,7 @@ class ScanInputs:
             branch=None if branch is None else dense_channels(branch),
             starts=starts,
             initial_state=state,
+            gate_bias=None if gate_bias is None else gate_bias.contiguous(),
             first_is_start=starts is None and initial_state is None,
             plan=select_plan(steps, batch, width, multiprocessors(term.device), chunk),
         )
@@ -81,6 +84,7 @@ class ScanInputs:
             **tensors,
             "input_gate": self.input_gate,
             "rate": self.rate,
+            "gate_bias": self.gate_bias,
             "initial_state": self.initial_state,
             "first_is_start": int(self.first_is_start),
             "T": steps,
@@ -89,6 +93,7 @@ class ScanInputs:
             "L": self.plan.chunk,
             **stride_arguments(tensors),
             "GATED": self.input_gate is not None,
+            "HAS_BIAS": self.gate_bias is not None,
             "HAS_BRANCH": self.branch is not None,
             "HAS_STARTS": self.starts is not None,
             "UNROLL": unroll,
@@ -152,22 +157,29 @@ class Gradients:
     gate: Tensor
     input_gate: Tensor | None
     rate: Tensor | None
-    branch: Tensor | None
     initial_state: Tensor
+    gate_bias: Tensor | None
 
 
-def backward(inputs: ScanInputs, states: Tensor, grad_y: Tensor, grad_last: Tensor) -> Gradients:
-    """Return the gradients of all inputs. `states` is h of every step in the dtype of y."""
+def backward(
+    inputs: ScanInputs, states: Tensor, grad_y: Tensor, grad_last: Tensor, grad_branch: Tensor | None = None
+) -> Gradients:
+    """Return the gradients of all inputs. `states` is h of every step in the dtype of y.
+
+    The gradient of the branch is written to `grad_branch`.
+    """
     chunks = inputs.plan.chunks
     grad_y, grad_last = dense_channels(grad_y), grad_last.contiguous()
+    dense_grad_branch = None if grad_branch is None else dense_channels(grad_branch)
     carries = grad_last if chunks == 1 else _chunk_carries(inputs, grad_last, grad_y)
     grads = {
         "grad_term": dense_like(inputs.term),
         "grad_gate": dense_like(inputs.gate),
         "grad_input": None if inputs.input_gate is None else dense_like(inputs.input_gate),
-        "grad_branch": None if inputs.branch is None else dense_like(inputs.branch),
+        "grad_branch": dense_grad_branch,
     }
     grad_rates = None if inputs.rate is None else inputs.new_states(chunks)
+    grad_biases = None if inputs.gate_bias is None else inputs.new_states(2 * chunks)
     grad_initial_state = inputs.new_states(1)[0]
     inputs.launch(
         programs.scan_backward,
@@ -177,16 +189,19 @@ def backward(inputs: ScanInputs, states: Tensor, grad_y: Tensor, grad_last: Tens
         first_carries=carries,
         grad_input_gate=grads["grad_input"],
         grad_rates=grad_rates,
+        grad_biases=grad_biases,
         grad_initial_state=grad_initial_state,
         **grads,
         **stride_arguments({"states": states, "grad": grad_y, **grads}),
     )
+    if grad_branch is not None and dense_grad_branch is not None and dense_grad_branch is not grad_branch:
+        grad_branch.copy_(dense_grad_branch)
     return Gradients(
         term=grads["grad_term"],  # type: ignore[arg-type]
         gate=grads["grad_gate"],  # type: ignore[arg-type]
         input_gate=grads["grad_input"],
         # Summed in a fixed order: deterministic.
         rate=None if grad_rates is None else grad_rates.sum((0, 1)),
-        branch=grads["grad_branch"],
         initial_state=grad_initial_state,
+        gate_bias=None if grad_biases is None else grad_biases.unflatten(0, (2, chunks)).sum((1, 2)),
     )

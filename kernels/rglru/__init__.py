@@ -22,6 +22,7 @@ def rglru(
     recurrence_gate: Tensor,
     decay: Tensor,
     *,
+    gate_bias: Tensor | None = None,
     branch: Tensor | None = None,
     starts: Tensor | None = None,
     initial_state: Tensor | None = None,
@@ -38,13 +39,14 @@ def rglru(
 
     At a document's first token a = 0 and m = 1. The derivative of the square root is bounded: 1 / sqrt(max(4 u, 1e-6)).
     States, gates, products and sums are float32, or float64 if x is; y is rounded once. Gradients flow to x, both
-    gates, decay, branch and initial_state, from both results. Results are bitwise reproducible.
+    gates, their biases, decay, branch and initial_state, from both results. Results are bitwise reproducible.
 
     Args:
         x: [T, B, R], with any strides; bfloat16, float16, float32 or float64. Tensors with contiguous channels are not
             copied.
-        input_gate, recurrence_gate: pre-sigmoid gates, bias included; shape and dtype of x.
+        input_gate, recurrence_gate: pre-sigmoid gates; shape and dtype of x.
         decay: [R], floating point; the negative of the paper's Lambda.
+        gate_bias: [2, R], floating point; added to the input gate and the recurrence gate. None: the gates include it.
         branch: the recurrent block's other branch, before its GeLU; shape and dtype of x.
         starts: [T, B] bool, True at each document's first token. None: each sequence is one document, which starts at
             position 0 unless `initial_state` is passed. Otherwise a position 0 that is not a start continues from
@@ -70,6 +72,7 @@ def rglru(
         ("input_gate", input_gate, x.shape, (x.dtype,)),
         ("recurrence_gate", recurrence_gate, x.shape, (x.dtype,)),
         ("decay", decay, (width,), FLOATING),
+        ("gate_bias", gate_bias, (2, width), FLOATING),
         ("branch", branch, x.shape, (x.dtype,)),
         ("starts", starts, x.shape[:2], (torch.bool,)),
         ("initial_state", initial_state, (batch, width), FLOATING),
@@ -80,13 +83,13 @@ def rglru(
     if batch_first:
         x, input_gate, recurrence_gate = (tensor.transpose(0, 1) for tensor in (x, input_gate, recurrence_gate))
         branch, starts = (None if tensor is None else tensor.transpose(0, 1) for tensor in (branch, starts))
-    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias)
     if backend == "reference":
         y, last_state = rglru_reference(inputs)
     else:
-        x, input_gate, recurrence_gate, decay, branch, initial_state = without_tangents(
-            x, input_gate, recurrence_gate, decay, branch, initial_state
+        x, input_gate, recurrence_gate, decay, branch, initial_state, gate_bias = without_tangents(
+            x, input_gate, recurrence_gate, decay, branch, initial_state, gate_bias
         )
-        inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+        inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias)
         y, last_state, _, _ = ops.forward(*inputs, save_states, chunk, backend)
     return y.transpose(0, 1) if batch_first else y, last_state

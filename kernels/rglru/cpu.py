@@ -11,22 +11,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from griffin.kernels.gelu import gelu_
 from griffin.kernels.linear_scan.cpu import Tiling, default_starts, scan_, slice_steps
 from griffin.kernels.memory_layout import accumulation_dtype, dense_like
 from griffin.kernels.recurrence import MIN_SQRT_ARGUMENT
 from griffin.kernels.rglru.reference import GATE_SCALE, RGLRUInputs
 
 MIN_MULTIPLIER = math.sqrt(MIN_SQRT_ARGUMENT)
+LOG2_E = math.log2(math.e)
 
 
 class _Workspace:
     """Buffers [S, B, R] in the accumulation dtype, reused by every tile, and the computation of gates in them."""
 
-    def __init__(self, x: Tensor, decay: Tensor, tiling: Tiling, extra: int) -> None:
+    def __init__(self, x: Tensor, decay: Tensor, gate_bias: Tensor | None, tiling: Tiling, extra: int) -> None:
         dtype = accumulation_dtype(x)
         shape = (tiling.tile, *x.shape[1:])
         self.i, self.r, self.a, self.m, *self.extra = (x.new_empty(shape, dtype=dtype) for _ in range(4 + extra))
         self.rate = -GATE_SCALE * F.softplus(decay.to(dtype))  # [R]: log a = rate * r
+        self._rate_2 = self.rate * LOG2_E  # exp2 takes a quarter of exp's time
+        self._bias = None if gate_bias is None else gate_bias.to(dtype)
 
     def gates(self, input_gate: Tensor, recurrence_gate: Tensor, starts: Tensor | None) -> None:
         """Compute i = sigmoid(input_gate), r = sigmoid(recurrence_gate), a and the multiplier m of one tile.
@@ -35,12 +39,18 @@ class _Workspace:
         """
         steps = input_gate.shape[0]
         i, r, a, m = self.i[:steps], self.r[:steps], self.a[:steps], self.m[:steps]
-        i.copy_(input_gate).sigmoid_()
-        r.copy_(recurrence_gate).sigmoid_()
-        torch.mul(r, self.rate, out=m)
-        torch.exp(m, out=a)
+        if self._bias is None:
+            i.copy_(input_gate)
+            r.copy_(recurrence_gate)
+        else:
+            torch.add(input_gate, self._bias[0], out=i)
+            torch.add(recurrence_gate, self._bias[1], out=r)
+        i.sigmoid_()
+        r.sigmoid_()
+        torch.mul(r, self._rate_2, out=m)
+        torch.exp2(m, out=a)
         # sqrt(1 - a^2) = (1 + a) sqrt(tanh(-log a / 2)): as accurate near a = 1 as expm1, at a quarter of its cost.
-        m.mul_(-0.5).tanh_().sqrt_()
+        m.mul_(-0.5 / LOG2_E).tanh_().sqrt_()
         m.addcmul_(m, a)
         if starts is not None:
             rows = starts.flatten().nonzero().squeeze(1)
@@ -68,10 +78,10 @@ def forward(
     inputs: RGLRUInputs, save_states: bool, chunk: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, None]:
     """Compute `griffin.kernels.rglru.ops.forward` on any device, optimised for CPUs. `chunk` is ignored."""
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = inputs
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias = inputs
     starts = default_starts(starts, initial_state, x)
     tiling = Tiling.of(x)
-    work = _Workspace(x, decay, tiling, extra=0)
+    work = _Workspace(x, decay, gate_bias, tiling, extra=0)
     state = work.a.new_zeros(x.shape[1:]) if initial_state is None else initial_state.to(work.a.dtype)
     y = dense_like(x)
     states = dense_like(x) if save_states and branch is not None else None
@@ -87,7 +97,8 @@ def forward(
             states[span] = b[:steps]
         if branch is not None:
             z = work.m[:steps].copy_(branch[span])
-            b[:steps].mul_(torch.ops.aten.gelu.out(z, approximate="tanh", out=z))
+            gelu_(z, work.a[:steps], work.r[:steps])
+            b[:steps].mul_(z)
         y[span] = b[:steps]
     return y, state.clone(), states, None
 
@@ -98,19 +109,20 @@ def backward(
     first_states: Tensor | None,
     grad_y: Tensor,
     grad_last: Tensor,
+    grad_branch: Tensor | None,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Compute `griffin.kernels.rglru.ops.backward`. Gates, decays and multipliers are recomputed."""
     if states is None:
         states = forward(inputs._replace(branch=None), save_states=False)[0]
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = inputs
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias = inputs
     starts = default_starts(starts, initial_state, x)
     tiling = Tiling.of(x)
-    work = _Workspace(x, decay, tiling, extra=3)
-    carries, slope, grads = work.extra
+    work = _Workspace(x, decay, gate_bias, tiling, extra=4)
+    carries, slope, grads, buffer = work.extra
     grad_x, grad_i, grad_r = dense_like(x), dense_like(input_gate), dense_like(recurrence_gate)
-    grad_branch = None if branch is None else dense_like(branch)
     grad_rate = torch.zeros_like(work.rate)
+    grad_bias = None if gate_bias is None else work.rate.new_zeros(gate_bias.shape)
     first_state = work.a.new_zeros(x.shape[1:]) if initial_state is None else initial_state.to(work.a.dtype)
     # carry_t = a_t dL/dh_t flows into h_{t-1}: dL/dh_t = dL/dy_t + carry_{t+1}.
     carry = grad_last
@@ -122,10 +134,9 @@ def backward(
         g.copy_(grad_y[span])
         if branch is not None:
             assert grad_branch is not None
-            z, product = q.copy_(branch[span]), torch.mul(g, states[span], out=c)
-            torch.ops.aten.gelu_backward.grad_input(product, z, approximate="tanh", grad_input=product)
-            grad_branch[span] = product
-            g.mul_(torch.ops.aten.gelu.out(z, approximate="tanh", out=z))
+            z = q.copy_(branch[span])
+            grad_branch[span] = gelu_(z, c, buffer[:steps], slope=True).mul_(torch.mul(g, states[span], out=c))
+            g.mul_(z)
 
         torch.clamp(m, min=MIN_MULTIPLIER, out=q)
         torch.div(a, q, out=q).mul_(a)  # -dm/dlog a = a^2 / m, bounded
@@ -146,10 +157,14 @@ def backward(
         c.mul_(r)
         grad_rate += c.sum((0, 1))
         grad_r[span] = c.addcmul_(c, r, value=-1).mul_(work.rate)
+        if grad_bias is not None:
+            grad_bias[1] += c.sum((0, 1))
 
         grad_x[span] = grad_b.mul_(i)
         grad_b.mul_(x[span])
         grad_i[span] = grad_b.addcmul_(grad_b, i, value=-1)
+        if grad_bias is not None:
+            grad_bias[0] += grad_b.sum((0, 1))
 
     grad_decay = grad_rate.mul_(-GATE_SCALE * decay.to(grad_rate.dtype).sigmoid())
-    return grad_x, grad_i, grad_r, grad_decay, grad_branch, carry.clone()
+    return grad_x, grad_i, grad_r, grad_decay, carry.clone(), grad_bias

@@ -34,6 +34,7 @@ def forward(
     branch: Tensor | None,
     starts: Tensor | None,
     initial_state: Tensor | None,
+    gate_bias: Tensor | None,
     save_states: bool,
     chunk: int | None,
     backend: str,
@@ -43,13 +44,13 @@ def forward(
     With `save_states`, states are [T, B, R] in the dtype of y, or empty without a branch, as they equal y. Without it,
     first states are the initial states of chunks of time, [chunks, B, R], or empty if there is at most one chunk.
     """
-    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
+    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias)
     y, last_state, states, first_states = implementation("rglru", backend).forward(inputs, save_states, chunk)
     return y, last_state, _or_empty(states, x), _or_empty(first_states, x)
 
 
 @forward.register_fake
-def _(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, save_states, chunk, backend):
+def _(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias, save_states, chunk, backend):
     steps, batch, width = x.shape
     dtype = accumulation_dtype(x)
     states = dense_like(x) if save_states and branch is not None else x.new_empty(0)
@@ -61,7 +62,7 @@ def _(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, save
     return dense_like(x), x.new_empty(batch, width, dtype=dtype), states, first_states
 
 
-@torch.library.custom_op("griffin::rglru_backward", mutates_args=())
+@torch.library.custom_op("griffin::rglru_backward", mutates_args=("grad_branch",))
 def backward(
     x: Tensor,
     input_gate: Tensor,
@@ -70,28 +71,31 @@ def backward(
     branch: Tensor | None,
     starts: Tensor | None,
     initial_state: Tensor | None,
+    gate_bias: Tensor | None,
     states: Tensor | None,
     first_states: Tensor | None,
     grad_y: Tensor,
     grad_last: Tensor,
+    grad_branch: Tensor | None,
     chunk: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients of x, gates, decay, branch (empty without one) and initial state.
+    """Return gradients of x, gates, decay, initial state and the biases of the gates (empty without them).
 
+    The gradient of the branch is written to `grad_branch`, which has the shape and dtype of the branch and any strides.
     If `states` is None, the states are recomputed.
     """
-    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state)
-    *grads, grad_branch, grad_initial = implementation("rglru", backend).backward(
-        inputs, states, first_states, grad_y, grad_last, chunk
+    inputs = RGLRUInputs(x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias)
+    *grads, grad_bias = implementation("rglru", backend).backward(
+        inputs, states, first_states, grad_y, grad_last, grad_branch, chunk
     )
-    return (*grads, _or_empty(grad_branch, x), grad_initial)
+    return (*grads, _or_empty(grad_bias, x))
 
 
 @backward.register_fake
 def _(
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, states, first_states, grad_y, grad_last,
-    chunk, backend,
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias, states, first_states,
+    grad_y, grad_last, grad_branch, chunk, backend,
 ):  # fmt: skip
     dtype = accumulation_dtype(x)
     return (
@@ -99,8 +103,8 @@ def _(
         dense_like(input_gate),
         dense_like(recurrence_gate),
         decay.new_empty(decay.shape, dtype=dtype),
-        x.new_empty(0) if branch is None else dense_like(branch),
         x.new_empty(x.shape[1:], dtype=dtype),
+        x.new_empty(0) if gate_bias is None else x.new_empty(gate_bias.shape, dtype=dtype),
     )
 
 
@@ -117,7 +121,7 @@ def _(given, results) -> OperatorCost:
 @states_cost(backward)
 def _(given, results) -> OperatorCost:
     """Chunked, the recurrence gate, branch and gradient are read twice. The gradient of the decay is summed in two."""
-    x, states, chunk = given[0], given[7], given[11]
+    x, states, chunk = given[0], given[8], given[13]
     steps, batch, width = x.shape
     chunks = select_plan(steps, batch, width, multiprocessors(x.device), chunk).chunks
     again = 3 * touched([x]) if chunks > 1 else 0
@@ -146,15 +150,17 @@ def _backward(ctx, grad_y, grad_last, *_):
     if grad_last is None:
         grad_last = inputs.x.new_zeros(inputs.x.shape[1:], dtype=accumulation_dtype(inputs.x))
     grad_y, grad_last = without_tangents(grad_y, grad_last)
-    *grads, grad_decay, grad_branch, grad_initial = backward(
-        *inputs, states, first_states, grad_y, grad_last, ctx.chunk, ctx.backend
+    grad_branch = None if inputs.branch is None else dense_like(inputs.branch)
+    *grads, grad_decay, grad_initial, grad_bias = backward(
+        *inputs, states, first_states, grad_y, grad_last, grad_branch, ctx.chunk, ctx.backend
     )
     return (
         *grads,
         grad_decay.to(inputs.decay.dtype),
-        None if inputs.branch is None else grad_branch,
+        grad_branch,
         None,
         None if inputs.initial_state is None else grad_initial.to(inputs.initial_state.dtype),
+        None if inputs.gate_bias is None else grad_bias.to(inputs.gate_bias.dtype),
         None,
         None,
         None,

@@ -24,6 +24,7 @@ class RGLRUInputs(NamedTuple):
     branch: Tensor | None
     starts: Tensor | None
     initial_state: Tensor | None
+    gate_bias: Tensor | None = None
 
 
 class _BoundedSqrt(torch.autograd.Function):
@@ -53,8 +54,10 @@ class _BoundedSqrt(torch.autograd.Function):
 
 def rglru_reference(inputs: RGLRUInputs) -> tuple[Tensor, Tensor]:
     """Return y and the last state, differentiated by autograd. Arithmetic is float32, or float64 if x is."""
-    x, input_gate, recurrence_gate, decay, branch, starts, initial_state = inputs
+    x, input_gate, recurrence_gate, decay, branch, starts, initial_state, gate_bias = inputs
     dtype = accumulation_dtype(x)
+    if gate_bias is not None:
+        input_gate, recurrence_gate = input_gate.to(dtype) + gate_bias[0], recurrence_gate.to(dtype) + gate_bias[1]
     steps, batch, width = x.shape
     if starts is None:
         starts = torch.zeros(steps, batch, dtype=torch.bool, device=x.device)

@@ -37,7 +37,7 @@ def rglru_step(decay: Tensor, backend: str) -> Step:
                 tensor.t()[None].contiguous() for tensor in (x, input_gate, recurrence_gate, branch)
             )
             y, last, _, _ = ops.forward(
-                x, input_gate, recurrence_gate, decay, branch, None, state.t(), False, 0, backend
+                x, input_gate, recurrence_gate, decay, branch, None, state.t(), None, False, 0, backend
             )
             state.copy_(last.t())
             return y[0].t()

@@ -21,6 +21,7 @@ def _scan_inputs(inputs: RGLRUInputs, chunk: int | None) -> scan.ScanInputs:
         branch=inputs.branch,
         starts=inputs.starts,
         initial_state=inputs.initial_state,
+        gate_bias=inputs.gate_bias,
         chunk=chunk,
     )
 
@@ -41,15 +42,16 @@ def backward(
     first_states: Tensor | None,
     grad_y: Tensor,
     grad_last: Tensor,
+    grad_branch: Tensor | None,
     chunk: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Compute `griffin.kernels.rglru.ops.backward`."""
     scan_inputs = _scan_inputs(inputs, chunk)
     if states is None:
         first_states = scan_inputs.initial_state if first_states is None else first_states
         states, _, _ = scan.forward(replace(scan_inputs, branch=None), first_states, keep_states=False)
-    grads = scan.backward(scan_inputs, states, grad_y, grad_last)
+    grads = scan.backward(scan_inputs, states, grad_y, grad_last, grad_branch)
     assert grads.rate is not None
     assert grads.input_gate is not None
     grad_decay = grads.rate * (-GATE_SCALE * torch.sigmoid(inputs.decay.float()))
-    return grads.term, grads.input_gate, grads.gate, grad_decay, grads.branch, grads.initial_state
+    return grads.term, grads.input_gate, grads.gate, grad_decay, grads.initial_state, grads.gate_bias

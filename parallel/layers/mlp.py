@@ -7,6 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from griffin.kernels.gated_gelu import gated_gelu
 from griffin.parallel.config import axis_atoms
 from griffin.parallel.context import Context
 from griffin.parallel.layers.linear import ColumnLinear, LayerStep, RowLinear
@@ -24,12 +25,12 @@ class MLP(nn.Module):
         model = context.model
         atoms = axis_atoms(model.mlp_width)
         std = math.sqrt(1 / (2 if model.init == "jax" else 1) / model.width)
+        self.kernels = context.kernels
         self.gate_up = ColumnLinear(context, (f"{name}.gate", f"{name}.up"), model.mlp_width, atoms=atoms, std=std)
         self.down = RowLinear(context, f"{name}.down", model.mlp_width, atoms=atoms)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.gelu(gate, approximate="tanh") * up)
+        return self.down(gated_gelu(self.gate_up.product(x), self.gate_up.bias, backend=self.kernels))
 
     def stepper(self) -> LayerStep:
         """Return the MLP for one token, x [D, B], with the current weights."""

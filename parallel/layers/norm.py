@@ -1,34 +1,15 @@
-"""RMSNorm, with NVIDIA Apex's fused kernel if it is installed, else with PyTorch."""
+"""RMSNorm of the residual stream."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from griffin.kernels.rms_norm import EPSILON, add_rms_norm, rms_norm
 from griffin.parallel.context import Context
 from griffin.parallel.layers.linear import LayerStep
 from griffin.parallel.sharding import Piece, describe, zeros
-
-EPSILON = 1e-6
-
-
-def apex_rms_norm() -> Callable[..., Tensor] | None:
-    """Return Apex's RMSNorm for a float32 weight and any input dtype, or None without NVIDIA's Apex.
-
-    Other packages named `apex` lack this function. NVIDIA's without its compiled extensions (the default build) has it,
-    but fails when it is called; hence the import of the extension.
-    """
-    if not torch.cuda.is_available():
-        return None
-    try:
-        importlib.import_module("fused_layer_norm_cuda")
-        return importlib.import_module("apex.normalization.fused_layer_norm").mixed_dtype_fused_rms_norm_affine
-    except (ImportError, AttributeError):
-        return None
 
 
 class RMSNorm(nn.Module):
@@ -40,8 +21,8 @@ class RMSNorm(nn.Module):
     def __init__(self, name: str, context: Context):
         super().__init__()
         width = context.model.width
+        self.kernels = context.kernels
         self.weight = context.parameter(width)
-        self._fused = apex_rms_norm()
         describe(
             self.weight,
             Piece(name=f"{name}.weight", shape=(width,), init=zeros),
@@ -49,11 +30,12 @@ class RMSNorm(nn.Module):
             sequence_parallel=True,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        scale = 1.0 + self.weight.float()
-        if self._fused is not None:
-            return self._fused(x, scale, scale.shape, EPSILON).to(x.dtype)
-        return F.rms_norm(x.float(), scale.shape, scale, EPSILON).to(x.dtype)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the norm of x; with a branch, return x + branch and its norm."""
+        options: dict[str, Any] = {"epsilon": EPSILON, "backend": self.kernels}
+        if branch is None:
+            return rms_norm(x, self.weight, **options)
+        return add_rms_norm(x, branch, self.weight, **options)
 
     def stepper(self) -> LayerStep:
         """Return the norm for one token, x [D, B], with the current weight."""

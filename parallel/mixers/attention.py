@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from griffin.kernels.local_attention import apply_rotary, multi_query_attention, rotary, rotary_cos_sin
+from griffin.kernels.local_attention import multi_query_attention
+from griffin.kernels.rotary import apply_rotary, rotary_cos_sin, rotary_qkv
 from griffin.parallel.config import ModelConfig
 from griffin.parallel.context import Context, DecodePosition, Documents
 from griffin.parallel.layers.linear import RowLinear, column_product
@@ -95,9 +96,7 @@ class AttentionMixer(nn.Module):
         """Return the mixer's output, and its keys and values [T, B, hd]."""
         # One matrix product for q, k and v: the input is gathered, and its gradient reduced, once.
         qkv = column_product(u, (self.query, self.key_value), self._context)
-        q, k, v = qkv.split((self.heads * self.head_dim, self.head_dim, self.head_dim), dim=-1)
-        q = rotary(q.unflatten(-1, (self.heads, self.head_dim)), documents.positions)
-        k = rotary(k, documents.positions)
+        q, k, v = rotary_qkv(qkv, documents.rotary(self.head_dim), self.heads, backend=self._context.kernels)
         return self.out(multi_query_attention(q, k, v, documents.mask(self.window))), k, v
 
 

@@ -8,10 +8,9 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from griffin.kernels.conv1d import causal_conv1d
-from griffin.kernels.rglru import rglru, rglru_step
+from griffin.kernels.recurrent_block import Observer, recurrent_block
+from griffin.kernels.rglru import rglru_step
 from griffin.kernels.selection import resolve_backend
 from griffin.parallel.config import CONV_WIDTH, ModelConfig
 from griffin.parallel.context import Context, DecodePosition, Documents
@@ -20,52 +19,10 @@ from griffin.parallel.mixers.base import Cost
 from griffin.parallel.sharding import Piece, decay, describe, normal, zeros
 
 
-class _BlockDiagonal(torch.autograd.Function):
-    """Block-diagonal linear: x [T, B, R], weight [N, w, 2 w], bias [N, 2 w] -> two results [T, B, R], with R = N w.
-
-    A plain batched product writes each block separately, and the blocks must then be copied together. These products
-    read and write the blocks in place among the channels.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        N, width, _ = weight.shape
-        x = x.contiguous()
-        gates = torch.empty_like(x), torch.empty_like(x)
-        for gate, half in zip(gates, (slice(width), slice(width, None)), strict=True):
-            torch.baddbmm(bias[:, None, half], _blocks(x, N), weight[..., half], out=_blocks(gate, N))
-        ctx.save_for_backward(x, weight)
-        return gates
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        x, weight = ctx.saved_tensors
-        N, width, _ = weight.shape
-        x_NKw = _blocks(x, N)
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        grad_bias = weight.new_empty(N, 2 * width)
-        for place, grad in enumerate(grads):
-            half = slice(place * width, (place + 1) * width)
-            grad_NKw = _blocks(grad.contiguous(), N)
-            # With beta 0 the first product overwrites the uninitialised grad_x; the second is added.
-            torch.baddbmm(
-                _blocks(grad_x, N), grad_NKw, weight[..., half].mT, beta=min(place, 1), out=_blocks(grad_x, N)
-            )
-            torch.bmm(x_NKw.mT, grad_NKw, out=grad_weight[..., half])
-            grad_bias[:, half] = grad_NKw.sum(1)
-        return grad_x, grad_weight, grad_bias
-
-
-def _blocks(x: Tensor, blocks: int) -> Tensor:
-    """Return a view [blocks, T B, R / blocks] of contiguous x [T, B, R]."""
-    return x.view(-1, blocks, x.shape[-1] // blocks).transpose(0, 1)
-
-
 class BlockDiagonalGates(nn.Module):
-    """Pre-sigmoid input and recurrence gates of the RG-LRU, block-diagonal over channels.
+    """Weights of the pre-sigmoid input and recurrence gates of the RG-LRU, block-diagonal over channels.
 
-    Blocks are sharded over tensor ranks, so no rank needs another's channels. x [T, B, R/t] -> two gates [T, B, R/t].
+    Blocks are sharded over tensor ranks, so no rank needs another's channels.
     """
 
     def __init__(self, name: str, context: Context):
@@ -74,13 +31,13 @@ class BlockDiagonalGates(nn.Module):
         blocks, width = model.gate_blocks, model.gate_block_width
         std = math.sqrt(1 / (model.recurrent_width if model.init == "jax" else width))
         held = blocks // context.grid.tensor_size
-        # [block, in, (input gate | recurrence gate) out]: one batched product serves both gates.
+        # [block, in, (input gate | recurrence gate) out], and blocks of the input gate, then of the recurrence gate
         self.weight = context.parameter(held, width, 2 * width)
-        self.bias = context.parameter(held, 2 * width)
+        self.bias = context.parameter(2 * held, width)
         gates = (f"{name}.input_gate", f"{name}.recurrence_gate")
-        for suffix, parameter, shape, init in (
-            ("weight", self.weight, (blocks, width, width), normal(std)),
-            ("bias", self.bias, (blocks, width), zeros),
+        for suffix, parameter, shape, init, dim, apart in (
+            ("weight", self.weight, (blocks, width, width), normal(std), 2, width),
+            ("bias", self.bias, (blocks, width), zeros, 0, held),
         ):
             describe(
                 parameter,
@@ -91,16 +48,13 @@ class BlockDiagonalGates(nn.Module):
                         init=init,
                         axis=0,
                         atoms=blocks,
-                        dim=len(shape) - 1,
-                        start=place * width,
+                        dim=dim,
+                        start=place * apart,
                     )
                     for place, gate in enumerate(gates)
                 ),
                 weight_decay=False,
             )
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _BlockDiagonal.apply(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -121,6 +75,7 @@ class RecurrentMixer(nn.Module):
     def __init__(self, name: str, context: Context, *, save_states: bool = True):
         super().__init__()
         self.kernels, self.save_states = context.kernels, save_states
+        self.observe: Observer | None = None  # who looks at the gates, while somebody does
         model = context.model
         R, blocks = model.recurrent_width, model.gate_blocks
         self.lin_xy = ColumnLinear(
@@ -185,20 +140,20 @@ class RecurrentMixer(nn.Module):
 
     def _mix(self, u: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
         """Return the mixer's output, the convolution's input and the recurrence's last state."""
-        conv_input, branch = self.lin_xy(u).chunk(2, dim=-1)
-        x = causal_conv1d(conv_input, self.conv_weight, self.conv_bias, starts=documents.starts, backend=self.kernels)
-        input_gate, recurrence_gate = self.gates(x)
-        y, last = rglru(
-            x,
-            input_gate,
-            recurrence_gate,
+        xy = self.lin_xy(u)
+        y, last = recurrent_block(
+            xy,
+            self.conv_weight,
+            self.conv_bias,
+            self.gates.weight,
+            self.gates.bias.view(2, -1),
             self.decay,
-            branch=branch,
             starts=documents.starts,
             backend=self.kernels,
             save_states=self.save_states,
+            observe=self.observe,
         )
-        return self.out(y), conv_input, last
+        return self.out(y), xy.chunk(2, dim=-1)[0], last
 
 
 class RecurrentStep:
@@ -207,8 +162,8 @@ class RecurrentStep:
     def __init__(self, mixer: RecurrentMixer):
         self._lin_xy, self._out = mixer.lin_xy.stepper(), mixer.out.stepper()
         self._taps, self._conv_bias = mixer.conv_weight[..., None], mixer.conv_bias[:, None]
-        weight, bias = mixer.gates.weight.mT, mixer.gates.bias[..., None]  # [N, 2 w, w], [N, 2 w, 1]
-        self._gates = tuple(zip(bias.chunk(2, dim=1), weight.chunk(2, dim=1), strict=True))
+        weight, bias = mixer.gates.weight.mT, mixer.gates.bias[..., None]  # [N, 2 w, w], [2 N, w, 1]
+        self._gates = tuple(zip(bias.chunk(2), weight.chunk(2, dim=1), strict=True))
         self._recur = rglru_step(mixer.decay, resolve_backend(mixer.kernels, mixer.decay.device, mixer.decay.dtype))
 
     def prepare(self, state: RecurrentState, position: DecodePosition) -> None:

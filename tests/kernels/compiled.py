@@ -28,10 +28,16 @@ from triton.backends.compiler import GPUTarget
 
 from griffin.kernels.conv1d import programs as conv_programs
 from griffin.kernels.conv1d import triton as conv
+from griffin.kernels.gated_gelu import programs as gelu_programs
+from griffin.kernels.gated_gelu import triton as gated_gelu
 from griffin.kernels.linear_scan import triton as linear_scan
 from griffin.kernels.recurrence import programs as scan_programs
 from griffin.kernels.rglru import triton as rglru
 from griffin.kernels.rglru.reference import RGLRUInputs
+from griffin.kernels.rms_norm import programs as norm_programs
+from griffin.kernels.rms_norm import triton as rms_norm
+from griffin.kernels.rotary import programs as rotary_programs
+from griffin.kernels.rotary import triton as rotary
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -80,13 +86,15 @@ class Case:
 
 
 def run_rglru(case: Case) -> None:
-    """Options: "", "branch", and "branch, recomputed" for a backward that computes the states again."""
+    """Options: "", "branch" (and biases), and "branch, recomputed" for a backward that computes the states again."""
     branch = case.tensor(1) if case.option else None
     x, gate = case.tensor(), case.tensor()
-    inputs = RGLRUInputs(x, gate, gate, case.parameter(), branch, case.start_flags(), None)
+    bias = None if branch is None else case.parameter(2)
+    inputs = RGLRUInputs(x, gate, gate, case.parameter(), branch, case.start_flags(), None, bias)
     y, last, states, firsts = rglru.forward(inputs, "recomputed" not in case.option, None)
     kept = y if branch is None else states
-    rglru.backward(inputs, kept, firsts, torch.empty_like(y), torch.empty_like(last), None)
+    grad_branch = None if branch is None else torch.empty_like(branch)
+    rglru.backward(inputs, kept, firsts, torch.empty_like(y), torch.empty_like(last), grad_branch, None)
 
 
 def run_linear_scan(case: Case) -> None:
@@ -100,11 +108,55 @@ def run_conv(case: Case) -> None:
     window = replace(case, steps=3).tensor() if case.option else None
     x, weight, starts = case.tensor(), case.parameter(4), case.start_flags()
     y = conv.forward(x, weight, case.parameter(), starts, window)
-    conv.backward(torch.empty_like(y), x, weight, starts, window)
+    conv.backward(torch.empty_like(y), x, weight, starts, window, torch.empty_like(x))
 
 
-RUN: dict[str, Callable[[Case], None]] = {"rglru": run_rglru, "linear_scan": run_linear_scan, "conv1d": run_conv}
-OPTIONS = {"rglru": ("", "branch", "branch, recomputed"), "linear_scan": ("",), "conv1d": ("", "window")}
+def tokens(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def run_gated_gelu(case: Case) -> None:
+    half = replace(case, layout="time").tensor()
+    x, bias = torch.cat([half, half], -1), torch.empty(2 * case.width, device="meta")
+    y = gated_gelu.forward(tokens(x), bias)
+    gated_gelu.backward(torch.empty_like(y), tokens(x), bias)
+
+
+def run_rms_norm(case: Case) -> None:
+    """Options: "" and "branch"."""
+    x, weight = tokens(case.tensor()), case.parameter()
+    y, total, scale = rms_norm.forward(x, tokens(case.tensor()) if case.option else None, weight, 1e-6)
+    rms_norm.backward(y, total, x if total is None else total, weight, scale)
+
+
+HEADS = 6  # and as many dims of each as make up the width
+
+
+def run_rotary(case: Case) -> None:
+    steps, batch, head_dim = case.steps, case.batch, case.width // (HEADS + 2) // 4 * 4
+    qkv = torch.empty(steps, batch, (HEADS + 2) * head_dim, dtype=getattr(torch, case.dtype), device="meta")
+    cos = sin = torch.empty(steps, batch, head_dim // 4, device="meta")
+    q, k, v = rotary.forward(qkv, cos, sin, HEADS)
+    rotary.backward(q, k, v, cos, sin)
+
+
+RUN: dict[str, Callable[[Case], None]] = {
+    "rglru": run_rglru,
+    "linear_scan": run_linear_scan,
+    "conv1d": run_conv,
+    "gated_gelu": run_gated_gelu,
+    "rms_norm": run_rms_norm,
+    "rotary": run_rotary,
+}
+OPTIONS = {
+    "rglru": ("", "branch", "branch, recomputed"),
+    "linear_scan": ("",),
+    "conv1d": ("", "window"),
+    "gated_gelu": ("",),
+    "rms_norm": ("", "branch"),
+    "rotary": ("",),
+}
+ALONG_TIME = ("rglru", "linear_scan", "conv1d")
 # Layout and sizes. On 132 multiprocessors the first is split into chunks of time and the second is not. Of the others,
 # a single sequence and batch-major tensors compile to the same code as the first. Different code comes from 64-bit
 # strides (tensors beyond 2 GB), from such tensors alone (on AMD), and from channels not known to be a multiple of 16.
@@ -119,6 +171,9 @@ def cases() -> Iterator[Case]:
     For other sizes and dtypes, each operation is represented by its last option with starts, which launches most.
     """
     for operation, options in OPTIONS.items():
+        if operation not in ALONG_TIME:
+            yield from token_cases(operation, options)
+            continue
         for dtype, option, starts in itertools.product(("bfloat16", "float32"), options, (True, False)):
             yield Case(operation, dtype, *CHUNKED, starts, option)
             yield Case(operation, dtype, *SEQUENTIAL, starts, option)
@@ -128,6 +183,16 @@ def cases() -> Iterator[Case]:
         yield Case(operation, "float16", *CHUNKED, True, options[-1])
         for shape in OTHERS:
             yield Case(operation, "bfloat16", *shape, True, options[-1])
+
+
+# 14 billion parameters on 4 ranks with sequence parallelism, 1 billion on one, an odd width, and the widest norm.
+TOKENS = (("time", 2048, 1, 5120), ("time", 2048, 4, 2048), ("time", 333, 3, 1001), ("time", 2048, 1, 8192))
+
+
+def token_cases(operation: str, options: tuple[str, ...]) -> Iterator[Case]:
+    """Yield the cases of an operation on tokens."""
+    for dtype, option, shape in itertools.product(("bfloat16", "float16", "float32"), options, TOKENS):
+        yield Case(operation, dtype, *shape, False, option)
 
 
 class Pointer:
@@ -201,7 +266,7 @@ def kernel_names() -> list[str]:
     """Return the names of the launched programs, without device functions."""
     return [
         name
-        for module in (scan_programs, conv_programs)
+        for module in (scan_programs, conv_programs, gelu_programs, norm_programs, rotary_programs)
         for name, value in vars(module).items()
         if isinstance(value, triton.JITFunction) and value.module == module.__name__ and not name.startswith("_")
     ]
@@ -238,7 +303,8 @@ def _nvidia(compiled: Any, elements: float) -> dict[str, Any]:
     found = re.search(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
     listing = Listing.of(sass)
-    rounds = listing.opcodes(max(listing.loops, key=len))  # the loop over rounds of steps is by far the longest
+    # The loop over rounds of steps is by far the longest; what has none is one round.
+    rounds = listing.opcodes(max(listing.loops, key=len, default=None))
     return {
         "registers": int(found[1]),
         "local": int(found[2]),
@@ -270,8 +336,9 @@ def _facts(target: str, launch: Launch) -> dict[str, Any]:
     compiled = launch.compile()
     seconds = time.perf_counter() - begin
     arguments = launch.arguments
-    steps = arguments["UNROLL"] if "UNROLL" in arguments else arguments["CHUNKS"]
-    elements = steps * arguments["BLOCK"] / (LANES * arguments["num_warps"])
+    steps = next((arguments[name] for name in ("UNROLL", "CHUNKS", "ROWS") if name in arguments), 1)
+    block = arguments["BLOCK"] if "BLOCK" in arguments else arguments["QUARTER"]
+    elements = steps * block / (LANES * arguments["num_warps"])
     usage = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled, elements)
     return {
         "constants": {name: value for name, value in arguments.items() if name.isupper() and name not in SIZES},

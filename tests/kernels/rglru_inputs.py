@@ -9,8 +9,8 @@ from torch import Tensor
 
 from griffin.kernels.rglru import rglru
 
-Leaves = dict[str, Any]  # by the names below; None for no branch or no initial state
-LEAVES = ("x", "input_gate", "recurrence_gate", "decay", "branch", "initial_state")
+Leaves = dict[str, Any]  # by the names below; None for no branch, no initial state or no gate biases
+LEAVES = ("x", "input_gate", "recurrence_gate", "decay", "branch", "initial_state", "gate_bias")
 SEQUENCES = ("x", "input_gate", "recurrence_gate", "branch")  # [T, B, R]
 # float32 sums of some hundred terms against float64; the largest error seen is 1e-6.
 FLOAT32 = 1e-5
@@ -28,7 +28,10 @@ def make(
     state: bool = False,
     branch: bool = False,
 ) -> Leaves:
-    """Return random inputs as leaves. The default range of decays gives a between .3 and 1."""
+    """Return random inputs as leaves. The default range of decays gives a between .3 and 1.
+
+    With a branch, gates have biases.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(steps, batch, width, generator=generator, dtype=torch.float64)
     gates = torch.randn(2, steps, batch, width, generator=generator, dtype=torch.float64) * gate_scale
@@ -36,6 +39,7 @@ def make(
     decay = torch.rand(width, generator=generator, dtype=torch.float64) * (high - low) + low
     initial = torch.randn(batch, width, generator=generator, dtype=torch.float64)
     z = torch.randn(steps, batch, width, generator=generator, dtype=torch.float64) * 2
+    bias = torch.randn(2, width, generator=generator, dtype=torch.float64)
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     values = (
         x.to(dtype),
@@ -43,6 +47,7 @@ def make(
         decay.to(accumulation),
         z.to(dtype) if branch else None,
         initial.to(accumulation) if state else None,
+        bias.to(dtype) if branch else None,
     )
     return {
         name: value if value is None else value.requires_grad_() for name, value in zip(LEAVES, values, strict=True)
@@ -76,6 +81,7 @@ def assert_close(
 
 def decay_terms(inputs: Leaves, grads: dict[str, Tensor]) -> Tensor:
     """Return the summed magnitudes of the terms of decay's gradient, [R]; the terms themselves may nearly cancel."""
-    closed = 1 - inputs["recurrence_gate"].sigmoid()
+    bias = inputs.get("gate_bias")
+    closed = 1 - (inputs["recurrence_gate"] + (0 if bias is None else bias[1])).sigmoid()
     terms = grads["recurrence_gate"].abs() / closed
     return terms.sum((0, 1)) * inputs["decay"].sigmoid() / torch.nn.functional.softplus(inputs["decay"])

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.conv1d import causal_conv1d
+from griffin.kernels.gated_gelu import gated_gelu
 from griffin.kernels.linear_cross_entropy import linear_cross_entropy
 from griffin.kernels.linear_scan import linear_scan
 from griffin.kernels.local_attention import attention_mask, multi_query_attention
 from griffin.kernels.rglru import rglru, rglru_step
+from griffin.kernels.rms_norm import add_rms_norm
+from griffin.kernels.rotary import rotary_cos_sin, rotary_qkv
 from tests.kernels.interpreter import needs_interpreter
 
 SHAPE = (5, 2, 3)
@@ -21,8 +24,8 @@ REFERENCES = ("linear_scan", "rglru", "causal_conv1d", "linear_cross_entropy")  
 TRITON = pytest.param("triton", marks=needs_interpreter)
 
 
-def first(function: Callable[..., tuple[Tensor, Tensor]], names: str, **options: Any) -> Callable[..., Tensor]:
-    """Return a function of positional tensors that concatenates both results."""
+def first(function: Callable[..., tuple[Tensor, ...]], names: str, **options: Any) -> Callable[..., Tensor]:
+    """Return a function of positional tensors that concatenates the results."""
     return lambda *tensors: torch.cat(
         [result.flatten() for result in function(**dict(zip(names.split(), tensors, strict=True)), **options)]
     )
@@ -55,6 +58,13 @@ def operation(name: str, backend: str) -> tuple[Callable[..., Tensor], tuple[Ten
     if name == "causal_conv1d":
         tensors = (random(*SHAPE), random(4, 3), random(3))
         return lambda *leaves: causal_conv1d(*leaves, backend=backend), tensors
+    if name == "gated_gelu":
+        return lambda x, bias: gated_gelu(x, bias, backend=backend), (random(5, 2, 6), random(6))
+    if name == "add_rms_norm":
+        return first(add_rms_norm, "x branch weight", backend=backend), (*random(2, *SHAPE), random(3))
+    if name == "rotary":
+        angles = rotary_cos_sin(torch.arange(5)[:, None].expand(-1, 2), 8)
+        return first(rotary_qkv, "qkv", angles=angles, heads=1, backend=backend), (random(5, 2, 24),)
     mask = attention_mask(torch.zeros(2, 5, dtype=torch.int64), 3, backend=backend)
     return lambda q, k, v: multi_query_attention(q, k, v, mask), (
         random(5, 2, 2, 16),
@@ -63,9 +73,10 @@ def operation(name: str, backend: str) -> tuple[Callable[..., Tensor], tuple[Ten
     )
 
 
+OPERATORS = ("linear_scan", "rglru", "causal_conv1d", "gated_gelu", "add_rms_norm")
 OPERATIONS = [
     pytest.param(name, *getattr(backend, "values", (backend,)), marks=getattr(backend, "marks", ()))
-    for name in ("linear_scan", "rglru", "rglru_step", "causal_conv1d", "linear_cross_entropy")
+    for name in (*OPERATORS, "rglru_step", "rotary", "linear_cross_entropy")
     for backend in ("cpu", TRITON, "reference")
 ] + [("attention", "sdpa"), ("attention", "flex")]
 
@@ -90,13 +101,13 @@ def test_jvp_is_right_or_raises(name: str, backend: str) -> None:
     try:
         found = torch.func.jvp(function, tensors, tangents)[1]
     except (NotImplementedError, RuntimeError):
-        assert (name, backend) not in {(n, "reference") for n in REFERENCES}
+        assert (name, backend) not in {(n, "reference") for n in (*OPERATORS, *REFERENCES, "rotary")}
     else:
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("backend", ["cpu", TRITON])
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", sorted({*OPERATORS, *REFERENCES}))
 def test_refuses_under_transforms(name: str, backend: str) -> None:
     """In any order of jvp and vmap, also if only the gradient has a tangent."""
     function, tensors = operation(name, backend)

@@ -1,4 +1,4 @@
-"""Attention and rotary embedding against a dense float64 reference, on separate documents, and against transformers."""
+"""Attention against a dense float64 reference, on separate documents, and against transformers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from griffin.kernels.local_attention import attention_mask, multi_query_attention, rotary
+from griffin.kernels.local_attention import attention_mask, multi_query_attention
 from griffin.kernels.local_attention.reference import multi_query_attention_reference
+from griffin.kernels.rotary import apply_rotary, rotary_cos_sin
 
 FLOAT32 = 1e-5  # dot products and softmax sums of at most some hundred float32 terms; the largest error seen is 1e-6
 FLOAT64 = 1e-12  # the same algebra in another order
@@ -148,7 +149,9 @@ def test_packed_documents_equal_separate_documents(window):
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(1).expand(-1, 2)
 
     def attend(q, k, v, places, ids):
-        return multi_query_attention(rotary(q, places), rotary(k, places), v, attention_mask(ids, window))
+        angles = rotary_cos_sin(places, 8, torch.float64)
+        q, k = apply_rotary(q, angles), apply_rotary(k.unsqueeze(2), angles).squeeze(2)
+        return multi_query_attention(q, k, v, attention_mask(ids, window))
 
     pieces = zip(*(inputs[name].split(lengths) for name in "qkv"), positions.split(lengths), strict=True)
     apart = torch.cat([attend(*piece, one_document(len(piece[0]), 2)) for piece in pieces])
@@ -190,46 +193,6 @@ def test_mask_is_shared_by_tensors_without_gradient(backend):
             assert_close({"y": multi_query_attention(**inputs, mask=mask)}, {"y": expected}, FLOAT32)
 
 
-@pytest.mark.parametrize(("head_dim", "dtype"), [(8, torch.float32), (16, torch.float64), (12, torch.float32)])
-def test_rotary_agrees_with_transformers(head_dim, dtype):
-    transformers = pytest.importorskip("transformers")
-    modeling = pytest.importorskip("transformers.models.recurrent_gemma.modeling_recurrent_gemma")
-    config = transformers.RecurrentGemmaConfig(head_dim=head_dim)
-    inputs = make(40, 2, 3, head_dim, dtype=dtype)
-    positions = torch.arange(40).unsqueeze(1).repeat(1, 2)
-    positions[25:, 1] -= 25
-    cos, sin = modeling.RecurrentGemmaRotaryEmbedding(config)(inputs["v"].transpose(0, 1), positions.t())
-    q, k = modeling.apply_rotary_pos_emb(
-        inputs["q"].permute(1, 2, 0, 3), inputs["k"].transpose(0, 1)[:, None], cos, sin
-    )
-    theirs = {"q": q.permute(2, 0, 1, 3), "k": k[:, 0].transpose(0, 1)}
-    for name, expected in theirs.items():
-        leaf = {name: inputs[name]}
-        found = gradients(rotary(inputs[name], positions), leaf)
-        # They take angles in float32 whatever the dtype: at 40 radians that is 4e-6.
-        assert_close(found, gradients(expected, leaf), FLOAT32)
-
-
-def test_rotary_is_relative():
-    """Scores depend only on the distance of query and key, and the second half of each head is unchanged."""
-    inputs = make(1, 1, 1, 16, dtype=torch.float64)
-    q, k = inputs["q"][..., 0, :].detach(), inputs["k"].detach()
-
-    def score(query_at: int, key_at: int) -> Tensor:
-        return (rotary(q, torch.tensor([[query_at]])) * rotary(k, torch.tensor([[key_at]]))).sum()
-
-    torch.testing.assert_close(score(1007, 1000), score(7, 0), rtol=FLOAT64, atol=FLOAT64)
-    assert (score(8, 0) - score(7, 0)).abs() > 1e-3
-    assert torch.equal(rotary(q, torch.tensor([[5]]))[..., 8:], q[..., 8:])
-
-
-def test_rotary_half_precision_rounds_once():
-    x = make(300, 1, 2, 16, dtype=torch.bfloat16)["q"].detach()
-    positions = torch.arange(300).unsqueeze(1)
-    # Angles up to 300 radians are exact to 3e-5 in float32, far below bfloat16's rounding.
-    torch.testing.assert_close(rotary(x, positions).double(), rotary(x.double(), positions), rtol=2**-8, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -262,22 +225,6 @@ def test_attention_refuses(name, value):
 def test_mask_refuses(name, arguments):
     with pytest.raises(ValueError, match=rf"^{name}: "):
         attention_mask(**({"documents": one_document(6, 2), "window": 3} | arguments))
-
-
-@pytest.mark.parametrize(
-    ("name", "x", "positions"),
-    [
-        ("x", torch.zeros(6, 2, 6), torch.zeros(6, 2, dtype=torch.int64)),
-        ("x", torch.zeros(6, 2, 8, dtype=torch.int64), torch.zeros(6, 2, dtype=torch.int64)),
-        ("x", torch.zeros(6, 8), torch.zeros(6, 8, dtype=torch.int64)),
-        ("positions", torch.zeros(6, 2, 8), torch.zeros(2, 6, dtype=torch.int64)),
-        ("positions", torch.zeros(6, 2, 8), torch.zeros(6, 2)),
-        ("positions", torch.zeros(6, 2, 8), torch.zeros(6, 2, dtype=torch.int64, device="meta")),
-    ],
-)
-def test_rotary_refuses(name, x, positions):
-    with pytest.raises(ValueError, match=rf"^{name}: "):
-        rotary(x, positions)
 
 
 @pytest.mark.gpu

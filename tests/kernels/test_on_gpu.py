@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from griffin.kernels.conv1d import causal_conv1d
+from griffin.kernels.gated_gelu import gated_gelu
 from griffin.kernels.linear_scan import linear_scan
+from griffin.kernels.recurrent_block import recurrent_block
 from griffin.kernels.rglru import rglru
+from griffin.kernels.rms_norm import add_rms_norm, rms_norm
+from griffin.kernels.rotary import rotary_cos_sin, rotary_qkv
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,6 +42,19 @@ def make_starts(steps: int, batch: int) -> Tensor:
 def operation(name: str, steps: int, batch: int, width: int, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
     """Return an operation as a function of the backend and its differentiable arguments, and these arguments."""
     starts = make_starts(steps, batch)
+    if name in TOKEN_OPERATIONS:
+        return token_operation(name, steps, batch, width, dtype)
+    if name == "recurrent_block":
+        blocks = next(n for n in (16, 13, 11, 7) if width % n == 0)
+        leaves = {
+            "xy": random(steps, batch, 2 * width, seed=1, dtype=dtype),
+            "conv_weight": random(4, width, seed=2, scale=0.5),
+            "conv_bias": random(width, seed=3),
+            "gate_weight": random(blocks, width // blocks, 2 * width // blocks, seed=4, dtype=dtype, scale=0.05),
+            "gate_bias": random(2, width, seed=5),
+            "decay": torch.linspace(-9, -2, width, device="cuda"),
+        }
+        return lambda backend, **arguments: recurrent_block(**arguments, starts=starts, backend=backend), leaves
     if name == "conv1d":
         leaves = {
             "x": random(steps, batch, width, seed=1, dtype=dtype),
@@ -59,10 +76,33 @@ def operation(name: str, steps: int, batch: int, width: int, dtype: torch.dtype)
         "recurrence_gate": random(steps, batch, width, seed=7, dtype=dtype, scale=2.0),
         "decay": torch.linspace(-9, -2, width, device="cuda"),
         "initial_state": state,
+        "gate_bias": random(2, width, seed=10),
     }
     if name == "rglru":
-        del leaves["branch"]
+        del leaves["branch"], leaves["gate_bias"]
     return lambda backend, **arguments: rglru(**arguments, starts=starts, backend=backend), leaves
+
+
+TOKEN_OPERATIONS = ("gated_gelu", "rms_norm", "add_rms_norm", "rotary")
+
+
+def token_operation(name: str, steps: int, batch: int, width: int, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
+    """Return an operation on tokens, as `operation`."""
+    x = random(steps, batch, width, seed=1, dtype=dtype)
+    if name == "gated_gelu":
+        leaves = {"x": random(steps, batch, 2 * width, seed=1, dtype=dtype), "bias": random(2 * width, seed=2)}
+        return lambda backend, **arguments: (gated_gelu(**arguments, backend=backend),), leaves
+    if name == "rms_norm":
+        leaves = {"x": x, "weight": random(width, seed=2)}
+        return lambda backend, **arguments: (rms_norm(**arguments, backend=backend),), leaves
+    if name == "add_rms_norm":
+        leaves = {"x": x, "branch": random(steps, batch, width, seed=3, dtype=dtype), "weight": random(width, seed=2)}
+        return lambda backend, **arguments: add_rms_norm(**arguments, backend=backend), leaves
+    head_dim = 128 if width % 2 == 0 else 12
+    heads = max(1, width // head_dim)
+    angles = rotary_cos_sin(torch.arange(steps, device="cuda")[:, None].expand(-1, batch), head_dim)
+    leaves = {"qkv": random(steps, batch, (heads + 2) * head_dim, seed=1, dtype=dtype)}
+    return lambda backend, **arguments: rotary_qkv(**arguments, angles=angles, heads=heads, backend=backend), leaves
 
 
 def run(function: Any, leaves: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
@@ -73,7 +113,9 @@ def run(function: Any, leaves: dict[str, Tensor], backend: str) -> dict[str, Ten
     return {f"result {i}": r.detach() for i, r in enumerate(results)} | dict(zip(arguments, found, strict=True))
 
 
-@pytest.mark.parametrize("name", ["rglru", "rglru with branch", "linear_scan", "conv1d"])
+@pytest.mark.parametrize(
+    "name", ["rglru", "rglru with branch", "linear_scan", "conv1d", "recurrent_block", *TOKEN_OPERATIONS]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("steps", "batch", "width"), SHAPES)
 def test_equals_float64_and_is_deterministic(name: str, dtype: torch.dtype, steps: int, batch: int, width: int) -> None:
@@ -87,7 +129,7 @@ def test_equals_float64_and_is_deterministic(name: str, dtype: torch.dtype, step
     expected = run(function, wide, "cpu")
     for key, value in found.items():
         largest = expected[key].abs().max()
-        if key in ("decay", "weight", "bias"):  # sums over T and B of terms of both signs
+        if any(word in key for word in ("decay", "weight", "bias")):  # sums over T and B of terms of both signs
             largest = largest.clamp(min=(steps * batch) ** 0.5)
         error = ((value.double() - expected[key]).abs().max() / largest).item()
         assert error <= DTYPES[dtype], f"{key}: {error:.1e}"

@@ -185,6 +185,7 @@ def test_strides_change_nothing(backend):
         "decay": inputs["decay"].detach().repeat_interleave(2)[::2].requires_grad_(),
         "branch": inputs["branch"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(),
         "initial_state": inputs["initial_state"].detach().t().contiguous().t().requires_grad_(),
+        "gate_bias": inputs["gate_bias"].detach().t().contiguous().t().requires_grad_(),
     }
     assert not any(leaf.is_contiguous() for leaf in strided.values())
     assert_close(run(strided, **options), expected, 0.0)
@@ -261,6 +262,7 @@ def test_a_sequence_in_two_parts_equals_one(backend):
         for part in (slice(None, cut), slice(cut, None)):
             pieces = {name: tensor[part] for name, tensor in sequences.items()}
             options = {"starts": starts[part], "initial_state": state, "backend": backend}
+            options["gate_bias"] = inputs["gate_bias"]
             y, state = rglru(**pieces, decay=inputs["decay"], **options)
             parts.append(y)
         return torch.cat(parts), state
@@ -286,7 +288,7 @@ def test_starts_at_every_place_around_a_chunk(backend):
 def test_packed_documents_equal_separate_documents(backend):
     lengths = (1, 2, 3, 20, 1, 9)
     inputs = make(sum(lengths), 2, 5)
-    del inputs["initial_state"], inputs["branch"]
+    del inputs["initial_state"], inputs["branch"], inputs["gate_bias"]
     starts = torch.zeros(sum(lengths), 2, dtype=torch.bool)
     starts[[sum(lengths[:i]) for i in range(len(lengths))]] = True
     packed, last = rglru(**inputs, starts=starts, backend=backend, chunk=8)
@@ -338,6 +340,7 @@ def test_agrees_with_transformers():
 def test_single_steps(backend: str, dtype: torch.dtype) -> None:
     """Single steps from a state equal the whole sequence; the state is kept in float32 between them."""
     inputs = {name: leaf.detach() for name, leaf in make(20, 3, 80, dtype=dtype, state=True, branch=True).items()}
+    inputs["gate_bias"] = None  # in a step, gates include it
     y, last = rglru(**inputs)
     step = rglru_step(inputs["decay"], backend)
     state = inputs["initial_state"].t().contiguous()

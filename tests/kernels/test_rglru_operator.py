@@ -62,9 +62,10 @@ def test_opcheck(backend, save_states):
     inputs["branch"] = inputs["branch"].detach().permute(1, 2, 0).contiguous().permute(2, 0, 1)  # channels apart
     starts = torch.arange(18).view(9, 2) % 7 == 3
     leaves = [inputs[name] for name in LEAVES[:5]]
-    torch.library.opcheck(ops.forward, (*leaves, starts, inputs["initial_state"], save_states, 8, backend))
+    others = (starts, inputs["initial_state"], inputs["gate_bias"])
+    torch.library.opcheck(ops.forward, (*leaves, *others, save_states, 8, backend))
     few = {"test_utils": ("test_faketensor", "test_aot_dispatch_static")}
-    torch.library.opcheck(ops.forward, (*leaves[:4], None, None, None, save_states, None, backend), **few)
+    torch.library.opcheck(ops.forward, (*leaves[:4], None, None, None, None, save_states, None, backend), **few)
 
 
 @BACKENDS
@@ -120,7 +121,7 @@ def test_saves(backend, branch, save_states, kept):
     activations = [tensor for tensor in saved if tensor.numel() == 16 * 2 * 16]
     assert [tensor.dtype for tensor in activations] == [torch.bfloat16] * kept
     chunk_states = 2 * 2 * 16 if backend == "triton" and not save_states else 0
-    others = 16 * 2 + 2 * 16 + 16 + chunk_states
+    others = 16 * 2 + 2 * 16 + 16 + (2 * 16 if branch else 0) + chunk_states
     assert sum(tensor.numel() for tensor in saved) == kept * 16 * 2 * 16 + others
 
 

@@ -9,8 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from griffin.kernels.conv1d import causal_conv1d
-from griffin.kernels.rglru import rglru
+from griffin.kernels.recurrent_block import recurrent_block
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.context import Context, Documents, megatron_config
 from griffin.parallel.layers.mlp import MLP
@@ -88,13 +87,12 @@ def _inside_recurrence(context: Context, documents: Documents) -> list[tuple[str
     width = MODEL.recurrent_width // context.grid.tensor_size
     gates = BlockDiagonalGates("r", context)
     initialize([gates], context.grid, seed=0)
-    x = torch.randn(T, B, width, requires_grad=True)
+    xy = torch.randn(T, B, 2 * width, requires_grad=True)
     with CountCollectives() as count:
-        convolved = causal_conv1d(x, torch.randn(4, width), torch.randn(width), starts=documents.starts)
-        input_gate, recurrence_gate = gates(convolved)
-        y, _ = rglru(convolved, input_gate, recurrence_gate, torch.randn(width), starts=documents.starts)
+        weights = (torch.randn(4, width), torch.randn(width), gates.weight, gates.bias.view(2, -1), torch.randn(width))
+        y, _ = recurrent_block(xy, *weights, starts=documents.starts)
         y.sum().backward()
-    assert x.grad is not None
+    assert xy.grad is not None
     return count.seen
 
 

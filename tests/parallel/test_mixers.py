@@ -255,12 +255,12 @@ def test_any_number_of_projections_is_fused(folder: Path, names: tuple[str, ...]
         megatron = megatron_config(model, ParallelConfig(), torch.float32, device)
         context = Context(model=model, grid=grid, megatron=megatron, device=device, kernels="cpu")
         linear = ColumnLinear(context, names, outputs, atoms=4, std=1.0)
-    for place, piece in enumerate(linear.weight.pieces):
+    for place, piece in enumerate(linear.weight.pieces):  # type: ignore[attr-defined]
         assert piece.name == f"{names[place]}.weight"
         rows = linear.weight[place * outputs : (place + 1) * outputs]
         assert piece.view(linear.weight, 1).data_ptr() == rows.data_ptr()
     assert linear.weight.shape == (len(names) * outputs, model.width)
-    assert len(linear.bias.pieces) == len(names)
+    assert len(linear.bias.pieces) == len(names)  # type: ignore[attr-defined]
 
 
 def test_every_entry_is_complete() -> None:

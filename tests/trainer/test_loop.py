@@ -82,7 +82,7 @@ def test_environment_and_config(run_dir: Path, config_path: Path) -> None:
         "sequence_parallel": False,
         "data": 2,
     }
-    assert environment["implementations"].keys() == {"optimizer", "norm", "attention", "recurrence"}
+    assert environment["implementations"].keys() == {"optimizer", "attention", "kernels"}
     assert environment["implementations"]["attention"] in ("sdpa", "flex")
     assert environment["packages"]["megatron-core"] == "0.16.1"
     assert load_config(run_dir / "config.toml") == load_config(config_path, ["--parallel.tensor", "2"])

@@ -34,7 +34,8 @@ def plant(ranks: Any, config: Config, name: str, rank: int, value: float) -> dic
         before = sharding.gather(training.stages, grid)
         if grid.rank == rank:
             (parameter,) = [p for piece, p in sharding.named_pieces(training.stages) if piece.name == name]
-            parameter.register_hook(lambda _: setattr(parameter, "main_grad", parameter.main_grad.fill_(value)))
+            total: Any = parameter.main_grad  # type: ignore[attr-defined]
+            parameter.register_hook(lambda _: setattr(parameter, "main_grad", total.fill_(value)))
         try:
             training.step(iter(batches[1]))
         except NonFiniteError as error:

@@ -21,7 +21,6 @@ import torch
 from griffin.kernels.rglru import rglru
 from griffin.kernels.selection import HAS_TRITON
 from griffin.launch.local import cores
-from griffin.parallel.layers.norm import apex_rms_norm
 from griffin.tools.runs.check_results import FAILED, OK, WARNING, CheckResult
 from griffin.trainer.checkpoint.saving.memory import memory_left
 
@@ -98,16 +97,16 @@ def _triton(folder: Path) -> Iterator[CheckResult]:
 
 
 def _apex(folder: Path) -> Iterator[CheckResult]:
-    if apex_rms_norm() is not None:
-        yield OK, "apex: NVIDIA's, with fused norms"
-    elif importlib.util.find_spec("apex") is None:
-        yield OK, "apex: absent; torch computes norms and the optimizer"
-    elif importlib.util.find_spec("apex.normalization") is None:
+    if importlib.util.find_spec("apex") is None:
+        yield OK, "apex: absent; torch computes the optimizer"
+    elif importlib.util.find_spec("apex.optimizers") is None:
         yield WARNING, "apex: another package than NVIDIA's, such as PyPI's; uninstall it"
-    elif torch.cuda.is_available():
-        yield WARNING, "apex: NVIDIA's, but without its compiled extensions; torch computes norms"
-    else:
+    elif not torch.cuda.is_available():
         yield OK, "apex: NVIDIA's, used on GPUs only"
+    elif importlib.util.find_spec("amp_C") is None:
+        yield WARNING, "apex: NVIDIA's, but without its compiled extensions; torch computes the optimizer"
+    else:
+        yield OK, "apex: NVIDIA's, with its fused optimizer"
 
 
 def _kernels(folder: Path) -> Iterator[CheckResult]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from griffin.kernels.recurrent_block import Observer
 from griffin.kernels.rglru.reference import GATE_SCALE
 from griffin.parallel.config import RECURRENT, ModelConfig
 from griffin.parallel.mixers.recurrent import RecurrentMixer
@@ -108,17 +108,14 @@ class Observation:
     @contextmanager
     def of(self, stages: Iterable[nn.Module]) -> Iterator[None]:
         """Observe the gates of `stages` within this context. No computed value changes."""
-        hooks = [
-            mixer.gates.register_forward_hook(self._hook(mixer))
-            for stage in stages
-            for mixer in stage.modules()
-            if isinstance(mixer, RecurrentMixer)
-        ]
+        mixers = [mixer for stage in stages for mixer in stage.modules() if isinstance(mixer, RecurrentMixer)]
+        for mixer in mixers:
+            mixer.observe = self._observer(mixer)
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for mixer in mixers:
+                mixer.observe = None
 
     def summed(self, model: ModelConfig, device: torch.device) -> Tensor:
         """The sum over all ranks: they hold other channels, other layers or other data. A collective.
@@ -133,15 +130,15 @@ class Observation:
             dist.all_reduce(rows)
         return rows
 
-    def _hook(self, mixer: RecurrentMixer) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor]], None]:
+    def _observer(self, mixer: RecurrentMixer) -> Observer:
         piece = mixer.gates.weight.pieces[0]  # type: ignore[attr-defined]
         index, (blocks, width, _) = _block_index(piece.name), piece.shape
 
-        def observe(module: nn.Module, inputs: Any, gates: tuple[Tensor, Tensor]) -> None:
+        def observe(input_gate: Tensor, recurrence_gate: Tensor) -> None:
             if index not in self._seen:  # later micro-batches and recomputation call this too
-                tokens = gates[0].shape[0] * gates[0].shape[1]
+                tokens = input_gate.shape[0] * input_gate.shape[1]
                 every = max(1, tokens * blocks * width // VALUES)
-                self._seen[index] = distribution(*gates, mixer.decay, every=every)
+                self._seen[index] = distribution(input_gate, recurrence_gate, mixer.decay, every=every)
 
         return observe
 

@@ -159,7 +159,7 @@ def describe_environment(
 ) -> dict[str, Any]:
     """The content of environment.json: versions, code, command, machine, layout, and the `implementations` in use.
 
-    `implementations` names what computes the optimizer, norm, attention and recurrence, such as {"norm": "apex"}.
+    `implementations` names what computes the optimizer, attention and the rest, such as {"attention": "flex"}.
     """
     return {
         "python": platform.python_version(),

@@ -116,7 +116,7 @@ class TrainConfig:
     )
     kernels: str = setting(
         AUTO,
-        'backend of convolution, recurrence and loss: `"triton"` (GPUs), `"cpu"` (any machine), `"reference"` (a loop)',
+        'backend of all operators but attention: `"triton"` (GPUs), `"cpu"` (any machine), `"reference"` (a loop)',
         choices=(AUTO, *BACKENDS),
     )
     overlap: str = setting(

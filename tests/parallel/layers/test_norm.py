@@ -1,9 +1,7 @@
-"""RMSNorm against its formula in float64, and selection of the implementation."""
+"""RMSNorm against its formula in float64."""
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,12 +11,11 @@ from torch import Tensor
 
 from griffin.parallel.config import RECURRENT, ModelConfig, ParallelConfig
 from griffin.parallel.context import Context, megatron_config
-from griffin.parallel.layers.norm import RMSNorm, apex_rms_norm
+from griffin.parallel.layers.norm import RMSNorm
 from griffin.parallel.world.grid import single_rank_grid
 
 T, B, D = 5, 3, 48
 Make = Callable[[torch.dtype], Any]
-APEX = ("apex", "apex.normalization", "apex.normalization.fused_layer_norm", "fused_layer_norm_cuda")
 
 
 def formula(x: Tensor, w: Tensor) -> Tensor:
@@ -75,65 +72,3 @@ def test_output_and_gradients(make: Make, scale: float, dtype: torch.dtype) -> N
 def test_weight_is_described(make: Make) -> None:
     (piece,) = make(torch.float32).weight.pieces
     assert (piece.name, piece.shape, piece.axis) == ("norm.weight", (D,), None)
-
-
-def install_apex(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
-    """Make an `apex` with these functions importable, its compiled extension included."""
-    modules = {name: types.ModuleType(name) for name in APEX}
-    for name, function in functions.items():
-        setattr(modules["apex.normalization.fused_layer_norm"], name, function)
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-
-
-def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-
-
-def test_apex_is_used_if_installed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
-
-    def fused(x: Tensor, weight: Tensor, normalized_shape: torch.Size, eps: float) -> Tensor:
-        calls.append((x.dtype, weight.detach().clone(), tuple(normalized_shape), eps))
-        # As Apex: x of any dtype, output in the weight's dtype.
-        return formula(x.float(), weight - 1).to(weight.dtype)
-
-    install_apex(monkeypatch, mixed_dtype_fused_rms_norm_affine=fused)
-    with monkeypatch.context() as patch:
-        pretend_cuda(patch)
-        assert apex_rms_norm() is fused
-        norm = make(torch.bfloat16)
-    x = random_input(1.0, torch.bfloat16)
-    y = norm(x)
-    ((dtype, weight, shape, epsilon),) = calls
-    assert (dtype, shape, epsilon) == (torch.bfloat16, (D,), 1e-6)
-    assert weight.dtype == torch.float32
-    assert torch.equal(weight, 1 + norm.weight.detach().float())
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, make(torch.bfloat16)(x), rtol=2**-7, atol=0)  # each rounds once to bfloat16
-
-
-def test_apex_without_a_gpu_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_apex(monkeypatch, mixed_dtype_fused_rms_norm_affine=formula)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert apex_rms_norm() is None
-
-
-def test_a_foreign_apex_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_cuda(monkeypatch)
-    with monkeypatch.context() as patch:
-        install_apex(patch)  # has the modules but not the function
-        assert apex_rms_norm() is None
-    with monkeypatch.context() as patch:
-        for name in APEX[1:]:
-            patch.delitem(sys.modules, name, raising=False)
-        patch.setitem(sys.modules, "apex", types.ModuleType("apex"))  # a module without sub-modules
-        assert apex_rms_norm() is None
-
-
-def test_an_apex_built_without_its_extension_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVIDIA's default build is Python only: its functions exist but fail when called."""
-    pretend_cuda(monkeypatch)
-    install_apex(monkeypatch, mixed_dtype_fused_rms_norm_affine=formula)
-    monkeypatch.setitem(sys.modules, "fused_layer_norm_cuda", None)  # cannot be imported
-    assert apex_rms_norm() is None

@@ -207,7 +207,7 @@ def test_kernels_that_compute_something_else(tmp_path: Path, monkeypatch: pytest
 
 def test_another_package_of_the_name_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    packages = {"apex": SimpleNamespace(), "apex.normalization": None}
+    packages = {"apex": SimpleNamespace(), "apex.optimizers": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: packages[name] if name in packages else find(name))
     state, text = result_of(tmp_path, "apex")
     assert (state, "another package than NVIDIA's" in text) == (WARNING, True)

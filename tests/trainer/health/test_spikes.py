@@ -81,7 +81,9 @@ def poisoned_run(ranks: Ranks, config: Config, run_dir: Path, step: int, rank: i
                 for piece, parameter in sharding.named_pieces(training.stages)
                 if piece.name == "blocks.1.mlp.down.weight"
             ]
-            handle = parameter.register_hook(lambda gradient: torch.full_like(gradient, math.nan))
+            # Linear layers add their gradient to it themselves.
+            total: Any = parameter.main_grad  # type: ignore[attr-defined]
+            handle = parameter.register_hook(lambda _: setattr(parameter, "main_grad", total.fill_(math.nan)))
         try:
             return make_step(training, *args, **others)
         finally:

@@ -1,4 +1,4 @@
-"""`griffin bench count`: where the time and memory of a GPU's training step go, counted without a GPU."""
+"""`griffin bench count`: predicts where a training step spends time and memory on GPUs, without a GPU."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 def add_parser(kinds: argparse._SubParsersAction) -> None:
     parser = kinds.add_parser(
         "count",
-        help="where a training step's time and memory go on a GPU, by count",
-        description="Run a rank's stages on meta tensors, record every operator with its shapes, FLOPs and bytes, and "
-        "give each the time that a device is assumed to need (a roofline). Nothing is measured: the figures are worth "
-        "most as differences between two versions. Settings can follow as --section.key value; options go before them.",
+        help="predict where a training step spends time and memory on GPUs",
+        description="Runs a rank's stages on meta tensors, records every operator's shapes, FLOPs and bytes, and "
+        "predicts its time on the device by a roofline. Nothing is measured; differences between two versions or "
+        "layouts are more reliable than absolute figures. Settings of a config follow as --section.key value.",
     )
     parser.add_argument("model", metavar="MODEL|CONFIG", help="a preset, or a config: a file or a packaged one")
     parser.add_argument("--world", type=int, default=64, metavar="N", help="devices (default: 64)")
     parser.add_argument("--tensor", type=int, metavar="T", help="tensor-parallel size")
     parser.add_argument("--sp", action="store_true", help="sequence parallelism")
     parser.add_argument("--pipeline", type=int, metavar="P", help="pipeline-parallel size")
-    parser.add_argument("--micro-batch", type=int, metavar="B", help="sequences; for a preset by default 4")
-    parser.add_argument("--global-batch", type=int, metavar="N", help="sequences; for a preset by default 1024")
-    parser.add_argument("--sequence", type=int, metavar="S", help="tokens; for a preset by default 2048")
+    parser.add_argument("--micro-batch", type=int, metavar="B", help="sequences per micro-batch (presets: 4)")
+    parser.add_argument("--global-batch", type=int, metavar="N", help="sequences per step (presets: 1024)")
+    parser.add_argument("--sequence", type=int, metavar="S", help="tokens per sequence (presets: 2048)")
     parser.add_argument("--device", choices=("h100", "h200"), default="h100", help="default: h100")
-    parser.add_argument("--gemm", type=float, metavar="TFLOPS", help="of a large matrix product (default: 790)")
-    parser.add_argument("--detail", type=int, default=0, metavar="N", help="print the N operators that take longest")
-    parser.add_argument("--assumptions", action="store_true", help="print what is assumed, and from where")
+    parser.add_argument("--gemm", type=float, metavar="TFLOPS", help="rate of large matrix products (default: 790)")
+    parser.add_argument("--detail", type=int, default=0, metavar="N", help="print the N slowest operators")
+    parser.add_argument("--assumptions", action="store_true", help="print the assumed rates and their sources")
     parser.set_defaults(run=run, overrides=[])
 
 
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> Config:
-    """The settings with those of the command line. Data are not read.
+    """Return the settings, with those of the command line. Data is not read.
 
-    Raises ValueError where they cannot train on so many devices.
+    Raises ValueError if they are not valid for this number of devices.
     """
     from griffin.trainer.settings.complete import with_vocabulary
     from griffin.trainer.settings.load import read_settings

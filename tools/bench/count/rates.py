@@ -1,4 +1,4 @@
-"""What a device is assumed to do in a second, and the time of an operator by it. Nothing here is measured by us."""
+"""Assumed rates of devices, and the time of an operator at them. None of them is a measurement of this project."""
 
 from __future__ import annotations
 

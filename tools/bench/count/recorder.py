@@ -34,7 +34,7 @@ _COLLECTIVES = {
 }
 
 # PyTorch's operators over symmetric memory: collective, the tensor that it exchanges or multiplies, matrices, group.
-_PIPELINED: dict[str, Callable[[Any], tuple[str, Tensor, Sequence[Tensor], str]]] = {
+_PIPELINED: dict[str, Callable[[Any], tuple[str, Tensor, Sequence[Tensor], Any]]] = {
     "fused_all_gather_matmul": lambda args: ("all-gather", args[0], args[1], args[3]),
     "fused_matmul_reduce_scatter": lambda args: ("reduce-scatter", args[0], [args[1]], args[4]),
 }
@@ -209,9 +209,11 @@ class Recorder(TorchDispatchMode):
         rows = given.numel() // given.shape[-1] * (size if kind == "all-gather" else 1)
         moved = whole.numel() * whole.element_size() * (1 if kind == "all-gather" else size)
         collective = Collective(kind=kind, bytes=moved, size=size, is_pipelined=True)
-        shared = {"module": self.module(), "phase": self.phase}
+        module, phase = self.module(), self.phase
         shapes = f"{moved / 1e6:.1f} MB over {size} ranks"
-        self.ops.append(Op(name=kind, kind="communication", shapes=shapes, collective=collective, **shared))
+        self.ops.append(
+            Op(name=kind, kind="communication", shapes=shapes, collective=collective, module=module, phase=phase)
+        )
         for matrix in matrices:
             product = Product(m=rows, k=matrix.shape[0], n=matrix.shape[1])
             moved = given.element_size() * (rows * (product.k + product.n) + product.k * product.n)
@@ -219,7 +221,7 @@ class Recorder(TorchDispatchMode):
             self.ops.append(
                 Op(
                     name=name, kind="products", shapes=shapes, bytes=moved, flops=product.flops, kernels=size,
-                    product=product, **shared,
+                    product=product, module=module, phase=phase,
                 )
             )  # fmt: skip
         for tensor in _tensors(results):

@@ -1,4 +1,4 @@
-"""The tables of a counted step."""
+"""Tables of a predicted step."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def _modules(micro_batch: MicroBatch) -> Iterator[str]:
 def _memory(step: Step) -> Iterator[str]:
     rank = max((rank.rank for rank in step.ranks), key=lambda rank: rank.peak + 6 * rank.parameters)
     yield ""
-    yield f"memory of a device, GB of {step.device.memory / 1e9:.0f}"
+    yield f"memory per device, GB of {step.device.memory / 1e9:.0f}"
     yield f"  weights, float32 gradients and the optimizer's shard  {step.static_bytes / 1e9:8.2f}"
-    yield f"  most of a micro-batch beside them                     {rank.peak / 1e9:8.2f}"
+    yield f"  activations at the peak of a micro-batch              {rank.peak / 1e9:8.2f}"
     kept = ", ".join(f"{module} {size / 1e9:.2f}" for module, size in Counter(rank.kept).most_common())
-    yield f"  kept for the backward of a micro-batch                {sum(rank.kept.values()) / 1e9:8.2f}: {kept}"
+    yield f"  saved for the backward pass of a micro-batch          {sum(rank.kept.values()) / 1e9:8.2f}: {kept}"
     for size, maker in rank.at_peak[:5]:
-        yield f"  at the peak                                           {size / 1e9:8.2f}: {maker}"
+        yield f"  largest at the peak                                   {size / 1e9:8.2f}: {maker}"
 
 
 def _largest(micro_batch: MicroBatch, count: int) -> Iterator[str]:
