@@ -22,17 +22,9 @@ from griffin.trainer.step import Training
 from tests.layouts import SEQUENCE, make_config, micro_batches
 from tests.ranks import RankPool
 
-# Their results have a shape that the host must know, or are read by it.
-WAITING = (
-    "_local_scalar_dense",
-    "equal",
-    "is_nonzero",
-    "nonzero",
-    "masked_select",
-    "bincount",
-    "unique_dim",
-    "_unique2",
-)
+# Their results are read by the host, or have a shape that it must know.
+READ = {"_local_scalar_dense": 0, "equal": False, "is_nonzero": False}
+SHAPED = ("nonzero", "masked_select", "bincount", "unique_dim", "_unique2")
 REPLICAS_EVERY = 2
 
 
@@ -55,14 +47,17 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        namespace, name = func._schema.name.split("::")
+        name = func._schema.name.split("::")[1]
         if name in ("reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_"):  # unknown on meta tensors
             return torch._C._distributed_c10d.FakeWork().boxed()
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         devices = {tensor.device.type for tensor in tensors}
-        if "meta" in devices and (name in WAITING or _is_counted_mask(name, args)):
+        if "meta" in devices and name in READ:
             self.found.append(name)
-            return False if name == "equal" else 0
+            return READ[name]
+        if "meta" in devices and (name in SHAPED or _is_counted_mask(name, args)):
+            self.found.append(name)
+            raise AssertionError(f"{name} waits for the device")
         if name == "_to_copy" and (target := kwargs.get("device")) is not None and {target.type} != devices:
             self.found.append(f"copy to {'host' if target.type == 'cpu' else 'device'}")
             if target.type == "cpu":
