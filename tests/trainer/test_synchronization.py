@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -142,11 +143,8 @@ def test_the_host_waits_once_a_step(layout: ParallelConfig, world: int, settings
 def test_waits_are_found(wait: Any) -> None:
     """Of this module's own count."""
     x = torch.empty(4, device="meta")
-    with Waits() as waits:
-        try:
-            wait(x)
-        except (RuntimeError, TypeError, AttributeError):  # 0 is no tensor
-            assert waits.found
+    with Waits() as waits, suppress(AssertionError):
+        wait(x)
     assert waits.found
 
 
