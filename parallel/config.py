@@ -14,7 +14,8 @@ ATTENTION = "attention"
 GLOBAL_ATTENTION = "global_attention"
 INITS = ("jax", "torch")
 # Part of each block that is recomputed in the backward pass ("states": of the recurrence; "none": everything is saved).
-RECOMPUTES = ("none", "states", "mixer", "mlp", "block")
+NORMS_GELU = "norms+gelu"
+RECOMPUTES = ("none", "states", NORMS_GELU, "mixer", "mlp", "block")
 
 CONV_WIDTH = 4
 MOST_VOCABULARY = 2**24

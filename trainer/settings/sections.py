@@ -106,7 +106,8 @@ class TrainConfig:
     recompute: str = setting(
         "none",
         'activation recomputation: what each block computes again in its backward pass, `"states"` (of the '
-        'recurrence), `"mixer"`, `"mlp"` or `"block"`',
+        'recurrence), `"norms+gelu"` (the outputs of the norms and of the gated GeLU: no matrix product), `"mixer"`, '
+        '`"mlp"` or `"block"`',
         choices=RECOMPUTES,
     )
     z_loss: float = setting(
