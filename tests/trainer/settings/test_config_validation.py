@@ -197,7 +197,8 @@ def test_bounds(setting: str) -> None:
 @pytest.mark.parametrize("setting", [name for name, about in SETTINGS.items() if about.choices])
 def test_choices(setting: str) -> None:
     choices = SETTINGS[setting].choices
-    with pytest.raises(ValueError, match=f"^{re.escape(setting)} = 'other': must be one of {', '.join(choices)}$"):
+    message = f"{setting} = 'other': must be one of {', '.join(choices)}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         validate(changed({setting: "other"}), 1)
     needed = {"parallel.sequence_parallel": True, "parallel.tensor": 2} if setting == "parallel.overlap_tensor" else {}
     for choice in choices:
