@@ -45,8 +45,9 @@ from griffin.trainer.settings.sections import Config
 
 
 def overlaps_communication(config: Config, data_size: int, *, on_gpu: bool) -> bool:
-    """Whether data-parallel communication overlaps with computation."""
-    return data_size > 1 and (config.train.overlap == "on" or (config.train.overlap == "auto" and on_gpu))
+    """Whether data-parallel communication overlaps with computation. A CUDA graph cannot wait for what is not in it."""
+    automatic = config.train.overlap == "auto" and on_gpu and not config.train.cuda_graphs
+    return data_size > 1 and (config.train.overlap == "on" or automatic)
 
 
 def wrap_in_ddp(stages: Sequence[Stage], overlap: bool) -> list[DistributedDataParallel]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,6 +20,7 @@ from griffin.parallel.layers.loss import Loss
 from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import Stage, build_stages
 from griffin.parallel.world.grid import Grid
+from griffin.trainer.graph import GraphedPasses
 from griffin.trainer.health.non_finite import NonFiniteError, describe_non_finite
 from griffin.trainer.health.replicas import Comparison, compare_replicas
 from griffin.trainer.health.spikes import Spike
@@ -72,7 +74,10 @@ class Training:
             z_loss=config.train.z_loss,
         )
         initialize(self.stages, grid, config.train.seed)
-        self.chunks = wrap_in_ddp(self.stages, self.overlap)  # megatron-core's model chunks
+        self._schedule = get_forward_backward_func()
+        self._graphed = GraphedPasses(self._schedule, grid.device) if config.train.cuda_graphs else None
+        with self._graphed.stream() if self._graphed is not None else nullcontext():
+            self.chunks = wrap_in_ddp(self.stages, self.overlap)  # megatron-core's model chunks
         self.optimizer = ShardedOptimizer(config, grid, self.chunks, dtype=self.dtype, overlap=self.overlap)
 
         # megatron-core's schedule calls these between its passes.
@@ -83,7 +88,6 @@ class Training:
         if self.overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
-        self._forward_backward = get_forward_backward_func()
 
     def step(
         self,
@@ -105,7 +109,8 @@ class Training:
             detect_spike: returns the spike for a loss and a gradient norm, if they are one. The update is then skipped;
                 the schedule advances all the same.
             measure: fill `StepResult.measured` and `work`. This changes no bit of the weights.
-            health: fill `StepResult.health`. This changes no bit of the weights.
+            health: fill `StepResult.health`. This changes no bit of the weights. Not with `train.cuda_graphs`, which
+                leaves `work` None.
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite, and there is no `detect_spike`. No weight changes.
@@ -116,7 +121,9 @@ class Training:
 
         # Gradients.
         observation = Observation()
-        with observation.of(self.stages if health else ()), self.clock.work.running():
+        graphed = self._graphed is not None
+        assert not (graphed and health), "a graph calls no observers"
+        with observation.of(self.stages if health else ()), nullcontext() if graphed else self.clock.work.running():
             totals = self._gradients(self.clock.timed(batches), stop)
         self.clock.gradients_done()
 
@@ -153,7 +160,7 @@ class Training:
                 gates = observation.summed(self.config.model, self.grid.device)
             rows, gates = to_host(rows, gates)
             if measure:
-                measured, work = figures_of(rows, self.grid, self.config.model)
+                measured, work = figures_of(rows, self.grid, self.config.model, has_work=not graphed)
             if health and is_finite:
                 rglru = Health.of(gates, self.config.model)
         return StepResult(
@@ -224,16 +231,15 @@ class Training:
                 chunk.enable_forward_pre_hook()
         return _result(*to_host(totals))[:2]
 
-    def _run(
-        self, batches: Iterator[Batch], micro_batches: int, *, forward_only: bool, stop: bool = False
-    ) -> Tensor:
+    def _run(self, batches: Iterator[Batch], micro_batches: int, *, forward_only: bool, stop: bool = False) -> Tensor:
         """Run megatron-core's pipeline schedule over the next micro-batches.
 
         Returns float64 [3] on the device, the same on every rank: the sum of losses, the number of unmasked tokens, and
         the number of ranks on which `stop` is set.
         """
         next_batches = itertools.islice(batches, micro_batches)
-        losses = self._forward_backward(
+        run = self._graphed if self._graphed is not None and not forward_only else self._schedule
+        losses = run(
             forward_step_func=self._forward,
             data_iterator=(
                 list(itertools.tee(next_batches, len(self.chunks))) if len(self.chunks) > 1 else next_batches

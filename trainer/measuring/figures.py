@@ -75,10 +75,12 @@ def gather_rows(grid: Grid, gradient_squares: Tensor, weight_squares: Tensor, ti
     return rows.view(grid.world_size, -1)
 
 
-def figures_of(rows: Tensor, grid: Grid, model: ModelConfig) -> tuple[dict[str, float], list[float]]:
+def figures_of(
+    rows: Tensor, grid: Grid, model: ModelConfig, *, has_work: bool = True
+) -> tuple[dict[str, float], list[float] | None]:
     """The figures of a logged step by name, and the seconds of own work per step of each rank.
 
-    `rows` is what `gather_rows` returns, on the CPU.
+    `rows` is what `gather_rows` returns, on the CPU. Without `has_work` the ranks' work was not timed.
     """
     kinds = all_kinds()
     ranks, grads, params = rows.split((rows.shape[1] - 2 * len(kinds), len(kinds), len(kinds)), dim=1)
@@ -89,10 +91,10 @@ def figures_of(rows: Tensor, grid: Grid, model: ModelConfig) -> tuple[dict[str, 
         "param_norm": math.sqrt(params.sum().item()),
         "data_wait_seconds": data_wait.max().item(),
         "pipeline_bubble": pipeline_bubble(work, schedule) if grid.pipeline_size > 1 else 0.0,
-        "data_parallel_imbalance": data_parallel_imbalance(work, grid),
+        **({"data_parallel_imbalance": data_parallel_imbalance(work, grid)} if has_work else {}),
         **{name: used.max().item() for name, used in zip(_MEMORY, memory, strict=True)},
     }
-    return figures, work.tolist()
+    return figures, work.tolist() if has_work else None
 
 
 def pipeline_bubble(work: Tensor, schedule: Tensor) -> float:

@@ -125,6 +125,11 @@ class TrainConfig:
         'overlap data-parallel communication with computation: `"on"`, `"off"`, or on GPUs only',
         choices=OVERLAPS,
     )
+    cuda_graphs: bool = setting(
+        False,
+        "replay forward and backward passes as a CUDA graph, for small models on GPUs; without pipelines, overlapped "
+        "communication, observations of the RG-LRU, profiles, and the comparison of ranks' own work",
+    )
     eval_interval: int = setting(
         500,
         "steps between evaluations, which also run before the first and after the last step; 0 is never",
