@@ -12,7 +12,7 @@ optimizer/distrib_optimizer.py
     2429 _copy_main_params_to_model_params: copy master weights to this rank's shards of the model's weights
 optimizer/optimizer.py
     185 prepare_grads: copy the model's gradients to `grad` of the master weights
-    134 get_main_grads_for_grad_norm: the gradients that count in the norm
+    136 get_main_grads_for_grad_norm: the gradients that count in the norm
     164 get_grad_stats_parallel_group: the ranks over which their squares are summed
     190 step_with_ready_grads: update, and start the all-gather of the weights
     1105 chained_optimizers: one for each group of parameters that has its own process groups
@@ -35,6 +35,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from griffin.parallel import megatron_device
 from griffin.parallel.stage import Stage
@@ -156,7 +157,7 @@ class ShardedOptimizer:
         ]
         square = torch.zeros((), device=self._grid.device)
         if gradients:
-            square = torch.stack(torch._foreach_norm(gradients)).norm().square()  # one kernel for many gradients
+            square = get_total_norm(gradients).square()
         dist.all_reduce(square, group=self._megatron.get_grad_stats_parallel_group())
         return square
 

@@ -238,7 +238,9 @@ class Training:
         the number of ranks on which `stop` is set.
         """
         next_batches = itertools.islice(batches, micro_batches)
-        run = self._graphed if self._graphed is not None and not forward_only else self._schedule
+        run: Callable[..., list[Tensor]] = (
+            self._graphed if self._graphed is not None and not forward_only else self._schedule
+        )
         losses = run(
             forward_step_func=self._forward,
             data_iterator=(

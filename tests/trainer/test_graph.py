@@ -1,13 +1,17 @@
-"""What of training with CUDA graphs needs no GPU: the tensors that a graph reads."""
+"""What of training with CUDA graphs needs no GPU: the tensors that a graph reads, and what is run and replayed when."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from griffin.parallel.config import ParallelConfig
-from griffin.trainer.graph import NAMES, StaticBatches
+from griffin.trainer.graph import NAMES, WARM_UP_STEPS, GraphedPasses, StaticBatches
 from tests.layouts import make_config, micro_batches
 
 CPU = torch.device("cpu")
@@ -57,3 +61,60 @@ def test_another_shape_is_refused() -> None:
     short = {name: value[:1] for name, value in given(1)[0].items()}  # which would be broadcast
     with pytest.raises(AssertionError, match="tokens"):
         list(static.read(iter([short]), 1))
+
+
+class Gpu:
+    """Stands in for `torch.cuda`: logs what it is told, with the sum of the tokens that a replay would read."""
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+        self.captured: list[dict[str, Tensor]] = []
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = self
+
+        class Stream:
+            def __init__(self, device: Any = None):
+                self.name = "default" if device is None else "own"
+
+            def wait_stream(self, other: Stream) -> None:
+                gpu.log.append(f"{self.name} waits")
+
+        class Graph:
+            def replay(self) -> None:
+                gpu.log.append(("replay", [batch["tokens"].sum().item() for batch in gpu.captured]))
+
+        @contextmanager
+        def stream(of: Stream) -> Iterator[None]:
+            gpu.log.append(f"on {of.name}")
+            yield
+
+        @contextmanager
+        def graph(graph: Graph, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+            assert stream.name == "own"
+            gpu.log.append("capture")
+            yield
+
+        for name, value in {"Stream": Stream, "CUDAGraph": Graph, "stream": stream, "graph": graph}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+
+    def schedule(self, *, data_iterator: Iterator[dict[str, Tensor]], num_microbatches: int) -> list[Tensor]:
+        self.captured = list(data_iterator)
+        assert len(self.captured) == num_microbatches
+        self.log.append("schedule")
+        return [batch["tokens"].sum() for batch in self.captured]
+
+
+def test_passes_are_run_then_captured_once_and_replayed_with_new_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu()
+    gpu.install(monkeypatch)
+    passes = GraphedPasses(gpu.schedule, CPU)
+    for step in range(WARM_UP_STEPS + 3):
+        gpu.log.clear()
+        batches = given(step)
+        passes(data_iterator=iter(batches), num_microbatches=4)
+        sums = [batch["tokens"].sum().item() for batch in batches]
+        work = {True: ["schedule"], False: [("replay", sums)]}[step < WARM_UP_STEPS]
+        capture = ["capture", "schedule"] if step == WARM_UP_STEPS else []
+        assert gpu.log == ["own waits", "on own", *capture, *work, "default waits"]
