@@ -115,6 +115,6 @@ def test_passes_are_run_then_captured_once_and_replayed_with_new_batches(monkeyp
         batches = given(step)
         passes(data_iterator=iter(batches), num_microbatches=4)
         sums = [batch["tokens"].sum().item() for batch in batches]
-        work = {True: ["schedule"], False: [("replay", sums)]}[step < WARM_UP_STEPS]
+        work: list[Any] = ["schedule"] if step < WARM_UP_STEPS else [("replay", sums)]
         capture = ["capture", "schedule"] if step == WARM_UP_STEPS else []
         assert gpu.log == ["own waits", "on own", *capture, *work, "default waits"]
