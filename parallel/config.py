@@ -14,7 +14,8 @@ ATTENTION = "attention"
 GLOBAL_ATTENTION = "global_attention"
 INITS = ("jax", "torch")
 # What each block computes or gathers again in the backward pass; all but "none" gather.
-RECOMPUTES = ("none", "gather", "states", "mixer", "mlp", "block")
+NORMS_GELU = "norms+gelu"
+RECOMPUTES = ("none", "gather", "states", NORMS_GELU, "mixer", "mlp", "block")
 
 CONV_WIDTH = 4
 MOST_VOCABULARY = 2**24

@@ -61,6 +61,7 @@ def megatron_config(
         deallocate_pipeline_outputs=True,
         # The interleaved schedule's batched sends give silently wrong results with gloo; on GPUs overlap excludes them.
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # for PyTorch of old, whose batched receives could be read too early
         overlap_p2p_comm=interleaved and on_gpu,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -19,6 +19,7 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from griffin.kernels.products import add_product
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.context import Context
+from griffin.parallel.layers.recompute import saving
 from griffin.parallel.sharding import Piece, describe, normal, zeros
 from griffin.parallel.world.grid import Grid
 
@@ -121,7 +122,8 @@ def column_product(x: Tensor, weights: Sequence[Tensor], context: Context) -> Te
     With sequence parallelism x is this rank's part of T; `overlap_tensor` all-gathers it behind the product. In the
     backward pass the gradient of x is reduced behind the products for the gradients of the weights.
     """
-    return _ColumnProduct.apply(x, *_communication(context), context.keep_gathered, *weights)
+    with saving(x):
+        return _ColumnProduct.apply(x, *_communication(context), context.keep_gathered, *weights)
 
 
 def row_product(x: Tensor, weight: Tensor, context: Context) -> Tensor:
@@ -130,7 +132,8 @@ def row_product(x: Tensor, weight: Tensor, context: Context) -> Tensor:
     With sequence parallelism it is this rank's part of T, and with `overlap_tensor` it is reduce-scattered behind the
     product; in the backward pass its gradient is all-gathered behind the product for the gradient of x.
     """
-    return _RowProduct.apply(x, weight, *_communication(context))
+    with saving(x):
+        return _RowProduct.apply(x, weight, *_communication(context))
 
 
 def _communication(context: Context) -> tuple[dist.ProcessGroup, bool, bool]:

@@ -186,13 +186,15 @@ def load_run_config(args: argparse.Namespace, earlier: PreviousRun | None = None
 
 
 def _check_kernels(config: Config) -> None:
-    """Raise ValueError if this machine cannot run the chosen kernels."""
-    if config.train.kernels != AUTO:
+    """Raise ValueError if this machine cannot run the chosen kernels, or replay them as a CUDA graph."""
+    if config.train.kernels != AUTO or config.train.cuda_graphs:
         import torch
 
         from griffin.kernels.selection import resolve_backend
+        from griffin.trainer.graph import check_graphs
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_graphs(config.train.cuda_graphs, device)
         resolve_backend(config.train.kernels, device, getattr(torch, config.train.dtype), "train.kernels")
 
 

@@ -106,8 +106,9 @@ class TrainConfig:
     recompute: str = setting(
         "none",
         'activation recomputation: what each block computes again in its backward pass, `"gather"` (all-gathers inputs '
-        'of linears again with sequence parallelism, which all that follow do too), `"states"` (of the '
-        'recurrence), `"mixer"`, `"mlp"` or `"block"`',
+        'of linears again with sequence parallelism, which all that follow do too), `"states"` (of the recurrence), '
+        '`"norms+gelu"` (the outputs of the norms and of the gated GeLU: no matrix product), `"mixer"`, `"mlp"` or '
+        '`"block"`',
         choices=RECOMPUTES,
     )
     z_loss: float = setting(
@@ -124,6 +125,11 @@ class TrainConfig:
         "auto",
         'overlap data-parallel communication with computation: `"on"`, `"off"`, or on GPUs only',
         choices=OVERLAPS,
+    )
+    cuda_graphs: bool = setting(
+        False,
+        "replay forward and backward passes as a CUDA graph, for small models on GPUs; without pipelines, overlapped "
+        "communication, observations of the RG-LRU, profiles, and the comparison of ranks' own work",
     )
     eval_interval: int = setting(
         500,

@@ -128,6 +128,17 @@ def test_recomputation_keeps_less_and_computes_more(single: RankCount) -> None:
     assert products(block) > 1.2 * products(single)
 
 
+def test_norms_and_gelu_are_recomputed_without_a_product(single: RankCount) -> None:
+    selective = count_rank(config(recompute="norms+gelu"), 1, 0)
+    assert products(selective) == products(single)
+    inputs = 2 * BATCH * SEQUENCE * (2 * MODEL.width + MODEL.mlp_width)  # bytes, of the mixer and both of the MLP
+    assert sum(single.kept.values()) - sum(selective.kept.values()) == MODEL.blocks * inputs
+    assert single.peak - selective.peak >= (MODEL.blocks - 1) * inputs  # a block at a time has them back
+    again = {"griffin::rms_norm": 2 * MODEL.blocks, "griffin::gated_gelu": MODEL.blocks}
+    names, plain = (Counter(op.name for op in count.ops) for count in (selective, single))
+    assert {name: names[name] - plain[name] for name in again} == again
+
+
 def test_memory_is_that_of_storages(single: RankCount) -> None:
     """At least what is kept is alive at the peak; the logits are the largest storage of so small a model."""
     assert single.peak >= sum(single.kept.values())
