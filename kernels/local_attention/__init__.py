@@ -6,15 +6,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from griffin.kernels.local_attention.counted import CountedMask, counted_attention, counted_mask
-from griffin.kernels.local_attention.flex import flex_attention_mqa, flex_mask
+from griffin.kernels.local_attention.flex import FlexMask, flex_attention_mqa, flex_mask
 from griffin.kernels.local_attention.sdpa import BlockedMask, blocked_mask, sdpa_attention
 
 __all__ = ["AttentionMask", "attention_mask", "multi_query_attention", "select_backend"]
 
-AttentionMask = BlockMask | BlockedMask | CountedMask
+AttentionMask = FlexMask | BlockedMask | CountedMask
 BACKENDS: dict[str, Callable[[Tensor, int | None], AttentionMask]] = {
     "flex": flex_mask,
     "sdpa": blocked_mask,
@@ -80,10 +79,9 @@ def multi_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) 
             )
         if tensor.dtype != q.dtype or tensor.device != q.device:
             raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}; q is {q.dtype} on {q.device}")
-    masked = (mask.shape[0], mask.shape[-1])
-    if masked != (batch, length):
-        raise ValueError(f"mask: of documents {list(masked)}; q of shape {list(q.shape)} needs {[batch, length]}")
-    if isinstance(mask, BlockMask):
+    if mask.shape != (batch, length):
+        raise ValueError(f"mask: of documents {list(mask.shape)}; q of shape {list(q.shape)} needs {[batch, length]}")
+    if isinstance(mask, FlexMask):
         return flex_attention_mqa(q, k, v, mask)
     if isinstance(mask, CountedMask):
         return counted_attention(q, k, v, mask)

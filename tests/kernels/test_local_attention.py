@@ -85,7 +85,7 @@ def test_flex_mask_equals_blocked_mask(window):
 
 def test_flex_mask_skips_blocks_outside_the_window():
     """Of 16 x 16 blocks of 128 scores, a window of 256 needs 3 per row of blocks, and fewer in the first two rows."""
-    mask = attention_mask(one_document(2048, 1), 256, backend="flex")
+    mask = attention_mask(one_document(2048, 1), 256, backend="flex").blocks
     blocks = mask.kv_num_blocks
     if mask.full_kv_num_blocks is not None:
         blocks = blocks + mask.full_kv_num_blocks
