@@ -70,8 +70,8 @@ class Intruder:
 def descendants(process: int) -> list[int]:
     found = [process]
     for parent in found:
-        for file in Path(f"/proc/{parent}/task").glob("*/children"):
-            with suppress(OSError):
+        with suppress(OSError):  # a process or thread has ended
+            for file in Path(f"/proc/{parent}/task").glob("*/children"):
                 found.extend(map(int, file.read_text(encoding="ascii").split()))
     return found
 

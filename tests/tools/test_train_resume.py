@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -177,7 +178,9 @@ def test_killed_twice_and_stopped_once_from_the_command_line(config_path: Path, 
             wait_for(lambda: not session(process.pid))  # none outlives its launcher
         finally:
             for pid in session(process.pid):
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait(patience)
         newest, damaged = newest_complete(checkpoints)
         assert newest is not None
         assert damaged == []
@@ -192,7 +195,8 @@ def test_killed_twice_and_stopped_once_from_the_command_line(config_path: Path, 
     def kill_all(launcher: int) -> None:
         assert len(session(launcher)) >= 8  # launcher, its server and tracker, 2 ranks with a saver and a loader each
         for pid in session(launcher):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended with those killed before
+                os.kill(pid, signal.SIGKILL)
 
     def kill_launcher(launcher: int) -> None:
         os.kill(launcher, signal.SIGKILL)
