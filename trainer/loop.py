@@ -282,7 +282,9 @@ def implementations(config: Config, device: torch.device) -> dict[str, str]:
     dtype = getattr(torch, config.train.dtype)
     return {
         "optimizer": optimizer_name(),
-        "attention": local_attention.select_backend(device),
+        "attention": local_attention.resolve_backend(
+            config.train.attention, device, dtype, config.model.head_dim, "train.attention"
+        ),
         "kernels": resolve_backend(config.train.kernels, device, dtype, "train.kernels"),
     }
 

@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from griffin.parallel.context import to_device
 from griffin.parallel.gradients import finalize_gradients
 from griffin.parallel.layers.loss import Loss
 from griffin.parallel.sharding import initialize
@@ -68,6 +69,7 @@ class Training:
             sequence=config.data.sequence_length,
             recompute=config.train.recompute,
             kernels=config.train.kernels,
+            attention=config.train.attention,
             z_loss=config.train.z_loss,
         )
         initialize(self.stages, grid, config.train.seed)
@@ -241,7 +243,7 @@ class Training:
         return loss_sum / max(tokens, 1.0), int(tokens), stops > 0
 
     def _forward(self, batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, partial]:
-        batch = {name: value.to(self.grid.device, non_blocking=True) for name, value in next(batches).items()}
+        batch = to_device(next(batches), self.grid.device)
         return chunk(batch), partial(masked_loss, batch["loss_mask"])
 
 

@@ -39,8 +39,8 @@ def flash_attention(
         v,
         cu_seqlens_q=offsets.cu_seqlens,
         cu_seqlens_k=offsets.cu_seqlens,
-        max_seqlen_q=offsets.longest,
-        max_seqlen_k=offsets.longest,
+        max_seqlen_q=offsets.max_seqlen,
+        max_seqlen_k=offsets.max_seqlen,
         softmax_scale=q.shape[-1] ** -0.5,
         causal=True,
         # Keys to the left of the query's own, which a window includes here.

@@ -16,11 +16,11 @@ class Offsets:
     cu_seqlens: int32 [N + 1], the first token of each document, ascending. The last ones are B T, as those of documents
         without tokens: N is a power of two, so that few different shapes arise. It is no larger than that, because
         FlashAttention's backward takes memory for each document.
-    longest: tokens of the longest document.
+    max_seqlen: tokens of the longest document.
     """
 
     cu_seqlens: Tensor
-    longest: int
+    max_seqlen: int
 
 
 # Attention [tokens, H, hd] of q [tokens, H, hd] over k, v [tokens, 1, hd] within documents and a window.
@@ -47,9 +47,9 @@ def document_offsets(starts: Tensor) -> Offsets:
     starts[:, 0] = True
     first = starts.flatten().nonzero().squeeze(1)
     tokens = torch.tensor([starts.numel()])
-    longest = int(torch.cat((first, tokens)).diff().max())
+    max_seqlen = int(torch.cat((first, tokens)).diff().max())
     slots = 1 << (len(first) - 1).bit_length()
-    return Offsets(torch.cat((first, tokens.expand(slots + 1 - len(first)))).int(), longest)
+    return Offsets(torch.cat((first, tokens.expand(slots + 1 - len(first)))).int(), max_seqlen)
 
 
 def offsets_of(documents: Tensor) -> Offsets:
@@ -57,7 +57,7 @@ def offsets_of(documents: Tensor) -> Offsets:
     starts = torch.zeros(documents.shape, dtype=torch.bool)
     starts[:, 1:] = documents.diff(dim=1).cpu() != 0
     found = document_offsets(starts)
-    return Offsets(found.cu_seqlens.to(documents.device), found.longest)
+    return Offsets(found.cu_seqlens.to(documents.device), found.max_seqlen)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, mask: PackedMask) -> Tensor:

@@ -17,6 +17,7 @@ HALF = (torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM, HEAD_DIM_MULTIPLE = 256, 8  # of FlashAttention
 
 Library = Callable[..., Any]
+LIBRARIES: dict[str, Callable[[], Library | None]] = {"flash": flash.library, "varlen": varlen.library}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,15 @@ def _named(on: Target) -> str:
     return str(on.device) if on.capability is None else f"{on.device} of compute capability {'%d.%d' % on.capability}"
 
 
+def is_reproducible(backend: str, head_dim: int) -> bool:
+    """Return whether gradients are bitwise reproducible."""
+    return backend != "flash" or head_dim <= flash.DETERMINISTIC_HEAD_DIM
+
+
 def choose(backend: str, on: Target, libraries: dict[str, Library | None], setting: str = "backend") -> str:
-    """Return the backend to run on a target; "auto" takes the first of ATTENTION_BACKENDS that can run.
+    """Return the backend to run on a target.
+
+    "auto" takes the first of ATTENTION_BACKENDS that can run and whose gradients are bitwise reproducible.
 
     Raises ValueError, naming `setting`, if the backend is unknown or cannot run.
     """
@@ -80,7 +88,11 @@ def choose(backend: str, on: Target, libraries: dict[str, Library | None], setti
     if on.device.type == "meta":
         return COUNTED
     if backend == AUTO:
-        return next(each for each in ATTENTION_BACKENDS if refusal(each, on, libraries) is None)
+        return next(
+            each
+            for each in ATTENTION_BACKENDS
+            if is_reproducible(each, on.head_dim) and refusal(each, on, libraries) is None
+        )
     if (reason := refusal(backend, on, libraries)) is not None:
         raise ValueError(f"{setting}: {backend!r} {reason}")
     return backend
@@ -92,7 +104,5 @@ def resolve_backend(
     """Return the backend to run for heads of this device, dtype and size: see `choose`."""
     on = target(device, dtype, head_dim)
     # Imported only where they can run: FlashAttention's package takes seconds.
-    found = {"flash": flash.library, "varlen": varlen.library}
-    return choose(
-        backend, on, {name: find() if on.capability is not None else None for name, find in found.items()}, setting
-    )
+    found = {name: find() if on.capability is not None else None for name, find in LIBRARIES.items()}
+    return choose(backend, on, found, setting)

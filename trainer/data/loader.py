@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
+from griffin.parallel.context import with_offsets
 from griffin.parallel.world.ranks import RunError
 from griffin.trainer.data.dataset import Samples
 
@@ -83,8 +84,9 @@ def batches(
     """Endless micro-batches of this rank, in steps that take the samples from `first_sample` on in order.
 
     There are global_batch / (micro_batch * data_size) micro-batches per step. Each is a dict of the tensors of
-    `Samples` with a leading axis, [micro_batch, T], in pinned memory if there is a CUDA device. `workers` processes,
-    forked from this one, prefetch; 0 loads in this process. They ignore signals except SIGTERM from this process.
+    `Samples` with a leading axis, [micro_batch, T], and the offsets of documents (see `context.with_offsets`), in
+    pinned memory if there is a CUDA device. `workers` processes, forked from this one, prefetch; 0 loads in this
+    process. They ignore signals except SIGTERM from this process.
 
     Raises ValueError if the batch sizes do not fit, and WorkerError if the processes cannot be started.
     """
@@ -107,6 +109,7 @@ def batches(
     loader = DataLoader(
         samples,
         batch_sampler=numbers(),
+        collate_fn=_collate,
         num_workers=workers,
         # Explicit: a rank that was started by a fork server would by default start a server of its own, which imports
         # everything again.
@@ -123,6 +126,10 @@ def batches(
         raise WorkerError(workers, str(error)) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return with_offsets(default_collate(samples))
 
 
 def _shield_from_signals(worker: int) -> None:
