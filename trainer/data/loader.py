@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from griffin.trainer.data.dataset import Samples
 
 # The beginnings of PyTorch's errors if a worker process has died, and if it has raised an error itself.
 ENDED, RAISED = "DataLoader worker (pid", "Caught RuntimeError in DataLoader worker process"
+NOTICE_SECONDS = 2.0  # for PyTorch to notice the death of a worker process
 NO_ROOM = "shared memory"  # part of the error that it raises if shared memory is full
 
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
@@ -121,11 +123,23 @@ def batches(
     # Block these signals around the fork, so that workers and all their threads start with them blocked.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
-        return iter(loader)
+        return _drawn(iter(loader), workers)
     except OSError as error:  # from starting a process, or from a semaphore, which is in /dev/shm
         raise WorkerError(workers, str(error)) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _drawn(batches: Iterator[dict[str, torch.Tensor]], workers: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Draw batches. A process that dies while it hands one over breaks a connection before its death is noticed.
+
+    PyTorch then raises its own error, from a signal's handler. Without it, WorkerError is raised here.
+    """
+    try:
+        yield from batches
+    except (ConnectionError, EOFError) as error:
+        time.sleep(NOTICE_SECONDS)
+        raise WorkerError(workers, f"DataLoader worker: {type(error).__name__}") from error
 
 
 def _collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

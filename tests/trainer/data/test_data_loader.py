@@ -130,11 +130,13 @@ def test_a_damaged_file_stops_the_loader(samples, tmp_path, workers):
 
 def started(samples):
     """A loader that has read a batch, and its two worker processes."""
+    others = set(multiprocessing.active_children())
     loader = batches(samples, first_sample=0, global_batch=2, micro_batch=2, data_rank=0, data_size=1, workers=2)
-    assert len(loader._workers) == 2
+    workers = sorted(set(multiprocessing.active_children()) - others, key=lambda worker: worker.pid)
+    assert len(workers) == 2
     for _ in range(2):  # one batch of each: it is set up
         next(loader)
-    return loader, list(loader._workers)
+    return loader, workers
 
 
 def draw_after_a_death(samples, said):
@@ -238,12 +240,14 @@ def test_workers_ignore_signals_of_others(samples):
 def test_starting_workers_ignore_signals_of_others(samples, monkeypatch):
     seed = random.seed
     monkeypatch.setattr(random, "seed", lambda *given: (time.sleep(0.2), seed(*given)))  # PyTorch's workers call it
+    others = set(multiprocessing.active_children())
     with StopRequests():
         loader = batches(samples, first_sample=0, global_batch=2, micro_batch=2, data_rank=0, data_size=1, workers=1)
+        (worker,) = set(multiprocessing.active_children()) - others
         for name in ("TERM", "INT", "USR1"):
-            subprocess.run(["kill", f"-{name}", str(loader._workers[0].pid)], check=True)
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
         next(loader)
-        assert loader._workers[0].is_alive()
+        assert worker.is_alive()
 
 
 def test_signals_of_the_rank_are_unchanged(samples):
