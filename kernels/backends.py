@@ -3,5 +3,5 @@
 AUTO = "auto"
 # A loop over time that defines the operation; PyTorch operations optimised for CPUs; Triton programs.
 BACKENDS = ("reference", "cpu", "triton")
-# FlashAttention 3; PyTorch's varlen_attn; FlexAttention; PyTorch's scaled_dot_product_attention. In order of preference.
+# In order of preference: FlashAttention 3; PyTorch's varlen_attn, FlexAttention and scaled_dot_product_attention.
 ATTENTION_BACKENDS = ("flash", "varlen", "flex", "sdpa")

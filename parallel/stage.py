@@ -32,8 +32,9 @@ class Stage(MegatronModule):
 
     A batch maps `tokens`, `labels` and `positions` to int64 [B, T]; positions are 0 at every document's first token.
     `loss_mask`, float32 [B, T], holds the weights of tokens in the loss, 1 if it is absent. `cu_seqlens` and
-    `max_seqlen` (see `context.with_offsets`) save waiting for a GPU. The last stage returns the loss. Without `labels` it returns this rank's shard of the logits [T, B, padded vocabulary / t], float32, -inf at
-    padding. Other stages return activations [T, B, D] (sharded along T with sequence parallelism).
+    `max_seqlen` (see `context.with_offsets`) save waiting for a GPU. The last stage returns the loss. Without `labels`
+    it returns this rank's shard of the logits [T, B, padded vocabulary / t], float32, -inf at padding. Other stages
+    return activations [T, B, D] (sharded along T with sequence parallelism).
     """
 
     def __init__(

@@ -60,15 +60,18 @@ def refusal(backend: str, on: Target, libraries: dict[str, Library | None]) -> s
         )
     if libraries[backend] is None:
         return {
-            "flash": "; accepted where the package flash_attn_interface (FlashAttention 3) can be imported",
-            "varlen": f" with torch {torch.__version__}; accepted where torch.nn.attention.varlen.varlen_attn takes "
+            "flash": "without the package flash_attn_interface (FlashAttention 3); accepted where it can be imported",
+            "varlen": f"with torch {torch.__version__}; accepted where torch.nn.attention.varlen.varlen_attn takes "
             "window_size and enable_gqa",
-        }[backend].strip()
+        }[backend]
     return None
 
 
 def _named(on: Target) -> str:
-    return str(on.device) if on.capability is None else f"{on.device} of compute capability {'%d.%d' % on.capability}"
+    if on.capability is None:
+        return str(on.device)
+    major, minor = on.capability
+    return f"{on.device} of compute capability {major}.{minor}"
 
 
 def is_reproducible(backend: str, head_dim: int) -> bool:
