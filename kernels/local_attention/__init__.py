@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,11 @@ __all__ = [
 ]
 
 AttentionMask = FlexMask | BlockedMask | PackedMask | CountedMask
-MASKS = {"flex": flex_mask, "sdpa": blocked_mask, COUNTED: counted_mask}
+MASKS: dict[str, Callable[[Tensor, int | None], AttentionMask]] = {
+    "flex": flex_mask,
+    "sdpa": blocked_mask,
+    COUNTED: counted_mask,
+}
 PACKED: dict[str, Attend] = {"flash": flash_attention, "varlen": varlen_attention}
 
 

@@ -17,10 +17,10 @@ DETERMINISTIC_HEAD_DIM = 192
 
 @cache
 def library() -> Callable[..., Any] | None:
-    """Return `flash_attn_varlen_func`, or None if the package cannot be imported."""
+    """Return `flash_attn_varlen_func`, or None if the package cannot be imported or lacks it."""
     try:
         return import_module("flash_attn_interface").flash_attn_varlen_func
-    except (ImportError, OSError):  # OSError: its compiled part does not fit this PyTorch
+    except (ImportError, OSError, AttributeError):  # OSError: its compiled part does not fit this PyTorch
         return None
 
 

@@ -14,6 +14,7 @@ from griffin.kernels.local_attention import flash, varlen
 COUNTED = "counted"  # for meta tensors, in the place of any backend
 PACKED = ("flash", "varlen")  # backends that need the documents' offsets
 HALF = (torch.bfloat16, torch.float16)
+FLASH_CAPABILITY, VARLEN_CAPABILITY = (9, 0), (8, 0)  # compute capability: the only one, and the least
 LARGEST_HEAD_DIM, HEAD_DIM_MULTIPLE = 256, 8  # of FlashAttention
 
 Library = Callable[..., Any]
@@ -48,9 +49,9 @@ def refusal(backend: str, on: Target, libraries: dict[str, Library | None]) -> s
         return f"on {on.device}; accepted on a GPU"
     if backend not in PACKED:
         return None
-    if backend == "flash" and on.capability != (9, 0):
+    if backend == "flash" and on.capability != FLASH_CAPABILITY:
         return f"on {_named(on)}; accepted on NVIDIA GPUs of compute capability 9.0"
-    if on.capability is None or on.capability < (8, 0):
+    if on.capability is None or on.capability < VARLEN_CAPABILITY:
         return f"on {_named(on)}; accepted on NVIDIA GPUs of compute capability 8.0 and above"
     if on.dtype not in HALF:
         return f"for {on.dtype}; accepted: bfloat16 and float16"

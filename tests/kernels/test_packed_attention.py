@@ -23,7 +23,7 @@ from griffin.kernels.local_attention import attention_mask, document_offsets, mu
 from griffin.kernels.local_attention.flash import flash_attention
 from griffin.kernels.local_attention.packed import Attend, Offsets, PackedMask, offsets_of
 from griffin.kernels.local_attention.reference import multi_query_attention_reference
-from griffin.kernels.local_attention.selection import COUNTED, Target, choose
+from griffin.kernels.local_attention.selection import COUNTED, Library, Target, choose
 from griffin.kernels.local_attention.varlen import library, varlen_attention
 
 CPU = torch.device("cpu")
@@ -126,7 +126,8 @@ def results(attend: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]
 @given(packed(), st.integers(1, 3), st.integers(0, 2**31))
 def test_equals_the_reference(name: str, sequences: tuple[Tensor, int | None], heads: int, seed: int) -> None:
     documents, window = sequences
-    mask = PackedMask(tuple(documents.shape), offsets_of(documents), window, LIBRARIES[name])
+    batch, length = documents.shape
+    mask = PackedMask((batch, length), offsets_of(documents), window, LIBRARIES[name])
     inputs = leaves(documents, heads, seed)
     found = results(partial(multi_query_attention, mask=mask), inputs)
     expected = results(partial(multi_query_attention_reference, documents=documents, window=window), inputs)
@@ -217,7 +218,7 @@ def on_gpu(
 
 
 ON_CPU = Target(device=CPU, dtype=torch.bfloat16, head_dim=128, capability=None)
-BOTH = {"flash": flash_attn_varlen_func, "varlen": varlen_attn}
+BOTH: dict[str, Library | None] = {"flash": flash_attn_varlen_func, "varlen": varlen_attn}
 
 
 @pytest.mark.parametrize(
