@@ -225,16 +225,3 @@ def test_attention_refuses(name, value):
 def test_mask_refuses(name, arguments):
     with pytest.raises(ValueError, match=rf"^{name}: "):
         attention_mask(**({"documents": one_document(6, 2), "window": 3} | arguments))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("window", [None, 100])
-def test_on_gpu(window):
-    inputs = make(333, 2, 4, 64)
-    documents = torch.tensor([[0] * 37 + [1] * 296, [2] * 333])
-    there = {name: tensor.detach().cuda().requires_grad_() for name, tensor in inputs.items()}
-    found = gradients(multi_query_attention(**there, mask=attention_mask(documents.cuda(), window)).cpu(), there)
-    found = {name: tensor.cpu() for name, tensor in found.items()}
-    # Matrix products on a GPU may round their inputs to TF32, 2^-11 relative.
-    assert_close(found, oracle(inputs, documents, window), 4 * 2**-11)
