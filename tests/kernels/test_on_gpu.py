@@ -14,7 +14,7 @@ from griffin.kernels.conv1d import causal_conv1d
 from griffin.kernels.gated_gelu import gated_gelu
 from griffin.kernels.linear_scan import linear_scan
 from griffin.kernels.local_attention import attention_mask, multi_query_attention, resolve_backend
-from griffin.kernels.local_attention.flex import flex_attention_mqa
+from griffin.kernels.local_attention.flex import flex_attention_mqa, flex_mask
 from griffin.kernels.local_attention.reference import multi_query_attention_reference
 from griffin.kernels.local_attention.selection import is_reproducible
 from griffin.kernels.recurrent_block import recurrent_block
@@ -215,10 +215,9 @@ def attention_results(attend: Any, inputs: list[Tensor]) -> dict[str, Tensor]:
 def compare_attention(found: dict[str, Tensor], inputs: list[Tensor], documents: Tensor, window: int | None) -> None:
     """With the float64 reference, one sequence at a time: it holds all scores."""
     for row in range(len(documents)):
-        one = [tensor[:, row : row + 1].double() for tensor in inputs]
+        q, k, v = leaves = [tensor[:, row : row + 1].double().requires_grad_() for tensor in inputs]
         gradient = random(*found["attended"].shape, seed=3).to(inputs[0].dtype)[:, row : row + 1].double()
-        leaves = [tensor.requires_grad_() for tensor in one]
-        attended = multi_query_attention_reference(*leaves, documents[row : row + 1], window)
+        attended = multi_query_attention_reference(q, k, v, documents[row : row + 1], window)
         grads = torch.autograd.grad(attended, leaves, gradient)
         for (name, value), right in zip(found.items(), (attended, *grads), strict=True):
             error = ((value[:, row : row + 1].double() - right).abs().max() / right.abs().max()).item()
@@ -251,6 +250,6 @@ def test_attention(shape: tuple[Any, ...], dtype: torch.dtype, backend: str) -> 
 def test_flex_attention_with_repeated_keys(groups: int) -> None:
     shape = ATTENTION_SHAPES[0]
     inputs, documents = attention_inputs(shape, torch.bfloat16)
-    mask = attention_mask(documents, shape[3], backend="flex")
+    mask = flex_mask(documents, shape[3])
     found = attention_results(lambda q, k, v: flex_attention_mqa(q, k, v, mask, groups), inputs)
     compare_attention(found, inputs, documents, shape[3])
