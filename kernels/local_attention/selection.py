@@ -16,6 +16,8 @@ PACKED = ("flash", "varlen")  # backends that need the documents' offsets
 HALF = (torch.bfloat16, torch.float16)
 FLASH_CAPABILITY, VARLEN_CAPABILITY = (9, 0), (8, 0)  # compute capability: the only one, and the least
 LARGEST_HEAD_DIM, HEAD_DIM_MULTIPLE = 256, 8  # of FlashAttention
+# PyTorch runs its backward for these head dims only on GPUs with much shared memory per multiprocessor.
+LARGE_MEMORY_HEAD_DIMS, LARGE_MEMORY = range(193, 225), ((8, 0), (9, 0), (10, 0))
 
 Library = Callable[..., Any]
 LIBRARIES: dict[str, Callable[[], Library | None]] = {"flash": flash.library, "varlen": varlen.library}
@@ -59,6 +61,8 @@ def refusal(backend: str, on: Target, libraries: dict[str, Library | None]) -> s
         return (
             f"for model.head_dim = {on.head_dim}; accepted: multiples of {HEAD_DIM_MULTIPLE} up to {LARGEST_HEAD_DIM}"
         )
+    if on.head_dim in LARGE_MEMORY_HEAD_DIMS and on.capability not in LARGE_MEMORY:
+        return f"for model.head_dim = {on.head_dim} on {_named(on)}; accepted: up to 192, and from 232 on"
     if libraries[backend] is None:
         return {
             "flash": "without the package flash_attn_interface (FlashAttention 3); accepted where it can be imported",

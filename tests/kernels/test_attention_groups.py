@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from griffin.kernels.costs import COSTS
 from griffin.kernels.local_attention import attention_mask, multi_query_attention
 from griffin.kernels.local_attention.flex import flex_attention_mqa
 from griffin.kernels.local_attention.groups import BALANCED, backward_imbalance, key_value_groups, repeated
@@ -59,6 +60,24 @@ def test_imbalance_of_one_block(multiprocessors, expected):
 def test_wide_heads_are_computed_in_smaller_programs():
     """Of 64 keys or queries, of which there are twice as many."""
     assert backward_imbalance(1, 2, 1, 128, None, 256, 2) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_stated_balance_is_that_of_the_groups(shape):
+    batch, heads, length, window, head_dim = shape
+    groups = key_value_groups(*shape, H100)
+    q, k = (torch.empty(batch, count, length, head_dim, dtype=torch.bfloat16, device="meta") for count in (heads, 1))
+
+    def balance(copies: int) -> float:
+        keys = k.expand(-1, copies, -1, -1)
+        log_sum_exp = torch.empty(batch, heads, length, device="meta")
+        given = (q, q, keys, keys, q, log_sum_exp, window)
+        return COSTS["griffin::counted_attention_backward"](given, (q, keys, keys)).balance
+
+    assert balance(groups) == pytest.approx(
+        1 / backward_imbalance(batch, heads, groups, length, window, head_dim, H100)
+    )
+    assert balance(groups) >= 1 / BALANCED > balance(1)
 
 
 def inputs(heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -232,6 +232,9 @@ BOTH: dict[str, Library | None] = {"flash": flash_attn_varlen_func, "varlen": va
         (on_gpu(head_dim=100), (), "flex"),
         (on_gpu(dtype=torch.float32), (), "flex"),
         (on_gpu((8, 0)), (), "varlen"),
+        (on_gpu((8, 0), head_dim=208), (), "varlen"),
+        (on_gpu((8, 9), head_dim=208), (), "flex"),
+        (on_gpu((8, 9), head_dim=256), (), "varlen"),
         (on_gpu((10, 0)), (), "varlen"),
         (on_gpu((7, 5)), (), "flex"),
         (on_gpu(None), (), "flex"),  # a GPU of AMD
@@ -254,6 +257,7 @@ def test_choice(on: Target, absent: tuple[str, ...], expected: str) -> None:
         ("varlen", on_gpu(dtype=torch.float32), (), "'varlen' for torch.float32; accepted: bfloat16 and float16"),
         ("flash", on_gpu(head_dim=264), (), "'flash' for model.head_dim = 264; accepted: multiples of 8 up to 256"),
         ("varlen", on_gpu(head_dim=100), (), "'varlen' for model.head_dim = 100; accepted: multiples of 8 up to 256"),
+        ("varlen", on_gpu((8, 6), head_dim=200), (), "'varlen' for model.head_dim = 200 on cuda:0 of compute cap"),
         ("flash", on_gpu(), ("flash",), "'flash' without the package flash_attn_interface (Fl"),
         ("varlen", on_gpu(), ("varlen",), f"'varlen' with torch {torch.__version__}; accepted where torch.nn"),
         ("fast", ON_CPU, (), "'fast'; accepted: 'auto', 'flash', 'varlen', 'flex', 'sdpa'"),
