@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from griffin.trainer.settings.sections import TrainConfig
+
 # Of a batch. Others, such as document offsets, may have another shape in every batch.
 NAMES = ("tokens", "labels", "positions", "loss_mask")
 WARM_UP_STEPS = 3  # until everything is compiled, and all ranks are connected
@@ -18,6 +20,11 @@ def check_graphs(wanted: bool, device: torch.device) -> None:
     """Raise ValueError if `train.cuda_graphs` cannot run on a device."""
     if wanted and device.type != "cuda":
         raise ValueError(f"train.cuda_graphs = True: needs a GPU, the device is {device.type}; must be false")
+
+
+def attention_backend(train: TrainConfig) -> str:
+    """Return `train.attention`, or with `train.cuda_graphs` the backend that reads no document offsets."""
+    return "flex" if train.cuda_graphs else train.attention
 
 
 class StaticBatches:

@@ -15,12 +15,13 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from griffin.parallel.context import to_device
 from griffin.parallel.gradients import finalize_gradients
 from griffin.parallel.layers.loss import Loss
 from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import Stage, build_stages
 from griffin.parallel.world.grid import Grid
-from griffin.trainer.graph import GraphedPasses
+from griffin.trainer.graph import GraphedPasses, attention_backend
 from griffin.trainer.health.non_finite import NonFiniteError, describe_non_finite
 from griffin.trainer.health.replicas import Comparison, compare_replicas
 from griffin.trainer.health.spikes import Spike
@@ -71,6 +72,7 @@ class Training:
             sequence=config.data.sequence_length,
             recompute=config.train.recompute,
             kernels=config.train.kernels,
+            attention=attention_backend(config.train),
             z_loss=config.train.z_loss,
         )
         initialize(self.stages, grid, config.train.seed)
@@ -262,7 +264,7 @@ class Training:
         return total
 
     def _forward(self, batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, partial]:
-        batch = {name: value.to(self.grid.device, non_blocking=True) for name, value in next(batches).items()}
+        batch = to_device(next(batches), self.grid.device)
         return chunk(batch), partial(masked_loss, batch["loss_mask"])
 
 

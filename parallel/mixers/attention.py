@@ -97,7 +97,8 @@ class AttentionMixer(nn.Module):
         # One matrix product for q, k and v: the input is gathered, and its gradient reduced, once.
         qkv = column_product(u, (self.query, self.key_value), self._context)
         q, k, v = rotary_qkv(qkv, documents.rotary(self.head_dim), self.heads, backend=self._context.kernels)
-        return self.out(multi_query_attention(q, k, v, documents.mask(self.window))), k, v
+        mask = documents.mask(self.window, self._context.attention)
+        return self.out(multi_query_attention(q, k, v, mask)), k, v
 
 
 class LocalAttention(AttentionMixer):

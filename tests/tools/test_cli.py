@@ -150,6 +150,16 @@ def test_cuda_graphs_are_refused_before_anything_starts_without_a_gpu(
     assert started == []
 
 
+@pytest.mark.parametrize(("backend", "accepted"), [("flex", "a GPU"), ("varlen", "NVIDIA GPUs of compute capability")])
+def test_attention_that_cannot_run_is_refused_before_anything_starts(
+    folder: Path, started: list, capsys: pytest.CaptureFixture[str], backend: str, accepted: str
+) -> None:
+    assert main([*TRAIN, "--ranks", "2", "--train.attention", backend]) == 2
+    expected = f"griffin: error: train.attention: {backend!r} on cpu; accepted on {accepted}"
+    assert capsys.readouterr().err.startswith(expected)
+    assert started == []
+
+
 @pytest.fixture
 def checkpoint(folder: Path) -> Path:
     """A checkpoint in the run folder "other", of the config's model with another initialization."""

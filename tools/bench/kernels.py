@@ -33,9 +33,10 @@ def add_parser(kinds: argparse._SubParsersAction) -> None:
     parser = kinds.add_parser(
         "kernels",
         help="the kernels on a GPU, beside a copy's bandwidth and other scans",
-        description="Time the RG-LRU, with and without its branch, and the convolution, forward and backward on one "
-        "GPU. Print the bandwidth they reach and its share of a copy's, measured in the same run. Time the RG-LRU "
-        "beside accelerated-scan, flash-linear-attention, transformers and torch's associative_scan, if installed. "
+        description="Time the RG-LRU, with and without its branch, the convolution, and attention with each backend "
+        "that can run, forward and backward on one GPU. Print the bandwidth they reach and its share of a copy's, "
+        "measured in the same run, and for attention the TFLOP/s. Time the RG-LRU beside accelerated-scan, "
+        "flash-linear-attention, transformers and torch's associative_scan, if installed. "
         "Every result and gradient is compared with float64 before anything is timed.",
     )
     widths = "512,1024,2048,4096,8192"
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("bench kernels: needs the package triton; pip install triton")
     import triton
 
+    from griffin.tools.bench.kernels_attention import measure_attention
+
     if triton.knobs.runtime.interpret:
         raise ValueError("bench kernels: TRITON_INTERPRET=1 runs the kernels in Python; it must not be set")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -91,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         f"torch {torch.__version__}, triton {triton.__version__}"
     )
     rows, peer_rows = measure(settings, device)
+    measure_attention(device, getattr(torch, settings.dtype), settings.repeats)
     print("\n".join(summary(rows, peer_rows, settings.dtype)))
     if args.plot is not None:
         kernels_plot.plot(rows, args.plot, title)

@@ -185,7 +185,11 @@ def check(name: str, implementation: Implementation, operation: Operation, input
     leaves = {name: leaf.detach()[..., some].double().requires_grad_() for name, leaf in inputs.leaves.items()}
     reference = Implementation(lambda leaves: operation.run(leaves, "cpu", None), [])
     expected = reference.results(Inputs(leaves, inputs.grad_y[..., some].double()))
-    tolerance = TOLERANCE[inputs.grad_y.dtype]
+    compare(name, found, expected, TOLERANCE[inputs.grad_y.dtype])
+
+
+def compare(name: str, found: Tensors, expected: Tensors, tolerance: float) -> None:
+    """Raise RuntimeError if a result differs from the expected one by more than `tolerance` of its largest value."""
     for result, value in found.items():
         size = expected[result].abs().max()
         difference = ((value.double() - expected[result]).abs().max() / size).item()

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from griffin.kernels.backends import AUTO, BACKENDS
+from griffin.kernels.backends import ATTENTION_BACKENDS, AUTO, BACKENDS
 from griffin.parallel.config import RECOMPUTES, ModelConfig, ParallelConfig
 from griffin.parallel.setting import COUNT, Setting, about, setting, setting_of
 from griffin.trainer.data.prefix import LAST_SEED
@@ -120,6 +120,13 @@ class TrainConfig:
         AUTO,
         'backend of all operators but attention: `"triton"` (GPUs), `"cpu"` (any machine), `"reference"` (a loop)',
         choices=(AUTO, *BACKENDS),
+    )
+    attention: str = setting(
+        AUTO,
+        'backend of attention: `"flash"` (the package flash_attn_interface, FlashAttention 3), `"varlen"` (PyTorch\'s '
+        'varlen_attn), `"flex"` (FlexAttention), `"sdpa"` (any machine); by default the first of them that can run, '
+        "with bitwise reproducible gradients",
+        choices=(AUTO, *ATTENTION_BACKENDS),
     )
     overlap: str = setting(
         "auto",

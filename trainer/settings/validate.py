@@ -161,6 +161,9 @@ def _validate_graphs(config: Config) -> None:
         f'parallel.overlap_tensor = {parallel.overlap_tensor!r}; must be "off" with parallel.sequence_parallel': (
             parallel.sequence_parallel and parallel.tensor > 1 and parallel.overlap_tensor != "off"
         ),
+        # The others read document offsets, whose number and longest document differ from batch to batch.
+        f'train.attention = {config.train.attention!r}; must be "flex" or "auto"': config.train.attention
+        not in ("auto", "flex"),
         f"log.health_interval = {log.health_interval}; must be 0": log.health_interval > 0,
         f"log.profile_steps = {list(log.profile_steps)}; must be empty": bool(log.profile_steps),
     }

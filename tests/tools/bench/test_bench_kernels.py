@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from griffin.tools.bench import kernels
+from griffin.tools.bench import kernels, kernels_attention
 from griffin.tools.bench import kernels_operations as operations
 from griffin.tools.bench.kernels import PeerRow, Row, Settings, measure, summary
 from griffin.tools.bench.kernels_operations import (
@@ -278,6 +278,8 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(kernels, "measure", made_up)
+    attended: list[tuple[torch.device, torch.dtype, int]] = []
+    monkeypatch.setattr(kernels_attention, "measure_attention", lambda *given: attended.append(given))
     path = tmp_path / "shares.png"
     chosen = ["--widths", "512,64,512", "--batches", "4", "--chunk", "0", "--dtype", "float32", "--no-peers"]
     assert main(["bench", "kernels", *chosen, "--plot", str(path)]) == 0
@@ -292,6 +294,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         chunk=0,
         peers=False,
     )
+    assert attended == [(device, torch.float32, 20)]
     printed = capsys.readouterr().out
     heading = rf"\d{{4}}-\d\d-\d\d; a device; python .*, torch {re.escape(torch.__version__)}, triton "
     assert re.match(heading + re.escape(triton.__version__), printed)
@@ -309,4 +312,5 @@ def test_command_on_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert all(len(lines) == 2 for lines in rows_of(done.stdout).values()), done.stdout
     assert re.search(r"^  transformers' loop .* times our ", done.stdout, re.MULTILINE), done.stdout
+    assert len(re.findall(r"^ +flex  .* ms .* ms +[\d,]+$", done.stdout, re.MULTILINE)) == len(kernels_attention.SHAPES)
     assert plot_file.read_bytes().startswith(b"\x89PNG")

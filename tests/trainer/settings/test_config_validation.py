@@ -83,6 +83,7 @@ def test_accepted(settings: dict[str, Any], world_size: int) -> None:
                     {"parallel.tensor": 2, "parallel.sequence_parallel": True},
                     "parallel.overlap_tensor = 'auto'; must be \"off\" with parallel.sequence_parallel",
                 ),
+                ({"train.attention": "varlen"}, 'train.attention = \'varlen\'; must be "flex" or "auto"'),
                 ({"log.health_interval": 100}, "log.health_interval = 100; must be 0"),
                 ({"log.profile_steps": (7,)}, "log.profile_steps = [7]; must be empty"),
             )
