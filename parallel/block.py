@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from griffin.parallel.config import RECOMPUTES
+from griffin.parallel.config import NORMS_GELU, RECOMPUTES
 from griffin.parallel.context import Context, Documents
 from griffin.parallel.layers.linear import Branch
 from griffin.parallel.layers.mlp import MLP
@@ -29,11 +29,12 @@ class ResidualBlock(nn.Module):
         assert recompute in RECOMPUTES, recompute
         name = f"blocks.{index}"
         self.recompute = recompute
-        self.mixer_norm = RMSNorm(f"{name}.mixer_norm", context)
+        selective = recompute == NORMS_GELU
+        self.mixer_norm = RMSNorm(f"{name}.mixer_norm", context, recompute=selective)
         entry = MIXERS[mixer]
         self.mixer = entry.load().build(f"{name}.{entry.kind}", context, recompute)
-        self.mlp_norm = RMSNorm(f"{name}.mlp_norm", context)
-        self.mlp = MLP(f"{name}.mlp", context)
+        self.mlp_norm = RMSNorm(f"{name}.mlp_norm", context, recompute=selective)
+        self.mlp = MLP(f"{name}.mlp", context, recompute=selective)
 
     def forward(self, x: Tensor, branch: Branch | None, documents: Documents) -> tuple[Tensor, Branch]:
         if self.recompute in ("block", "mixer") and self.training:

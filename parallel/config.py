@@ -13,8 +13,9 @@ RECURRENT = "recurrent"
 ATTENTION = "attention"
 GLOBAL_ATTENTION = "global_attention"
 INITS = ("jax", "torch")
-# Part of each block that is recomputed in the backward pass ("states": of the recurrence; "none": everything is saved).
-RECOMPUTES = ("none", "states", "mixer", "mlp", "block")
+# What each block computes or gathers again in the backward pass; all but "none" gather.
+NORMS_GELU = "norms+gelu"
+RECOMPUTES = ("none", "gather", "states", NORMS_GELU, "mixer", "mlp", "block")
 
 CONV_WIDTH = 4
 MOST_VOCABULARY = 2**24

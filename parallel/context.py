@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from griffin.kernels.backends import AUTO
-from griffin.kernels.local_attention import AttentionMask, attention_mask
+from griffin.kernels.local_attention import AttentionMask, Offsets, attention_mask, document_offsets
 from griffin.kernels.rotary import rotary_cos_sin
 from griffin.parallel.config import ModelConfig, ParallelConfig
 from griffin.parallel.world.grid import Grid
 
 T = TypeVar("T")
+
+CU_SEQLENS, MAX_SEQLEN = "cu_seqlens", "max_seqlen"  # of a batch: `Offsets` of its documents, the second on the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,9 @@ class Context:
     megatron: TransformerConfig
     device: torch.device  # of the parameters; meta if only their shapes are needed
     kernels: str = AUTO  # backend of all operators but attention
+    attention: str = AUTO  # backend of attention
     z_loss: float = 0.0  # factor of the squared log-sum-exp in the loss
+    keep_gathered: bool = False  # keep inputs of linears that are all-gathered, instead of gathering them again
     overlap_tensor: bool = False  # all-gather and reduce-scatter behind matrix products; with sequence parallelism only
 
     def parameter(self, *shape: int) -> nn.Parameter:
@@ -60,6 +64,7 @@ def megatron_config(
         deallocate_pipeline_outputs=True,
         # The interleaved schedule's batched sends give silently wrong results with gloo; on GPUs overlap excludes them.
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # for PyTorch of old, whose batched receives could be read too early
         overlap_p2p_comm=interleaved and on_gpu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -70,12 +75,22 @@ class Documents:
     """Packed documents of a micro-batch, in the forms that mixers use, each computed once per stage.
 
     positions: int64 [B, T], 0 at every document's first token.
+    offsets: of the documents, for backends of attention that need them. If None they are found, which waits for a GPU.
     """
 
-    def __init__(self, positions: Tensor):
+    def __init__(self, positions: Tensor, offsets: Offsets | None = None):
         self._positions = positions
-        self._masks: dict[int | None, AttentionMask] = {}
+        self._offsets = offsets
+        self._masks: dict[tuple[int | None, str], AttentionMask] = {}
         self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def of_batch(cls, batch: Mapping[str, Tensor]) -> Self:
+        """Return the documents of a batch's `positions`, with its offsets if it has them (`with_offsets`)."""
+        if CU_SEQLENS not in batch:
+            return cls(batch["positions"])
+        assert batch[MAX_SEQLEN].device.type == "cpu", "reading it from a GPU would wait for the GPU"
+        return cls(batch["positions"], Offsets(batch[CU_SEQLENS], int(batch[MAX_SEQLEN])))
 
     @cached_property
     def positions(self) -> Tensor:
@@ -87,18 +102,31 @@ class Documents:
         """bool [T, B], True at a document's first token."""
         return self.positions == 0
 
-    def mask(self, window: int | None) -> AttentionMask:
+    def mask(self, window: int | None, backend: str = AUTO) -> AttentionMask:
         """Return the attention mask. With `window` None a query sees all earlier tokens of its document."""
-        if window not in self._masks:
+        if (window, backend) not in self._masks:
             ids = (self._positions == 0).cumsum(dim=1)
-            self._masks[window] = attention_mask(ids, window)
-        return self._masks[window]
+            self._masks[window, backend] = attention_mask(ids, window, backend=backend, offsets=self._offsets)
+        return self._masks[window, backend]
 
     def rotary(self, head_dim: int) -> tuple[Tensor, Tensor]:
         """Return the cosine and sine of every token's rotary angles, float32 [T, B, hd / 4]."""
         if head_dim not in self._rotary:
             self._rotary[head_dim] = rotary_cos_sin(self.positions, head_dim)
         return self._rotary[head_dim]
+
+
+def with_offsets(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch on the CPU with the offsets of its documents added: int32 `cu_seqlens`, int64 [] `max_seqlen`."""
+    offsets = document_offsets(batch["positions"] == 0)
+    return {**batch, CU_SEQLENS: offsets.cu_seqlens, MAX_SEQLEN: torch.tensor(offsets.max_seqlen)}
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return a batch with its tensors on a device, without waiting for it; `max_seqlen` stays on the host."""
+    return {
+        name: tensor if name == MAX_SEQLEN else tensor.to(device, non_blocking=True) for name, tensor in batch.items()
+    }
 
 
 class DecodePosition:

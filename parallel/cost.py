@@ -7,7 +7,8 @@ paper, arXiv 2204.02311, appendix B). A training step is three times that; recom
     MLP                  2 (3 D F)
     logits               2 D V
 
-Recurrences are memory-bound, so the stage split also counts bytes moved outside matrix products.
+Recurrences are memory-bound, so the stage split also counts bytes moved outside matrix products: a third of those of
+a forward and backward pass, as `griffin bench count` records them.
 """
 
 from __future__ import annotations
@@ -22,17 +23,21 @@ from griffin.parallel.mixers.base import Cost
 
 def block_cost(model: ModelConfig, mixer: str, sequence: int) -> Cost:
     """Return the cost of a residual block: norms, temporal mixer and MLP."""
-    norms = Cost(0.0, 2 * 10.0 * model.width)  # read, write, and the residual sum
-    mlp = Cost(2.0 * 3 * model.width * model.mlp_width, 6.0 * model.mlp_width)
+    # Two norms, each with a residual sum: two tensors read and two written forward, three and one backward.
+    norms = Cost(0.0, 2 * 16.0 / 3 * model.width)
+    # Gated GeLU: gate and up are read and the result written; backward these and a gradient are read, theirs written.
+    mlp = Cost(2.0 * 3 * model.width * model.mlp_width, 16.0 / 3 * model.mlp_width)
     return norms + MIXERS[mixer].load().cost(model, sequence) + mlp
 
 
 def embedding_cost(model: ModelConfig) -> Cost:
-    return Cost(0.0, 4.0 * model.width)
+    # Forward rows are copied; backward their gradient is converted to float32 and added to a float32 sum.
+    return Cost(0.0, 26.0 / 3 * model.width)
 
 
 def logits_cost(model: ModelConfig) -> Cost:
-    return Cost(2.0 * model.width * model.vocabulary, 10.0 * model.vocabulary)
+    # Logits are read once, and overwritten by their gradient.
+    return Cost(2.0 * model.width * model.vocabulary, 6.0 / 3 * model.vocabulary)
 
 
 def train_flops_per_token(model: ModelConfig, sequence: int) -> float:

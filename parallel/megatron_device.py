@@ -114,7 +114,7 @@ def on_meta() -> Iterator[None]:
 
 @contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Context in which `tensor.type()` returns the name of a CUDA type also on machines without a GPU.
+    """Context in which `tensor.type()` returns the name of a CUDA type also of tensors on the CPU and of meta tensors.
 
     distrib_optimizer 361-435 and 582 group parameters, and clip_grads 167 checks gradients, by these names.
     """
@@ -125,7 +125,7 @@ def cuda_type_names() -> Iterator[None]:
 
     def named_as_cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = plain(tensor, *args, **kwargs)
-        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+        return f"torch.cuda.{answer.rpartition('.')[2]}" if isinstance(answer, str) else answer
 
     torch.Tensor.type = named_as_cuda  # type: ignore[method-assign,assignment]
     try:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from griffin.kernels.backends import AUTO
 from griffin.kernels.linear_cross_entropy import soft_capped
+from griffin.kernels.local_attention import resolve_backend
 from griffin.parallel import megatron_device
 from griffin.parallel.block import ResidualBlock, residual_sum
 from griffin.parallel.config import ModelConfig, ParallelConfig, axis_atoms
@@ -30,9 +31,10 @@ class Stage(MegatronModule):
     """Blocks [first, last) of the model, for megatron-core's schedules.
 
     A batch maps `tokens`, `labels` and `positions` to int64 [B, T]; positions are 0 at every document's first token.
-    `loss_mask`, float32 [B, T], holds the weights of tokens in the loss, 1 if it is absent. The last stage returns the
-    loss. Without `labels` it returns this rank's shard of the logits [T, B, padded vocabulary / t], float32, -inf at
-    padding. Other stages return activations [T, B, D] (sharded along T with sequence parallelism).
+    `loss_mask`, float32 [B, T], holds the weights of tokens in the loss, 1 if it is absent. `cu_seqlens` and
+    `max_seqlen` (see `context.with_offsets`) save waiting for a GPU. The last stage returns the loss. Without `labels`
+    it returns this rank's shard of the logits [T, B, padded vocabulary / t], float32, -inf at padding. Other stages
+    return activations [T, B, D] (sharded along T with sequence parallelism).
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class Stage(MegatronModule):
 
     def _residual(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Branch | None]:
         """Return the residual stream after the stage's last block: x, and the branch that is to be added."""
-        documents = Documents(batch["positions"])
+        documents = Documents.of_batch(batch)
         x = self.embed(batch["tokens"]) if self.pre_process else self._input
         assert x is not None, "no activations from the previous stage"
         branch = None
@@ -195,6 +197,7 @@ def build_stages(
     sequence: int,
     recompute: str = "none",
     kernels: str = AUTO,
+    attention: str = AUTO,
     z_loss: float = 0.0,
     device: torch.device | None = None,
 ) -> list[Stage]:
@@ -210,8 +213,10 @@ def build_stages(
         megatron=megatron_config(model, layout, dtype, grid.device),
         device=device,
         kernels=kernels,
+        attention=resolve_backend(attention, device, dtype, model.head_dim, "train.attention"),
         overlap_tensor=overlaps_tensor(layout, grid),
         z_loss=z_loss,
+        keep_gathered=recompute == "none",
     )
     sizes = stage_blocks(model, layout, sequence)
     assert len(sizes) == layout.pipeline * layout.virtual_pipeline, sizes

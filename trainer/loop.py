@@ -21,6 +21,7 @@ from griffin.trainer.checkpoint.unreadable import record_skipped, recording_fail
 from griffin.trainer.data.dataset import Samples, build_index, open_samples
 from griffin.trainer.data.loader import batches, watching_workers
 from griffin.trainer.evaluation import Evaluation, held_out_loss
+from griffin.trainer.graph import attention_backend, check_graphs
 from griffin.trainer.health.spikes import REWIND, SKIP, Spike, SpikeDetector, SpikeError, SpikeLedger
 from griffin.trainer.health.stragglers import Stragglers
 from griffin.trainer.health.watchdog import Watchdog, communication_timeout
@@ -280,9 +281,12 @@ class _Loop:
 def implementations(config: Config, device: torch.device) -> dict[str, str]:
     """The implementation in use of each part that has several. ValueError if the configured one cannot run here."""
     dtype = getattr(torch, config.train.dtype)
+    check_graphs(config.train.cuda_graphs, device)
     return {
         "optimizer": optimizer_name(),
-        "attention": local_attention.select_backend(device),
+        "attention": local_attention.resolve_backend(
+            attention_backend(config.train), device, dtype, config.model.head_dim, "train.attention"
+        ),
         "kernels": resolve_backend(config.train.kernels, device, dtype, "train.kernels"),
     }
 

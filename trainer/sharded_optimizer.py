@@ -12,6 +12,8 @@ optimizer/distrib_optimizer.py
     2429 _copy_main_params_to_model_params: copy master weights to this rank's shards of the model's weights
 optimizer/optimizer.py
     185 prepare_grads: copy the model's gradients to `grad` of the master weights
+    136 get_main_grads_for_grad_norm: the gradients that count in the norm
+    164 get_grad_stats_parallel_group: the ranks over which their squares are summed
     190 step_with_ready_grads: update, and start the all-gather of the weights
     1105 chained_optimizers: one for each group of parameters that has its own process groups
 distributed/distributed_data_parallel.py
@@ -28,10 +30,12 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from griffin.parallel import megatron_device
 from griffin.parallel.stage import Stage
@@ -42,8 +46,9 @@ from griffin.trainer.settings.sections import Config
 
 
 def overlaps_communication(config: Config, data_size: int, *, on_gpu: bool) -> bool:
-    """Whether data-parallel communication overlaps with computation."""
-    return data_size > 1 and (config.train.overlap == "on" or (config.train.overlap == "auto" and on_gpu))
+    """Whether data-parallel communication overlaps with computation. A CUDA graph cannot wait for what is not in it."""
+    automatic = config.train.overlap == "auto" and on_gpu and not config.train.cuda_graphs
+    return data_size > 1 and (config.train.overlap == "on" or automatic)
 
 
 def wrap_in_ddp(stages: Sequence[Stage], overlap: bool) -> list[DistributedDataParallel]:
@@ -97,8 +102,8 @@ def shard_ranges(
 class ShardedOptimizer:
     """AdamW with float32 master weights and a learning-rate schedule, for the parameters of `chunks`.
 
-    The order of calls in a step is `zero_gradients`, forward and backward passes, `gradient_norm`, `advance_schedule`
-    and, unless the update is skipped, `clip_and_step`.
+    The order of calls in a step is `zero_gradients`, forward and backward passes, `gradient_norm_square`,
+    `advance_schedule` and, unless the update is skipped, `clip_and_step`.
     """
 
     def __init__(
@@ -136,14 +141,25 @@ class ShardedOptimizer:
             chunk.zero_grad_buffer()
         self._megatron.zero_grad()
 
-    def gradient_norm(self) -> float:
-        """Norm of the reduced gradient of the whole model, before clipping. A collective.
+    def gradient_norm_square(self) -> Tensor:
+        """Squared norm of the reduced gradient of the whole model, before clipping: float32 [], on the device.
+
+        A collective, which does not wait for the device. (megatron-core's does, without Apex once a parameter.)
 
         It copies the gradients to `grad` of the master weights, where they stay until `clip_and_step`.
         """
         with megatron_device.cuda_type_names():
             self._megatron.prepare_grads()
-            return float(self._megatron.get_grad_norm())
+        gradients = [
+            gradient
+            for optimizer in self._megatron.chained_optimizers
+            for gradient in optimizer.get_main_grads_for_grad_norm()
+        ]
+        square = torch.zeros((), device=self._grid.device)
+        if gradients:
+            square = get_total_norm(gradients).square()
+        dist.all_reduce(square, group=self._megatron.get_grad_stats_parallel_group())
+        return square
 
     def advance_schedule(self) -> None:
         """Set the learning rate of this step's update. Call it for steps whose update is skipped, too."""
@@ -161,7 +177,7 @@ class ShardedOptimizer:
     def gradient_squares(self) -> Tensor:
         """Sums of squares of this rank's shards of the gradients, float64 [kinds] (see `figures.squares_by_kind`).
 
-        Call it between `gradient_norm` and `clip_and_step`, which scales the gradients in place.
+        Call it between `gradient_norm_square` and `clip_and_step`, which scales the gradients in place.
         """
         return self._squares(_gradient)
 
@@ -233,5 +249,5 @@ class ShardedOptimizer:
 
 
 def _gradient(shard: Tensor) -> Tensor:
-    assert shard.grad is not None, "call between `gradient_norm` and `clip_and_step`"
+    assert shard.grad is not None, "call between `gradient_norm_square` and `clip_and_step`"
     return shard.grad

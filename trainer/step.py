@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,16 +15,19 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from griffin.parallel.context import to_device
 from griffin.parallel.gradients import finalize_gradients
 from griffin.parallel.layers.loss import Loss
 from griffin.parallel.sharding import initialize
 from griffin.parallel.stage import Stage, build_stages
 from griffin.parallel.world.grid import Grid
+from griffin.trainer.graph import GraphedPasses, attention_backend
 from griffin.trainer.health.non_finite import NonFiniteError, describe_non_finite
-from griffin.trainer.health.replicas import check_replicas
+from griffin.trainer.health.replicas import Comparison, compare_replicas
 from griffin.trainer.health.spikes import Spike
+from griffin.trainer.host import to_host
 from griffin.trainer.measuring.clock import StepClock, StepTimes
-from griffin.trainer.measuring.figures import gather_figures
+from griffin.trainer.measuring.figures import figures_of, gather_rows
 from griffin.trainer.measuring.rglru_health import Health, Observation
 from griffin.trainer.settings.sections import Config
 from griffin.trainer.sharded_optimizer import ShardedOptimizer, overlaps_communication, wrap_in_ddp
@@ -68,10 +72,14 @@ class Training:
             sequence=config.data.sequence_length,
             recompute=config.train.recompute,
             kernels=config.train.kernels,
+            attention=attention_backend(config.train),
             z_loss=config.train.z_loss,
         )
         initialize(self.stages, grid, config.train.seed)
-        self.chunks = wrap_in_ddp(self.stages, self.overlap)  # megatron-core's model chunks
+        self._schedule = get_forward_backward_func()
+        self._graphed = GraphedPasses(self._schedule, grid.device) if config.train.cuda_graphs else None
+        with self._graphed.stream() if self._graphed is not None else nullcontext():
+            self.chunks = wrap_in_ddp(self.stages, self.overlap)  # megatron-core's model chunks
         self.optimizer = ShardedOptimizer(config, grid, self.chunks, dtype=self.dtype, overlap=self.overlap)
 
         # megatron-core's schedule calls these between its passes.
@@ -82,7 +90,6 @@ class Training:
         if self.overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             megatron.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
-        self._forward_backward = get_forward_backward_func()
 
     def step(
         self,
@@ -95,6 +102,8 @@ class Training:
     ) -> StepResult:
         """Take one optimizer step on the next micro-batches. A collective of all ranks.
 
+        The host waits for the device once, before it decides on the update; and once more at the end to measure.
+
         Args:
             batches: this rank's micro-batches, dicts of int64 and float32 [B, T] (see `trainer.data.loader`).
             stop: whether this rank was asked to stop. `StepResult.stop` is then True on every rank. The arguments below
@@ -102,7 +111,8 @@ class Training:
             detect_spike: returns the spike for a loss and a gradient norm, if they are one. The update is then skipped;
                 the schedule advances all the same.
             measure: fill `StepResult.measured` and `work`. This changes no bit of the weights.
-            health: fill `StepResult.health`. This changes no bit of the weights.
+            health: fill `StepResult.health`. This changes no bit of the weights. Not with `train.cuda_graphs`, which
+                leaves `work` None.
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite, and there is no `detect_spike`. No weight changes.
@@ -113,14 +123,22 @@ class Training:
 
         # Gradients.
         observation = Observation()
-        with observation.of(self.stages if health else ()), self.clock.work.running():
-            loss, tokens, stops = self._gradients(self.clock.timed(batches), stop)
+        graphed = self._graphed is not None
+        assert not (graphed and health), "a graph calls no observers"
+        with observation.of(self.stages if health else ()), nullcontext() if graphed else self.clock.work.running():
+            totals = self._gradients(self.clock.timed(batches), stop)
         self.clock.gradients_done()
 
         # Inspect.
-        self._check_replicas(number)
+        replicas = self._compare_replicas(number)
+        norm_square = self.optimizer.gradient_norm_square()
+        with self.clock.waiting_for_device():
+            totals, norm_square, differ = to_host(totals, norm_square, replicas.differ)
+        if differ.item():
+            replicas.fail(number)
+        loss, tokens, stops = _result(totals)
+        grad_norm = norm_square.item() ** 0.5
         rank_times = self.clock.take() if measure else None
-        grad_norm = self.optimizer.gradient_norm()
         spike, is_finite = self._inspect(number, loss, grad_norm, detect_spike)
         gradient_squares = self.optimizer.gradient_squares() if measure else None  # clipping scales them in place
 
@@ -134,14 +152,19 @@ class Training:
         # Measure.
         measured: Mapping[str, float] = {}
         work: Sequence[float] | None = None
-        if rank_times is not None and gradient_squares is not None:
-            measured, work = gather_figures(
-                self.grid,
-                self.config.model,
-                gradient_squares=gradient_squares,
-                weight_squares=self.optimizer.weight_squares(),
-                times=rank_times,
-            )
+        rglru: Health | None = None
+        if measure or (health and is_finite):
+            none = totals.new_empty(0, device=self.grid.device)
+            rows = gates = none
+            if rank_times is not None and gradient_squares is not None:
+                rows = gather_rows(self.grid, gradient_squares, self.optimizer.weight_squares(), rank_times)
+            if health and is_finite:
+                gates = observation.summed(self.config.model, self.grid.device)
+            rows, gates = to_host(rows, gates)
+            if measure:
+                measured, work = figures_of(rows, self.grid, self.config.model, has_work=not graphed)
+            if health and is_finite:
+                rglru = Health.of(gates, self.config.model)
         return StepResult(
             loss=loss,
             grad_norm=grad_norm,
@@ -152,13 +175,12 @@ class Training:
             spike=spike,
             measured=measured,
             work=work,
-            health=observation.combined(self.config.model, self.grid.device) if health and is_finite else None,
+            health=rglru,
         )
 
-    def _check_replicas(self, number: int) -> None:
+    def _compare_replicas(self, number: int) -> Comparison:
         interval = self.config.health.replica_interval
-        if interval > 0 and number % interval == 0:
-            check_replicas(self.stages, self.grid, number)
+        return compare_replicas(self.stages if interval > 0 and number % interval == 0 else (), self.grid)
 
     def _inspect(
         self, number: int, loss: float, grad_norm: float, detect_spike: Callable[[float, float], Spike | None] | None
@@ -182,9 +204,9 @@ class Training:
         Returns the mean loss and the number of unmasked tokens. A data-parallel rank holds the reduced values of
         `main_grad` for its own shard only.
         """
-        return self._gradients(batches, stop=False)[:2]
+        return _result(*to_host(self._gradients(batches, stop=False)))[:2]
 
-    def _gradients(self, batches: Iterator[Batch], stop: bool) -> tuple[float, int, bool]:
+    def _gradients(self, batches: Iterator[Batch], stop: bool) -> Tensor:
         for chunk in self.chunks:
             chunk.train()
         self.optimizer.zero_gradients()
@@ -205,21 +227,23 @@ class Training:
             if self.overlap:
                 chunk.disable_forward_pre_hook()
         with torch.no_grad():
-            loss, tokens, _ = self._run(batches, self.micro_batches * global_batches, forward_only=True)
+            totals = self._run(batches, self.micro_batches * global_batches, forward_only=True)
         if self.overlap:
             for chunk in self.chunks:
                 chunk.enable_forward_pre_hook()
-        return loss, tokens
+        return _result(*to_host(totals))[:2]
 
-    def _run(
-        self, batches: Iterator[Batch], micro_batches: int, *, forward_only: bool, stop: bool = False
-    ) -> tuple[float, int, bool]:
+    def _run(self, batches: Iterator[Batch], micro_batches: int, *, forward_only: bool, stop: bool = False) -> Tensor:
         """Run megatron-core's pipeline schedule over the next micro-batches.
 
-        Returns on every rank the mean loss, the number of unmasked tokens, and whether `stop` is set on any rank.
+        Returns float64 [3] on the device, the same on every rank: the sum of losses, the number of unmasked tokens, and
+        the number of ranks on which `stop` is set.
         """
         next_batches = itertools.islice(batches, micro_batches)
-        losses = self._forward_backward(
+        run: Callable[..., list[Tensor]] = (
+            self._graphed if self._graphed is not None and not forward_only else self._schedule
+        )
+        losses = run(
             forward_step_func=self._forward,
             data_iterator=(
                 list(itertools.tee(next_batches, len(self.chunks))) if len(self.chunks) > 1 else next_batches
@@ -237,12 +261,17 @@ class Training:
         if stop:
             total[2] = 1
         dist.all_reduce(total)
-        loss_sum, tokens, stops = total.tolist()
-        return loss_sum / max(tokens, 1.0), int(tokens), stops > 0
+        return total
 
     def _forward(self, batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, partial]:
-        batch = {name: value.to(self.grid.device, non_blocking=True) for name, value in next(batches).items()}
+        batch = to_device(next(batches), self.grid.device)
         return chunk(batch), partial(masked_loss, batch["loss_mask"])
+
+
+def _result(totals: Tensor) -> tuple[float, int, bool]:
+    """The mean loss, the number of unmasked tokens, and whether a rank is to stop, of what `Training._run` returns."""
+    loss_sum, tokens, stops = totals.tolist()
+    return loss_sum / max(tokens, 1.0), int(tokens), stops > 0
 
 
 def masked_loss(mask: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:

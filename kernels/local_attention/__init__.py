@@ -6,28 +6,53 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
+from griffin.kernels.backends import ATTENTION_BACKENDS, AUTO
 from griffin.kernels.local_attention.counted import CountedMask, counted_attention, counted_mask
-from griffin.kernels.local_attention.flex import flex_attention_mqa, flex_mask
+from griffin.kernels.local_attention.flash import flash_attention
+from griffin.kernels.local_attention.flex import FlexMask, flex_attention_mqa, flex_mask
+from griffin.kernels.local_attention.packed import (
+    Attend,
+    Offsets,
+    PackedMask,
+    document_offsets,
+    offsets_of,
+    packed_attention,
+)
 from griffin.kernels.local_attention.sdpa import BlockedMask, blocked_mask, sdpa_attention
+from griffin.kernels.local_attention.selection import COUNTED, resolve_backend
+from griffin.kernels.local_attention.varlen import varlen_attention
 
-__all__ = ["AttentionMask", "attention_mask", "multi_query_attention", "select_backend"]
+__all__ = [
+    "AttentionMask",
+    "Offsets",
+    "attention_mask",
+    "document_offsets",
+    "multi_query_attention",
+    "resolve_backend",
+    "select_backend",
+]
 
-AttentionMask = BlockMask | BlockedMask | CountedMask
-BACKENDS: dict[str, Callable[[Tensor, int | None], AttentionMask]] = {
+AttentionMask = FlexMask | BlockedMask | PackedMask | CountedMask
+MASKS: dict[str, Callable[[Tensor, int | None], AttentionMask]] = {
     "flex": flex_mask,
     "sdpa": blocked_mask,
-    "counted": counted_mask,
+    COUNTED: counted_mask,
 }
+PACKED: dict[str, Attend] = {"flash": flash_attention, "varlen": varlen_attention}
 
 
 def select_backend(device: torch.device) -> str:
-    """Return the backend for "auto": "flex" on CUDA devices, else "sdpa", and "counted" for meta tensors."""
-    return {"cuda": "flex", "meta": "counted"}.get(device.type, "sdpa")
+    """Return the backend for "auto": "flex" on CUDA devices, else "sdpa", and "counted" for meta tensors.
+
+    These run in any dtype and for any size of heads; `resolve_backend` chooses by dtype and size too.
+    """
+    return {"cuda": "flex", "meta": COUNTED}.get(device.type, "sdpa")
 
 
-def attention_mask(documents: Tensor, window: int | None, *, backend: str = "auto") -> AttentionMask:
+def attention_mask(
+    documents: Tensor, window: int | None, *, backend: str = AUTO, offsets: Offsets | None = None
+) -> AttentionMask:
     """Build the mask that says which keys each query sees. All layers of a micro-batch share it.
 
     A query sees the keys of its own document at its own and earlier positions; with a window W, the last W of them
@@ -37,21 +62,30 @@ def attention_mask(documents: Tensor, window: int | None, *, backend: str = "aut
     Args:
         documents: [B, T] integer document ids, non-decreasing along T.
         window: W, or None for global attention.
-        backend: "flex" (FlexAttention; no backward on CPUs), "sdpa", "counted" (meta tensors only), or "auto", which
-            selects by `select_backend`.
+        backend: "flash" (FlashAttention 3), "varlen" (PyTorch's varlen_attn), "flex" (FlexAttention; no backward on
+            CPUs), "sdpa", "counted" (meta tensors only), or "auto", which selects by `select_backend`. The first two
+            need a GPU, dtype and head size for which `resolve_backend` accepts them.
+        offsets: of the documents, for "flash" and "varlen". They are on the device of `documents`. If None they are
+            found, which waits for a GPU.
 
     Raises:
-        ValueError: wrong shape or dtype of documents, a window below 1, or an unknown backend.
+        ValueError: wrong shape or dtype of documents, a window below 1, or a backend that is unknown or needs a GPU.
     """
     if documents.ndim != 2 or documents.numel() == 0 or documents.dtype.is_floating_point:
         raise ValueError(f"documents: shape {list(documents.shape)}, {documents.dtype}; accepted: integers [B, T]")
     if window is not None and window < 1:
         raise ValueError(f"window: {window}; accepted: None or at least 1")
-    if backend == "auto":
+    if backend == AUTO:
         backend = select_backend(documents.device)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r}; accepted: 'auto', {', '.join(map(repr, BACKENDS))}")
-    return BACKENDS[backend](documents, window)
+    if backend in PACKED:
+        if documents.device.type == "cpu":
+            raise ValueError(f"backend: {backend!r} on cpu; accepted on a GPU")
+        rows, length = documents.shape
+        return PackedMask((rows, length), offsets or offsets_of(documents), window, PACKED[backend])
+    if backend not in MASKS:
+        accepted = ", ".join(map(repr, (AUTO, *ATTENTION_BACKENDS, COUNTED)))
+        raise ValueError(f"backend: {backend!r}; accepted: {accepted}")
+    return MASKS[backend](documents, window)
 
 
 def multi_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
@@ -80,10 +114,11 @@ def multi_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) 
             )
         if tensor.dtype != q.dtype or tensor.device != q.device:
             raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}; q is {q.dtype} on {q.device}")
-    masked = (mask.shape[0], mask.shape[-1])
-    if masked != (batch, length):
-        raise ValueError(f"mask: of documents {list(masked)}; q of shape {list(q.shape)} needs {[batch, length]}")
-    if isinstance(mask, BlockMask):
+    if mask.shape != (batch, length):
+        raise ValueError(f"mask: of documents {list(mask.shape)}; q of shape {list(q.shape)} needs {[batch, length]}")
+    if isinstance(mask, PackedMask):
+        return packed_attention(q, k, v, mask)
+    if isinstance(mask, FlexMask):
         return flex_attention_mqa(q, k, v, mask)
     if isinstance(mask, CountedMask):
         return counted_attention(q, k, v, mask)

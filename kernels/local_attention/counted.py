@@ -2,8 +2,6 @@
 
 # No postponed annotations: the operators' schemas are read from them.
 
-import heapq
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +9,19 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from griffin.kernels.costs import OperatorCost, states_cost, touched
+from griffin.kernels.local_attention.groups import (
+    BLOCK,
+    KEY_PRODUCTS,
+    QUERY_PRODUCTS,
+    backward_imbalance,
+    key_value_groups,
+    repeated,
+    visited_blocks,
+)
 from griffin.kernels.triton_launch import multiprocessors
 
-BLOCK = 128  # queries and keys of a block of scores
 GLOBAL = -1  # the window of attention to all earlier tokens
+BACKWARD_PRODUCTS = KEY_PRODUCTS + QUERY_PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -33,14 +40,15 @@ def counted_mask(documents: Tensor, window: int | None) -> CountedMask:
 
 def counted_attention(q: Tensor, k: Tensor, v: Tensor, mask: CountedMask) -> Tensor:
     """Attention of q [T, B, H, hd] over k, v [T, B, hd]; returns [T, B, H * hd]. Meta tensors only."""
-    keys, values = (tensor.transpose(0, 1).unsqueeze(1) for tensor in (k, v))
-    attended, _ = forward(q.permute(1, 2, 0, 3), keys, values, mask.window)
+    length, batch, heads, head_dim = q.shape
+    groups = key_value_groups(batch, heads, length, _window(mask.window), head_dim, multiprocessors(q.device))
+    attended, _ = forward(q.permute(1, 2, 0, 3), repeated(k, groups), repeated(v, groups), mask.window)
     return attended.permute(2, 0, 1, 3).flatten(2)
 
 
 @torch.library.custom_op("griffin::counted_attention", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """[B, H, T, hd] of q [B, H, T, hd] and k, v [B, 1, T, hd]; and the scores' log-sum-exp, float32 [B, H, T]."""
+    """[B, H, T, hd] of q [B, H, T, hd] and k, v [B, G, T, hd]; and the scores' log-sum-exp, float32 [B, H, T]."""
     raise NotImplementedError("counted_attention: meta tensors only")
 
 
@@ -59,36 +67,17 @@ def backward(
 
 @backward.register_fake
 def _(grad, q, k, v, attended, log_sum_exp, window):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def visited_blocks(length: int, window: int) -> list[int]:
-    """Blocks of keys that each block of queries visits, in a sequence of one document."""
-    count = math.ceil(length / BLOCK)
-    reach = count if window == GLOBAL else math.ceil((window - 1) / BLOCK)
-    return [min(block, reach) + 1 for block in range(count)]
+def _window(window: int) -> int | None:
+    return None if window == GLOBAL else window
 
 
 def _products(q: Tensor, window: int, products: int) -> float:
     """FLOPs of so many products of queries and keys over all visited scores."""
     batch, heads, length, head_dim = q.shape
-    return 2.0 * products * batch * heads * head_dim * sum(visited_blocks(length, window)) * BLOCK**2
-
-
-def _backward_balance(q: Tensor, window: int) -> float:
-    """Mean over longest time of multiprocessors: a block of keys is one program, which walks all query heads.
-
-    Programs are taken to start in the order of their number, on whichever multiprocessor is free.
-    """
-    batch, heads, length, _ = q.shape
-    blocks = visited_blocks(length, window)
-    # A program of keys computes 4 products of each block of scores, one of queries 3.
-    work = [4 * heads * seen for seen in reversed(blocks) for _ in range(batch)]
-    work += [3 * seen for seen in blocks for _ in range(batch * heads)]
-    busy = [0.0] * multiprocessors(q.device)
-    for seconds in work:
-        heapq.heappush(busy, heapq.heappop(busy) + seconds)
-    return sum(work) / len(busy) / max(busy)
+    return 2.0 * products * batch * heads * head_dim * sum(visited_blocks(length, _window(window))) * BLOCK**2
 
 
 @states_cost(forward)
@@ -102,13 +91,17 @@ def _(given, results) -> OperatorCost:
 @states_cost(backward)
 def _(given, results) -> OperatorCost:
     """Scores and the gradient of the weights are computed by programs of keys and of queries: 7 products, not 5."""
-    grad, q, window = given[0], given[1], given[6]
+    grad, q, k, window = given[0], given[1], given[2], given[6]
+    batch, heads, length, head_dim = q.shape
+    imbalance = backward_imbalance(
+        batch, heads, k.shape[1], length, _window(window), head_dim, multiprocessors(q.device)
+    )
     return OperatorCost(
         kind="attention backward",
-        flops=_products(q, window, 7),
+        flops=_products(q, window, BACKWARD_PRODUCTS),
         bytes=touched(given) + touched(results) + 2 * touched([grad]),  # first, sums of attended times gradient
         kernels=2,
-        balance=_backward_balance(q, window),
+        balance=1 / imbalance,
     )
 
 
@@ -116,7 +109,7 @@ register_flop_formula(torch.ops.griffin.counted_attention, get_raw=True)(
     lambda q, k, v, window, **_: int(_products(q, window, 2))
 )
 register_flop_formula(torch.ops.griffin.counted_attention_backward, get_raw=True)(
-    lambda grad, q, k, v, attended, log_sum_exp, window, **_: int(_products(q, window, 7))
+    lambda grad, q, k, v, attended, log_sum_exp, window, **_: int(_products(q, window, BACKWARD_PRODUCTS))
 )
 
 

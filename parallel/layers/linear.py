@@ -19,6 +19,7 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from griffin.kernels.products import add_product
 from griffin.parallel.config import ParallelConfig
 from griffin.parallel.context import Context
+from griffin.parallel.layers.recompute import saving
 from griffin.parallel.sharding import Piece, describe, normal, zeros
 from griffin.parallel.world.grid import Grid
 
@@ -121,7 +122,8 @@ def column_product(x: Tensor, weights: Sequence[Tensor], context: Context) -> Te
     With sequence parallelism x is this rank's part of T; `overlap_tensor` all-gathers it behind the product. In the
     backward pass the gradient of x is reduced behind the products for the gradients of the weights.
     """
-    return _ColumnProduct.apply(x, *_communication(context), *weights)
+    with saving(x):
+        return _ColumnProduct.apply(x, *_communication(context), context.keep_gathered, *weights)
 
 
 def row_product(x: Tensor, weight: Tensor, context: Context) -> Tensor:
@@ -130,7 +132,8 @@ def row_product(x: Tensor, weight: Tensor, context: Context) -> Tensor:
     With sequence parallelism it is this rank's part of T, and with `overlap_tensor` it is reduce-scattered behind the
     product; in the backward pass its gradient is all-gathered behind the product for the gradient of x.
     """
-    return _RowProduct.apply(x, weight, *_communication(context))
+    with saving(x):
+        return _RowProduct.apply(x, weight, *_communication(context))
 
 
 def _communication(context: Context) -> tuple[dist.ProcessGroup, bool, bool]:
@@ -142,24 +145,26 @@ def _communication(context: Context) -> tuple[dist.ProcessGroup, bool, bool]:
 
 class _ColumnProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group, sequence_parallel, overlap, *weights):
-        ctx.save_for_backward(x)
+    def forward(ctx, x, group, sequence_parallel, overlap, keep_gathered, *weights):
         ctx.weights = weights  # hooks on saved tensors, as of recomputation, would lose their `main_grad`
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
+        ctx.gather_again = sequence_parallel and not keep_gathered
         weight = _joined(weights)
         if overlap:
-            return _gathered_product(x, weight.t(), group)[1]
-        if sequence_parallel:
-            x = _gather(x, group)[0]
-        return _product(x, weight.t())
+            whole, y = _gathered_product(x, weight.t(), group)
+        else:
+            whole = _gather(x, group)[0] if sequence_parallel else x
+            y = _product(whole, weight.t())
+        ctx.save_for_backward(x if ctx.gather_again else whole)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
         (x,), weights = ctx.saved_tensors, ctx.weights
-        group, needs_weights = ctx.group, any(ctx.needs_input_grad[4:])
+        group, needs_weights = ctx.group, any(ctx.needs_input_grad[5:])
         pending: list[dist.Work] = []
         whole = x
-        if ctx.sequence_parallel and needs_weights:  # gathered again, rather than kept
+        if ctx.gather_again and needs_weights:
             whole, work = _gather(x, group, async_op=True)
             pending.append(work)
         grad_x = _product(grad, _joined(weights))
@@ -173,10 +178,10 @@ class _ColumnProduct(torch.autograd.Function):
         rows = 0
         for place, part in enumerate(weights):
             part_grad = grad.narrow(-1, rows, len(part))
-            grads.append(add_weight_gradient(part, part_grad, whole) if ctx.needs_input_grad[4 + place] else None)
+            grads.append(add_weight_gradient(part, part_grad, whole) if ctx.needs_input_grad[5 + place] else None)
             rows += len(part)
         _wait(pending)
-        return grad_x, None, None, None, *grads
+        return grad_x, None, None, None, None, *grads
 
 
 class _RowProduct(torch.autograd.Function):

@@ -97,7 +97,8 @@ class AttentionMixer(nn.Module):
         # One matrix product for q, k and v: the input is gathered, and its gradient reduced, once.
         qkv = column_product(u, (self.query, self.key_value), self._context)
         q, k, v = rotary_qkv(qkv, documents.rotary(self.head_dim), self.heads, backend=self._context.kernels)
-        return self.out(multi_query_attention(q, k, v, documents.mask(self.window))), k, v
+        mask = documents.mask(self.window, self._context.attention)
+        return self.out(multi_query_attention(q, k, v, mask)), k, v
 
 
 class LocalAttention(AttentionMixer):
@@ -127,7 +128,9 @@ class GlobalAttention(AttentionMixer):
 def attention_cost(model: ModelConfig, sequence: int, window: int | None) -> Cost:
     """Return the cost: FLOPs 2 (2 D H hd + 2 D hd) + 4 H hd K, with K the mean number of keys that a query sees."""
     D, A = model.width, model.attention_width
-    return Cost(2.0 * (2 * D * A + 2 * D * model.head_dim) + 4.0 * A * mean_keys(sequence, window), 8.0 * A)
+    # Bytes per element, forward and backward: rotary embedding 4 + 4, attention 4 + 12, of keys and values 2 + 4.
+    flops = 2.0 * (2 * D * A + 2 * D * model.head_dim) + 4.0 * A * mean_keys(sequence, window)
+    return Cost(flops, (24.0 * A + 14.0 * 2 * model.head_dim) / 3)
 
 
 def mean_keys(sequence: int, window: int | None) -> float:

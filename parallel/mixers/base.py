@@ -23,7 +23,10 @@ FLOPS_PER_BYTE = 200.0
 
 @dataclass(frozen=True)
 class Cost:
-    """Forward cost per token: matrix FLOPs, and bytes moved outside matrix products (bfloat16)."""
+    """Cost per token: matrix FLOPs of the forward pass, and bytes moved outside matrix products (bfloat16).
+
+    The bytes are a third of those of a forward and backward pass, which has three times the FLOPs.
+    """
 
     flops: float
     bytes: float

@@ -118,8 +118,8 @@ class RecurrentMixer(nn.Module):
     def cost(model: ModelConfig, sequence: int) -> Cost:
         """Return the cost: FLOPs 2 (3 D R + 2 R^2 / gate_blocks)."""
         D, R = model.width, model.recurrent_width
-        # bytes per element: 4 for the convolution, 12 for gates, scan and GeLU branch
-        return Cost(2.0 * (3 * D * R + 2 * R * model.gate_block_width), 16.0 * R)
+        # Bytes per element, forward and backward: convolution 4 + 6, and the recurrence in chunks of time 18 + 26.
+        return Cost(2.0 * (3 * D * R + 2 * R * model.gate_block_width), 54.0 / 3 * R)
 
     def forward(self, u: Tensor, documents: Documents) -> Branch:
         return self._mix(u, documents)[0]

@@ -208,6 +208,8 @@ def set_cuda_defaults(layout: ParallelConfig) -> None:
         # Kernels then run in launch order, on which megatron-core's overlap of tensor-parallel communication with
         # computation relies. Otherwise it only delays data-parallel communication.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # NCCL must not register buffers in segments that expand, as it would for a CUDA graph only.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         # Reduces fragmentation by activations of different lifetimes.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

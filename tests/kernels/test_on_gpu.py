@@ -9,10 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from griffin.kernels.backends import ATTENTION_BACKENDS
 from griffin.kernels.conv1d import causal_conv1d
 from griffin.kernels.gated_gelu import gated_gelu
 from griffin.kernels.linear_cross_entropy import linear_cross_entropy
 from griffin.kernels.linear_scan import linear_scan
+from griffin.kernels.local_attention import attention_mask, multi_query_attention, resolve_backend
+from griffin.kernels.local_attention.flex import flex_attention_mqa, flex_mask
+from griffin.kernels.local_attention.reference import multi_query_attention_reference
+from griffin.kernels.local_attention.selection import is_reproducible
 from griffin.kernels.products import add_product
 from griffin.kernels.recurrent_block import recurrent_block
 from griffin.kernels.rglru import rglru
@@ -254,3 +259,68 @@ def test_add_product_equals_float64(
     # Products of half precision are exact in float32, so that only sums round; float32 may be multiplied as TF32.
     tolerance = 2**-9 if dtype == torch.float32 else 1e-5
     assert ((total.double() - expected).abs().max() / expected.abs().max()).item() <= tolerance
+
+
+# Batch, query heads, length, window and head dim. The first is a rank of griffin-14b with tensor 4; heads of 256 are
+# those of RecurrentGemma; the others have odd sizes.
+ATTENTION_SHAPES = [(4, 10, 2048, 1024, 128), (2, 10, 2048, 2048, 256), (1, 40, 2048, None, 128), (3, 5, 777, 100, 64)]
+# Relative to each tensor's largest value: rounding of weights and results; TF32 products in float32.
+ATTENTION_DTYPES = {torch.float32: 4 * 2**-11, torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11}
+
+
+def attention_inputs(shape: tuple[Any, ...], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """q, k and v, the halves of one tensor, and documents [B, T] by id."""
+    batch, heads, length, _, head_dim = shape
+    q = random(length, batch, heads, head_dim, seed=1, dtype=dtype)
+    k, v = random(length, batch, 2 * head_dim, seed=2, dtype=dtype).split(head_dim, -1)
+    return [q, k, v], make_starts(length, batch).t().cumsum(1)
+
+
+def attention_results(attend: Any, inputs: list[Tensor]) -> dict[str, Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    attended = attend(*leaves)
+    found = torch.autograd.grad(attended, leaves, random(*attended.shape, seed=3).to(attended.dtype))
+    return dict(zip(("attended", "q", "k", "v"), (attended.detach(), *found), strict=True))
+
+
+def compare_attention(found: dict[str, Tensor], inputs: list[Tensor], documents: Tensor, window: int | None) -> None:
+    """With the float64 reference, one sequence at a time: it holds all scores."""
+    for row in range(len(documents)):
+        q, k, v = leaves = [tensor[:, row : row + 1].double().requires_grad_() for tensor in inputs]
+        gradient = random(*found["attended"].shape, seed=3).to(inputs[0].dtype)[:, row : row + 1].double()
+        attended = multi_query_attention_reference(q, k, v, documents[row : row + 1], window)
+        grads = torch.autograd.grad(attended, leaves, gradient)
+        for (name, value), right in zip(found.items(), (attended, *grads), strict=True):
+            error = ((value[:, row : row + 1].double() - right).abs().max() / right.abs().max()).item()
+            assert error <= ATTENTION_DTYPES[inputs[0].dtype], f"{name} of sequence {row}: {error:.1e}"
+
+
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("dtype", ATTENTION_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES)
+def test_attention(shape: tuple[Any, ...], dtype: torch.dtype, backend: str) -> None:
+    window, head_dim = shape[3:]
+    try:
+        resolve_backend(backend, torch.device("cuda", 0), dtype, head_dim)
+    except ValueError as error:
+        pytest.skip(str(error))
+    inputs, documents = attention_inputs(shape, dtype)
+    mask = attention_mask(documents, window, backend=backend)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return multi_query_attention(q, k, v, mask)
+
+    found = attention_results(attend, inputs)
+    compare_attention(found, inputs, documents, window)
+    if is_reproducible(backend, head_dim) and backend != "sdpa":
+        again = attention_results(attend, inputs)
+        assert all(torch.equal(value, again[name]) for name, value in found.items()), "two runs differ"
+
+
+@pytest.mark.parametrize("groups", [1, 2, 5, 10])
+def test_flex_attention_with_repeated_keys(groups: int) -> None:
+    shape = ATTENTION_SHAPES[0]
+    inputs, documents = attention_inputs(shape, torch.bfloat16)
+    mask = flex_mask(documents, shape[3])
+    found = attention_results(lambda q, k, v: flex_attention_mqa(q, k, v, mask, groups), inputs)
+    compare_attention(found, inputs, documents, shape[3])

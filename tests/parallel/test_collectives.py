@@ -30,10 +30,11 @@ ALL_REDUCE = ("allreduce_", ACTIVATIONS)
 ALL_GATHER = ("_allgather_base_", ACTIVATIONS)
 REDUCE_SCATTER = ("_reduce_scatter_base_", ACTIVATIONS)
 EXPECTED = {
-    False: {"forward": [ALL_REDUCE], "backward": [ALL_REDUCE]},
-    # Backward: the output's gradient is gathered, the input is gathered again (only its shard was kept), and the
-    # input's gradient is reduced and scattered.
-    True: {
+    "plain": {"forward": [ALL_REDUCE], "backward": [ALL_REDUCE]},
+    # Backward: the output's gradient is gathered, and the input's gradient is reduced and scattered.
+    "sequence-parallel": {"forward": [ALL_GATHER, REDUCE_SCATTER], "backward": [ALL_GATHER, REDUCE_SCATTER]},
+    # The input is gathered again (only its shard was kept).
+    "sequence-parallel, gathers again": {
         "forward": [ALL_GATHER, REDUCE_SCATTER],
         "backward": [ALL_GATHER, ALL_GATHER, REDUCE_SCATTER],
     },
@@ -55,7 +56,7 @@ class CountCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_branches(ranks: Any, sequence_parallel: bool) -> dict[str, Any]:
+def count_branches(ranks: Any, sequence_parallel: bool, keep_gathered: bool) -> dict[str, Any]:
     layout = ParallelConfig(tensor=2, sequence_parallel=sequence_parallel)
     with rank_grid(layout, ranks) as grid:
         context = Context(
@@ -63,6 +64,7 @@ def count_branches(ranks: Any, sequence_parallel: bool) -> dict[str, Any]:
             grid=grid,
             megatron=megatron_config(MODEL, layout, torch.float32, grid.device),
             device=grid.device,
+            keep_gathered=keep_gathered,
         )
         documents = Documents(torch.arange(T).expand(B, T).contiguous() % 13)
         branches = {
@@ -97,12 +99,12 @@ def _inside_recurrence(context: Context, documents: Documents) -> list[tuple[str
     return count.seen
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["plain", "sequence-parallel"])
-def test_every_branch_communicates_as_much_as_an_mlp(rank_pool: RankPool, sequence_parallel: bool) -> None:
-    for seen in rank_pool.run(count_branches, 2, sequence_parallel):
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_every_branch_communicates_as_much_as_an_mlp(rank_pool: RankPool, kind: str) -> None:
+    for seen in rank_pool.run(count_branches, 2, kind != "plain", kind == "sequence-parallel"):
         assert seen.pop("inside") == [], "convolution, gates and recurrence must not communicate"
         for name, counted in seen.items():
-            assert counted == EXPECTED[sequence_parallel], name
+            assert counted == EXPECTED[kind], name
 
 
 def count_step(ranks: Any, sequence_parallel: bool) -> list[tuple[str, int]]:

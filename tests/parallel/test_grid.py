@@ -195,16 +195,22 @@ with grid.rank_grid(ParallelConfig(), discover()):
         (2, {}, "1", "expandable_segments:True"),
         (2, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8", "expandable_segments:True"),
         (1, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None, "max_split_size_mb:64"),
-        (1, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None, None),
+        (1, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "NCCL_GRAPH_REGISTER": "1"}, None, None),
     ],
 )
 def test_defaults_of_cuda_give_way_to_the_user_s(
     tensor: int, given: dict[str, str], connections: str | None, allocator: str | None
 ) -> None:
     with patch.dict(os.environ):
-        for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        for name in (
+            "CUDA_DEVICE_MAX_CONNECTIONS",
+            "NCCL_GRAPH_REGISTER",
+            "PYTORCH_ALLOC_CONF",
+            "PYTORCH_CUDA_ALLOC_CONF",
+        ):
             os.environ.pop(name, None)
         os.environ.update(given)
         set_cuda_defaults(ParallelConfig(tensor=tensor))
         assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == connections
         assert os.environ.get("PYTORCH_ALLOC_CONF") == allocator
+        assert os.environ["NCCL_GRAPH_REGISTER"] == given.get("NCCL_GRAPH_REGISTER", "0")

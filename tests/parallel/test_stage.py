@@ -187,7 +187,9 @@ def test_recomputation_changes_only_memory(grid: Grid, passes: dict[str, dict[st
     for name, gradient in kept["gradients"].items():
         assert torch.equal(gradient, again["gradients"][name]), name
     assert set(kept["calls"].values()) == {MODEL.blocks}
-    twice = {"states": (), "block": (*PARTS["mixer"], *PARTS["mlp"]), **PARTS}[recompute]
+    twice = {"gather": (), "states": (), "norms+gelu": (), "block": (*PARTS["mixer"], *PARTS["mlp"]), **PARTS}[
+        recompute
+    ]
     assert again["calls"] == {
         name: MODEL.blocks * (2 if name in twice else 1) for part in PARTS.values() for name in part
     }
@@ -198,6 +200,9 @@ def test_recomputation_saves_memory(passes: dict[str, dict[str, Any]]) -> None:
     kept = {recompute: found["kept"] for recompute, found in passes.items()}
     assert kept["block"] < kept["mixer"] < kept["none"]
     assert kept["block"] < kept["mlp"] < kept["none"]
+    assert kept["gather"] == kept["none"], "without sequence parallelism nothing is gathered"
+    # The inputs of the mixer and of both linears of the MLP.
+    assert kept["none"] - kept["norms+gelu"] == MODEL.blocks * T * B * (2 * MODEL.width + MODEL.mlp_width) * 4
     recurrences = MODEL.pattern.count("recurrent")
     assert kept["none"] - kept["states"] == recurrences * T * B * MODEL.recurrent_width * 4
     # What is left of a block is its input, and of the stage the embedding, the final norm and the loss's gradients.

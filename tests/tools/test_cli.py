@@ -140,6 +140,26 @@ def test_kernels_that_cannot_run_are_refused_before_anything_starts(
     assert started == []
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU refuses it")
+def test_cuda_graphs_are_refused_before_anything_starts_without_a_gpu(
+    folder: Path, started: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TRAIN, "--ranks", "2", "--train.cuda_graphs", "true", "--log.health_interval", "0"]) == 2
+    refusal = "train.cuda_graphs = True: needs a GPU, the device is cpu; must be false"
+    assert capsys.readouterr().err == f"griffin: error: {refusal}\n"
+    assert started == []
+
+
+@pytest.mark.parametrize(("backend", "accepted"), [("flex", "a GPU"), ("varlen", "NVIDIA GPUs of compute capability")])
+def test_attention_that_cannot_run_is_refused_before_anything_starts(
+    folder: Path, started: list, capsys: pytest.CaptureFixture[str], backend: str, accepted: str
+) -> None:
+    assert main([*TRAIN, "--ranks", "2", "--train.attention", backend]) == 2
+    expected = f"griffin: error: train.attention: {backend!r} on cpu; accepted on {accepted}"
+    assert capsys.readouterr().err.startswith(expected)
+    assert started == []
+
+
 @pytest.fixture
 def checkpoint(folder: Path) -> Path:
     """A checkpoint in the run folder "other", of the config's model with another initialization."""

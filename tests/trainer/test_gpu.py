@@ -106,6 +106,73 @@ def test_a_gpu_saves_and_loads_its_state(dtype: str, tmp_path: Path) -> None:
     assert resumed == pytest.approx(losses, rel=1e-4 if dtype == "float32" else 3e-2)
 
 
+WAITS = """
+import json, warnings
+import torch
+from griffin.parallel.config import ParallelConfig
+from griffin.parallel.world.grid import single_rank_grid
+from griffin.trainer.step import Training
+from tests.layouts import make_config, micro_batches
+
+config = make_config("griffin", ParallelConfig(), dtype="bfloat16")
+waits = []
+with single_rank_grid() as grid:
+    training = Training(config, grid)
+    for step, measure in enumerate((False, False, False, True)):  # the first ones compile
+        batches = micro_batches(config, step, 0, 1)
+        batches = [{name: value.pin_memory() for name, value in batch.items()} for batch in batches]
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always")
+            training.step(iter(batches), measure=measure, health=measure)
+        torch.cuda.set_sync_debug_mode("default")
+        waits.append([str(warning.message) for warning in raised if "synchronizing" in str(warning.message)])
+print(json.dumps({"device": grid.device.type, "waits": waits}))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_host_waits_once_a_step() -> None:
+    *_, plain, measured = run_on("cuda", WAITS)["waits"]
+    assert len(plain) == 1, plain
+    assert len(measured) <= 3, measured  # a copy of the host's figures to the device goes with the second wait
+
+
+GRAPHS = """
+import dataclasses, json, sys
+import torch
+from griffin.parallel.config import ParallelConfig
+from griffin.parallel.world.grid import single_rank_grid
+from griffin.trainer.step import Training
+from tests.layouts import make_config, micro_batches
+
+config = make_config("griffin", ParallelConfig(), dtype=sys.argv[1], cuda_graphs=sys.argv[2] == "on")
+with single_rank_grid() as grid:
+    training = Training(config, grid)
+    losses, norms, held_out = [], [], []
+    for step in range(10):  # the graph is captured in the fourth
+        result = training.step(iter(micro_batches(config, step, 0, 1)), measure=step % 2 == 0)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+        if step % 3 == 0:
+            held_out.append(training.evaluate(iter(micro_batches(config, step, 0, 1)), 1)[0])
+print(json.dumps({"device": grid.device.type, "loss": losses, "grad_norm": norms, "held_out": held_out}))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_graph_trains_as_the_passes_that_it_replays(dtype: str) -> None:
+    """Every step has other documents and evaluations come between; a stale tensor would repeat an earlier loss."""
+    plain, graphed = (run_on("cuda", GRAPHS, dtype, graphs) for graphs in ("off", "on"))
+    for name in ("loss", "grad_norm", "held_out"):
+        assert len(set(plain[name])) == len(plain[name])
+        # Sums by atomic additions may come in another order.
+        assert graphed[name] == pytest.approx(plain[name], rel=1e-4 if dtype == "float32" else 3e-2)
+
+
 REAL_SIZES = """
 import dataclasses, json, sys
 import torch

@@ -67,7 +67,7 @@ def test_triton_trains_as_the_reference_does(
 
 @needs_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["states", "block"])
+@pytest.mark.parametrize("recompute", ["states", "norms+gelu", "block"])
 def test_recomputation_changes_no_bit(rank_pool: RankPool, recompute: str) -> None:
     answers = [
         rank_pool.run(losses, 1, config(ParallelConfig(), "triton", setting), timeout=300)

@@ -186,14 +186,19 @@ def load_run_config(args: argparse.Namespace, earlier: PreviousRun | None = None
 
 
 def _check_kernels(config: Config) -> None:
-    """Raise ValueError if this machine cannot run the chosen kernels."""
-    if config.train.kernels != AUTO:
-        import torch
+    """Raise ValueError if this machine cannot run the chosen kernels or attention, or replay them as a CUDA graph."""
+    train = config.train
+    if (train.kernels, train.attention, train.cuda_graphs) == (AUTO, AUTO, False):
+        return
+    import torch
 
-        from griffin.kernels.selection import resolve_backend
+    from griffin.kernels import local_attention, selection
+    from griffin.trainer.graph import check_graphs
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        resolve_backend(config.train.kernels, device, getattr(torch, config.train.dtype), "train.kernels")
+    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, train.dtype)
+    check_graphs(train.cuda_graphs, device)
+    selection.resolve_backend(train.kernels, device, dtype, "train.kernels")
+    local_attention.resolve_backend(train.attention, device, dtype, config.model.head_dim, "train.attention")
 
 
 def train_rank(ranks: Ranks, config: Config, run_dir: Path, init_from: InitFrom | None) -> None:

@@ -18,6 +18,9 @@ from pathlib import Path
 
 import torch
 
+from griffin.kernels.backends import AUTO
+from griffin.kernels.local_attention import resolve_backend
+from griffin.kernels.local_attention.selection import FLASH_CAPABILITY
 from griffin.kernels.rglru import rglru
 from griffin.kernels.selection import HAS_TRITON
 from griffin.launch.local import cores
@@ -25,6 +28,7 @@ from griffin.tools.runs.check_results import FAILED, OK, WARNING, CheckResult
 from griffin.trainer.checkpoint.saving.memory import memory_left
 
 SLURM = ("srun", "sbatch", "scancel", "scontrol", "squeue", "sinfo")
+HEAD_DIM = 128  # of the models of arXiv 2402.19427
 OPEN_FILES = 1024  # expected limit: rank 0 holds a connection to every rank, and a checkpoint has many files
 SYNCED_FILES = 5  # small files written to time the file system
 SYNC_SECONDS = 0.1  # expected for one: a checkpoint syncs thousands
@@ -41,6 +45,7 @@ def examine_installation(folder: Path) -> list[CheckResult]:
         _megatron,
         _triton,
         _apex,
+        _flash,
         _kernels,
         _mpi,
         _slurm,
@@ -107,6 +112,20 @@ def _apex(folder: Path) -> Iterator[CheckResult]:
         yield WARNING, "apex: NVIDIA's, but without its compiled extensions; torch computes the optimizer"
     else:
         yield OK, "apex: NVIDIA's, with its fused optimizer"
+
+
+def _flash(folder: Path) -> Iterator[CheckResult]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = resolve_backend(AUTO, device, torch.bfloat16, HEAD_DIM)
+    taken = f"train.attention = {AUTO!r} takes {backend} for heads of {HEAD_DIM}"
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        yield OK, f"flash_attn_interface (FlashAttention 3): absent; {taken}"
+    elif backend == "flash":
+        yield OK, f"flash_attn_interface (FlashAttention 3): {taken}"
+    elif device.type == "cuda" and torch.cuda.get_device_capability() == FLASH_CAPABILITY:
+        yield WARNING, f"flash_attn_interface: cannot be imported, or has no flash_attn_varlen_func; {taken}"
+    else:
+        yield OK, f"flash_attn_interface (FlashAttention 3): used on NVIDIA's Hopper GPUs only; {taken}"
 
 
 def _kernels(folder: Path) -> Iterator[CheckResult]:

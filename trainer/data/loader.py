@@ -6,17 +6,20 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
+from griffin.parallel.context import with_offsets
 from griffin.parallel.world.ranks import RunError
 from griffin.trainer.data.dataset import Samples
 
 # The beginnings of PyTorch's errors if a worker process has died, and if it has raised an error itself.
 ENDED, RAISED = "DataLoader worker (pid", "Caught RuntimeError in DataLoader worker process"
+NOTICE_SECONDS = 2.0  # for PyTorch to notice the death of a worker process
 NO_ROOM = "shared memory"  # part of the error that it raises if shared memory is full
 
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
@@ -83,8 +86,9 @@ def batches(
     """Endless micro-batches of this rank, in steps that take the samples from `first_sample` on in order.
 
     There are global_batch / (micro_batch * data_size) micro-batches per step. Each is a dict of the tensors of
-    `Samples` with a leading axis, [micro_batch, T], in pinned memory if there is a CUDA device. `workers` processes,
-    forked from this one, prefetch; 0 loads in this process. They ignore signals except SIGTERM from this process.
+    `Samples` with a leading axis, [micro_batch, T], and the offsets of documents (see `context.with_offsets`), in
+    pinned memory if there is a CUDA device. `workers` processes, forked from this one, prefetch; 0 loads in this
+    process. They ignore signals except SIGTERM from this process.
 
     Raises ValueError if the batch sizes do not fit, and WorkerError if the processes cannot be started.
     """
@@ -107,6 +111,7 @@ def batches(
     loader = DataLoader(
         samples,
         batch_sampler=numbers(),
+        collate_fn=_collate,
         num_workers=workers,
         # Explicit: a rank that was started by a fork server would by default start a server of its own, which imports
         # everything again.
@@ -118,11 +123,27 @@ def batches(
     # Block these signals around the fork, so that workers and all their threads start with them blocked.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
-        return iter(loader)
+        return _drawn(iter(loader), workers)
     except OSError as error:  # from starting a process, or from a semaphore, which is in /dev/shm
         raise WorkerError(workers, str(error)) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _drawn(batches: Iterator[dict[str, torch.Tensor]], workers: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Draw batches. A process that dies while it hands one over breaks a connection before its death is noticed.
+
+    PyTorch then raises its own error, from a signal's handler. Without it, WorkerError is raised here.
+    """
+    try:
+        yield from batches
+    except (ConnectionError, EOFError) as error:
+        time.sleep(NOTICE_SECONDS)
+        raise WorkerError(workers, f"DataLoader worker: {type(error).__name__}") from error
+
+
+def _collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return with_offsets(default_collate(samples))
 
 
 def _shield_from_signals(worker: int) -> None:

@@ -12,6 +12,7 @@ import socket
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -62,12 +63,39 @@ class _RankChecksums:
     sums: dict[str, tuple[bool, int]]  # parameter -> (whether it is replicated over tensor ranks, checksum)
 
 
-def check_replicas(modules: Sequence[nn.Module], grid: Grid, step: int) -> None:
-    """Raise ReplicaError, naming parameters, ranks and hosts, if copies of a weight differ. A collective.
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Of the copies of weights."""
+
+    differ: Tensor  # int64 [], the same on every rank: whether any copies differ; on the device, which may be at work
+    parameters: Sequence[nn.Parameter]
+    sums: Tensor  # checksums of this rank's parameters
+    grid: Grid
+
+    def fail(self, step: int) -> NoReturn:
+        """Raise ReplicaError, naming parameters, ranks and hosts. A collective, for copies that differ."""
+        checksums = _RankChecksums(
+            rank=self.grid.rank,
+            host=socket.gethostname(),
+            tensor_rank=self.grid.tensor_rank,
+            sums={
+                _name(parameter): (_is_replicated(parameter), value)
+                for parameter, value in zip(self.parameters, self.sums.tolist(), strict=True)
+            },
+        )
+        text = _describe(self.grid.all_gather(checksums, _RankChecksums))
+        raise ReplicaError(f"step {step}: {text}. No weight was changed by this step.")
+
+
+def compare_replicas(modules: Sequence[nn.Module], grid: Grid) -> Comparison:
+    """Compare the copies of the modules' weights, without waiting for the device. A collective, if there are any.
 
     Each rank reads its weights once and exchanges 16 bytes per parameter with its data-parallel peers.
     """
     parameters = [parameter for module in modules for parameter in module.parameters()]
+    if not parameters:
+        none = torch.zeros((), dtype=torch.int64, device=grid.device)
+        return Comparison(differ=none, parameters=(), sums=none[None], grid=grid)
     sums = torch.stack([checksum(parameter) for parameter in parameters])
     replicated = [index for index, parameter in enumerate(parameters) if _is_replicated(parameter)]
     differs = _differs(sums, grid.replica_group)
@@ -78,19 +106,7 @@ def check_replicas(modules: Sequence[nn.Module], grid: Grid, step: int) -> None:
         differs = differs | _differs(sums[embedding], grid.embedding_group)
     anywhere = differs.long()
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
-    if not anywhere.item():
-        return
-    checksums = _RankChecksums(
-        rank=grid.rank,
-        host=socket.gethostname(),
-        tensor_rank=grid.tensor_rank,
-        sums={
-            _name(parameter): (_is_replicated(parameter), value)
-            for parameter, value in zip(parameters, sums.tolist(), strict=True)
-        },
-    )
-    text = _describe(grid.all_gather(checksums, _RankChecksums))
-    raise ReplicaError(f"step {step}: {text}. No weight was changed by this step.")
+    return Comparison(differ=anywhere, parameters=parameters, sums=sums, grid=grid)
 
 
 def _differs(sums: Tensor, group: dist.ProcessGroup) -> Tensor:

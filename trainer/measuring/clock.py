@@ -37,9 +37,10 @@ class RankTimes:
 class StepClock:
     """Times the parts of every step, and this rank's own work in it.
 
-    It reads the host's clock a few times per step, where the training waits for the device anyway, so that the times
-    are right on GPUs without further synchronization. The end of the optimizer is an exception: it is a CUDA event,
-    which is read in the next step. Device time of the optimizer after the host has gone on counts to that next step.
+    It reads the host's clock at the start and end of a step and where the training waits for the device anyway, so that
+    the times are right on GPUs without further synchronization. What lies between is timed by CUDA events: those up to
+    that wait are read after it, the end of the optimizer in the next step. Device time of the optimizer after the host
+    has gone on counts to that next step.
     """
 
     def __init__(self, device: torch.device):
@@ -67,8 +68,16 @@ class StepClock:
         return end_schedule_and_reduce
 
     def gradients_done(self) -> None:
-        """Call this when gradients and loss are computed and the device is idle."""
+        """Call this when gradients and loss are computed, or on a GPU, when this has been launched."""
+        self._gradients_end = _mark(self._on_gpu)
+
+    @contextmanager
+    def waiting_for_device(self) -> Iterator[None]:
+        """Wait for the device within, once a step: after what is computed of the gradients before the update."""
+        inspected = _mark(self._on_gpu)
+        yield
         self._optimizer_start = time.perf_counter()
+        self._inspection = _between(self._gradients_end, inspected)
         self.work.add_up()
         self._late_optimizer = 0.0
         if self._last_optimizer is not None:
@@ -83,14 +92,15 @@ class StepClock:
             self._last_optimizer = (self._optimizer_event, _event(), host)
         self._data_wait_sum += self._data_wait
         self._steps += 1
-        schedule = self._optimizer_start - self._start - self._data_wait
+        schedule = self._optimizer_start - self._start - self._data_wait - self._inspection
         late = min(self._late_optimizer, schedule)
-        return StepTimes(data_wait=self._data_wait, forward_backward=schedule - late, optimizer=host + late)
+        optimizer = self._inspection + host + late
+        return StepTimes(data_wait=self._data_wait, forward_backward=schedule - late, optimizer=optimizer)
 
     def take(self) -> RankTimes:
         """Means over the steps since the last call, this step included.
 
-        Call it between `gradients_done` and `end`.
+        Call it between `waiting_for_device` and `end`.
         """
         steps, data_wait = self._steps + 1, self._data_wait_sum + self._data_wait
         self._data_wait_sum, self._steps = -self._data_wait, -1  # `end` adds those of this step
@@ -125,7 +135,7 @@ class WorkClock:
     def running(self) -> Iterator[None]:
         """Time what runs within: the schedule of a training step. Evaluations are not timed."""
         self._is_running = True
-        self._start = self._mark(time.perf_counter())
+        self._start = _mark(self._on_gpu)
         plain = dist.Work.wait
         if not self._on_gpu:
             dist.Work.wait = self._timed(plain)  # type: ignore[method-assign]
@@ -137,7 +147,7 @@ class WorkClock:
 
     def end_schedule(self) -> None:
         if self._is_running:
-            self._schedules.append((self._start, self._mark(time.perf_counter())))
+            self._schedules.append((self._start, _mark(self._on_gpu)))
 
     def add_up(self) -> None:
         """Turn a step's events into seconds. On a GPU, all of them must have passed."""
@@ -151,8 +161,9 @@ class WorkClock:
         self._seconds = [0.0, 0.0]
         return work, schedule
 
-    def _mark(self, now: float) -> Any:
-        return _event() if self._on_gpu else now
+    def now(self) -> Any:
+        """A CUDA event; on a CPU, seconds without those waited for other ranks."""
+        return _event() if self._on_gpu else time.perf_counter() - self._waited
 
     def _timed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
         @transparent
@@ -174,13 +185,10 @@ class _Timer:
         self._start: Any = None
 
     def start(self, barrier: bool = False) -> None:
-        self._start = self._now()
+        self._start = self._clock.now()
 
     def stop(self, barrier: bool = False) -> None:
-        self._clock._work.append((self._start, self._now()))
-
-    def _now(self) -> Any:
-        return self._clock._mark(time.perf_counter() - self._clock._waited)
+        self._clock._work.append((self._start, self._clock.now()))
 
 
 class _NoTimer:
@@ -207,6 +215,10 @@ class _TimedBatches(Generic[T]):
             return next(self._batches)
         finally:
             self._add(time.perf_counter() - start)
+
+
+def _mark(on_gpu: bool) -> Any:
+    return _event() if on_gpu else time.perf_counter()
 
 
 def _event() -> torch.cuda.Event:

@@ -62,21 +62,28 @@ def squares_by_kind(shards: Iterable[tuple[nn.Parameter, Tensor]], device: torch
     return sums
 
 
-def gather_figures(
-    grid: Grid, model: ModelConfig, *, gradient_squares: Tensor, weight_squares: Tensor, times: RankTimes
-) -> tuple[dict[str, float], list[float]]:
-    """The figures of a logged step by name, and the seconds of own work per step of each rank.
+def gather_rows(grid: Grid, gradient_squares: Tensor, weight_squares: Tensor, times: RankTimes) -> Tensor:
+    """What `figures_of` needs of each rank, float64 [world, ...] on the device, without waiting for it. A collective.
 
-    A collective of all ranks, with the same result on each. `gradient_squares` and `weight_squares` are this rank's
-    `squares_by_kind`.
+    `gradient_squares` and `weight_squares` are this rank's `squares_by_kind`.
     """
     seconds = [times.data_wait, times.work, times.schedule]
     here = torch.tensor([*seconds, *_memory(grid.device)], dtype=torch.float64)
-    row = torch.cat((here.to(grid.device), gradient_squares, weight_squares))
+    row = torch.cat((here.to(grid.device, non_blocking=True), gradient_squares, weight_squares))
     rows = row.new_empty(grid.world_size * len(row))
     dist.all_gather_into_tensor(rows, row)
+    return rows.view(grid.world_size, -1)
+
+
+def figures_of(
+    rows: Tensor, grid: Grid, model: ModelConfig, *, has_work: bool = True
+) -> tuple[dict[str, float], list[float] | None]:
+    """The figures of a logged step by name, and the seconds of own work per step of each rank.
+
+    `rows` is what `gather_rows` returns, on the CPU. Without `has_work` the ranks' work was not timed.
+    """
     kinds = all_kinds()
-    ranks, grads, params = rows.cpu().view(grid.world_size, -1).split((len(here), len(kinds), len(kinds)), dim=1)
+    ranks, grads, params = rows.split((rows.shape[1] - 2 * len(kinds), len(kinds), len(kinds)), dim=1)
     data_wait, work, schedule, *memory = ranks.T
     by_kind = dict(zip(kinds, grads.sum(0).sqrt().tolist(), strict=True))
     figures = {
@@ -84,10 +91,10 @@ def gather_figures(
         "param_norm": math.sqrt(params.sum().item()),
         "data_wait_seconds": data_wait.max().item(),
         "pipeline_bubble": pipeline_bubble(work, schedule) if grid.pipeline_size > 1 else 0.0,
-        "data_parallel_imbalance": data_parallel_imbalance(work, grid),
+        **({"data_parallel_imbalance": data_parallel_imbalance(work, grid)} if has_work else {}),
         **{name: used.max().item() for name, used in zip(_MEMORY, memory, strict=True)},
     }
-    return figures, work.tolist()
+    return figures, work.tolist() if has_work else None
 
 
 def pipeline_bubble(work: Tensor, schedule: Tensor) -> float:

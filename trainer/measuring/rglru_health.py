@@ -73,6 +73,17 @@ class Health:
 
     layers: dict[int, LayerHealth] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, rows: Tensor, model: ModelConfig) -> Health:
+        """From what `Observation.summed` returns, on the CPU."""
+        counts, sums = rows.split((BINS, len(_SUMS)), dim=1)
+        return cls(
+            layers={
+                index: LayerHealth(counts=counts[row], sums=sums[row])
+                for row, index in enumerate(_recurrent_layers(model))
+            }
+        )
+
     def values(self) -> dict[str, float]:
         """Figures such as "rglru/decay_p50/layer-00", and "rglru/decay_p50/all" over all layers."""
         layers = list(self.layers.values())
@@ -106,19 +117,18 @@ class Observation:
             for mixer in mixers:
                 mixer.observe = None
 
-    def combined(self, model: ModelConfig, device: torch.device) -> Health:
-        """The sum over all ranks: they hold other channels, other layers or other data. A collective."""
-        layers = [index for index, mixer in enumerate(model.pattern) if mixer == RECURRENT]
-        if not layers:
-            return Health()
+    def summed(self, model: ModelConfig, device: torch.device) -> Tensor:
+        """The sum over all ranks: they hold other channels, other layers or other data. A collective.
+
+        Returns float64 [recurrent layers, BINS + len(_SUMS)] on the device, without waiting for it.
+        """
+        layers = _recurrent_layers(model)
         rows = torch.zeros(len(layers), BINS + len(_SUMS), dtype=torch.float64, device=device)
         for index, row in self._seen.items():
             rows[layers.index(index)] = row
-        dist.all_reduce(rows)
-        counts, sums = rows.cpu().split((BINS, len(_SUMS)), dim=1)
-        return Health(
-            layers={index: LayerHealth(counts=counts[row], sums=sums[row]) for row, index in enumerate(layers)}
-        )
+        if layers:
+            dist.all_reduce(rows)
+        return rows
 
     def _observer(self, mixer: RecurrentMixer) -> Observer:
         piece = mixer.gates.weight.pieces[0]  # type: ignore[attr-defined]
@@ -148,8 +158,13 @@ def distribution(input_gate: Tensor, recurrence_gate: Tensor, decay: Tensor, *, 
     sums = [log_a.exp().sum(dtype=torch.float64)]
     for gate in gates:
         sums += [(gate < SATURATED).sum().double(), (gate > 1 - SATURATED).sum().double()]
-    counts = torch.bincount(bins.flatten(), minlength=BINS).double()
+    # Not bincount, which waits for the device. Counts in float32 are exact to 2^24.
+    counts = torch.histc(bins.float(), BINS, min=0, max=BINS).double()
     return torch.cat((counts, torch.stack(sums)))
+
+
+def _recurrent_layers(model: ModelConfig) -> list[int]:
+    return [index for index, mixer in enumerate(model.pattern) if mixer == RECURRENT]
 
 
 def _block_index(name: str) -> int:

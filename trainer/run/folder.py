@@ -25,7 +25,7 @@ from griffin.trainer.run.lock import refuse_if_held
 from griffin.trainer.settings.load import read_settings, to_toml
 from griffin.trainer.settings.sections import Config
 
-PACKAGES = ("torch", "megatron-core", "numpy", "triton", "apex", "transformer-engine")
+PACKAGES = ("torch", "megatron-core", "numpy", "triton", "apex", "flash-attn-3", "transformer-engine")
 LAUNCH = "launch"  # folder of job scripts
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"  # of "started" in environment.json
 SOURCE = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from griffin.kernels.backends import AUTO, BACKENDS
+from griffin.kernels.backends import ATTENTION_BACKENDS, AUTO, BACKENDS
 from griffin.parallel.config import RECOMPUTES, ModelConfig, ParallelConfig
 from griffin.parallel.setting import COUNT, Setting, about, setting, setting_of
 from griffin.trainer.data.prefix import LAST_SEED
@@ -105,8 +105,10 @@ class TrainConfig:
     )
     recompute: str = setting(
         "none",
-        'activation recomputation: what each block computes again in its backward pass, `"states"` (of the '
-        'recurrence), `"mixer"`, `"mlp"` or `"block"`',
+        'activation recomputation: what each block computes again in its backward pass, `"gather"` (all-gathers inputs '
+        'of linears again with sequence parallelism, which all that follow do too), `"states"` (of the recurrence), '
+        '`"norms+gelu"` (the outputs of the norms and of the gated GeLU: no matrix product), `"mixer"`, `"mlp"` or '
+        '`"block"`',
         choices=RECOMPUTES,
     )
     z_loss: float = setting(
@@ -119,10 +121,22 @@ class TrainConfig:
         'backend of all operators but attention: `"triton"` (GPUs), `"cpu"` (any machine), `"reference"` (a loop)',
         choices=(AUTO, *BACKENDS),
     )
+    attention: str = setting(
+        AUTO,
+        'backend of attention: `"flash"` (the package flash_attn_interface, FlashAttention 3), `"varlen"` (PyTorch\'s '
+        'varlen_attn), `"flex"` (FlexAttention), `"sdpa"` (any machine); by default the first of them that can run, '
+        "with bitwise reproducible gradients",
+        choices=(AUTO, *ATTENTION_BACKENDS),
+    )
     overlap: str = setting(
         "auto",
         'overlap data-parallel communication with computation: `"on"`, `"off"`, or on GPUs only',
         choices=OVERLAPS,
+    )
+    cuda_graphs: bool = setting(
+        False,
+        "replay forward and backward passes as a CUDA graph, for small models on GPUs; without pipelines, overlapped "
+        "communication, observations of the RG-LRU, profiles, and the comparison of ranks' own work",
     )
     eval_interval: int = setting(
         500,

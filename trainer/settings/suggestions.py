@@ -54,7 +54,8 @@ OTHER_NAMES = {
     "train.seed": "random_seed rng_seed",
     "train.dtype": "precision torch_dtype mixed_precision param_dtype params_dtype bf16 fp16 fp32 bfloat16",
     "train.recompute": "activation_checkpointing gradient_checkpointing activation_checkpoint "
-    "checkpoint_activations recompute_granularity remat",
+    "checkpoint_activations recompute_granularity recompute_modules recompute_method remat",
+    "train.cuda_graphs": "enable_cuda_graph cuda_graph_impl cuda_graph_scope external_cuda_graph",
     "train.overlap": "overlap_grad_reduce overlap_param_gather",
     "train.eval_interval": "eval_steps eval_every eval_freq val_interval val_check_interval",
     "train.eval_batches": "eval_iters val_batches limit_val_batches",

@@ -40,6 +40,7 @@ def validate_settings(config: Config, world_size: int) -> None:
     validate_model(config.model)
     _validate_layout(config)
     _validate_batches(config, world_size)
+    _validate_graphs(config)
     _validate_profiles(config, world_size)
     _validate_optimizer(config.optimizer, config.train.steps)
     _validate_spikes(config)
@@ -147,6 +148,28 @@ def _validate_profiles(config: Config, world_size: int) -> None:
     for rank in log.profile_ranks:
         if not 0 <= rank < world_size:
             _refuse("log.profile_ranks", list(log.profile_ranks), f"must be from 0 to {world_size - 1}")
+
+
+def _validate_graphs(config: Config) -> None:
+    parallel, log = config.parallel, config.log
+    if not config.train.cuda_graphs:
+        return
+    excluded = {
+        f"parallel.pipeline = {parallel.pipeline}; must be 1": parallel.pipeline > 1,
+        f'train.overlap = {config.train.overlap!r}; must be "off" or "auto"': config.train.overlap == "on",
+        # Its barriers between ranks count their calls on the host.
+        f'parallel.overlap_tensor = {parallel.overlap_tensor!r}; must be "off" with parallel.sequence_parallel': (
+            parallel.sequence_parallel and parallel.tensor > 1 and parallel.overlap_tensor != "off"
+        ),
+        # The others read document offsets, whose number and longest document differ from batch to batch.
+        f'train.attention = {config.train.attention!r}; must be "flex" or "auto"': config.train.attention
+        not in ("auto", "flex"),
+        f"log.health_interval = {log.health_interval}; must be 0": log.health_interval > 0,
+        f"log.profile_steps = {list(log.profile_steps)}; must be empty": bool(log.profile_steps),
+    }
+    for reason, applies in excluded.items():
+        if applies:
+            _refuse("train.cuda_graphs", True, f"excludes {reason}")
 
 
 def _validate_batches(config: Config, world_size: int) -> None:

@@ -35,7 +35,9 @@ def _part(tensor: Tensor, dim: int) -> Tensor:
     return tensor.chunk(dist.get_world_size(), dim)[dist.get_rank()].clone()
 
 
-def errors(ranks: Ranks, product: str, sequence_parallel: bool, overlap: bool, in_buffers: bool) -> dict[str, float]:
+def errors(
+    ranks: Ranks, product: str, sequence_parallel: bool, overlap: bool, keep_gathered: bool, in_buffers: bool
+) -> dict[str, float]:
     """The largest error of this rank's parts of the output and of every gradient."""
     layout = ParallelConfig(tensor=ranks.world_size, sequence_parallel=sequence_parallel)
     with rank_grid(layout, ranks) as grid:
@@ -45,6 +47,7 @@ def errors(ranks: Ranks, product: str, sequence_parallel: bool, overlap: bool, i
             megatron=megatron_config(MODEL, layout, torch.float64, grid.device),
             device=grid.device,
             overlap_tensor=overlap,
+            keep_gathered=keep_gathered,
         )
         return {"column": _column, "row": _row}[product](context, in_buffers)
 
@@ -96,13 +99,22 @@ def _row(context: Context, in_buffers: bool) -> dict[str, float]:
 
 @pytest.mark.parametrize("product", ["column", "row"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize(("sequence_parallel", "overlap"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("sequence_parallel", "overlap", "keep_gathered"),
+    [(False, False, False), (True, False, False), (True, False, True), (True, True, False), (True, True, True)],
+)
 @pytest.mark.parametrize("in_buffers", [False, True])
 def test_equals_one_product(
-    rank_pool: RankPool, product: str, ranks: int, sequence_parallel: bool, overlap: bool, in_buffers: bool
+    rank_pool: RankPool,
+    product: str,
+    ranks: int,
+    sequence_parallel: bool,
+    overlap: bool,
+    keep_gathered: bool,
+    in_buffers: bool,
 ) -> None:
     """Sums of a few dozen float64 products: 1e-13."""
-    for found in rank_pool.run(errors, ranks, product, sequence_parallel, overlap, in_buffers):
+    for found in rank_pool.run(errors, ranks, product, sequence_parallel, overlap, keep_gathered, in_buffers):
         assert all(error < 1e-13 for error in found.values()), found
 
 

@@ -13,7 +13,8 @@ from griffin.kernels import conv1d, linear_scan, local_attention  # noqa: F401
 from griffin.kernels.costs import COSTS, Product
 from griffin.kernels.rglru import rglru
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelConfig
-from griffin.parallel.cost import train_flops_per_token
+from griffin.parallel.cost import block_cost, embedding_cost, logits_cost, train_flops_per_token
+from griffin.parallel.mixers import MIXERS
 from griffin.tools.bench.count.rank import RankCount, count_rank
 from griffin.tools.bench.count.rates import DEVICES, product_efficiency, seconds
 from griffin.tools.bench.count.recorder import Collective, Op
@@ -65,15 +66,44 @@ def test_products_are_those_of_the_model(single: RankCount) -> None:
     assert products(single) < model
 
 
-@pytest.mark.parametrize(("tensor", "sequence_parallel"), [(2, False), (2, True), (4, True)])
-def test_tensor_ranks_share_products(single: RankCount, tensor: int, sequence_parallel: bool) -> None:
+def test_bytes_of_the_cost_model_are_those_recorded(single: RankCount) -> None:
+    """Outside of products, by kind of module. What does not grow with the tokens is left out, or a few per cent."""
+    tokens = BATCH * SEQUENCE
+    recorded: Counter[str] = Counter()
+    for op in single.ops:
+        # Weights are concatenated, and the table's gradient is added once a micro-batch.
+        if op.product is None and op.name != "cat" and (op.module != "logits" or op.kind == "loss"):
+            recorded[op.module] += op.bytes / tokens
+    mixers = {mixer: MIXERS[mixer].load().cost(MODEL, SEQUENCE).bytes for mixer in MODEL.pattern}
+    both = sum(block_cost(MODEL, mixer, SEQUENCE).bytes - mixers[mixer] for mixer in MODEL.pattern)
+    stated = {
+        "recurrent mixer": mixers[RECURRENT],
+        "attention mixer": mixers[ATTENTION],
+        "MLP, norms": both,
+        "embedding": embedding_cost(MODEL).bytes,
+        "logits": logits_cost(MODEL).bytes,
+    }
+    recorded["MLP, norms"] = recorded["MLP"] + recorded["norms"]
+    for module, per_token in stated.items():
+        assert recorded[module] == pytest.approx(3 * per_token, rel=0.1), module
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sequence_parallel", "recompute"),
+    [(2, False, "none"), (2, True, "none"), (2, True, "gather"), (4, True, "none")],
+)
+def test_tensor_ranks_share_products(single: RankCount, tensor: int, sequence_parallel: bool, recompute: str) -> None:
     """All but the key/value projections and the bias sums; and each block exchanges what its docstring says."""
-    count = count_rank(config(tensor=tensor, sequence_parallel=sequence_parallel), tensor, 0)
+    count = count_rank(config(tensor=tensor, sequence_parallel=sequence_parallel, recompute=recompute), tensor, 0)
     assert products(single) / tensor <= products(count) <= 1.1 * products(single) / tensor
     kinds = Counter(op.collective.kind for op in count.ops if op.collective and op.module == "MLP")
     blocks = MODEL.blocks
     if sequence_parallel:
-        assert kinds == {"all-gather": 3 * blocks, "reduce-scatter": 2 * blocks}
+        again = blocks if recompute == "gather" else 0
+        assert kinds == {"all-gather": 2 * blocks + again, "reduce-scatter": 2 * blocks}
+        kept = count_rank(config(tensor=tensor, sequence_parallel=True), tensor, 0).kept
+        shard = BATCH * SEQUENCE * MODEL.width * 2 // tensor
+        assert sum(kept.values()) - sum(count.kept.values()) == (2 * again * (tensor - 1) * shard)
     else:
         assert kinds == {"all-reduce": 2 * blocks}
     assert {op.collective.size for op in count.ops if op.collective} == {tensor}
@@ -96,6 +126,17 @@ def test_recomputation_keeps_less_and_computes_more(single: RankCount) -> None:
     block = count_rank(config(recompute="block"), 1, 0)
     assert sum(block.kept.values()) < 0.6 * sum(single.kept.values())
     assert products(block) > 1.2 * products(single)
+
+
+def test_norms_and_gelu_are_recomputed_without_a_product(single: RankCount) -> None:
+    selective = count_rank(config(recompute="norms+gelu"), 1, 0)
+    assert products(selective) == products(single)
+    inputs = 2 * BATCH * SEQUENCE * (2 * MODEL.width + MODEL.mlp_width)  # bytes, of the mixer and both of the MLP
+    assert sum(single.kept.values()) - sum(selective.kept.values()) == MODEL.blocks * inputs
+    assert single.peak - selective.peak >= (MODEL.blocks - 1) * inputs  # a block at a time has them back
+    again = {"griffin::rms_norm": 2 * MODEL.blocks, "griffin::gated_gelu": MODEL.blocks}
+    names, plain = (Counter(op.name for op in count.ops) for count in (selective, single))
+    assert {name: names[name] - plain[name] for name in again} == again
 
 
 def test_memory_is_that_of_storages(single: RankCount) -> None:

@@ -213,6 +213,17 @@ def test_another_package_of_the_name_apex(tmp_path: Path, monkeypatch: pytest.Mo
     assert (state, "another package than NVIDIA's" in text) == (WARNING, True)
 
 
+@pytest.mark.parametrize(("spec", "expected"), [(None, "absent"), (SimpleNamespace(), "used on NVIDIA's Hopper GPUs")])
+def test_flash_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: SimpleNamespace | None, expected: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: spec if n == "flash_attn_interface" else find(n))
+    state, text = result_of(tmp_path, "flash_attn_interface")
+    assert (state, text.startswith(f"flash_attn_interface (FlashAttention 3): {expected}")) == (OK, True)
+    assert text.endswith("; train.attention = 'auto' takes sdpa for heads of 128")
+
+
 def test_a_version_of_megatron_core_that_is_not_the_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = importlib.metadata.version
     monkeypatch.setattr(

@@ -1,6 +1,7 @@
 """Batches: the same global batch in every layout, from any step, with or without worker processes."""
 
 import errno
+import itertools
 import multiprocessing
 import os
 import random
@@ -27,6 +28,7 @@ from tests.small_runs import Watch, launch, write_config
 
 ROOT = Path(__file__).parents[3]
 KEYS = {"tokens", "labels", "loss_mask", "positions"}
+OFFSETS = {"cu_seqlens", "max_seqlen"}
 
 
 @pytest.fixture
@@ -56,8 +58,8 @@ def test_a_step_is_the_same_samples_on_every_layout(samples, micro_batch, data_s
     for first in (first_sample, first_sample + 12):
         parts = [next(ranks[rank]) for _ in range(micro_batches) for rank in range(data_size)]
         assert all(part["tokens"].shape == (micro_batch, 8) for part in parts)
-        whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        assert whole.keys() == KEYS
+        assert all(part.keys() == KEYS | OFFSETS for part in parts)
+        whole = {key: torch.cat([part[key] for part in parts]) for key in KEYS}
         for i in range(12):
             assert all(torch.equal(whole[key][i], samples[first + i][key]) for key in KEYS)
 
@@ -65,7 +67,17 @@ def test_a_step_is_the_same_samples_on_every_layout(samples, micro_batch, data_s
 def test_worker_processes_change_nothing(samples):
     layout = {"global_batch": 4, "micro_batch": 2, "data_rank": 1, "data_size": 2}
     drawn = [list(islice(batches(samples, first_sample=4, **layout, workers=workers), 60)) for workers in (0, 2)]
-    assert all(torch.equal(a[key], b[key]) for a, b in zip(*drawn, strict=True) for key in KEYS)
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(*drawn, strict=True) for key in KEYS | OFFSETS)
+
+
+def test_offsets_are_those_of_the_documents_of_all_sequences(samples):
+    (batch,) = islice(batches(samples, first_sample=0, global_batch=4, micro_batch=4, data_rank=0, data_size=1), 1)
+    begins = [place for place, position in enumerate(batch["positions"].flatten().tolist()) if position == 0]
+    assert len(begins) > 4
+    found = batch["cu_seqlens"].tolist()
+    assert found[: len(begins)] == begins
+    assert set(found[len(begins) :]) == {4 * 8}  # the end, and documents without tokens
+    assert int(batch["max_seqlen"]) == max(end - begin for begin, end in itertools.pairwise([*begins, 4 * 8]))
 
 
 def test_workers_are_forked_whatever_the_default(samples):
@@ -118,11 +130,13 @@ def test_a_damaged_file_stops_the_loader(samples, tmp_path, workers):
 
 def started(samples):
     """A loader that has read a batch, and its two worker processes."""
+    others = set(multiprocessing.active_children())
     loader = batches(samples, first_sample=0, global_batch=2, micro_batch=2, data_rank=0, data_size=1, workers=2)
-    assert len(loader._workers) == 2
+    workers = sorted(set(multiprocessing.active_children()) - others, key=lambda worker: worker.pid)
+    assert len(workers) == 2
     for _ in range(2):  # one batch of each: it is set up
         next(loader)
-    return loader, list(loader._workers)
+    return loader, workers
 
 
 def draw_after_a_death(samples, said):
@@ -226,12 +240,14 @@ def test_workers_ignore_signals_of_others(samples):
 def test_starting_workers_ignore_signals_of_others(samples, monkeypatch):
     seed = random.seed
     monkeypatch.setattr(random, "seed", lambda *given: (time.sleep(0.2), seed(*given)))  # PyTorch's workers call it
+    others = set(multiprocessing.active_children())
     with StopRequests():
         loader = batches(samples, first_sample=0, global_batch=2, micro_batch=2, data_rank=0, data_size=1, workers=1)
+        (worker,) = set(multiprocessing.active_children()) - others
         for name in ("TERM", "INT", "USR1"):
-            subprocess.run(["kill", f"-{name}", str(loader._workers[0].pid)], check=True)
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
         next(loader)
-        assert loader._workers[0].is_alive()
+        assert worker.is_alive()
 
 
 def test_signals_of_the_rank_are_unchanged(samples):

@@ -17,7 +17,9 @@ def slow_batches(seconds: float) -> Iterator[str]:
         yield "batch"
 
 
-def step(clock: StepClock, *, wait: float, takes: bool = False) -> tuple[StepTimes, RankTimes | None]:
+def step(
+    clock: StepClock, *, wait: float, inspection: float = 0.0, takes: bool = False
+) -> tuple[StepTimes, RankTimes | None]:
     """A step of two micro-batches, each waited for, computed for 0.02 s and sent for 0.03 s; 0.02 s of reduction."""
     clock.begin()
     reduce = clock.before_reduction(lambda: time.sleep(0.02))
@@ -33,6 +35,9 @@ def step(clock: StepClock, *, wait: float, takes: bool = False) -> tuple[StepTim
             clock.work("forward-send").stop()
         reduce()
     clock.gradients_done()
+    time.sleep(inspection)
+    with clock.waiting_for_device():
+        pass
     own = clock.take() if takes else None
     time.sleep(0.03)
     return clock.end(), own
@@ -48,6 +53,12 @@ def test_parts_of_a_step() -> None:
         assert times.forward_backward >= 0.12
         assert times.optimizer >= 0.03
         assert times.data_wait + times.forward_backward + times.optimizer == pytest.approx(wall, abs=0.05)
+
+
+def test_inspection_is_the_optimizers() -> None:
+    times, _ = step(StepClock(torch.device("cpu")), wait=0.0, inspection=0.2)
+    assert times.optimizer >= 0.23
+    assert times.forward_backward < 0.2
 
 
 def test_own_work_is_without_sending_and_reduction() -> None:

@@ -24,6 +24,8 @@ CONFIG = Config(
 )
 CONFIG = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, decay_steps=100))
 
+GRAPHS = {"train.cuda_graphs": True, "log.health_interval": 0}
+
 
 def changed(settings: dict[str, Any]) -> Config:
     config = CONFIG
@@ -49,6 +51,7 @@ def changed(settings: dict[str, Any]) -> Config:
         ({"optimizer.schedule": "constant", "optimizer.decay_steps": 0, "optimizer.clip": 0.0}, 1),
         ({"optimizer.schedule": "wsd", "optimizer.warmup_steps": 9_900}, 1),
         ({"train.eval_interval": 0}, 1),
+        ({"train.cuda_graphs": True, "log.health_interval": 0, "parallel.tensor": 2}, 4),
         ({"checkpoint.interval": 0, "checkpoint.keep_last": 0, "checkpoint.keep_every": 0}, 1),
         ({"checkpoint.keep_last": 1, "checkpoint.keep_every": 7}, 1),
     ],
@@ -70,6 +73,21 @@ def test_accepted(settings: dict[str, Any], world_size: int) -> None:
         ({"model.gate_blocks": 10}, 1, "model.gate_blocks = 10: must divide model.recurrent_width = 96"),
         ({"model.head_dim": 18}, 1, "model.head_dim = 18: must be a multiple of 4"),
         ({"model.logit_soft_cap": -1.0}, 1, "model.logit_soft_cap = -1.0: must be 0 (off) or more"),
+        # CUDA graphs
+        *(
+            (GRAPHS | settings, 2, f"train.cuda_graphs = True: excludes {message}")
+            for settings, message in (
+                ({"parallel.pipeline": 2}, "parallel.pipeline = 2; must be 1"),
+                ({"train.overlap": "on"}, 'train.overlap = \'on\'; must be "off" or "auto"'),
+                (
+                    {"parallel.tensor": 2, "parallel.sequence_parallel": True},
+                    "parallel.overlap_tensor = 'auto'; must be \"off\" with parallel.sequence_parallel",
+                ),
+                ({"train.attention": "varlen"}, 'train.attention = \'varlen\'; must be "flex" or "auto"'),
+                ({"log.health_interval": 100}, "log.health_interval = 100; must be 0"),
+                ({"log.profile_steps": (7,)}, "log.profile_steps = [7]; must be empty"),
+            )
+        ),
         # the layout
         (
             {"parallel.tensor": 3},
@@ -197,7 +215,8 @@ def test_bounds(setting: str) -> None:
 @pytest.mark.parametrize("setting", [name for name, about in SETTINGS.items() if about.choices])
 def test_choices(setting: str) -> None:
     choices = SETTINGS[setting].choices
-    with pytest.raises(ValueError, match=f"^{re.escape(setting)} = 'other': must be one of {', '.join(choices)}$"):
+    message = f"{setting} = 'other': must be one of {', '.join(choices)}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         validate(changed({setting: "other"}), 1)
     needed = {"parallel.sequence_parallel": True, "parallel.tensor": 2} if setting == "parallel.overlap_tensor" else {}
     for choice in choices:

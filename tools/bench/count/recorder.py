@@ -194,7 +194,7 @@ class Recorder(TorchDispatchMode):
         if name in _PRODUCTS:
             product = _product(*(args[:2] if name in ("mm", "bmm") else args[1:3]))
             flops = product.flops
-            if name == "baddbmm" or (name == "addmm" and args[0].ndim == 2 and "out" not in kwargs):
+            if name in ("baddbmm", "addmm") and args[0].ndim > 1 and kwargs.get("out") is not args[0]:
                 moved += 2 * touched(outputs)  # the addend is copied to the result first, which is then read
         return Op(
             name=name, kind=_kind(name, module, self.phase), module=module, phase=self.phase, shapes=shapes,

@@ -136,15 +136,18 @@ def sets_of_inputs(operation: Operation, shape: Any, dtype: torch.dtype) -> int:
 def _time_if_it_fits(
     operation: Operation, shape: Any, settings: Settings, device: torch.device, clock: Clock
 ) -> Times | None:
-    """Check and time an operation. Prints a line and returns None if the device has too little memory."""
+    """Check and time an operation. Prints a line and returns None if it cannot run, or not in the device's memory."""
     import torch
 
     from griffin.tools.bench.kernels import operations, timing
 
     dtype = getattr(torch, settings.dtype)
+    if (refusal := operation.refuses(shape, dtype, device)) is not None:
+        print(f"{operation.name:<22}skipped: {refusal}")
+        return None
     needed, free = needed_bytes(operation, shape, dtype), timing.free_bytes(device)
     if needed > free:
-        print(f"{operation.name:<16}skipped: needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free")
+        print(f"{operation.name:<22}skipped: needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free")
         return None
     try:
         sets = operations.make_sets(operation, shape, dtype, device, sets_of_inputs(operation, shape, dtype))
@@ -152,7 +155,7 @@ def _time_if_it_fits(
         operations.check(f"{operation.name}, {shape}", side, operation, sets[0])
         return timing.time_implementations(clock, {"ours": side}, settings.repeats)["ours"]
     except torch.OutOfMemoryError:
-        print(f"{operation.name:<16}skipped: {free / GIB:.1f} GiB of free memory are not enough")
+        print(f"{operation.name:<22}skipped: {free / GIB:.1f} GiB of free memory are not enough")
         return None
 
 

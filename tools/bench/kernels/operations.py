@@ -117,6 +117,7 @@ class Operation:
     run: takes all inputs, a backend, and a chunk length (None: chosen), and returns the results.
     in_chunks: it is a recurrence, which can be cut into chunks of time.
     mixes_channels: results depend on other channels (the last axis of every tensor) of the inputs.
+    refuses: returns why the operation cannot run for a shape in a dtype on a device.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Operation:
     run: Callable[[Arguments, str, int | None], Tensors]
     in_chunks: bool = False
     mixes_channels: bool = True
+    refuses: Callable[[Any, torch.dtype, torch.device], str | None] = lambda shape, dtype, device: None
 
 
 @dataclass(frozen=True)

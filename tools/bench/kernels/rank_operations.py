@@ -7,15 +7,16 @@ heads of hd dims; F, R, V and H are a rank's part.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
+from griffin.kernels.backends import ATTENTION_BACKENDS, AUTO
 from griffin.kernels.conv1d import TRITON_WIDTH
 from griffin.kernels.gated_gelu import gated_gelu
 from griffin.kernels.linear_cross_entropy import linear_cross_entropy
 from griffin.kernels.linear_scan import linear_scan
-from griffin.kernels.local_attention import AttentionMask, attention_mask, multi_query_attention
+from griffin.kernels.local_attention import AttentionMask, attention_mask, multi_query_attention, resolve_backend
 from griffin.kernels.products import add_product
 from griffin.kernels.recurrent_block import recurrent_block
 from griffin.kernels.rms_norm import add_rms_norm, rms_norm
@@ -118,17 +119,34 @@ def _make_attention(shape: RankShape, random: Random) -> Inputs:
     return random.inputs(leaves, grads=grads, fixed={"window": shape.model.window})
 
 
-def _attention(inputs: Arguments, backend: str, chunk: int | None) -> Tensors:
+def _attention(inputs: Arguments, backend: str, chunk: int | None, attention: str) -> Tensors:
     q = inputs["q"]
-    mask = _mask(*q.shape[:2], inputs["window"], q.device, "sdpa" if backend == "cpu" else "auto")
+    mask = _mask(*q.shape[:2], inputs["window"], q.device, "sdpa" if backend == "cpu" else attention)
     return {"y": multi_query_attention(q, inputs["k"], inputs["v"], mask)}
 
 
 @cache
-def _mask(steps: int, batch: int, window: int, device: torch.device, backend: str) -> AttentionMask:
+def _mask(steps: int, batch: int, window: int, device: torch.device, attention: str) -> AttentionMask:
     """Return the mask of sequences of one document each. A model makes one for all blocks, so it is not timed."""
     documents = torch.zeros(batch, steps, dtype=torch.int64, device=device)
-    return attention_mask(documents, window, backend=backend)
+    return attention_mask(documents, window, backend=AUTO if device.type == "meta" else attention)
+
+
+def _refuses_attention(shape: RankShape, dtype: torch.dtype, device: torch.device, attention: str) -> str | None:
+    if attention == "sdpa" and device.type == "cuda":
+        return "it is for CPUs"
+    try:
+        resolve_backend(attention, device, dtype, shape.model.head_dim)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _attention_with(backend: str) -> Operation:
+    """Return attention with a backend. Its floor is what FlexAttention states, which is counted for all of them."""
+    run = partial(_attention, attention=backend)
+    refuses = partial(_refuses_attention, attention=backend)
+    return Operation(f"attention, {backend}", _make_attention, run, refuses=refuses)
 
 
 def _make_scan(shape: RankShape, random: Random) -> Inputs:
@@ -195,7 +213,7 @@ OPERATIONS = (
     Operation("add_rms_norm", _make_add_norm, _add_norm),
     Operation("gated_gelu", _make_gated_gelu, _gated_gelu),
     Operation("rotary_qkv", _make_rotary, _rotary),
-    Operation("local attention", _make_attention, _attention),
+    *map(_attention_with, ATTENTION_BACKENDS),
     Operation("linear_scan", _make_scan, _scan, in_chunks=True),
     Operation("recurrent_block", _make_block, _block),
     Operation("linear_cross_entropy", _make_loss, _loss),
