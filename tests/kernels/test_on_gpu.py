@@ -197,7 +197,7 @@ def test_new_lengths_do_not_recompile(batch_first: bool) -> None:
 # Tokens, width, rows of the table, those that are not padding. The last has more tokens than a tile of the table takes.
 LOSS_SHAPES = [(2048, 512, 8192, 8192), (777, 1000, 5001, 4900), (16_500, 64, 640, 640)]
 # Chunks of tokens, the last of them shorter; tiles of the table, likewise; both chosen by size.
-SCHEDULES = {"chunks": {"chunk": 600}, "tiles": {"tile": 1024}, "chosen": {}}
+SCHEDULES: dict[str, dict[str, Any]] = {"chunks": {"chunk": 600}, "tiles": {"tile": 1024}, "chosen": {}}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -217,14 +217,15 @@ def test_loss_equals_float64(
         leaves = [(leaf.double() if wide else leaf).detach().requires_grad_() for leaf in (hidden, table)]
         total = leaves[1].new_ones(rows, width, dtype=torch.float64 if wide else torch.float32) if in_buffer else None
         loss, losses = linear_cross_entropy(
-            *leaves,
+            leaves[0],
+            leaves[1],
             labels,
             weights,
             soft_cap=20.0,
             z_loss=1e-2,
             valid=valid,
             main_grad=total,
-            **({"backend": "cpu"} if wide else {"backend": "triton"} | SCHEDULES[schedule]),  # type: ignore[arg-type]
+            **({"backend": "cpu"} if wide else {"backend": "triton"} | SCHEDULES[schedule]),
         )
         grads = torch.autograd.grad(2 * loss, leaves, allow_unused=True)
         assert (grads[1] is None) == in_buffer

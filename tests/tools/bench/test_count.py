@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from griffin.kernels import conv1d, linear_scan, local_attention  # noqa: F401
@@ -15,6 +19,8 @@ from griffin.kernels.rglru import rglru
 from griffin.parallel.config import ATTENTION, RECURRENT, ModelConfig, ParallelConfig
 from griffin.parallel.cost import block_cost, embedding_cost, logits_cost, train_flops_per_token
 from griffin.parallel.mixers import MIXERS
+from griffin.tools.bench.count import measured
+from griffin.tools.bench.count.measured import Measured, check_memory, comparison, measure_step, operator_seconds
 from griffin.tools.bench.count.rank import RankCount, count_rank
 from griffin.tools.bench.count.rates import DEVICES, product_efficiency, seconds
 from griffin.tools.bench.count.recorder import Collective, Op
@@ -229,8 +235,94 @@ def test_command_ends_with_the_figure(capsys: pytest.CaptureFixture[str]) -> Non
         (("griffin-100m", "--detail", "-1"), "--detail -1"),
         (("griffin-100m", "--train.steps", "3"), "--train.steps"),
         (("no-such-config", "--world", "8"), "no-such-config"),
+        (("griffin-100m", "--repeats", "0"), "--repeats 0"),
+        (("griffin-100m", "--measure", "--world", "8"), "--world 8: must be 1 with --measure"),
+        (("griffin-100m", "--measure", "--tensor", "2"), "tensor"),
+        (("griffin-100m", "--measure"), "--measure: needs a CUDA device"),
     ],
 )
 def test_mistakes_are_named(words: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "count", *words]) == 2
     assert named in capsys.readouterr().err
+
+
+SMALL = dataclasses.replace(
+    MODEL, width=32, recurrent_width=32, heads=2, head_dim=16, gate_blocks=2, window=16, vocabulary=96
+)
+
+
+def small() -> Config:
+    made = config()
+    return dataclasses.replace(
+        made,
+        model=SMALL,
+        data=dataclasses.replace(made.data, sequence_length=32),
+        train=dataclasses.replace(made.train, dtype="float32", global_batch=4),
+    )
+
+
+def test_a_step_is_measured_and_its_operators_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "WARM_UP", 1)
+    step = count_step(small(), 1, DEVICES["h100"])
+    found = measure_step(small(), {op.name for op in step.slowest.rank.ops}, repeats=2)
+    assert 0 < found.passes < 2 * found.step
+    assert 0 < found.optimizer < 2 * found.step
+    assert found.peak == found.kernels == 0  # there is no GPU
+    assert {"mm", "griffin::rglru", "griffin::rglru_backward", "griffin::rms_norm"} <= found.operators.keys()
+    assert found.others > 0
+
+
+def test_operators_within_another_are_counted_once() -> None:
+    def event(name: str, time: float, parent: Any = None) -> Any:
+        times = {"device_time_total": 2 * time, "cpu_time_total": time}
+        return SimpleNamespace(name=name, cpu_parent=parent, device_type=DeviceType.CPU, **times)
+
+    outer = event("griffin::add_product", 5e6)
+    hidden = event("other", 4e6, outer)
+    events = [outer, hidden, event("aten::addmm", 3e6, hidden), event("aten::addmm", 1e6), event("aten::mm", 7e6)]
+    for on_gpu, factor in ((False, 1), (True, 2)):
+        found = operator_seconds(events, {"griffin::add_product", "addmm"}, on_gpu=on_gpu)
+        assert found == {"griffin::add_product": 5 * factor, "addmm": factor}
+
+
+def test_predicted_and_measured_are_beside_each_other() -> None:
+    step = count_step(small(), 1, DEVICES["h100"])
+    found = Measured(
+        step=2 * step.total,
+        passes=3 * step.micro_batches * step.slowest.total,
+        optimizer=step.optimizer,
+        peak=10**9,
+        operators={"mm": 4 * step.micro_batches * step.slowest.by("name")["mm",]},
+        others=5e-3,
+        kernels=7 * step.micro_batches,
+    )
+    table = {line[:44].strip(): line[44:].split() for line in comparison(step, found)}
+    assert table["step, ms"][2] == "2.00"
+    assert table["forward and backward, ms"][2] == "3.00"
+    assert table["optimizer, ms"][2] == "1.00"
+    assert table["tokens/s"][2] == table["MFU, %"][2] == "0.50"
+    assert table["memory at the peak, GB"][1] == "1.0"
+    assert table["kernels per micro-batch"][1] == "7"
+    assert table["mm"][2] == "4.00"
+    assert table["griffin::rglru"][1:] == ["-", "-"]
+    assert table["others"] == ["-", "5.00", "-"]
+
+
+def test_a_step_that_does_not_fit_is_refused() -> None:
+    step = count_step(small(), 1, DEVICES["h100"])
+    needed = int(step.static_bytes + step.slowest.rank.peak)
+    check_memory(step, needed)
+    with pytest.raises(ValueError, match=r"^--measure: the step takes 0 GB by this count, the GPU has 0 GB"):
+        check_memory(step, needed - 1)
+
+
+def test_command_measures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole command, on a made-up GPU."""
+    found = Measured(step=1.0, passes=0.9, optimizer=0.1, peak=10**9, operators={}, others=0.1, kernels=5)
+    monkeypatch.setattr(measured, "prepare", lambda config, world: f"a GPU like an H200, of {world}")
+    monkeypatch.setattr(measured, "measure_step", lambda config, names, repeats: found)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 10**12))
+    assert main(["bench", "count", "griffin-100m", "--global-batch", "32", "--measure", "--repeats", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "\npredicted for H200 SXM 141 GB, measured on a GPU like an H200, of 1: means of 3 steps\n" in printed
+    assert re.search(r"^step, ms +[\d,.]+ +1,000\.0 +[\d.]+$", printed, re.MULTILINE)
