@@ -8,7 +8,7 @@ HIDE_FEW_GPUS = gpus=$$($(BIN)/python -c "import torch; print(torch.cuda.device_
 	if [ $$gpus -lt 4 ]; then export CUDA_VISIBLE_DEVICES=; fi;
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run demo demo-resume test test-all test-gpu lint format clean
+.PHONY: help setup setup-run demo demo-resume test test-all test-gpu bench-gpu lint format clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
@@ -57,6 +57,18 @@ test-all: setup ## run all tests, the slow ones too
 
 test-gpu: setup ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+# A step of griffin-1.3b, and one of six blocks of griffin-14b with a quarter of its vocabulary, as tensor ranks have.
+# Both are counted and measured for the same configuration. Each line needs an H100's memory.
+STAGE = --model.pattern '["recurrent", "recurrent", "attention", "recurrent", "recurrent", "attention"]' \
+	--model.vocabulary 64000 --parallel.tensor 1 --parallel.sequence_parallel false
+
+bench-gpu: setup ## on one GPU: test, time the kernels, and two models' steps beside their prediction
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: needs a GPU; torch finds none')"
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/griffin bench kernels --no-peers --widths 2048,2560 --lengths 2048 --batches 4
+	$(BIN)/griffin bench count griffin-1.3b --global-batch 16 --measure
+	$(BIN)/griffin bench count griffin-14b-h100-8x8 $(STAGE) --global-batch 16 --measure
 
 lint: setup ## run ruff and mypy
 	$(BIN)/ruff check .

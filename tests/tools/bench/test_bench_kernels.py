@@ -399,6 +399,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 def test_command_on_gpu(tmp_path: Path) -> None:
     plot_file = tmp_path / "shares.png"
     small = ["--widths", "64,512", "--lengths", "256", "--batches", "2", "--repeats", "3", "--plot", str(plot_file)]
+    small += ["--models", "griffin-100m/1,griffin-100m/2"]
     command = [sys.executable, "-m", "griffin.tools.cli", "bench", "kernels", *small]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
+import subprocess
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +31,7 @@ from griffin.tools.bench.count.step import count_step
 from griffin.tools.cli import main
 from griffin.trainer.settings.sections import Config, DataConfig, TrainConfig
 
+ROOT = Path(__file__).parents[3]
 MODEL = ModelConfig(
     pattern=(RECURRENT, ATTENTION),
     width=512,
@@ -257,14 +261,14 @@ def small() -> Config:
         made,
         model=SMALL,
         data=dataclasses.replace(made.data, sequence_length=32),
-        train=dataclasses.replace(made.train, dtype="float32", global_batch=4),
+        train=dataclasses.replace(made.train, dtype="float32", global_batch=BATCH),
     )
 
 
 def test_a_step_is_measured_and_its_operators_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "WARM_UP", 1)
+    monkeypatch.setattr(measured, "WARM_UP", 0)
     step = count_step(small(), 1, DEVICES["h100"])
-    found = measure_step(small(), {op.name for op in step.slowest.rank.ops}, repeats=2)
+    found = measure_step(small(), {op.name for op in step.slowest.rank.ops}, repeats=1)
     assert 0 < found.passes < 2 * found.step
     assert 0 < found.optimizer < 2 * found.step
     assert found.peak == found.kernels == 0  # there is no GPU
@@ -326,3 +330,24 @@ def test_command_measures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert "\npredicted for H200 SXM 141 GB, measured on a GPU like an H200, of 1: means of 3 steps\n" in printed
     assert re.search(r"^step, ms +[\d,.]+ +1,000\.0 +[\d.]+$", printed, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_what_make_measures_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """The lines of `make bench-gpu`: both steps fit 80 GB with room for fragmentation."""
+    listed = subprocess.run(
+        ["make", "--dry-run", "--assume-old=setup", "bench-gpu"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert listed.returncode == 0, listed.stderr
+    lines = [line.partition("/griffin ")[2] for line in listed.stdout.splitlines() if "/griffin bench" in line]
+    kernels, *steps = map(shlex.split, lines)
+    assert main(kernels) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+    assert len(steps) == 2
+    for words in steps:
+        assert words.pop() == "--measure"
+        assert main([*words, "--world", "1"]) == 0
+        printed = capsys.readouterr().out
+        sizes = re.findall(r"^  (?:weights, float32|activations at) .* ([\d.]+)$", printed, re.MULTILINE)
+        assert len(sizes) == 2
+        assert sum(map(float, sizes)) < 0.8 * 78
