@@ -37,12 +37,13 @@ from tests.checkpoints import (
 LAYOUTS = {
     "t1p1": ParallelConfig(),
     "t2p1": ParallelConfig(tensor=2),
-    "t1p3": ParallelConfig(pipeline=3),
+    "t1p2": ParallelConfig(pipeline=2),
+    "t2p2": ParallelConfig(tensor=2, pipeline=2),
     "t2p3": ParallelConfig(tensor=2, pipeline=3),
     "t4p1": ParallelConfig(tensor=4),  # the last rank holds padding of the vocabulary only
     "p2v2": ParallelConfig(pipeline=2, virtual_pipeline=2),
 }
-PAIRED = ("t1p1", "t2p1", "t1p3", "t2p3", "p2v2")
+PAIRED = ("t1p1", "t2p1", "t1p2", "t2p2", "p2v2")
 
 
 def flags(layout: ParallelConfig) -> list[str]:
@@ -101,7 +102,7 @@ def test_stock_readers_find_each_ranks_parts(source: Path, written: dict[str, Pa
     layout, values = LAYOUTS[name], read_arrays(source)
     tensors = {tensor.name: tensor for tensor in TENSORS}
     stages = stage_blocks(MODEL_CONFIG, layout, 2048)
-    assert len(set(stages)) > 1 or len(stages) in (1, MODEL_CONFIG.blocks), "an uneven split"
+    assert len(set(stages)) > 1 or layout.pipeline < 3, "an uneven split"
     files = set()
     for tensor_rank in range(layout.tensor):
         for pipeline_rank in range(layout.pipeline):
@@ -150,7 +151,7 @@ def test_stock_readers_find_each_ranks_parts(source: Path, written: dict[str, Pa
     }
 
 
-@pytest.mark.parametrize(("start", "to"), [*itertools.product(PAIRED, PAIRED), ("t4p1", "t2p3"), ("t2p3", "t4p1")])
+@pytest.mark.parametrize(("start", "to"), [*itertools.product(PAIRED, PAIRED), ("t4p1", "t2p2"), ("t2p2", "t4p1")])
 def test_any_layout_goes_to_any_other(written: dict[str, Path], tmp_path: Path, start: str, to: str) -> None:
     """The result is bitwise that made from the Zarr checkpoint, including the index."""
     assert reshard(written[start], tmp_path / "out", "--from-ranks", "--rank-files", *flags(LAYOUTS[to])) == 0
@@ -158,7 +159,7 @@ def test_any_layout_goes_to_any_other(written: dict[str, Path], tmp_path: Path, 
 
 
 def test_back_to_zarr(source: Path, written: dict[str, Path], tmp_path: Path) -> None:
-    assert reshard(written["t2p3"], tmp_path / "out", "--from-ranks", workers=2) == 0
+    assert reshard(written["t2p2"], tmp_path / "out", "--from-ranks", workers=2) == 0
     assert_equal_arrays(read_arrays(tmp_path / "out"), read_arrays(source))
     found, expected = verify(tmp_path / "out"), read_manifest(source)
     assert found.arrays == expected.arrays
@@ -180,7 +181,7 @@ def test_an_index_without_newer_keys(written: dict[str, Path], tmp_path: Path) -
 
 def test_weights_of_another_dtype(source: Path, written: dict[str, Path], tmp_path: Path) -> None:
     words = ["--from-ranks", "--rank-files", "--weights-only", "--dtype", "fp16", "--tensor", "2"]
-    assert reshard(written["t1p3"], tmp_path / "out", *words) == 0
+    assert reshard(written["t1p2"], tmp_path / "out", *words) == 0
     with safe_open(tmp_path / "out/model-tp-00-of-02-pp-00-of-01.safetensors", "np") as file:
         assert {name.split(".")[0] for name in list(file.keys())} == {"model"}
         master = read_arrays(source)["optimizer.master.blocks.3.mlp.down.weight"]
@@ -203,7 +204,7 @@ def test_every_tensor_of_a_model_has_its_ranks() -> None:
         2,
     )
     found: dict[str, int] = {}
-    for file in lay_out(specs, LAYOUTS["t2p3"], (2, 2)):
+    for file in lay_out(specs, LAYOUTS["t2p2"], (2, 2)):
         for shard in file.shards:
             assert shard.shape == pieces[shard.spec.tensor.name].local_shape(2)
             found[shard.spec.name] = found.get(shard.spec.name, 0) + 1
@@ -251,7 +252,7 @@ FILE = "model-tp-01-of-02-pp-00-of-02.safetensors"
 def test_damaged_rank_files_are_refused(
     written: dict[str, Path], tmp_path: Path, file: str, damage, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Path(shutil.copytree(written["t2p3"], tmp_path / "source"))
+    folder = Path(shutil.copytree(written["t2p2"], tmp_path / "source"))
     damage(folder / file)
     (tmp_path / "out").mkdir()
     assert reshard(folder, tmp_path / "out/step", "--from-ranks") == 2
@@ -264,5 +265,5 @@ def test_damaged_rank_files_are_refused(
 def test_rank_files_need_their_flag(
     written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert reshard(written["t2p3"], tmp_path / "out") == 2
+    assert reshard(written["t2p2"], tmp_path / "out") == 2
     assert "holds one file per rank; add --from-ranks to read them" in capsys.readouterr().err
