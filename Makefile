@@ -59,16 +59,19 @@ test-gpu: setup ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
 # A step of griffin-1.3b, and one of six blocks of griffin-14b with a quarter of its vocabulary, as tensor ranks have.
-# Both are counted and measured for the same configuration. Each line needs an H100's memory.
+# Both are counted and measured for the same configuration, and need the memory of an H100. All lines run, also after
+# one has failed.
 STAGE = --model.pattern '["recurrent", "recurrent", "attention", "recurrent", "recurrent", "attention"]' \
 	--model.vocabulary 64000 --parallel.tensor 1 --parallel.sequence_parallel false
 
 bench-gpu: setup ## on one GPU: test, time the kernels, and two models' steps beside their prediction
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: needs a GPU; torch finds none')"
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/griffin bench kernels --no-peers --widths 2048,2560 --lengths 2048 --batches 4
-	$(BIN)/griffin bench count griffin-1.3b --global-batch 16 --measure
-	$(BIN)/griffin bench count griffin-14b-h100-8x8 $(STAGE) --global-batch 16 --measure
+	failed=0; \
+	$(BIN)/python -m pytest -m gpu || failed=1; \
+	$(BIN)/griffin bench kernels --no-peers --widths 2048,2560 --lengths 2048 --batches 4 || failed=1; \
+	$(BIN)/griffin bench count griffin-1.3b --global-batch 16 --measure || failed=1; \
+	$(BIN)/griffin bench count griffin-14b-h100-8x8 $(STAGE) --global-batch 16 --measure || failed=1; \
+	exit $$failed
 
 lint: setup ## run ruff and mypy
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 import time
 from importlib.util import find_spec
 
@@ -19,7 +20,8 @@ def add_parser(kinds: argparse._SubParsersAction) -> None:
         "GPU, over many shapes. Print the bandwidth they reach and its share of a copy's, measured in the same run. "
         "Time every operation at the sizes of models' tensor-parallel ranks, beside the least time for what it moves "
         "and computes. Time the RG-LRU beside accelerated-scan, flash-linear-attention, transformers and torch's "
-        "associative_scan, if installed. Every result and gradient is compared with float64 before anything is timed.",
+        "associative_scan, if installed. Every result and gradient is compared with float64 before it is timed; the "
+        "exit code is 1 if one differs.",
     )
     settings.add_arguments(parser)
     parser.set_defaults(run=run)
@@ -51,4 +53,6 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot.plot(found.rows, args.plot, title)
         print(f"{args.plot}: shares of the copy's bandwidth")
-    return 0
+    for failure in found.failures:
+        print(failure, file=sys.stderr)
+    return 1 if found.failures else 0

@@ -25,9 +25,12 @@ MARGIN = 1.1  # factor on memory, for states of chunks and fragmentation
 
 @dataclass(frozen=True)
 class Measured:
+    """failures: why operations were not timed whose results are wrong."""
+
     rows: list[Row] = field(default_factory=list)
     ranks: list[RankRow] = field(default_factory=list)
     peers: list[PeerRow] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 def measure(settings: Settings, device: torch.device, clock: Clock | None = None) -> Measured:
@@ -55,8 +58,9 @@ def measure(settings: Settings, device: torch.device, clock: Clock | None = None
         f"compared with float64, of recurrences on {CHANNELS} channels: to {TOLERANCE[dtype]:.0e} of its largest value",
         flush=True,
     )
-    measured = Measured(rows=measure_recurrences(settings, device, clock, bandwidth))
-    measured.ranks.extend(measure_ranks(settings, device, clock, bandwidth, products))
+    measured = Measured()
+    measure_recurrences(measured, settings, device, clock, bandwidth)
+    measure_ranks(measured, settings, device, clock, bandwidth, products)
     if settings.peers:
         done = {row.shape for row in measured.rows if row.operation == "rglru"}
         shapes = [shape for shape in settings.shapes() if shape in done]
@@ -64,7 +68,10 @@ def measure(settings: Settings, device: torch.device, clock: Clock | None = None
     return measured
 
 
-def measure_recurrences(settings: Settings, device: torch.device, clock: Clock, bandwidth: float) -> list[Row]:
+def measure_recurrences(
+    measured: Measured, settings: Settings, device: torch.device, clock: Clock, bandwidth: float
+) -> None:
+    """Measure recurrences and convolution, and add what is found to `measured`."""
     import torch
 
     from griffin.kernels.recurrence.plan import select_plan
@@ -72,25 +79,24 @@ def measure_recurrences(settings: Settings, device: torch.device, clock: Clock, 
     from griffin.tools.bench.kernels.floors import counted
     from griffin.tools.bench.kernels.recurrences import OPERATIONS
 
-    rows = []
     for shape in settings.shapes():
         plan = select_plan(shape.steps, shape.batch, shape.width, multiprocessors(device), settings.chunk)
         print(f"\n{shape}: {plan.reason}\n{COLUMNS}", flush=True)
         path = "sequential" if plan.chunks == 1 else f"{plan.chunks} chunks of {plan.chunk}"
         for operation in OPERATIONS:
-            times = _time_if_it_fits(operation, shape, settings, device, clock)
+            times = _time_if_possible(operation, shape, settings, device, clock, measured.failures)
             if times is None:
                 continue
             floor_bytes = counted(operation, shape, getattr(torch, settings.dtype)).bytes
             row = Row(operation.name, shape, path if operation.in_chunks else "", times, floor_bytes, bandwidth)
-            rows.append(row)
+            measured.rows.append(row)
             print(row, flush=True)
-    return rows
 
 
 def measure_ranks(
-    settings: Settings, device: torch.device, clock: Clock, bandwidth: float, products: float
-) -> list[RankRow]:
+    measured: Measured, settings: Settings, device: torch.device, clock: Clock, bandwidth: float, products: float
+) -> None:
+    """Measure the operations of models' ranks, and add what is found to `measured`."""
     import torch
 
     from griffin.tools.bench.kernels.floors import counted
@@ -101,17 +107,15 @@ def measure_ranks(
             "\neach operation at the sizes of a model's rank; its floor: for each of its operators, the time for the "
             "bytes that it states as fast as the copy,\nor for its FLOPs as fast as the product, whichever is longer"
         )
-    rows = []
     for shape in settings.ranks:
         print(f"\n{shape}\n{RANK_COLUMNS}", flush=True)
         for operation in OPERATIONS:
-            times = _time_if_it_fits(operation, shape, settings, device, clock)
+            times = _time_if_possible(operation, shape, settings, device, clock, measured.failures)
             if times is not None:
                 expected = counted(operation, shape, getattr(torch, settings.dtype))
                 row = RankRow(operation.name, times, expected, bandwidth, products)
-                rows.append(row)
+                measured.ranks.append(row)
                 print(row, flush=True)
-    return rows
 
 
 def needed_bytes(operation: Operation, shape: Any, dtype: torch.dtype) -> int:
@@ -133,10 +137,14 @@ def sets_of_inputs(operation: Operation, shape: Any, dtype: torch.dtype) -> int:
     return 1 if counted(operation, shape, dtype).inputs >= LARGE_SET else SETS
 
 
-def _time_if_it_fits(
-    operation: Operation, shape: Any, settings: Settings, device: torch.device, clock: Clock
+def _time_if_possible(
+    operation: Operation, shape: Any, settings: Settings, device: torch.device, clock: Clock, failures: list[str]
 ) -> Times | None:
-    """Check and time an operation. Prints a line and returns None if it cannot run, or not in the device's memory."""
+    """Check and time an operation.
+
+    Prints a line and returns None if it cannot run, or not in the device's memory; also if its results are wrong, which
+    is added to `failures`.
+    """
     import torch
 
     from griffin.tools.bench.kernels import operations, timing
@@ -154,6 +162,10 @@ def _time_if_it_fits(
         side = operations.our_implementation(operation, sets, settings.chunk)
         operations.check(f"{operation.name}, {shape}", side, operation, sets[0])
         return timing.time_implementations(clock, {"ours": side}, settings.repeats)["ours"]
+    except operations.DifferenceError as error:
+        print(error, flush=True)
+        failures.append(str(error))
+        return None
     except torch.OutOfMemoryError:
         print(f"{operation.name:<22}skipped: {free / GIB:.1f} GiB of free memory are not enough")
         return None

@@ -22,6 +22,10 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-3}
 CHANNELS = 64  # channels compared where they do not mix: some of them are enough to check a full-width result
 
 
+class DifferenceError(RuntimeError):
+    """A result differs from the float64 result."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """A set of inputs, by name of the argument.
@@ -173,7 +177,7 @@ def check(name: str, implementation: Implementation, operation: Operation, input
         inputs: the same set of inputs in our layout.
 
     Raises:
-        RuntimeError: a result (peers may have fewer), a gradient or a sum differs by more than TOLERANCE.
+        DifferenceError: a result (peers may have fewer), a gradient or a sum differs by more than TOLERANCE.
     """
 
     def part(tensor: Tensor) -> Tensor:
@@ -193,12 +197,12 @@ def check(name: str, implementation: Implementation, operation: Operation, input
 
 
 def compare(name: str, found: Tensors, expected: Tensors, tolerance: float) -> None:
-    """Raise RuntimeError if a result differs from the expected one by more than `tolerance` of its largest value."""
+    """Raise DifferenceError if a result differs from the expected one by more than `tolerance` of its largest value."""
     for result, value in found.items():
         size = expected[result].abs().max()
         difference = ((value.double() - expected[result]).abs().max() / size).item()
         if not difference <= tolerance:
-            raise RuntimeError(
+            raise DifferenceError(
                 f"{name}: {result} differs from the float64 result by {difference:.1e} of its size, more than "
                 f"{tolerance:.0e}; it was not timed"
             )
