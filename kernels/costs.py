@@ -1,6 +1,6 @@
-"""What the custom operators cost on a GPU: FLOPs of matrix products, bytes moved to and from memory, kernels started.
+"""Costs of the custom operators on a GPU: FLOPs of matrix products, bytes moved to and from memory, kernels.
 
-Each operator states its cost beside its code, from its arguments alone. `griffin bench count` adds these up, where for
+Each operator states its cost beside its code, as a function of its arguments. `griffin bench count` adds them up; for
 PyTorch's own operators it counts every input and output once.
 """
 
@@ -46,12 +46,12 @@ class OperatorCost:
     balance: float = 1.0
 
 
-# By qualified name, "griffin::rglru". A cost is asked for with an operator's arguments in order and its results.
+# By qualified name, such as "griffin::rglru": functions of an operator's arguments in order and its results.
 COSTS: dict[str, Callable[[tuple[Any, ...], tuple[Tensor, ...]], OperatorCost]] = {}
 
 
 def states_cost(operator: Any) -> Callable[[Callable[..., OperatorCost]], Callable[..., OperatorCost]]:
-    """Decorator: the function states the cost of this `torch.library.custom_op`."""
+    """Return a decorator for the function that states the cost of this `torch.library.custom_op`."""
 
     def register(cost: Callable[..., OperatorCost]) -> Callable[..., OperatorCost]:
         COSTS[operator._qualname] = cost
@@ -61,7 +61,7 @@ def states_cost(operator: Any) -> Callable[[Callable[..., OperatorCost]], Callab
 
 
 def touched(tensors: Iterable[Any]) -> int:
-    """Bytes of the tensors among them, each read or written once; an expanded axis counts once."""
+    """Return the bytes of the tensors among these, each read or written once; an expanded axis counts once."""
     total = 0
     for tensor in tensors:
         if isinstance(tensor, Tensor):

@@ -15,26 +15,26 @@ __all__ = ["gated_gelu"]
 
 
 def gated_gelu(x: Tensor, bias: Tensor, *, backend: str = AUTO) -> Tensor:
-    """The gate's GeLU times the other branch (arXiv 2402.19427, section 2.1).
+    """Compute the GeLU of the gate times the other branch (arXiv 2402.19427, section 2.1).
 
         y = gelu_tanh(x[..., :F] + bias[:F]) * (x[..., F:] + bias[F:])
 
-    Arithmetic is float32, or float64 where x is; y is rounded once. The backward keeps x and bias alone, and gives the
-    gradient of x as one tensor. The same inputs give the same bits.
+    Arithmetic is float32, or float64 if x is; y is rounded once. The backward keeps only x and bias, and returns the
+    gradient of x as one tensor. Results are bitwise reproducible.
 
     Args:
-        x: [..., 2 F], floating point, of any strides; where rows are evenly spaced and channels adjoin, nothing is
-            copied. A fused linear's product without its bias.
+        x: [..., 2 F], floating point, with any strides: the product of a fused linear without its bias. Nothing is
+            copied if rows are evenly spaced and channels contiguous.
         bias: [2 F], floating point.
-        backend: "reference" (differentiated by autograd), "cpu", "triton", or "auto" for what
-            `griffin.kernels.selection.select_backend` says.
+        backend: "reference" (differentiated by autograd), "cpu", "triton", or "auto", which selects by
+            `griffin.kernels.selection.select_backend`.
 
     Returns:
         y [..., F], contiguous, in x's dtype.
 
     Raises:
-        NotImplementedError: forward-mode differentiation by another backend than "reference".
-        ValueError: an argument's shape, dtype or device does not fit x, or the backend is unknown or cannot run.
+        NotImplementedError: forward-mode differentiation with a backend other than "reference".
+        ValueError: the shape, dtype or device of an argument does not match x, or the backend is unknown or cannot run.
     """
     check_floating("x", x)
     if x.ndim < 1 or x.shape[-1] % 2 or not x.shape[-1]:

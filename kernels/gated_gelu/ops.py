@@ -1,6 +1,6 @@
-"""The gated GeLU as custom operators: what autograd, activation recomputation and torch.compile see of it."""
+"""The gated GeLU as custom operators, opaque to autograd, activation recomputation and torch.compile."""
 
-# No postponed annotations: the operators' schemas are read from them.
+# No `from __future__ import annotations`: operator schemas are inferred from the annotations.
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from griffin.kernels.selection import implementation
 
 @torch.library.custom_op("griffin::gated_gelu", mutates_args=())
 def forward(x: Tensor, bias: Tensor, backend: str) -> Tensor:
-    """y [N, F] of x [N, 2 F], whose channels adjoin, and bias [2 F]."""
+    """Return y [N, F] of x [N, 2 F], whose channels are contiguous, and bias [2 F]."""
     return implementation("gated_gelu", backend).forward(x, bias)
 
 
@@ -24,7 +24,7 @@ def _(x, bias, backend):
 
 @torch.library.custom_op("griffin::gated_gelu_backward", mutates_args=())
 def backward(grad_y: Tensor, x: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Gradients of x, contiguous, and of bias, in float32 (float64 where x is)."""
+    """Return the gradients of x, contiguous, and of bias, in float32 (float64 if x is)."""
     return implementation("gated_gelu", backend).backward(grad_y, x, bias)
 
 

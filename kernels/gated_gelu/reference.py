@@ -1,4 +1,4 @@
-"""The gated GeLU with bias: the definition that every faster path is tested against."""
+"""Reference gated GeLU with bias, which the other backends are tested against."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from griffin.kernels.memory_layout import accumulation_dtype
 
 
 def gated_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
-    """y [N, F] of x [N, 2 F] and bias [2 F], differentiated by autograd. Arithmetic is float32; float64 where x is."""
+    """Return y [N, F] of x [N, 2 F] and bias [2 F], differentiated by autograd, in float32, or float64 if x is."""
     dtype = accumulation_dtype(x)
     gate, up = (x.to(dtype) + bias.to(dtype)).chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)

@@ -68,14 +68,15 @@ def linear_cross_entropy(
         chunk: tokens at a time. None: chosen by size.
         tile: rows of the table at a time, instead of tokens. None: chosen by size, if `chunk` is None.
         backend: "reference" (all logits at once, differentiated by autograd; for whole vocabularies), "cpu", "triton",
-            or "auto" for what `griffin.kernels.selection.select_backend` says.
+            or "auto", which selects by `griffin.kernels.selection.select_backend`.
 
     Returns:
         The sum, float32 [] (float64 where `hidden` is), and losses [...] without z-loss, which have no gradient.
 
     Raises:
-        NotImplementedError: forward-mode differentiation by another backend than "reference".
-        ValueError: an argument's shape, dtype, device or value does not fit, or the backend is unknown or cannot run.
+        NotImplementedError: forward-mode differentiation with a backend other than "reference".
+        ValueError: the shape, dtype, device or value of an argument does not match, or the backend is unknown or
+            cannot run.
     """
     if hidden.ndim < 1 or hidden.dtype not in FLOATING:
         raise ValueError(f"hidden: {hidden.dtype} {list(hidden.shape)}; accepted: [..., D], floating point")

@@ -1,4 +1,4 @@
-"""What the loss does with a chunk of logits as PyTorch operations, in tiles of rows that stay in cache."""
+"""Operations of the loss on a chunk of logits in PyTorch, in tiles of rows that stay in cache."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def _tiles(logits: Tensor) -> Iterator[slice]:
 
 
 def _places(labels: Tensor, first: int, valid: int) -> tuple[Tensor, Tensor]:
-    """Columns [N, 1] of the labels, clamped to those there are, and which of the labels are among them."""
+    """Return the columns [N, 1] of the labels, clamped to existing ones, and which labels are among them."""
     places = (labels - first)[:, None]
     return places.clamp(0, valid - 1), (places >= 0) & (places < valid)
 
 
 def statistics_(logits: Tensor, labels: Tensor, soft_cap: float, first: int, valid: int) -> Tensor:
-    """Compute `griffin.kernels.linear_cross_entropy.ops.statistics_`; any device, made for CPUs.
+    """Compute `griffin.kernels.linear_cross_entropy.ops.statistics_`, for any device, optimised for CPUs.
 
     Leaves soft-capped logits in float32 and float64; half precision would round them.
     """
@@ -61,7 +61,7 @@ def gradient_(
     valid: int,
     is_raw: bool,
 ) -> None:
-    """Compute `griffin.kernels.linear_cross_entropy.ops.gradient_`; any device, made for CPUs."""
+    """Compute `griffin.kernels.linear_cross_entropy.ops.gradient_`, for any device, optimised for CPUs."""
     dtype = accumulation_dtype(logits)
     logits[:, valid:] = 0
     if valid == 0:
@@ -81,13 +81,13 @@ def gradient_(
 
 
 def _buffer(logits: Tensor, valid: int) -> Tensor:
-    """For what is computed of a tile."""
+    """Return a buffer for a tile."""
     rows = next(_tiles(logits), slice(0, 0)).stop
     return logits.new_empty(rows, valid, dtype=accumulation_dtype(logits))
 
 
 def _exponentials(logits: Tensor, maxima: Tensor, buffer: Tensor) -> Tensor:
-    """exp(logit - maximum) in the buffer, which may be the logits; exp2 takes a fourth of the time of exp."""
+    """Compute exp(logit - maximum) in the buffer, which may be the logits; exp2 takes a quarter of exp's time."""
     shifted = torch.sub(logits, maxima[:, None], out=buffer[: len(logits)])
     return shifted.mul_(LOG2_E).exp2_()
 

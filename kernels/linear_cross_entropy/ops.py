@@ -3,7 +3,7 @@
 They have no gradient: the loss that they are part of has one, in `griffin.kernels.linear_cross_entropy.chunks`.
 """
 
-# No postponed annotations: the operators' schemas are read from them.
+# No `from __future__ import annotations`: operator schemas are inferred from the annotations.
 
 import torch
 from torch import Tensor

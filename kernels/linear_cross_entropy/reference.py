@@ -1,4 +1,4 @@
-"""The loss by its definition: all logits at once, differentiated by autograd."""
+"""Reference loss: all logits at once, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from griffin.kernels.memory_layout import accumulation_dtype
 
 
 def soft_capped(logits: Tensor, soft_cap: float) -> Tensor:
-    """c tanh(logits / c) for a soft cap c above 0; the logits themselves for 0."""
+    """Return c tanh(logits / c) for a soft cap c above 0, and the logits themselves for 0."""
     return soft_cap * torch.tanh(logits / soft_cap) if soft_cap > 0 else logits
 
 

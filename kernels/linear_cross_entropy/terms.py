@@ -52,7 +52,7 @@ def tile_rows(tokens: int, rows: int, dtype: torch.dtype) -> int:
 
 
 class RowTerms(NamedTuple):
-    """Of N tokens, each [N]."""
+    """Terms of the losses of N tokens, each [N]."""
 
     losses: Tensor  # without weights and z-loss
     totals: Tensor  # without weights

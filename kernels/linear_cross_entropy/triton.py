@@ -1,4 +1,4 @@
-"""What the loss does with a chunk of logits by Triton programs."""
+"""Operations of the loss on a chunk of logits with Triton programs."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def _(grad_h, grad_last, a, starts, initial_state, h, chunk, backend):
 
 @states_cost(forward)
 def _(given, results) -> OperatorCost:
-    """Chunked, a and b are read a second time; three programs then: chunk ends, their chain, the walk."""
+    """Chunked, a and b are read a second time; three programs then: chunk ends, their chain, the scan."""
     b, chunk = given[1], given[4]
     steps, batch, width = b.shape
     chunks = select_plan(steps, batch, width, multiprocessors(b.device), chunk).chunks

@@ -33,7 +33,7 @@ class CountedMask:
 
 
 def counted_mask(documents: Tensor, window: int | None) -> CountedMask:
-    """As `flex_mask`. Documents are counted as long as the sequence: more of them empty blocks of scores."""
+    """Return a mask like `flex_mask`, for one document per sequence: more documents would empty blocks of scores."""
     batch, length = documents.shape
     return CountedMask((batch, length), GLOBAL if window is None else window)
 

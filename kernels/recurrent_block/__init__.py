@@ -42,22 +42,23 @@ def recurrent_block(
 
     Args:
         xy: [T, B, 2 R], floating point.
-        conv_weight, conv_bias: [K, R] and [R], as `griffin.kernels.conv1d.causal_conv1d`.
-        gate_weight: [N, w, 2 w] with R = N w, dtype of xy: block by block, in times (input gate | recurrence gate).
-        gate_bias: [2, R], decay: [R], as `griffin.kernels.rglru.rglru`.
+        conv_weight, conv_bias: [K, R] and [R], as in `griffin.kernels.conv1d.causal_conv1d`.
+        gate_weight: [N, w, 2 w] with R = N w, in the dtype of xy: of each block, input x (input | recurrence gate).
+        gate_bias, decay: [2, R] and [R], as in `griffin.kernels.rglru.rglru`.
         xy_bias: [2 R], floating point, added to xy within the programs. None: xy includes it.
         starts: [T, B] bool, True at each document's first token; None: each sequence is one document.
-        backend: "reference" (loops, differentiated by autograd), "cpu", "triton" (K 4 only), or "auto" for what
-            `griffin.kernels.selection.select_backend` says.
-        save_states: keep the recurrence's states for the backward, or compute them again there.
+        backend: "reference" (loops, differentiated by autograd), "cpu", "triton" (K 4 only), or "auto", which
+            selects by `griffin.kernels.selection.select_backend`.
+        save_states: keep the states of the recurrence for the backward; False recomputes them there.
         observe: called in the forward with the input and the recurrence gate before their sigmoid, biases included.
 
     Returns:
         y [T, B, R] in the dtype of xy, and the recurrence's last state, [B, R] in float32 (float64 where xy is).
 
     Raises:
-        NotImplementedError: forward-mode differentiation by another backend than "reference".
-        ValueError: an argument's shape, dtype or device does not fit xy, or the backend is unknown or cannot run.
+        NotImplementedError: forward-mode differentiation with a backend other than "reference".
+        ValueError: the shape, dtype or device of an argument does not match xy, or the backend is unknown or cannot
+            run.
     """
     check_sequences("xy", xy)
     if xy.shape[2] % 2:

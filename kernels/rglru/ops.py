@@ -110,7 +110,7 @@ def _(
 
 @states_cost(forward)
 def _(given, results) -> OperatorCost:
-    """Chunked, x and both gates are read a second time; three programs then: chunk ends, their chain, the walk."""
+    """Chunked, x and both gates are read a second time; three programs then: chunk ends, their chain, the scan."""
     x, *_, chunk, _ = given
     steps, batch, width = x.shape
     chunks = select_plan(steps, batch, width, multiprocessors(x.device), chunk).chunks

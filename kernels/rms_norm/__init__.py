@@ -18,23 +18,23 @@ TRITON_WIDTH = 8192  # the most of a row, which its programs hold in registers
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float = EPSILON, backend: str = AUTO) -> Tensor:
-    """`x * rsqrt(mean(x^2) + epsilon) * (1 + weight)` over the last axis.
+    """Return `x * rsqrt(mean(x^2) + epsilon) * (1 + weight)` over the last axis.
 
-    Arithmetic is float32, or float64 where x is; y is rounded once. The backward keeps x and a number for each row. The
-    same inputs give the same bits.
+    Arithmetic is float32, or float64 if x is; y is rounded once. The backward keeps x and a number for each row.
+    Results are bitwise reproducible.
 
     Args:
-        x: [..., D], floating point, of any strides. Where rows are evenly spaced and channels adjoin, none is copied.
+        x: [..., D], floating point, with any strides. Evenly spaced rows with contiguous channels are not copied.
         weight: [D], floating point.
-        backend: "reference" (differentiated by autograd), "cpu", "triton" (D up to 8,192), or "auto" for what
-            `griffin.kernels.selection.select_backend` says.
+        backend: "reference" (differentiated by autograd), "cpu", "triton" (D up to 8,192), or "auto", which
+            selects by `griffin.kernels.selection.select_backend`.
 
     Returns:
         y [..., D], contiguous, in x's dtype.
 
     Raises:
-        NotImplementedError: forward-mode differentiation by another backend than "reference".
-        ValueError: an argument's shape, dtype or device does not fit x, or the backend is unknown or cannot run.
+        NotImplementedError: forward-mode differentiation with a backend other than "reference".
+        ValueError: the shape, dtype or device of an argument does not match x, or the backend is unknown or cannot run.
     """
     return _norm(x, None, None, weight, epsilon, backend)[1]
 
@@ -82,6 +82,6 @@ def _norm(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[N, D] of x [..., D], channels adjoining."""
+    """Return x [..., D] as [N, D] with contiguous channels."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()

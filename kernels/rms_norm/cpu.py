@@ -21,7 +21,7 @@ def _tiles(x: Tensor) -> Iterator[slice]:
 
 
 def _buffers(x: Tensor, count: int) -> Tensor:
-    """[count, rows, D] for tiles to reuse: new memory for each costs more than what is computed in it."""
+    """Return [count, rows, D] for all tiles: new memory for each tile costs more than what is computed in it."""
     rows = max((tile.stop - tile.start for tile in _tiles(x)), default=0)
     return x.new_empty((count, rows, x.shape[1]), dtype=accumulation_dtype(x))
 

@@ -1,4 +1,4 @@
-"""RMSNorm of a sum: the definition that every faster path is tested against."""
+"""Reference RMSNorm of a sum, which the other backends are tested against."""
 
 from __future__ import annotations
 

@@ -18,27 +18,27 @@ __all__ = ["apply_rotary", "rotary_cos_sin", "rotary_qkv"]
 def rotary_qkv(
     qkv: Tensor, angles: tuple[Tensor, Tensor], heads: int, *, backend: str = AUTO
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, key and value of a fused product, the first two turned by the positions of their tokens.
+    """Split a fused product into queries, key and value, and rotate the first two by the positions of their tokens.
 
-    The first half of each head's dims turns as `griffin.kernels.rotary.turn` says. Arithmetic is float32, or float64
-    where qkv is; results are rounded once, and share no memory with qkv. The backward keeps the angles alone, and gives
-    the gradient of qkv as one tensor.
+    The first half of each head's dims is rotated, as `griffin.kernels.rotary.apply_rotary` does. Arithmetic is float32,
+    or float64 if qkv is; results are rounded once, and share no memory with qkv. The backward keeps only the angles,
+    and returns the gradient of qkv as one tensor.
 
     Args:
-        qkv: [T, B, (H + 2) hd], floating point, of any strides: H query heads, a key head, a value head; hd a multiple
-            of 4.
-        angles: cosine and sine, float32 or more, [T, B, hd / 4]; from `griffin.kernels.rotary.rotation`, computed once
-            for all layers. They have no gradient.
+        qkv: [T, B, (H + 2) hd], floating point, with any strides: H query heads, a key head, a value head; hd a
+            multiple of 4.
+        angles: cosine and sine, float32 or more, [T, B, hd / 4]; from `griffin.kernels.rotary.rotary_cos_sin`,
+            computed once for all layers. They have no gradient.
         heads: H.
-        backend: "reference" (differentiated by autograd), "cpu", "triton", or "auto" for what
-            `griffin.kernels.selection.select_backend` says.
+        backend: "reference" (differentiated by autograd), "cpu", "triton", or "auto", which selects by
+            `griffin.kernels.selection.select_backend`.
 
     Returns:
         q [T, B, H, hd], k and v [T, B, hd], contiguous, in qkv's dtype.
 
     Raises:
-        NotImplementedError: forward-mode differentiation by another backend than "reference".
-        ValueError: an argument's shape, dtype or device does not fit, or the backend is unknown or cannot run.
+        NotImplementedError: forward-mode differentiation with a backend other than "reference".
+        ValueError: the shape, dtype or device of an argument does not match, or the backend is unknown or cannot run.
     """
     check_sequences("qkv", qkv)
     if heads < 1 or qkv.shape[2] % (4 * (heads + 2)):

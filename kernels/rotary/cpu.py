@@ -1,4 +1,4 @@
-"""Rotary embedding in plain PyTorch operations that write where results lie; any device, made for CPUs."""
+"""Rotary embedding in PyTorch operations that write results in place, for any device, optimised for CPUs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: T
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Heads x [T, B, H, hd] turned, into `out`."""
+    """Rotate heads x [T, B, H, hd] into `out`."""
     quarter = cos.shape[-1]
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     first, second, rest = x.split((quarter, quarter, 2 * quarter), dim=-1)

@@ -1,6 +1,6 @@
-"""Rotary embedding as custom operators: what autograd, activation recomputation and torch.compile see of it."""
+"""Rotary embedding as custom operators, opaque to autograd, activation recomputation and torch.compile."""
 
-# No postponed annotations: the operators' schemas are read from them.
+# No `from __future__ import annotations`: operator schemas are inferred from the annotations.
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from griffin.kernels.selection import implementation
 
 @torch.library.custom_op("griffin::rotary", mutates_args=())
 def forward(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """q [T, B, H, hd], k and v [T, B, hd] of contiguous qkv [T, B, (H + 2) hd] and angles [T, B, hd / 4]."""
+    """Return q [T, B, H, hd], k and v [T, B, hd] of contiguous qkv [T, B, (H + 2) hd] and angles [T, B, hd / 4]."""
     return implementation("rotary", backend).forward(qkv, cos, sin, heads)
 
 
@@ -25,7 +25,7 @@ def _(qkv, cos, sin, heads, backend):
 
 @torch.library.custom_op("griffin::rotary_backward", mutates_args=())
 def backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
-    """The gradient of qkv, contiguous, of gradients whose dims adjoin."""
+    """Return the gradient of qkv, contiguous, from gradients whose dims are contiguous."""
     return implementation("rotary", backend).backward(grad_q, grad_k, grad_v, cos, sin)
 
 

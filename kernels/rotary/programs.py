@@ -14,7 +14,7 @@ DO_NOT_SPECIALIZE = ["N", "B"]  # must not compile anew
 
 @triton.jit
 def _place(N, H, Q, ROWS: tl.constexpr, QUARTER: tl.constexpr):
-    """Of a tile: tokens and heads [ROWS, 1], dims [1, QUARTER], and which of them there are."""
+    """Return the tokens and heads [ROWS, 1] and dims [1, QUARTER] of a tile, and the mask of those that exist."""
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     token, head = o_row // (H + 2), o_row % (H + 2)
     o_q = tl.arange(0, QUARTER)[None, :]

@@ -15,7 +15,7 @@ from griffin.parallel.layers.linear import gradient_was_added
 
 
 class Loss(NamedTuple):
-    """Of a micro-batch, the same on every tensor rank."""
+    """Loss of a micro-batch, the same on every tensor rank."""
 
     total: Tensor  # float32 []: weighted sum over tokens, z-loss included; gradients flow from it alone
     tokens: Tensor  # float32 [T, B]: cross-entropy of each token in nats, without weights, z-loss and gradient
@@ -24,7 +24,7 @@ class Loss(NamedTuple):
 def vocabulary_loss(
     x: Tensor, table: nn.Parameter, labels: Tensor, weights: Tensor, context: Context, *, valid: int, is_embedding: bool
 ) -> Loss:
-    """Loss of the final norm's output under this rank's rows of the vocabulary.
+    """Compute the loss of the final norm's output with this rank's rows of the vocabulary.
 
     Where the table has a `main_grad`, as parameters in megatron-core's buffers have, its gradient is added there in
     float32; elsewhere autograd gets it.

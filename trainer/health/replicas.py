@@ -65,7 +65,7 @@ class _RankChecksums:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Of the copies of weights."""
+    """Comparison of the copies of weights."""
 
     differ: Tensor  # int64 [], the same on every rank: whether any copies differ; on the device, which may be at work
     parameters: Sequence[nn.Parameter]

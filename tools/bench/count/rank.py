@@ -23,7 +23,7 @@ from griffin.trainer.step import masked_loss
 
 @dataclass(frozen=True, kw_only=True)
 class RankCount:
-    """What one micro-batch is on one rank, in operators and bytes."""
+    """Operators and bytes of one micro-batch on one rank."""
 
     ops: tuple[Op, ...]
     parameters: int
@@ -35,7 +35,7 @@ class RankCount:
 
 
 def count_rank(config: Config, world: int, rank: int) -> RankCount:
-    """Of the training of `config`, which is valid for `world` ranks, with the operators that it has on GPUs."""
+    """Count a rank of the training of `config`, valid for `world` ranks, with the operators that it runs on GPUs."""
     layout = config.parallel
     recorder = Recorder()
     with fake_grid(layout, world, rank) as grid, megatron_device.on_meta():

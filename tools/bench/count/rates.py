@@ -83,7 +83,7 @@ def product_efficiency(product: Product, multiprocessors: int) -> float:
 
 
 def seconds(op: Op, device: Device) -> float:
-    """Time of an operator by itself."""
+    """Return the time of an operator by itself."""
     if op.collective is not None:
         return collective_seconds(op.collective.kind, op.collective.bytes, op.collective.size, device)
     moving = op.bytes / (_SHARE[op.kind] * device.bandwidth)
@@ -97,6 +97,6 @@ def seconds(op: Op, device: Device) -> float:
 
 
 def collective_seconds(kind: str, size_bytes: float, ranks: int, device: Device) -> float:
-    """Of a ring within a node, or over the network where the group is larger than a node."""
+    """Return the time of a ring within a node, or over the network if the group is larger than a node."""
     moved = size_bytes * (ranks - 1) / ranks * (2 if kind == "all-reduce" else 1)
     return moved / (device.node_link if ranks <= device.node else device.network) + device.node_latency

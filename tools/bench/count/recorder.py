@@ -126,7 +126,7 @@ class Recorder(TorchDispatchMode):
                 module.register_forward_hook(lambda _module, _args, output: self.leave(output))
 
     def enter(self, kind: str) -> None:
-        """What runs from here on belongs to `kind`, until `leave`."""
+        """Attribute what runs from here until `leave` to `kind`."""
         self._modules.append(kind)
         self._first_nodes.append(torch._C._autograd._get_sequence_nr())
 
@@ -144,7 +144,7 @@ class Recorder(TorchDispatchMode):
                 nodes += [following for following, _ in node.next_functions]
 
     def module(self) -> str:
-        """What runs now, backward by autograd's node."""
+        """Return the kind of module that runs now, in the backward pass by autograd's node."""
         if self._modules:
             return self._modules[-1]
         node = torch._C._current_autograd_node()

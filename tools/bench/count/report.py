@@ -30,7 +30,7 @@ def lines(step: Step, detail: int) -> Iterator[str]:
 
 
 def _classes(micro_batch: MicroBatch, exposed: float) -> Iterator[str]:
-    """By class of kernels."""
+    """Yield the table by class of kernels."""
     flops: Counter[str] = Counter()
     moved: Counter[str] = Counter()
     kernels: Counter[str] = Counter()
@@ -57,7 +57,7 @@ def _classes(micro_batch: MicroBatch, exposed: float) -> Iterator[str]:
 
 
 def _modules(micro_batch: MicroBatch) -> Iterator[str]:
-    """By kind of module."""
+    """Yield the table by kind of module."""
     phases = micro_batch.by("module", "phase", communication=False)
     products = micro_batch.by("module", "kind", communication=False)
     exposed = micro_batch.by("module", communication=True)
