@@ -439,3 +439,19 @@ def test_refuses(name, value):
 def test_the_reference_knows_no_shards():
     with pytest.raises(ValueError, match=r"^backend: 'reference'"):
         linear_cross_entropy(**make(), first=3, backend="reference")
+
+
+@needs_interpreter
+def test_equals_liger():
+    """Liger's fused loss, by its programs: sums over tokens, without soft cap, z-loss and shards."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    inputs = make(tokens=20, width=32, rows=300)
+    total, *_ = LigerFusedLinearCrossEntropyFunction.apply(
+        inputs["hidden"], inputs["table"], inputs["labels"], None, None, -100, 0.0, 0.0, "sum"
+    )
+    expected = results(total, torch.empty(0), inputs)
+    del inputs["weights"]
+    for schedule in ({"chunk": 7}, {"tile": 128}):
+        found = run(inputs, backend="triton", **schedule) | {"losses": torch.empty(0)}
+        assert_close(found, expected, FLOAT32)
