@@ -25,14 +25,15 @@ def rms_norm_forward(
     n = tl.program_id(0)
     o_d = tl.arange(0, BLOCK)
     mask = o_d < D
-    row = _row(x, x_n, n, o_d, mask)
     if HAS_BRANCH:
         added = _row(branch, branch_n, n, o_d, mask)
         if HAS_BIAS:
             added += tl.load(bias + o_d, mask=mask, other=0.0).to(tl.float32)
-        rounded = (row + added).to(total.dtype.element_ty)
+        rounded = (_row(x, x_n, n, o_d, mask) + added).to(total.dtype.element_ty)
         tl.store(total + tl.cast(n, tl.int64) * D + o_d, rounded, mask=mask)
         row = rounded.to(tl.float32)
+    else:
+        row = _row(x, x_n, n, o_d, mask)
     factor = tl.rsqrt(tl.sum(row * row, axis=0) / D + epsilon)
     tl.store(scale + n, factor)
     weights = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32) + 1.0
@@ -58,9 +59,9 @@ def rms_norm_backward(
         grad = (grad - normed * (tl.sum(grad * normed, axis=0) / D)) * factor
         if HAS_GRAD_TOTAL:
             grad += _row(grad_total, grad_total_n, n, o_d, mask)
+        tl.store(grad_x + tl.cast(n, tl.int64) * D + o_d, grad, mask=mask)
         if HAS_BIAS:
             sum_bias += grad
-        tl.store(grad_x + tl.cast(n, tl.int64) * D + o_d, grad, mask=mask)
     p_sums = sums + tl.cast(chunk, tl.int64) * D + o_d
     tl.store(p_sums, sum_weight, mask=mask)
     if HAS_BIAS:

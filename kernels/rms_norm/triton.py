@@ -15,15 +15,18 @@ SPREAD = 16  # warps of backward programs for each multiprocessor; each program 
 AHEAD, AHEAD_BYTES = 2, 100 * 1024  # rows on the way, where shared memory and registers have room for them
 
 
-def _row_options(x: Tensor) -> tuple[int, int]:
-    """BLOCK and warps for rows of x: 16 elements for a lane."""
+def _row_options(x: Tensor, sums: int = 0) -> tuple[int, int]:
+    """Return BLOCK and warps for rows of x: 16 elements per lane, or 8 of float32 beside two sums."""
     block = max(16, 2 ** math.ceil(math.log2(x.shape[1])))
-    return block, min(max(block // 512, 1), 16)
+    per_lane = 8 if sums == 2 and x.element_size() == 4 else 16
+    return block, min(max(block // (32 * per_lane), 1), 16)
 
 
-def _start(program: Any, count: int, rows: dict[str, Tensor | None], like: Tensor, **others: Any) -> None:
-    """Start so many of a program; `rows` are those [N, D] that it reads, with their strides."""
-    block, warps = _row_options(like)
+def _start(
+    program: Any, count: int, rows: dict[str, Tensor | None], like: Tensor, options: tuple[int, int], **others: Any
+) -> None:
+    """Start `count` instances of a program; `rows` are the tensors [N, D] that it reads, with their strides."""
+    block, warps = options
     strides = {f"{name}_n": 0 if tensor is None else tensor.stride(0) for name, tensor in rows.items()}
     if count:
         launch_grid(
@@ -46,7 +49,7 @@ def forward(
         "HAS_BRANCH": branch is not None,
         "HAS_BIAS": bias is not None,
     }
-    _start(programs.rms_norm_forward, x.shape[0], {"x": x, "branch": branch}, x, **results, **options)
+    _start(programs.rms_norm_forward, x.shape[0], {"x": x, "branch": branch}, x, _row_options(x), **results, **options)
     return y, total, scale
 
 
@@ -55,7 +58,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute `griffin.kernels.rms_norm.ops.backward`."""
     count = total.shape[0]
-    block, warps = _row_options(total)
+    block, warps = options = _row_options(total, 1 + has_bias)
     length = max(1, math.ceil(count * warps / (SPREAD * multiprocessors(total.device))))
     chunks = math.ceil(count / length)
     rows = {"grad_y": grad_y, "grad_total": grad_total, "total": total}
@@ -67,6 +70,7 @@ def backward(
         chunks,
         rows,
         total,
+        options,
         weight=weight.contiguous(),
         scale=scale,
         grad_x=grad_x,
