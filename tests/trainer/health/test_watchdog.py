@@ -78,7 +78,8 @@ def hang(config: Config, run_dir: Path, world_size: int, rank: int, do: Any) -> 
     watch = Watch(at_step={(rank, SAVED + 2): partial(after_the_save, run_dir, mark, do)})
     assert launch(world_size, config, run_dir, watch) == HUNG
     seconds = time.time() - mark.stat().st_mtime
-    assert HANG <= seconds < HANG + BOUND
+    # Another rank may have entered the step, from which its limit counts, a moment earlier.
+    assert HANG - 0.5 <= seconds < HANG + BOUND
     (folder,) = (run_dir / "hangs").iterdir()
     assert folder.name == f"step-{SAVED + 2:08}-attempt-1"
     assert_hung(run_dir)
