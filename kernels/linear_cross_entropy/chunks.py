@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from griffin.kernels.forward_mode import without_tangents
 from griffin.kernels.linear_cross_entropy import ops
+from griffin.kernels.linear_cross_entropy.blocks import sum_by_blocks
 from griffin.kernels.linear_cross_entropy.terms import ALIGNED, Terms, row_terms
 from griffin.kernels.memory_layout import accumulation_dtype
 from griffin.kernels.products import add_product
@@ -35,12 +36,15 @@ class SummedLoss(Function):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         dtype = accumulation_dtype(hidden)
         weights = weights.to(dtype)
+        step = min(step, max(1, len(hidden)))
+        if hidden.device.type == "cpu" and terms.backend == "cpu":
+            totals, losses, *grads = sum_by_blocks(hidden, table, labels, weights, terms, step, needs)
+            return (totals * weights).sum(), losses, *grads
         totals, losses = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         grad_table = None
         if needs[1]:
             grad_table = torch.empty_like(table, dtype=dtype) if len(hidden) else torch.zeros_like(table, dtype=dtype)
-        step = min(step, max(1, len(hidden)))
         buffer = hidden.new_empty(step, math.ceil(len(table) / ALIGNED) * ALIGNED)[:, : len(table)]
         for begin in range(0, len(hidden), step):
             chunk = slice(begin, begin + step)

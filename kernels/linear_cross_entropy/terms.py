@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 MOST_BYTES = 2**28  # of logits at a time
-# On CPUs products of fewer tokens are slower, since each packs the whole table anew (by a third at 64, by a tenth at
-# 128); beyond them, more bytes than these fall out of caches.
-CPU_TOKENS, CPU_BYTES = 192, 2**23
+# On CPUs products of fewer tokens are slower, since each packs the whole table anew (by a tenth at 64); beyond them,
+# more bytes than these fall out of caches.
+CPU_TOKENS, CPU_BYTES = 256, 2**23
 ALIGNED = 64  # columns; rows of logits begin at multiples of 128 bytes
 # With fewer tokens at a time, reading and writing the table's float32 gradient takes a GPU longer than the product that
 # is added to it: 8 bytes for 2 FLOPs a token, at 3 TB/s and 800 TFLOP/s.
@@ -36,17 +36,19 @@ class Terms:
 
 
 def chunk_tokens(rows: int, dtype: torch.dtype, *, on_cpu: bool) -> int:
-    """Tokens whose logits over a table of `rows` are held at a time: as many as MOST_BYTES allow on a GPU."""
-    row = math.ceil(rows / ALIGNED) * ALIGNED * dtype.itemsize
-    # On CPUs products of half precision also need their operands in float32.
-    most = MOST_BYTES // (row + on_cpu * (4 if dtype.itemsize == 2 else 0) * rows)
+    """Return the tokens whose logits over a table of `rows` are held at a time: on GPUs as many as MOST_BYTES allow.
+
+    On CPUs logits are in the dtype of the sums.
+    """
+    row = math.ceil(rows / ALIGNED) * ALIGNED * (max(dtype.itemsize, 4) if on_cpu else dtype.itemsize)
+    most = MOST_BYTES // row
     if on_cpu:
         most = min(most, max(CPU_TOKENS, CPU_BYTES // row))
     return max(1, most - most % 64 if most > 64 else most)
 
 
 def tile_rows(tokens: int, rows: int, dtype: torch.dtype) -> int:
-    """Rows of the table whose logits for `tokens` are held at a time on a GPU: as many as MOST_BYTES allow."""
+    """Return the rows of the table whose logits for `tokens` are held at a time: as many as MOST_BYTES allow."""
     most = MOST_BYTES // (dtype.itemsize * max(1, min(tokens, MOST_TOKENS)))
     return min(rows, most - most % ALIGNED)
 
