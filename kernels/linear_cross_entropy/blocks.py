@@ -1,7 +1,7 @@
 """The loss on CPUs by chunks of tokens, and within them by blocks of the table whose logits stay in cache.
 
-Of a block's logits only exp(logit - maximum of the block) goes to memory. Gradients are products with it, whose rows are
-multiplied by the missing factors of the softmax, less what the labels' own logits add.
+Of a block's logits only exp(logit - maximum of the block) goes to memory. Gradients are products with it, whose rows
+are multiplied by the missing factors of the softmax, less what the labels' own logits add.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def sum_by_blocks(
     blocks = list(_blocks(terms.valid, max(1, BLOCK_ELEMENTS // step)))
     largest = max((block.stop - block.start for block in blocks), default=0)
     logits = hidden.new_empty(step * largest, dtype=dtype)
+    products = hidden.new_empty(len(blocks), step * needs[0], hidden.shape[1], dtype=dtype)  # of exponentials and table
     exponentials = hidden.new_empty(step * terms.valid if any(needs) else 0, dtype=dtype)
     for begin in range(0, len(hidden), step):
         chunk = slice(begin, begin + step)
@@ -50,15 +51,14 @@ def sum_by_blocks(
         kept = [exponentials[len(x) * block.start : len(x) * block.stop] for block in blocks]
         found = [x.new_zeros(3, len(x))]
         found[0][0] = -math.inf
-        products = []  # of the exponentials and the table, [tokens, D]
         scaled = x if terms.soft_cap > 0 else x * LOG2_E
         for place, block in enumerate(blocks):
             rows = table[block].to(dtype)
             part = torch.mm(scaled, rows.t(), out=_matrix(logits, len(x), block))
             into = _matrix(kept[place], len(x), block) if any(needs) else None
             found.append(_exponentials(part, places - block.start, terms.soft_cap, into))
-            if needs[0]:
-                products.append(torch.mm(into, rows))  # while both are in cache
+            if into is not None and needs[0]:
+                torch.mm(into, rows, out=products[place, : len(x)])  # while both are in cache
         statistics = torch.stack(found)
         whole = combined(statistics)
         every = whole[None] if terms.gather is None else terms.gather(whole)
@@ -81,7 +81,7 @@ def sum_by_blocks(
         if grad_hidden is not None:
             grad_x = table[rows].to(dtype).mul_(slopes).neg_()
             for factor, product in zip(factors, products, strict=True):
-                grad_x.addcmul_(product, factor[:, None])
+                grad_x.addcmul_(product[: len(x)], factor[:, None])
             grad_hidden[chunk] = grad_x
         if grad_table is not None:
             grad_table.index_add_(0, rows, x * slopes, alpha=-1)

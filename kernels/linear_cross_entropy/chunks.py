@@ -38,8 +38,8 @@ class SummedLoss(Function):
         weights = weights.to(dtype)
         step = min(step, max(1, len(hidden)))
         if hidden.device.type == "cpu" and terms.backend == "cpu":
-            totals, losses, *grads = sum_by_blocks(hidden, table, labels, weights, terms, step, needs)
-            return (totals * weights).sum(), losses, *grads
+            sums = sum_by_blocks(hidden, table, labels, weights, terms, step, needs)
+            return (sums.totals * weights).sum(), sums.losses, sums.grad_hidden, sums.grad_table
         totals, losses = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         grad_table = None

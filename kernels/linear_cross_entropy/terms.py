@@ -13,7 +13,7 @@ from torch import Tensor
 MOST_BYTES = 2**28  # of logits at a time
 # On CPUs products of fewer tokens are slower, since each packs the whole table anew (by a tenth at 64); beyond them,
 # more bytes than these fall out of caches.
-CPU_TOKENS, CPU_BYTES = 256, 2**23
+CPU_TOKENS, CPU_BYTES = 192, 2**23
 ALIGNED = 64  # columns; rows of logits begin at multiples of 128 bytes
 # With fewer tokens at a time, reading and writing the table's float32 gradient takes a GPU longer than the product that
 # is added to it: 8 bytes for 2 FLOPs a token, at 3 TB/s and 800 TFLOP/s.
