@@ -17,7 +17,7 @@ from griffin.kernels.linear_cross_entropy.terms import Terms, combined, row_term
 from griffin.kernels.memory_layout import accumulation_dtype
 
 LOG2_E = math.log2(math.e)
-BLOCK_ELEMENTS = 2**20  # of the logits of a block: 4 MB of float32 in the last level of cache
+BLOCK_ELEMENTS = 7 * 2**18  # of a block's rows and logits: 7 MB of float32 in the last level of cache
 
 
 class Sums(NamedTuple):
@@ -39,7 +39,7 @@ def sum_by_blocks(
     grad_table = torch.empty_like(table, dtype=dtype) if needs[1] else None
     if grad_table is not None:
         grad_table[terms.valid if len(hidden) else 0 :].zero_()
-    blocks = list(_blocks(terms.valid, max(1, BLOCK_ELEMENTS // step)))
+    blocks = list(_blocks(terms.valid, max(1, BLOCK_ELEMENTS // (step + table.shape[1]))))
     largest = max((block.stop - block.start for block in blocks), default=0)
     logits = hidden.new_empty(step * largest, dtype=dtype)
     products = hidden.new_empty(len(blocks), step * needs[0], hidden.shape[1], dtype=dtype)  # of exponentials and table
