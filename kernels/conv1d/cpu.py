@@ -60,12 +60,14 @@ def forward(
     masks = None if starts is None else _other_document(starts, len(taps))
     y = dense_like(x)
     for span in spans(x):
-        total = torch.addcmul(bias.to(dtype), _biased(x[span], input_bias, dtype), taps[0])
+        reach = max(0, span.start - len(taps) + 1)
+        inputs = _biased(x[reach : span.stop], input_bias, dtype)
+        total = torch.addcmul(bias.to(dtype), inputs[span.start - reach :], taps[0])
         for offset in range(1, len(taps)):
             first = max(span.start, offset)
             if first >= span.stop:
                 break
-            past = _biased(x[first - offset : span.stop - offset], input_bias, dtype)
+            past = inputs[first - offset - reach : span.stop - offset - reach]
             if masks is not None:
                 past = past.masked_fill(masks[offset][first : span.stop], 0)
             total[first - span.start :].addcmul_(past, taps[offset])
